@@ -1,0 +1,85 @@
+# GNU make 3.81 (macOS) or later. `make` alone lists the targets.
+
+PYTHON ?=
+TORCH_INDEX ?=
+OUT = runs/reproduce
+
+PY := .venv/bin/python
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 python3 python)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+NAME := import sys; print("python%d.%d" % sys.version_info[:2])
+
+.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+env: .venv/.stamp ## set up .venv (PYTHON=/path/to/python takes that one; TORCH_INDEX=url takes torch from there)
+
+test: format-check lint typecheck ## format check, lint, types, and all tests but the slow ones
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 -rs
+
+test-slow: env ## the slow tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -rs
+
+format: env ## rewrite the sources in the house format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+format-check: env
+	$(PY) -m ruff format --check .
+
+lint: env
+	$(PY) -m ruff check .
+
+typecheck: env
+	$(PY) -m basedpyright
+
+reproduce: env ## train on real text, draw the curves, print the table (OUT=runs/reproduce)
+	$(PY) -m benchmarks reproduce --out "$(OUT)"
+
+clean: ## remove caches and builds; .venv and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find benchmarks muonclip tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Every step may be repeated: an interrupted installation goes on at the next `make`. `--no-compile` because a kill while
+# pip compiles would leave a package that looks installed and lacks its scripts. Links to a Python that is gone are made anew.
+.venv/.stamp: pyproject.toml constraints.txt
+	@old=; lacking=; \
+	if [ -e .venv ]; then old=yes; [ -x $(PY) ] || rm -f .venv/bin/python*; fi; \
+	for python in $(CANDIDATES); do \
+	  "$$python" -c '$(SUPPORTED)' >/dev/null 2>&1 || continue; \
+	  lacking=$${lacking:-$$python}; \
+	  "$$python" -c 'import ensurepip' >/dev/null 2>&1 || continue; \
+	  "$$python" -m venv .venv && exit; \
+	  [ -n "$$old" ] || rm -rf .venv; \
+	done; \
+	exec >&2; \
+	package=python3-venv; \
+	if [ -z "$$lacking" ]; then echo "No Python 3.11, 3.12 or 3.13 found. Install one, then run make again:"; \
+	else \
+	  echo "$$lacking cannot make a virtual environment: its ensurepip is missing or broken. Install it, then run make again:"; \
+	  package=$$("$$lacking" -c '$(NAME)')-venv; \
+	fi; \
+	case "$$(uname 2>/dev/null)" in \
+	  Darwin) echo "    brew install python@3.12" ;; \
+	  *) echo "    sudo apt install $$package" ;; \
+	esac; \
+	exit 1
+ifneq ($(TORCH_INDEX),)
+	$(PY) -m pip install --no-compile -c constraints.txt --index-url "$(TORCH_INDEX)" torch
+endif
+	$(PY) -m pip install --no-compile -c constraints.txt -e ".[dev]"
+	@touch $@
+
+ifneq ($(PYTHON),)
+.venv/.stamp: | check-python
+endif
+
+check-python:
+	@exec >&2; "$(PYTHON)" -c '$(SUPPORTED)' >/dev/null 2>&1 || { \
+	  echo "PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13. It answers: $$("$(PYTHON)" --version 2>&1)"; \
+	  exit 1; }
+	@exec >&2; [ ! -d .venv/lib ] || [ -d ".venv/lib/$$("$(PYTHON)" -c '$(NAME)')" ] || { \
+	  echo "PYTHON=$(PYTHON): .venv holds another Python ($$($(PY) --version 2>&1)). rm -rf .venv, then run make again."; \
+	  exit 1; }

@@ -1,0 +1,24 @@
+"""The mathematics once: pure functions over NumPy, PyTorch and JAX arrays, on the standard library alone."""
+
+from muonclip.core.coefficients import COEFFICIENT_SETS, CoefficientSet, resolve_coefficients
+from muonclip.core.matrix_layout import MatrixLayout
+from muonclip.core.newton_schulz import Products, newton_schulz, normalize, orthogonalize, plain_products
+from muonclip.core.qk_clip import ClipFactors, clip_factors
+from muonclip.core.schedules import WarmupConstantCosine
+from muonclip.core.update_scale import update_scale
+
+__all__ = [
+    "COEFFICIENT_SETS",
+    "ClipFactors",
+    "CoefficientSet",
+    "MatrixLayout",
+    "Products",
+    "WarmupConstantCosine",
+    "clip_factors",
+    "newton_schulz",
+    "normalize",
+    "orthogonalize",
+    "plain_products",
+    "resolve_coefficients",
+    "update_scale",
+]

@@ -1,0 +1,138 @@
+"""The polynomials of the Newton–Schulz iteration, by name.
+
+One step maps every singular value `s` to `a s + b s³ + c s⁵`. A set is the list of its steps' `(a, b, c)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias, cast
+
+Polynomial: TypeAlias = tuple[float, float, float]
+Coefficients: TypeAlias = str | Polynomial | Sequence[Polynomial]
+
+DEFAULT_NS_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class CoefficientSet:
+    """A published sequence of polynomials.
+
+    `steps` are the numbers as published. `tail`, where there is one, is the step that repeats after them, so that the
+    set has any length. `safety` s ≥ 1 turns each published step into `(a/s, b/s³, c/s⁵)`, which keeps the iteration
+    from overshooting when rounding pushes a singular value above 1; it is not applied to the tail.
+    """
+
+    source: str
+    steps: tuple[Polynomial, ...]
+    tail: Polynomial | None = None
+    safety: float = 1.0
+    default_steps: int = DEFAULT_NS_STEPS
+
+    def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
+        """The first `ns_steps` polynomials, safety factor applied. Raises ValueError past the end of the set."""
+        count = self.default_steps if ns_steps is None else _checked_steps(ns_steps)
+        s = self.safety
+        published = tuple((a / s, b / s**3, c / s**5) for a, b, c in self.steps[:count])
+        missing = count - len(published)
+        if missing and self.tail is None:
+            raise ValueError(f"ns_steps={count} is longer than the set, which has {len(self.steps)} steps.")
+        return published + (self.tail,) * missing if self.tail else published
+
+
+_JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
+
+COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
+    {
+        "jordan": CoefficientSet(
+            source="K. Jordan, Muon: an optimizer for hidden layers in neural networks (2024)",
+            steps=(),
+            tail=_JORDAN,
+        ),
+        "deepseek_v4": CoefficientSet(
+            source="DeepSeek-V4: eight steps of jordan, then two that converge",
+            steps=(_JORDAN,) * 8,
+            tail=(2.0, -1.5, 0.5),
+            default_steps=10,
+        ),
+        "you": CoefficientSet(
+            source="J. You (2024), steps optimised one by one",
+            steps=(
+                (4.0848, -6.8946, 2.9270),
+                (3.9505, -6.3029, 2.6377),
+                (3.7418, -5.5913, 2.3037),
+                (2.8769, -3.1427, 1.2046),
+                (2.8366, -3.0525, 1.2012),
+            ),
+        ),
+        "polar_express": CoefficientSet(
+            source="Amsel et al., The Polar Express (arXiv 2505.16932): minimax on [1e-3, 1], cushion 0.0241",
+            steps=(
+                (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            ),
+            tail=(1.875, -1.25, 0.375),
+            safety=1.01,
+        ),
+        "cans": CoefficientSet(
+            source="Grishina et al., CANS: Chebyshev-accelerated Newton–Schulz (arXiv 2506.10935)",
+            steps=(
+                (8.4703, -25.1081, 18.6293),
+                (4.1828, -3.1087, 0.5806),
+                (3.9619, -2.9541, 0.5630),
+                (3.2866, -2.4647, 0.5074),
+                (2.2737, -1.6447, 0.4162),
+            ),
+        ),
+    }
+)
+
+
+def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
+    """The polynomials to iterate, from what a user may write.
+
+    A name of `COEFFICIENT_SETS`; one triple `(a, b, c)`, repeated `ns_steps` times (5 by default, as in
+    `torch.optim.Muon`); or a sequence of triples, cut to `ns_steps` where given. `ns_steps=None` is the set's own
+    length. Raises ValueError for an unknown name, numbers that are not finite triples, and lengths the set lacks.
+    """
+    if isinstance(ns_coefficients, str):
+        if ns_coefficients not in COEFFICIENT_SETS:
+            raise ValueError(
+                f"ns_coefficients={ns_coefficients!r} is not a known polynomial; known are "
+                f"{', '.join(COEFFICIENT_SETS)}. A triple (a, b, c) or a list of triples is accepted too."
+            )
+        try:
+            return COEFFICIENT_SETS[ns_coefficients].polynomials(ns_steps)
+        except ValueError as error:
+            raise ValueError(f"ns_coefficients={ns_coefficients!r}: {error}") from None
+    numbers = tuple(ns_coefficients)
+    if len(numbers) == 3 and all(isinstance(number, int | float) for number in numbers):
+        return CoefficientSet("given", (), tail=_checked_polynomial(numbers)).polynomials(ns_steps)
+    steps = tuple(_checked_polynomial(step) for step in numbers)
+    if not steps:
+        raise ValueError("ns_coefficients is empty; give a name, a triple (a, b, c) or a list of triples.")
+    return CoefficientSet("given", steps, default_steps=len(steps)).polynomials(ns_steps)
+
+
+def _checked_polynomial(step: object) -> Polynomial:
+    try:
+        a, b, c = map(float, cast("Iterable[float]", step))
+    except (TypeError, ValueError):
+        a = b = c = math.nan
+    if not all(map(math.isfinite, (a, b, c))):
+        raise ValueError(f"ns_coefficients holds {step!r}; each step must be three finite numbers (a, b, c).")
+    return a, b, c
+
+
+def _checked_steps(ns_steps: int) -> int:
+    if ns_steps != int(ns_steps) or not 1 <= ns_steps < 100:
+        raise ValueError(f"ns_steps={ns_steps} must be a whole number from 1 to 99.")
+    return int(ns_steps)

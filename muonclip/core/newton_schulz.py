@@ -1,0 +1,98 @@
+"""Newton–Schulz: the polar factor of a matrix by matrix products alone.
+
+    X ← aX + b(XXᵀ)X + c(XXᵀ)²X        from X₀ = M / ‖M‖_F
+
+Each step applies an odd polynomial to the singular values and leaves the singular vectors alone
+(K. Jordan et al., 2024; Kimi K2, arXiv 2507.20534, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from muonclip.core.coefficients import Coefficients, Polynomial, resolve_coefficients
+
+Array: TypeAlias = Any
+"""An array of NumPy, PyTorch or JAX: anything with `@`, `.mT`, `*`, `+`, shape and dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The four products the iteration is made of; other devices and layouts bring others for the same loop.
+
+    X is (..., m, n) with m ≤ n, the Gram matrix A = XXᵀ and the polynomial B = bA + cA² are (..., m, m).
+    """
+
+    sum_squares: Callable[[Array], Array]
+    """X → Σ x², shape (..., 1, 1)."""
+    gram: Callable[[Array], Array]
+    """X → XXᵀ."""
+    polynomial: Callable[[Array, float, float], Array]
+    """A, b, c → bA + cA²."""
+    update: Callable[[Array, Array, float], Array]
+    """X, B, a → aX + BX."""
+
+
+def plain_products(xp: Any) -> Products:
+    """The products as one writes them, for the array namespace `xp`."""
+    return Products(
+        sum_squares=lambda x: xp.sum(x * x, axis=(-2, -1), keepdims=True),
+        gram=lambda x: x @ x.mT,
+        polynomial=lambda gram, b, c: b * gram + c * (gram @ gram),
+        update=lambda x, polynomial, a: a * x + polynomial @ x,
+    )
+
+
+def newton_schulz(x: Array, coefficients: Sequence[Polynomial], products: Products) -> Array:
+    """Apply the polynomials to the singular values of x (..., m, n), m ≤ n, ‖x‖ ≤ 1; returns a new array.
+
+    The orientation is the caller's: decide it on the global shape when x is a shard.
+    """
+    for a, b, c in coefficients:
+        x = products.update(x, products.polynomial(products.gram(x), b, c), a)
+    return x
+
+
+def normalize(x: Array, products: Products, *, xp: Any, eps: float | None = None) -> Array:
+    """x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64).
+
+    Dividing by Σ|x| first keeps the squares from under- and overflowing, so that `eps=None` has to guard nothing but
+    the zero matrix, which stays zero. (`torch.optim.Muon` floors the norm at 1e-7 and so swallows smaller gradients.)
+    """
+    x = x if x.dtype == xp.float64 else xp.asarray(x, dtype=xp.float32)
+    total = xp.sum(abs(x), axis=(-2, -1), keepdims=True)
+    scale = xp.where(total > 0, total, 1.0)
+    x = x / scale
+    norm = products.sum_squares(x) ** 0.5
+    floor = xp.ones_like(norm) if eps is None else eps / scale
+    return x / xp.where(norm > (0.0 if eps is None else floor), norm, floor)
+
+
+def orthogonalize(
+    x: Array,
+    ns_coefficients: Coefficients = "jordan",
+    ns_steps: int | None = None,
+    *,
+    xp: Any,
+    eps: float | None = None,
+    dtype: Any = None,
+    products: Products | None = None,
+) -> Array:
+    """The (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ; same shape and dtype, x is not written to.
+
+    x: (..., m, n), any orientation, leading axes are a batch. `xp`: the array namespace (numpy, torch, jax.numpy).
+    `eps`: floor of the Frobenius norm (None: guard the zero matrix only). `dtype`: of the products, after a
+    normalisation in float32 (None: float32, float64 for float64). How close the singular values come to 1 is the
+    polynomial's: see `COEFFICIENT_SETS`. Raises ValueError for a polynomial that does not exist and for x with fewer
+    than two axes.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; orthogonalize needs a matrix (..., m, n).")
+    coefficients = resolve_coefficients(ns_coefficients, ns_steps)
+    products = products or plain_products(xp)
+    tall = x.shape[-2] > x.shape[-1]
+    wide = normalize(x.mT if tall else x, products, xp=xp, eps=eps)
+    wide = newton_schulz(wide if dtype is None else xp.asarray(wide, dtype=dtype), coefficients, products)
+    return xp.asarray(wide.mT if tall else wide, dtype=x.dtype)

@@ -1,0 +1,55 @@
+"""QK-Clip: maximum attention logits and τ → the factors that bring loud heads back to τ.
+
+    γ_h = τ / S_h   where S_h > τ,   else 1            (Kimi K2, arXiv 2507.20534, Algorithm 1)
+
+A logit is bilinear in query and key. Parts private to a head share γ between the two sides, γ^α and γ^(1−α); a query
+part facing a key that heads share takes all of γ, because the shared key cannot be touched for one head's sake.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from muonclip.core.newton_schulz import Array
+
+
+class ClipFactors(NamedTuple):
+    """Factors per head, each [heads]; `query · key == gamma`. A quiet head's are exactly 1."""
+
+    gamma: Array
+    """For a query part facing a shared key."""
+    query: Array
+    """γ^α, for a query part facing the head's own key."""
+    key: Array
+    """γ^(1−α), for the head's own key part."""
+
+
+def clip_factors(max_logits: Array, tau: float, alpha: float = 0.5, *, xp: Any) -> ClipFactors:
+    """The factors of each head. max_logits: [heads], after the softmax scale; computed and returned in its dtype.
+
+    Quiet heads (S ≤ τ, negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
+    +inf becomes NaN: neither is ever a factor to use. Raises ValueError for τ ≤ 0 and α outside [0, 1].
+    """
+    check_tau(tau)
+    check_alpha(alpha)
+    quiet = max_logits <= tau
+    loud = xp.where(quiet, 1.0, xp.where(max_logits < math.inf, max_logits, math.nan))
+    one = xp.ones_like(max_logits)
+    gamma = xp.where(quiet, one, tau / loud)
+    key = xp.where(quiet, one, gamma ** (1 - alpha))
+    return ClipFactors(gamma=gamma, query=xp.where(quiet, one, gamma / key), key=key)
+
+
+def check_tau(tau: float) -> float:
+    """τ itself. Raises ValueError unless it is a positive number; infinity measures without clipping."""
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be positive; it is the largest attention logit a head may keep (K2: 100).")
+    return tau
+
+
+def check_alpha(alpha: float) -> float:
+    """α itself. Raises ValueError outside [0, 1]."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie in [0, 1]: the query takes γ^α, the key γ^(1−α).")
+    return alpha

@@ -1,0 +1,56 @@
+"""Learning-rate factors as functions of the step, for both frameworks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupConstantCosine:
+    """Linear warm-up, a constant stretch, a cosine down to `final`, and `final` from there on ("WSD").
+
+    Step counts are optimizer steps; `schedule(step)` is the factor of the peak rate, step counted from 0, so that
+    `torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)` works as it stands. The first warm-up step has the factor
+    1/warmup, not 0. For a traced step pass the array namespace: `schedule(step, xp=jax.numpy)`.
+    """
+
+    warmup: int = 0
+    constant: int = 0
+    decay: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "constant", "decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of steps, zero or more.")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final={self.final} must lie in [0, 1]: the factor at the end of the decay.")
+
+    @classmethod
+    def k2(cls) -> WarmupConstantCosine:
+        """Kimi K2's pre-training (report §2.5): 500 warm-up steps, 2e-4 for 10T tokens, cosine to 2e-5 over 5.5T.
+
+        At 67M tokens per batch; multiply by the peak rate 2e-4.
+        """
+        tokens_per_step = 67e6
+        return cls(
+            warmup=500, constant=round(10e12 / tokens_per_step) - 500, decay=round(5.5e12 / tokens_per_step), final=0.1
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup + self.constant + self.decay
+
+    def __call__(self, step: Any, *, xp: Any = None) -> Any:
+        cos, clip = (math.cos, _clip) if xp is None else (xp.cos, xp.clip)
+        warmed = clip((step + 1) / max(self.warmup, 1), 0.0, 1.0)
+        if not self.decay:
+            return warmed
+        decayed = clip((step - self.warmup - self.constant) / self.decay, 0.0, 1.0)
+        return warmed * (self.final + (1 - self.final) * 0.5 * (1 + cos(math.pi * decayed)))
+
+
+def _clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)

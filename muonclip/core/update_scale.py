@@ -1,0 +1,27 @@
+"""The scale of an orthogonalised update, from the shape of its matrix.
+
+An orthogonalised m × n matrix has entries of RMS 1/√max(m, n), whatever the gradient; the scale undoes that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"] | float | None
+
+
+def update_scale(fan_out: int, fan_in: int, adjust_lr_fn: AdjustLR) -> float:
+    """What the update of one logical matrix (fan_out × fan_in) is multiplied by, besides the rate.
+
+    "original" (or None): √max(1, fan_out/fan_in) (K. Jordan 2024). "match_rms_adamw": 0.2 √max(fan_out, fan_in), the
+    RMS of AdamW's updates, so that its rate and decay carry over (Moonlight, arXiv 2502.16982, §2.2; Kimi K2). A
+    number is taken as it is. The shape is that of the block, not of a parameter that stores several.
+    """
+    if adjust_lr_fn is None or adjust_lr_fn == "original":
+        return math.sqrt(max(1.0, fan_out / fan_in))
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(fan_out, fan_in))
+    if not isinstance(adjust_lr_fn, str) and 0 < adjust_lr_fn < math.inf:
+        return float(adjust_lr_fn)
+    raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r}; use 'original', 'match_rms_adamw' or a positive number.")

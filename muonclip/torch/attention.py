@@ -1,0 +1,250 @@
+"""Which rows of which weights feed which heads of an attention.
+
+Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. H query heads, G key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.torch.max_logits import MaxLogits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRows:
+    """The rows of one weight, and of its bias, that belong to each head: head h owns `size` rows from
+    `start + h · stride` (stride None: size, so heads stand next to each other).
+
+    `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
+    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`).
+    """
+
+    module: nn.Module
+    num_heads: int
+    size: int
+    start: int = 0
+    stride: int | None = None
+    weight: str = "weight"
+    bias: str = "bias"
+    axis: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.size if self.stride is None else self.stride
+
+    def parameters(self) -> Iterator[tuple[Tensor, int]]:
+        """The weight and, where there is one, the bias, each with its axis of heads."""
+        yield getattr(self.module, self.weight), self.axis
+        bias = getattr(self.module, self.bias, None)
+        if isinstance(bias, Tensor):
+            yield bias, 0
+
+    def of(self, parameter: Tensor, axis: int) -> Tensor:
+        """A view of the parameter in which `axis` counts heads and a last axis counts the rows of each."""
+        length = (self.num_heads - 1) * self.step + self.size
+        return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
+
+    def check(self, name: str) -> None:
+        """Raises ValueError where the weight does not have these rows."""
+        weight = getattr(self.module, self.weight)
+        end = self.start + (self.num_heads - 1) * self.step + self.size
+        rows = weight.shape[self.axis]
+        if min(self.num_heads, self.size) < 1 or self.start < 0 or self.step < self.size or end > rows:
+            raise ValueError(
+                f"{name}: {self.num_heads} heads of {self.size} rows (start {self.start}, stride {self.step}) do not "
+                f"fit a weight of shape {tuple(weight.shape)}, which has {rows} rows along axis {self.axis}."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QKProjection:
+    """One attention: the rows behind its heads by the part they play, and the statistic its forward fills.
+
+    Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
+    sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
+    fused weight can be split into its matrices; they are never scaled. `reason`, where set, says why none is.
+
+    `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`.
+    """
+
+    kind: str
+    num_heads: int
+    max_logits: MaxLogits
+    query: tuple[HeadRows, ...] = ()
+    key: tuple[HeadRows, ...] = ()
+    query_facing_shared: tuple[HeadRows, ...] = ()
+    shared_key: tuple[HeadRows, ...] = ()
+    value: tuple[HeadRows, ...] = ()
+    reason: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.max_logits.num_heads != self.num_heads:
+            raise ValueError(f"max_logits counts {self.max_logits.num_heads} heads, the projection {self.num_heads}.")
+        for part in ("query", "key", "query_facing_shared", "shared_key", "value"):
+            for rows in getattr(self, part):
+                rows.check(part)
+                if part in ("query", "key", "query_facing_shared") and rows.num_heads != self.num_heads:
+                    raise ValueError(
+                        f"{part} has rows for {rows.num_heads} heads, the attention has {self.num_heads}: a part is "
+                        f"either each head's own or, for a key that heads share, `shared_key`."
+                    )
+        if not self.reason and not self.query_facing_shared and not (self.query and self.key):
+            raise ValueError(
+                "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for none."
+            )
+
+    @classmethod
+    def mha(
+        cls, *, q: nn.Module, k: nn.Module, num_heads: int, max_logits: MaxLogits, v: nn.Module | None = None
+    ) -> QKProjection:
+        """Multi-head attention: every head has its own query and key."""
+        return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, max_logits=max_logits, v=v)
+
+    @classmethod
+    def gqa(
+        cls,
+        *,
+        q: nn.Module,
+        k: nn.Module,
+        num_heads: int,
+        num_kv_heads: int,
+        max_logits: MaxLogits,
+        v: nn.Module | None = None,
+    ) -> QKProjection:
+        """Grouped-query attention (one key head: multi-query). Where each key serves several queries, the query of a
+        loud head takes all of γ, so its quiet neighbours keep their weights."""
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
+        query = (_whole("q", q, num_heads),)
+        key = (_whole("k", k, num_kv_heads),)
+        value = () if v is None else (_whole("v", v, num_kv_heads),)
+        if num_kv_heads == num_heads:
+            return cls("mha", num_heads, max_logits, query=query, key=key, value=value)
+        kind = "mqa" if num_kv_heads == 1 else "gqa"
+        return cls(kind, num_heads, max_logits, query_facing_shared=query, shared_key=key, value=value)
+
+    @classmethod
+    def mla(
+        cls,
+        *,
+        q: nn.Module,
+        kv: nn.Module,
+        num_heads: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        max_logits: MaxLogits,
+    ) -> QKProjection:
+        """Multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows per head (the up-projection,
+        or the only one), `kv` holds [k_nope | v] rows per head. The rotary key is shared and never touched."""
+        q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
+        for name, module, stride in (("q", q, q_stride), ("kv", kv, kv_stride)):
+            if _rows(module) != num_heads * stride:
+                raise ValueError(
+                    f"{name} has {_rows(module)} rows; {num_heads} heads of {stride} would have {num_heads * stride}."
+                )
+        return cls(
+            "mla",
+            num_heads,
+            max_logits,
+            query=(HeadRows(q, num_heads, qk_nope_head_dim, 0, q_stride),),
+            key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride),),
+            query_facing_shared=(HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride),),
+            value=(HeadRows(kv, num_heads, v_head_dim, qk_nope_head_dim, kv_stride),),
+        )
+
+    @classmethod
+    def observed(cls, *, num_heads: int, max_logits: MaxLogits, reason: str) -> QKProjection:
+        """Measured and reported, never scaled; `reason` stands in the plan (QK-norm: scaling W changes nothing)."""
+        return cls("observed", num_heads, max_logits, reason=reason)
+
+    def parts(self) -> Iterator[tuple[str, HeadRows]]:
+        """Every declared part with the side it is on: "query", "key" or "value"."""
+        for rows in (*self.query, *self.query_facing_shared):
+            yield "query", rows
+        for rows in (*self.key, *self.shared_key):
+            yield "key", rows
+        for rows in self.value:
+            yield "value", rows
+
+    def scaled_parts(self) -> tuple[HeadRows, ...]:
+        return self.query + self.key + self.query_facing_shared
+
+    def trains(self) -> bool:
+        """Whether anything that the clip would scale is trained; a frozen attention need not be observed."""
+        return any(p.requires_grad for rows in self.scaled_parts() for p, _ in rows.parameters())
+
+
+def find_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
+    """The attentions of a model by module name: every module that declares itself with a `qk_projection()` method.
+
+    Raises ValueError, with a list, where a module looks like an attention and declares nothing, or where none is found.
+    """
+    found: dict[str, QKProjection] = {}
+    undeclared: list[str] = []
+    for name, module in model.named_modules():
+        declare = getattr(module, "qk_projection", None)
+        if callable(declare):
+            projection = declare()
+            if not isinstance(projection, QKProjection):
+                raise ValueError(f"{name or 'the model'}.qk_projection() returned {projection!r}, not a QKProjection.")
+            found[name] = projection
+        elif _looks_like_attention(module):
+            undeclared.append(name or type(module).__name__)
+    if undeclared or not found:
+        what = f"these attentions declare nothing: {', '.join(undeclared)}" if undeclared else "no attention was found"
+        raise ValueError(
+            f"QK-Clip: {what}. Give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
+            "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)` and a method `qk_projection()` that "
+            "returns `QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` "
+            "(or .gqa, .mla); or pass qk_clip=QKClip({name: projection, …}); or switch the clip off with qk_clip=None."
+        )
+    return found
+
+
+_QUERY_NAMES = {
+    "q_proj",
+    "query",
+    "to_q",
+    "wq",
+    "q_lin",
+    "q_b_proj",
+    "q",
+    "qkv",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "Wqkv",
+}
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return any(name in _QUERY_NAMES and hasattr(child, "weight") for name, child in module.named_children())
+
+
+def _rows(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
+    if num_heads < 1 or _rows(module) % num_heads:
+        raise ValueError(f"{name}: {num_heads} heads do not divide the {_rows(module)} rows of its weight.")
+    return HeadRows(module, num_heads, _rows(module) // num_heads)
+
+
+@torch.no_grad()
+def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
+    """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone."""
+    heads = rows.of(parameter, axis)
+    shape = [1] * heads.ndim
+    shape[axis] = rows.num_heads
+    factors = factors.view(shape)
+    heads.copy_(torch.where(factors < 1, heads * factors, heads))

@@ -1,0 +1,84 @@
+"""Which query–key pairs an attention allows, by tiles, so that no T × T mask need exist to know one tile of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMask:
+    """The intersection of what is given.
+
+    - `is_causal`: query i sees keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
+    - `window`: query i sees keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
+    - `document_ids`: int [B, T]; a query sees the keys of its own document.
+    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits (−inf: masked).
+      Padding is `keep[:, None, None, :]`.
+    """
+
+    query_length: int
+    key_length: int
+    is_causal: bool = False
+    window: int | None = None
+    document_ids: Tensor | None = None
+    attn_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1: the query's own position.")
+        if self.document_ids is not None and not (
+            self.document_ids.ndim == 2 and self.document_ids.shape[1] == self.query_length == self.key_length
+        ):
+            raise ValueError(
+                f"document_ids has shape {tuple(self.document_ids.shape)}; it must be [B, T] with T = "
+                f"{self.query_length} queries = {self.key_length} keys."
+            )
+
+    @property
+    def is_causal_only(self) -> bool:
+        return self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None
+
+    def excludes(self, rows: slice, columns: slice) -> bool:
+        """Whether position alone forbids every pair of the tile."""
+        if self.is_causal and columns.start > rows.stop - 1:
+            return True
+        if self.window is None:
+            return False
+        return rows.start - (columns.stop - 1) >= self.window or columns.start - (rows.stop - 1) >= self.window
+
+    def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+        """Bool, broadcastable to [B, H, rows, columns]; None where every pair is allowed."""
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        j = torch.arange(columns.start, columns.stop, device=device)[None, :]
+        conditions: list[Tensor] = []
+        if self.is_causal and columns.stop - 1 > rows.start:
+            conditions.append(j <= i)
+        if self.window is not None:
+            conditions.append((i - j).abs() < self.window)
+        if self.document_ids is not None:
+            conditions.append((self.document_ids[:, rows, None] == self.document_ids[:, None, columns])[:, None])
+        if self.attn_mask is not None:
+            tile = _tile(self.attn_mask, rows, columns)
+            conditions.append(tile if tile.dtype == torch.bool else tile > -torch.inf)
+        if not conditions:
+            return None
+        both = conditions[0]
+        for condition in conditions[1:]:
+            both = both & condition
+        return both
+
+    def dense(self, device: torch.device) -> Tensor | None:
+        """The mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""
+        allowed = self.allowed(slice(0, self.query_length), slice(0, self.key_length), device)
+        if allowed is None or self.attn_mask is None or self.attn_mask.dtype == torch.bool:
+            return allowed
+        return torch.where(allowed, self.attn_mask, -torch.inf)
+
+
+def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:
+    if mask.ndim >= 2 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return mask[..., columns] if mask.shape[-1] > 1 else mask

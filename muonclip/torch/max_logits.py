@@ -1,0 +1,154 @@
+"""The maximum attention logit of every head: what it is, and attention that observes it.
+
+    S_h = scale · max over allowed pairs of q_i · k_j          (Kimi K2, arXiv 2507.20534, §2.1)
+
+signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows.
+Shapes: B batch, H query heads, G key heads (G divides H), T positions, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muonclip.torch.attention_mask import AttentionMask
+
+_TILE_ROWS, _TILE_COLUMNS = 256, 1024
+
+
+class MaxLogits:
+    """The running maximum of each head since the last reset: over micro-batches, forwards and recomputation.
+
+    Set it as a plain attribute of the attention module and hand it to `attention`. It is not a buffer on purpose:
+    DistributedDataParallel overwrites registered buffers with rank 0's at every forward. It is written in place, and
+    follows the device of the queries.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        if num_heads < 1:
+            raise ValueError(f"num_heads={num_heads} must be at least 1.")
+        self.num_heads = num_heads
+        self.packed = torch.empty(2 * num_heads + 1, dtype=torch.float32)
+        self.reset()
+
+    @property
+    def maximum(self) -> Tensor:
+        """fp32 [heads]: the largest finite logit; −inf where there was none."""
+        return self.packed[: self.num_heads]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """fp32 [heads]: 1 where a NaN or +inf was seen. Apart, so that it does not hide later finite maxima."""
+        return self.packed[self.num_heads : -1]
+
+    @property
+    def observed(self) -> Tensor:
+        """fp32 []: 1 once a forward has been observed."""
+        return self.packed[-1]
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.packed.zero_()
+        self.maximum.fill_(-math.inf)
+
+    @torch.no_grad()
+    def update(self, maxima: Tensor) -> None:
+        """Take in one forward's maxima [heads] (of any dtype and source, as long as they are exact)."""
+        if maxima.shape != (self.num_heads,):
+            raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
+        if self.packed.device != maxima.device:
+            self.packed = self.packed.to(maxima.device)
+        maxima = maxima.float()
+        bad = maxima.isnan() | (maxima == math.inf)
+        self.maximum.copy_(torch.maximum(self.maximum, maxima.masked_fill(bad, -math.inf)))
+        self.nonfinite.copy_(torch.maximum(self.nonfinite, bad.float()))
+        self.observed.fill_(1.0)
+
+    def __repr__(self) -> str:
+        return f"MaxLogits({self.maximum.tolist()})"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    softcap: float | None = None,
+    max_logits: MaxLogits | None = None,
+) -> Tensor:
+    """Scaled dot-product attention that also observes its exact maximum logits.
+
+    q: [B, H, Tq, d], k: [B, G, Tk, d], v: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
+    Masks: see `AttentionMask`. `softcap` c: the logits become c·tanh(S/c), computed densely; S is taken before it.
+    With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected.
+    Raises ValueError for shapes that do not fit.
+    """
+    _check_shapes(q, k, v, max_logits)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    if max_logits is not None and torch.is_grad_enabled():
+        max_logits.update(measure_max_logits(q, k, scale=scale, mask=mask))
+    if softcap is not None:
+        return _softcapped_attention(q, k, v, scale, mask, softcap)
+    dense = None if mask.is_causal_only else mask.dense(q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, dense, is_causal=mask.is_causal_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@torch.no_grad()
+def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
+    """The exact maxima [H] of one attention in float32 (float64 for float64), in tiles, outside autocast and autograd.
+
+    q: [B, H, Tq, d], k: [B, G, Tk, d]. A head with no allowed pair gives −inf; NaN is kept.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    batch, heads, _, width = q.shape
+    groups = k.shape[1]
+    maxima = torch.full((heads,), -math.inf, dtype=dtype, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows in _tiles(mask.query_length, _TILE_ROWS):
+            length = rows.stop - rows.start
+            # Queries that share a key head stand below each other, so that the key is never repeated.
+            queries = (q[:, :, rows].to(dtype) * scale).reshape(batch, groups, heads // groups * length, width)
+            for columns in _tiles(mask.key_length, _TILE_COLUMNS):
+                if mask.excludes(rows, columns):
+                    continue
+                scores = (queries @ k[:, :, columns].to(dtype).mT).view(batch, heads, length, -1)
+                allowed = mask.allowed(rows, columns, q.device)
+                if allowed is not None:
+                    scores = scores.masked_fill(~allowed, -math.inf)
+                maxima = torch.maximum(maxima, scores.amax((0, 2, 3)))
+    return maxima
+
+
+def _tiles(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    scores = (q * scale) @ k.repeat_interleave(repeats, 1).mT
+    scores = softcap * torch.tanh(scores.float() / softcap)
+    dense = mask.dense(q.device)
+    if dense is not None:
+        scores = scores.masked_fill(~dense, -math.inf) if dense.dtype == torch.bool else scores + dense
+    return scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeats, 1)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"{shapes}: attention needs q [B, H, Tq, d], k [B, G, Tk, d] and v [B, G, Tk, dv].")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
+    if max_logits is not None and max_logits.num_heads != q.shape[1]:
+        raise ValueError(f"max_logits counts {max_logits.num_heads} heads, but {shapes} has {q.shape[1]} query heads.")

@@ -1,0 +1,449 @@
+"""`Muon`, a superset of `torch.optim.Muon`, and `MuonClip`: Muon for matrices, AdamW for the rest, then QK-Clip.
+
+The mathematics is in `muonclip.core` and `matrix_update.py`; here are groups, state and the order of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw as adamw_functional
+
+from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
+from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients
+from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.matrix_update import MatrixUpdate
+from muonclip.torch.param_groups import Plan, PlannedParameter, default_layout, plan_module, plan_named
+from muonclip.torch.products import choose_products
+from muonclip.torch.qk_clip import QKClip
+
+
+class _TorchEps(float):
+    """`torch.optim.Muon`'s default 1e-7, told apart from the same number given on purpose: see `Muon`."""
+
+
+_EPS = _TorchEps(1e-7)
+_JORDAN = (3.4445, -4.7750, 2.0315)
+
+Group = dict[str, Any]
+
+
+class _MatrixOptimizer(Optimizer):
+    """Groups with `use` "muon" or "adamw", a layout for every Muon parameter, and their state.
+
+    `_layouts[g][i]` belongs to `param_groups[g]["params"][i]`: by position, because engines replace parameters, and
+    outside the groups, because those are saved.
+    """
+
+    def __init__(self, groups: Iterable[Group], options: Mapping[str, Group], workspace_bytes: int | None) -> None:
+        if workspace_bytes is not None and workspace_bytes < 1:
+            raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None.")
+        self._options = options
+        self._workspace_bytes = workspace_bytes
+        self._layouts: list[list[MatrixLayout | None]] = []
+        super().__init__(groups, {name: options["muon"][name] for name in ("lr", "weight_decay")})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group: `params`, and any option of its `use` ("muon", the default, or "adamw").
+
+        A Muon group may carry `layout`, a `MatrixLayout` or one per parameter; by default the shape decides. Raises
+        ValueError, and adds nothing, for parameters and options that do not fit.
+        """
+        group = dict(param_group)
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        use = group.setdefault("use", "muon")
+        if use not in self._options:
+            raise ValueError(f"use={use!r} in a parameter group; it is one of {', '.join(map(repr, self._options))}.")
+        layouts: list[MatrixLayout | None] = [None] * len(group["params"])
+        if use == "muon":
+            layouts = _layouts_of(group, group.pop("layout", None))
+        group = {**self._options[use], **group}
+        _check_muon_options(group) if use == "muon" else _check_adamw_options(group)
+        if use == "muon" and isinstance(group["eps"], _TorchEps):
+            group["eps"] = None
+        super().add_param_group(group)
+        self._layouts.append(layouts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's; `torch.optim.Muon`'s state is accepted. Momentum keeps its precision: torch would cast a
+        float32 buffer to the dtype of a bf16 parameter."""
+        super().load_state_dict(state_dict)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            if group["use"] == "muon":
+                for index, parameter in zip(saved["params"], group["params"], strict=True):
+                    buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+                    dtype = group["momentum_dtype"] or parameter.dtype
+                    if buffer is not None and dtype != parameter.dtype:
+                        buffer = buffer.detach().to(device=parameter.device, dtype=dtype, copy=True)
+                        self.state[parameter]["momentum_buffer"] = buffer
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_options", "_workspace_bytes", "_layouts")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options
+            for name, value in self._options[group.setdefault("use", "muon")].items():
+                group.setdefault(name, None if isinstance(value, _TorchEps) else value)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update. `closure` re-evaluates the loss with gradients enabled and is returned from."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        matrices = MatrixUpdate(self._workspace_bytes)
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            if group["use"] == "adamw":
+                _adamw_update(group, self.state)
+                continue
+            for parameter, layout in zip(group["params"], layouts, strict=True):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    dtype = group["momentum_dtype"] or parameter.dtype
+                    state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+                assert layout is not None
+                matrices.add(parameter, parameter.grad, state["momentum_buffer"], layout, group)
+        matrices.finish()
+
+    def _check_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                name = _name_of(group, index, position)
+                if hasattr(parameter, "placements"):
+                    raise ValueError(f"{name} is a sharded DTensor; this version updates whole tensors only.")
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
+
+
+class Muon(_MatrixOptimizer):
+    """Muon for matrices: the arguments, defaults and state of `torch.optim.Muon`, and more.
+
+    params: matrices, named or not, or groups; vectors raise ValueError. A parameter of three axes is a stack of
+    matrices, one of four and more a convolution, unless its group says `layout=MatrixLayout(…)`.
+
+    `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
+    set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA, float32
+    elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the parameter's). `products`: "plain" or
+    "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32.
+
+    Two differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first: updates
+    agree within 3 % (Frobenius). And `eps` left at its default guards against division by zero only, so gradients
+    that torch's floor of 1e-7 swallows get their full-size update; an `eps` that you pass is the floor, as in torch.
+
+    A matrix whose gradient is zero, such as an expert that got no token, still moves by a full-size update along its
+    decaying momentum, as in torch. `freeze_unused=True` leaves such matrices, and their momentum, alone for that step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = _JORDAN,
+        eps: float = _EPS,
+        ns_steps: int | None = DEFAULT_NS_STEPS,
+        adjust_lr_fn: AdjustLR = None,
+        *,
+        ns_dtype: torch.dtype | None = None,
+        products: str | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        freeze_unused: bool = False,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        options = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
+            products=products,
+            momentum_dtype=momentum_dtype,
+            freeze_unused=freeze_unused,
+        )
+        super().__init__(params, {"muon": options}, workspace_bytes)
+
+
+class MuonClip(_MatrixOptimizer):
+    """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), in the place of `AdamW(model.parameters(), …)`:
+
+        optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)
+        print(optimizer.plan)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    model: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given or
+    None. Matrices go to Muon, embeddings, head, norms, biases and the rest to AdamW; `plan` says which and why. With
+    the default `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
+
+    `tau`: attention logits above it are clipped after each step, in units of the logit after its softmax scale.
+    `qk_clip`: "auto" finds the attentions that declare themselves in the module; a `QKClip` is used as it is (its own
+    tau); None switches the clip off. `per_head`: every head of q, k (and v) is a matrix of its own. `adamw`: options
+    of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none on norms and
+    biases), `fused`. `capturable`: for CUDA graphs, as in torch. The other arguments are `Muon`'s.
+
+    Raises ValueError for arguments that do not fit and for attention that is not understood, RuntimeError from `step`,
+    before anything is changed, where the clip lacks its observation (see `QKClip.step`).
+    """
+
+    plan: Plan
+    """Who updates each parameter, as which matrices, and why. `print(optimizer.plan)`."""
+    qk_clip: QKClip | None
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        ns_coefficients: Coefficients = "jordan",
+        ns_steps: int | None = None,
+        eps: float = _EPS,
+        adjust_lr_fn: AdjustLR = "match_rms_adamw",
+        per_head: bool = False,
+        tau: float = 100.0,
+        qk_clip: QKClip | Literal["auto"] | None = "auto",
+        adamw: Mapping[str, Any] | None = None,
+        ns_dtype: torch.dtype | None = None,
+        products: str | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        freeze_unused: bool = False,
+        capturable: bool = False,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        muon_options = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
+            products=products,
+            momentum_dtype=momentum_dtype,
+            freeze_unused=freeze_unused,
+        )
+        adamw_options = _adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
+        self.qk_clip = _find_clip(model, qk_clip, tau)
+        projections = {} if self.qk_clip is None else self.qk_clip.projections
+        self.plan = Plan(
+            (), projections, {**muon_options, "adamw": adamw_options, "tau": self.qk_clip and self.qk_clip.tau}
+        )
+        if isinstance(model, nn.Module):
+            named = dict(model.named_parameters())
+            groups = _groups_of(plan_module(model, projections, per_head=per_head), named)
+        elif per_head:
+            raise ValueError("per_head=True needs to know the heads: pass the model itself.")
+        else:
+            groups = _given_groups(model)
+        super().__init__(groups, {"muon": muon_options, "adamw": adamw_options}, workspace_bytes)
+        if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
+            raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide the named parameters."""
+        param_group = dict(param_group)
+        planned: list[PlannedParameter] | None = param_group.pop("planned", None)
+        if planned is None and "use" not in param_group:
+            for group in _given_groups([param_group]):
+                self.add_param_group(group)
+            return
+        super().add_param_group(param_group)
+        group, layouts = self.param_groups[-1], self._layouts[-1]
+        if planned is None:
+            index = len(self.param_groups) - 1
+            planned = [
+                PlannedParameter(
+                    _name_of(group, index, position), tuple(parameter.shape), group["use"], "as its group says", layout,
+                    group["weight_decay"] > 0, not parameter.requires_grad,
+                )
+                for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
+            ]  # fmt: skip
+        self.plan = Plan((*self.plan.parameters, *planned), self.plan.attentions, self.plan.defaults)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
+        if self.qk_clip is not None:
+            self.qk_clip.raise_deferred(wait=True)
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "qk_clip": self.qk_clip, "plan": self.plan}
+
+    def _update(self) -> None:
+        if self.qk_clip is None:
+            super()._update()
+            return
+        idle = all(float(group["lr"]) == 0 for group in self.param_groups)
+        factors = self.qk_clip.measure(allow_unobserved=idle)
+        super()._update()
+        self.qk_clip.apply(factors)
+
+
+def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:
+    if qk_clip is None or isinstance(qk_clip, QKClip):
+        return qk_clip
+    if qk_clip != "auto":
+        raise ValueError(f"qk_clip={qk_clip!r}; use 'auto', a QKClip, or None.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "MuonClip was given parameters, from which the attention cannot be found. Pass the model itself, "
+            "MuonClip(model, …), or give qk_clip=QKClip(model), or switch the clip off with qk_clip=None."
+        )
+    return QKClip(model, tau)
+
+
+def _groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
+    """At most three groups: Muon, AdamW, AdamW without decay."""
+    groups: list[Group] = []
+    for use, decays in (("muon", True), ("adamw", True), ("adamw", False)):
+        lines = [line for line in planned if line.use == use and line.decays == decays]
+        if lines:
+            group: Group = {"params": [(line.name, named[line.name]) for line in lines], "use": use, "planned": lines}
+            if use == "muon":
+                group["layout"] = [line.layout for line in lines]
+            if not decays:
+                group["weight_decay"] = 0.0
+            groups.append(group)
+    return groups
+
+
+def _given_groups(params: Iterable[Any]) -> list[Group]:
+    """Groups as MuonClip takes them, from groups and named parameters; what says no `use` is divided by names."""
+    groups: list[Group] = []
+    given = list(params)
+    if given and not isinstance(given[0], dict):
+        given = [{"params": given}]
+    for group in given:
+        if "use" in group:
+            groups.append(dict(group))
+            continue
+        named = list(group["params"])
+        if not all(isinstance(item, tuple) for item in named):
+            raise ValueError(
+                "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
+                "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
+            )
+        options = {name: value for name, value in group.items() if name != "params"}
+        groups += [{**options, **part} for part in _groups_of(plan_named(named), dict(named))]
+    if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
+        for group in groups:  # torch wants names for all or for none
+            group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
+    return groups
+
+
+def _adamw_options(given: Mapping[str, Any], *, lr: float, weight_decay: float, capturable: bool) -> Group:
+    known: Group = dict(lr=None, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, fused=None)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"adamw={{{', '.join(unknown)}: …}} is not an option of the AdamW half; known: {', '.join(known)}."
+        )
+    options = {**known, **given, "capturable": capturable}
+    options["lr"] = lr if options["lr"] is None else options["lr"]
+    options["weight_decay"] = weight_decay if options["weight_decay"] is None else options["weight_decay"]
+    _check_adamw_options(options)
+    return options
+
+
+def _layouts_of(group: Group, layout: MatrixLayout | Sequence[MatrixLayout] | None) -> list[MatrixLayout | None]:
+    given = [layout] * len(group["params"]) if layout is None or isinstance(layout, MatrixLayout) else list(layout)
+    if len(given) != len(group["params"]):
+        raise ValueError(f"layout lists {len(given)} layouts for the {len(group['params'])} parameters of its group.")
+    layouts: list[MatrixLayout | None] = []
+    for position, (item, own) in enumerate(zip(group["params"], given, strict=True)):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
+        try:
+            layouts.append(own or default_layout(parameter.shape))
+            (own or default_layout(parameter.shape)).matrix_shapes(parameter.shape)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}" if own else f"{name!r} {error}") from None
+        if parameter.is_complex():
+            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
+    return layouts
+
+
+def _check_muon_options(options: Group) -> None:
+    _check_rate(options)
+    if not 0 <= options["momentum"] < 1:
+        raise ValueError(f"momentum={options['momentum']} must lie in [0, 1).")
+    if options["eps"] is not None and not options["eps"] >= 0:
+        raise ValueError(f"eps={options['eps']} must be zero or more.")
+    resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
+    update_scale(1, 1, options["adjust_lr_fn"])
+    choose_products(options["products"])
+
+
+def _check_adamw_options(options: Group) -> None:
+    _check_rate(options)
+    if not all(0 <= beta < 1 for beta in options["betas"]):
+        raise ValueError(f"betas={options['betas']} must lie in [0, 1).")
+    if not options["eps"] >= 0:
+        raise ValueError(f"eps={options['eps']} must be zero or more.")
+
+
+def _check_rate(options: Group) -> None:
+    for name in ("lr", "weight_decay"):
+        if not (options[name] >= 0 and math.isfinite(options[name])):
+            raise ValueError(f"{name}={options[name]} must be a finite number, zero or more.")
+
+
+def _adamw_update(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """The host's AdamW, with the host's state names."""
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        if not state[parameter]:
+            on_device = group["capturable"] or group["fused"]
+            state[parameter]["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
+            state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+            state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+    beta1, beta2 = group["betas"]
+    adamw_functional(
+        parameters,
+        [parameter.grad for parameter in parameters],
+        [state[parameter]["exp_avg"] for parameter in parameters],
+        [state[parameter]["exp_avg_sq"] for parameter in parameters],
+        [],
+        [state[parameter]["step"] for parameter in parameters],
+        fused=group["fused"],
+        capturable=group["capturable"],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _name_of(group: Group, index: int, position: int) -> str:
+    names = group.get("param_names")
+    return names[position] if names else f"param_groups[{index}]['params'][{position}]"

@@ -1,0 +1,39 @@
+"""The products of the Newton–Schulz iteration on torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from muonclip.core import Products, plain_products
+
+PRODUCTS: Mapping[str, Products] = MappingProxyType(
+    {
+        "plain": plain_products(torch),
+        # The addition rides in the matrix product: fewer passes over memory, and one rounding less in bf16.
+        "baddbmm": Products(
+            sum_squares=lambda x: x.square().sum((-2, -1), keepdim=True),
+            gram=lambda x: x @ x.mT,
+            polynomial=lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
+            update=lambda x, polynomial, a: torch.baddbmm(x, polynomial, x, beta=a),
+        ),
+    }
+)
+
+
+def choose_products(name: str | None) -> Products:
+    """The products by name; None takes the fastest for any device. Raises ValueError for an unknown name."""
+    if name is not None and name not in PRODUCTS:
+        raise ValueError(f"products={name!r} is not known; use None, {' or '.join(map(repr, PRODUCTS))}.")
+    return PRODUCTS[name or "baddbmm"]
+
+
+def iteration_dtype(tensor: torch.Tensor, ns_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the products: bf16 on CUDA, float32 elsewhere; float64 stays; `ns_dtype` overrides."""
+    if ns_dtype is not None:
+        return ns_dtype
+    if tensor.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if tensor.device.type == "cuda" else torch.float32

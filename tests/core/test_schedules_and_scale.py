@@ -1,0 +1,56 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+
+from muonclip.core import WarmupConstantCosine, update_scale
+
+
+def test_warms_up_stays_and_decays():
+    schedule = WarmupConstantCosine(warmup=4, constant=3, decay=2, final=0.1)
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.55, 0.1, 0.1]
+    assert [schedule(step) for step in range(11)] == pytest.approx(expected)
+    assert schedule.total_steps == 9
+
+
+def test_is_the_same_when_traced():
+    schedule = WarmupConstantCosine(warmup=4, constant=3, decay=2, final=0.1)
+    traced = jax.jit(lambda step: schedule(step, xp=jnp))
+    assert [float(traced(step)) for step in range(11)] == pytest.approx([schedule(step) for step in range(11)])
+
+
+def test_k2_preset_reads_as_the_report():
+    """Peak for 10T tokens including 500 warm-up steps, then a cosine to a tenth over 5.5T, 67M tokens a step."""
+    k2 = WarmupConstantCosine.k2()
+    assert k2.warmup == 500
+    assert (k2.warmup + k2.constant) * 67e6 == pytest.approx(10e12, rel=1e-5)
+    assert k2.decay * 67e6 == pytest.approx(5.5e12, rel=1e-5)
+    assert k2(499) == k2(100_000) == 1
+    assert 2e-4 * k2(k2.total_steps) == pytest.approx(2e-5)
+
+
+def test_drives_a_torch_scheduler():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupConstantCosine(warmup=2))
+    assert scheduler.get_last_lr() == [1.0]
+
+
+@pytest.mark.parametrize("wrong", [dict(warmup=-1), dict(decay=-2), dict(final=1.5)])
+def test_wrong_schedules_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        WarmupConstantCosine(**wrong)
+
+
+def test_update_scales():
+    assert update_scale(3, 12, None) == update_scale(3, 12, "original") == 1.0
+    assert update_scale(12, 3, "original") == 2.0
+    assert update_scale(9, 4, "match_rms_adamw") == update_scale(4, 9, "match_rms_adamw") == pytest.approx(0.6)
+    assert update_scale(9, 4, 0.3) == 0.3
+
+
+@pytest.mark.parametrize("wrong", ["match_rms", 0, -1.0, math.inf, math.nan])
+def test_unknown_scales_are_refused(wrong):
+    with pytest.raises(ValueError, match="adjust_lr_fn="):
+        update_scale(2, 2, wrong)

@@ -1,0 +1,355 @@
+"""`MuonClip` as a torch optimizer: the order of a step, groups, state, and everything that scripts do to it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from svd_oracle import svd_polynomial
+from tiny_attention import KINDS, WIDTH, TinyModel, dense_max_logits
+from torch import nn
+
+from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
+from muonclip.torch import MuonClip, QKClip
+
+
+def tokens(seed, batch=2, length=9):
+    return torch.randint(0, 13, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def build(kind="mha", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = TinyModel(kind).to(dtype)
+    return model, MuonClip(model, **{"lr": 0.05, "tau": 0.5, **options})
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        model.loss(tokens(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def equal(model, other):
+    return all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_muon_and_adamw_and_then_the_clip(kind):
+    """Against the three done by hand: the update from the gradient, the host's AdamW, and factors from S before it."""
+    model, optimizer = build(kind, torch.float64, tau=0.3, nesterov=False, adamw=dict(lr=0.01))
+    reference = copy.deepcopy(model)
+    model.loss(tokens(0)).backward()
+    reference.loss(tokens(0)).backward()
+    optimizer.step()
+
+    muon = {line.name: line for line in optimizer.plan.parameters if line.use == "muon"}
+    decayed = {line.name: line.decays for line in optimizer.plan.parameters}
+    parameters = dict(reference.named_parameters())
+    adamw = torch.optim.AdamW(
+        [dict(params=[p], weight_decay=0.1 * decayed[n]) for n, p in parameters.items() if n not in muon],
+        lr=0.01,
+        betas=(0.9, 0.95),
+    )
+    adamw.step()
+    with torch.no_grad():
+        for name, line in muon.items():
+            if parameters[name].grad is None:
+                continue
+            updates = [
+                0.2
+                * max(block.shape[-2:]) ** 0.5
+                * torch.from_numpy(svd_polynomial(block, resolve_coefficients("jordan")))
+                for block in line.layout.split(parameters[name].grad, xp=torch)
+            ]
+            update = line.layout.join(updates, line.shape, xp=torch)
+            parameters[name].sub_(0.05 * (update + 0.1 * parameters[name]))
+    qk_clip = QKClip(reference, tau=0.3)
+    qk_clip.step()
+    assert qk_clip.report().clipped_heads > 0
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_rate_zero_only_the_clip_acts(kind):
+    model, optimizer = build(kind, torch.float64, lr=0.0, tau=0.2)
+    x = model.embed(tokens(0)[:, :-1])
+    layer = model.layers[0]
+    q, k, _ = layer.qkv_of(x)
+    before = dense_max_logits(q, k)
+    values = copy.deepcopy(model)
+    train(model, optimizer, [0])
+    q, k, _ = layer.qkv_of(x)
+    np.testing.assert_allclose(dense_max_logits(q, k), np.minimum(before, 0.2), rtol=1e-6)
+    assert torch.equal(model.lm_head.weight, values.lm_head.weight)
+
+
+def test_training_with_the_clip_holds_the_logits():
+    last = {}
+    for tau in (1.0, float("inf")):
+        model, optimizer = build("gqa", tau=tau, lr=0.05, weight_decay=0.0)
+        train(model, optimizer, range(40))
+        last[tau] = optimizer.qk_clip.report().max_logit
+    assert last[1.0] < 4
+    assert last[float("inf")] > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32])
+def test_resumes_bit_for_bit(tmp_path, dtype, momentum_dtype):
+    straight, optimizer = build("mla", dtype, momentum_dtype=momentum_dtype)
+    train(straight, optimizer, range(6))
+    model, optimizer = build("mla", dtype, momentum_dtype=momentum_dtype)
+    train(model, optimizer, range(3))
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
+    model, optimizer = build("mla", dtype, momentum_dtype=momentum_dtype, lr=0.9)
+    for target, state in zip(
+        (model, optimizer), torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True
+    ):
+        target.load_state_dict(state)
+    train(model, optimizer, range(3, 6))
+    assert equal(model, straight)
+
+
+def test_closures_run_with_gradients_and_return_their_loss():
+    model, optimizer = build()
+    other, by_hand = build()
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss(tokens(0))
+        loss.backward()
+        calls.append(torch.is_grad_enabled())
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    train(other, by_hand, [0])
+    assert calls == [True]
+    assert loss.item() == pytest.approx(other.loss(tokens(0)).item(), rel=2)
+    assert equal(model, other)
+
+
+def test_schedulers_hooks_and_group_options():
+    model, optimizer = build()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    train(model, optimizer, [0])
+    scheduler.step()
+    assert seen == ["pre", "post"]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.025}
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert [(group["use"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        ("muon", 0.1),
+        ("adamw", 0.1),
+        ("adamw", 0.0),
+    ]
+
+
+def test_adamw_options():
+    _, optimizer = build(adamw=dict(lr=0.3, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.7))
+    _, decayed, plain = optimizer.param_groups
+    assert (decayed["lr"], decayed["betas"], decayed["eps"], decayed["weight_decay"]) == (0.3, (0.8, 0.9), 1e-5, 0.7)
+    assert (plain["lr"], plain["weight_decay"]) == (0.3, 0.0)
+
+
+def test_added_groups_are_updated_and_planned():
+    model, optimizer = build()
+    extra = nn.Linear(WIDTH, 12)
+    optimizer.add_param_group(dict(params=extra.named_parameters(prefix="extra"), lr=0.5))
+    muon, vector = optimizer.param_groups[-2:]
+    assert (muon["use"], muon["param_names"], muon["lr"]) == ("muon", ["extra.weight"], 0.5)
+    assert (vector["use"], vector["param_names"], vector["weight_decay"]) == ("adamw", ["extra.bias"], 0.0)
+    assert "extra.weight" in str(optimizer.plan)
+    before = copy.deepcopy(extra)
+    extra(torch.randn(3, WIDTH)).square().sum().backward()
+    train(model, optimizer, [0])
+    assert not torch.equal(extra.weight, before.weight)
+    assert not torch.equal(extra.bias, before.bias)
+
+
+def test_parameters_without_gradient_and_frozen_ones_stay():
+    model, optimizer = build()
+    model.embed.weight.requires_grad_(False)
+    unused = model.layers[1].v.weight
+    model.loss(tokens(0)).backward()
+    unused.grad = None
+    before = copy.deepcopy(model)
+    optimizer.step()
+    assert torch.equal(unused, before.layers[1].v.weight)
+    assert torch.equal(model.embed.weight, before.embed.weight)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    frozen, optimizer = build()
+    frozen.embed.weight.requires_grad_(False)
+    assert "frozen" in str(MuonClip(frozen).plan)
+
+
+def test_a_step_that_the_scaler_skips_clips_nothing_and_spoils_nothing():
+    model, optimizer = build(tau=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    start = copy.deepcopy(model)
+    scaler.scale(model.loss(tokens(0))).backward()
+    model.lm_head.weight.grad[0, 0] = float("inf")
+    scaler.step(optimizer), scaler.update(), model.zero_grad()
+    assert equal(model, start)
+    scaler.scale(model.loss(tokens(1))).backward()
+    scaler.step(optimizer), scaler.update()
+    assert optimizer.qk_clip.report().clipped_heads > 0
+    assert not equal(model, start)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_non_finite_maximum_of_a_skipped_step_does_not_fail_the_next(set_to_none):
+    model, optimizer = build(tau=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = model.layers[0].q.weight
+    start = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    scaler.scale(model.loss(tokens(0))).backward()
+    assert model.layers[0].max_logits.nonfinite.any()
+    scaler.step(optimizer), scaler.update(), model.zero_grad(set_to_none=set_to_none)
+    with torch.no_grad():
+        weight.copy_(start)
+    scaler.scale(model.loss(tokens(1))).backward()
+    scaler.step(optimizer), scaler.update()
+    assert optimizer.qk_clip.report().layers["layers.0"].max_logits.isfinite().all()
+
+
+def test_a_non_finite_maximum_is_an_error_before_anything_moves():
+    model, optimizer = build()
+    with torch.no_grad():
+        model.layers[1].k.weight[3, 0] = float("nan")
+    model.loss(tokens(0)).backward()
+    before, state = copy.deepcopy(model.state_dict()), len(optimizer.state)
+    with pytest.raises(RuntimeError, match=r"non-finite attention logits in layers\.1 \(heads \[0\]\)"):
+        optimizer.step()
+    assert all(torch.equal(before[name].nan_to_num(), t.nan_to_num()) for name, t in model.state_dict().items())
+    assert len(optimizer.state) == state == 0
+
+
+def test_a_missing_observation_is_an_error_before_anything_moves():
+    model, optimizer = build()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"observed no forward of layers\.0, layers\.1"):
+        optimizer.step()
+    assert equal(model, before)
+    assert not optimizer.state
+
+
+def test_an_initialising_step_at_rate_zero_needs_no_observation():
+    """Checkpoint libraries run one step with zero gradients and rate 0 to create the state."""
+    model, optimizer = build(lr=0.0)
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert equal(model, before)
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_gradient_accumulation_is_one_step():
+    """Momentum advances once and the clip sees the maximum over the micro-batches."""
+    model, optimizer = build(dtype=torch.float64)
+    whole, reference = build(dtype=torch.float64)
+    both = torch.cat([tokens(0), tokens(1)])
+    whole.loss(both).backward()
+    for seed in (0, 1):
+        (model.loss(tokens(seed)) / 2).backward()
+    optimizer.step(), reference.step()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_without_the_clip():
+    model, optimizer = build(qk_clip=None)
+    assert optimizer.qk_clip is None
+    assert "QK-Clip off" in str(optimizer.plan)
+    train(model, optimizer, [0])
+
+
+def test_a_clip_of_one_s_own_keeps_its_tau():
+    model, _ = build()
+    optimizer = MuonClip(model, qk_clip=QKClip(model, tau=0.01, alpha=0.3), tau=5.0)
+    train(model, optimizer, [0])
+    assert optimizer.qk_clip.tau == 0.01
+    assert optimizer.qk_clip.report().clipped_heads > 0
+
+
+def test_named_parameters_and_groups():
+    model, _ = build()
+    by_name = MuonClip(model.named_parameters(), qk_clip=None)
+    by_module = MuonClip(model, qk_clip=None)
+    assert [g["param_names"] for g in by_name.param_groups] == [g["param_names"] for g in by_module.param_groups]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    groups = [dict(params=matrices, use="muon", lr=0.1), dict(params=rest, use="adamw", betas=(0.5, 0.6))]
+    optimizer = MuonClip(groups, qk_clip=QKClip(model), weight_decay=0.2)
+    assert [(g["use"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("muon", 0.1, 0.2),
+        ("adamw", 1e-3, 0.2),
+    ]
+    assert optimizer.param_groups[1]["betas"] == (0.5, 0.6)
+    train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
+def test_every_polynomial_trains(name):
+    model, optimizer = build(ns_coefficients=name, lr=0.02, tau=100.0)
+    first = model.loss(tokens(0)).item()
+    train(model, optimizer, [0] * 15)
+    assert model.loss(tokens(0)).item() < 0.7 * first
+
+
+def test_copies_and_leaves_the_model_alone():
+    model, optimizer = build()
+    train(model, optimizer, [0])
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    train(model, optimizer, [1]), train(copied_model, copied, [1])
+    assert equal(model, copied_model)
+    assert str(copied.plan) == str(optimizer.plan)
+    assert set(model.state_dict()) == set(TinyModel().state_dict())
+
+
+def test_memory_is_freed_with_the_optimizer():
+    import gc
+    import weakref
+
+    model, optimizer = build()
+    train(model, optimizer, [0])
+    gone = weakref.ref(optimizer.qk_clip)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    model.loss(tokens(0)).backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: MuonClip(m.parameters()), r"Pass the model itself, MuonClip\(model"),
+        (lambda m: MuonClip(m.named_parameters()), "Pass the model itself"),
+        (lambda m: MuonClip(m.parameters(), qk_clip=None), "parameters without names"),
+        (lambda m: MuonClip(nn.Linear(4, 5)), "no attention was found"),
+        (lambda m: MuonClip(m, tau=0), "tau=0 must be positive"),
+        (lambda m: MuonClip(m, tau=-3.0), "tau=-3.0 must be positive"),
+        (lambda m: MuonClip(m, lr=-1e-3), "lr=-0.001 must be"),
+        (lambda m: MuonClip(m, ns_coefficients="jordon"), "'jordon' is not a known polynomial"),
+        (lambda m: MuonClip(m, qk_clip="on"), "qk_clip='on'; use 'auto', a QKClip, or None"),
+        (lambda m: MuonClip(m, adamw=dict(beta1=0.9)), r"adamw=\{beta1: …\} is not an option.*known: lr, betas"),
+        (lambda m: MuonClip(m, adamw=dict(lr=-1.0)), "lr=-1.0 must be"),
+        (lambda m: MuonClip(m, adamw=dict(betas=(0.9, 1.0))), "betas="),
+        (lambda m: MuonClip(m.named_parameters(), qk_clip=None, per_head=True), "per_head=True needs"),
+        (lambda m: MuonClip(nn.LayerNorm(4), qk_clip=None), "no matrix to give to Muon"),
+        (lambda m: MuonClip([dict(params=m.named_parameters(), use="sgd")], qk_clip=None), "use='sgd' in a parameter"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(TinyModel())

@@ -1,0 +1,317 @@
+"""The clip, judged by a dense probe that shares no code with it, on the same inputs before and after."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, TinyModel, dense_max_logits, head_rows
+from torch import nn
+
+from muonclip.torch import HeadRows, MaxLogits, QKClip, QKProjection, attention
+from muonclip.torch import qk_clip as qk_clip_module
+
+
+def loud_attention(kind, seed, dtype=torch.float64):
+    """An attention whose heads have very different maxima, and inputs for it."""
+    torch.manual_seed(seed)
+    layer, x = TinyAttention(kind).to(dtype), torch.randn(2, 8, WIDTH, dtype=dtype)
+    projection = layer.qk_projection()
+    with torch.no_grad():
+        for rows in (*projection.query, *projection.query_facing_shared):
+            for parameter, axis in rows.parameters():
+                heads = rows.of(parameter, axis)
+                shape = [1] * heads.ndim
+                shape[axis] = -1
+                heads.mul_(torch.linspace(0.1, 12, HEADS, dtype=dtype)[torch.randperm(HEADS)].view(shape))
+    return layer, x
+
+
+def probe(layer, x):
+    q, k, _ = layer.qkv_of(x)
+    return dense_max_logits(q, k)
+
+
+def clip(layer, x, tau, **options):
+    qk_clip = QKClip({"attn": layer.qk_projection()}, tau, **options)
+    layer(x)
+    qk_clip.step()
+    return qk_clip
+
+
+cases = {"kind": st.sampled_from(KINDS), "seed": st.integers(0, 10_000), "quantile": st.floats(0.02, 0.98)}
+
+
+@given(**cases, alpha=st.floats(0, 1))
+def test_every_head_ends_at_the_smaller_of_its_maximum_and_tau(kind, seed, quantile, alpha):
+    layer, x = loud_attention(kind, seed)
+    before = probe(layer, x)
+    tau = max(float(np.quantile(before, quantile)), 1e-3)
+    clip(layer, x, tau, alpha=alpha)
+    np.testing.assert_allclose(probe(layer, x), np.minimum(before, tau), rtol=1e-6, atol=1e-9)
+
+
+@given(**cases)
+def test_quiet_heads_keep_their_bits_and_nothing_else_moves(kind, seed, quantile):
+    layer, x = loud_attention(kind, seed, torch.float32)
+    before, original = probe(layer, x), copy.deepcopy(layer)
+    tau = max(float(np.quantile(before, quantile)), 1e-3)
+    clip(layer, x, tau)
+    quiet = [head for head in range(HEADS) if before[head] <= tau * (1 - 1e-5)]
+    loud = [head for head in range(HEADS) if before[head] > tau * (1 + 1e-5)]
+    for head in quiet:
+        assert all(map(torch.equal, head_rows(layer, head), head_rows(original, head)))
+    for head in loud:
+        assert not any(map(torch.equal, head_rows(layer, head), head_rows(original, head)))
+    with torch.no_grad():  # the rest: what zeroing every scaled row leaves
+        for module in (layer, original):
+            for rows in module.qk_projection().scaled_parts():
+                for parameter, axis in rows.parameters():
+                    rows.of(parameter, axis).zero_()
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+
+
+@given(**cases)
+def test_is_idempotent(kind, seed, quantile):
+    layer, x = loud_attention(kind, seed)
+    tau = max(float(np.quantile(probe(layer, x), quantile)), 1e-3)
+    clip(layer, x, tau)
+    once = copy.deepcopy(layer)
+    clip(layer, x, tau)
+    for a, b in zip(layer.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+@given(seed=st.integers(0, 10_000), quantile=st.floats(0.02, 0.98))
+def test_permuting_heads_permutes_the_clip(seed, quantile):
+    layer, x = loud_attention("mha", seed)
+    order = torch.randperm(HEADS)
+    rows = (order[:, None] * 6 + torch.arange(6)).flatten()
+    permuted = copy.deepcopy(layer)
+    with torch.no_grad():
+        for name in ("q", "k", "v"):
+            module = getattr(permuted, name)
+            module.weight.copy_(module.weight[rows])
+            module.bias.copy_(module.bias[rows])
+    tau = max(float(np.quantile(probe(layer, x), quantile)), 1e-3)
+    gamma = clip(layer, x, tau).report().layers["attn"].gamma
+    permuted_gamma = clip(permuted, x, tau).report().layers["attn"].gamma
+    torch.testing.assert_close(permuted_gamma, gamma[order])
+    torch.testing.assert_close(permuted.q.weight, layer.q.weight[rows])
+
+
+@given(kind=st.sampled_from(["gqa", "mqa"]), seed=st.integers(0, 10_000))
+def test_one_loud_query_head_does_not_shrink_the_others_of_its_group(kind, seed):
+    layer, x = loud_attention(kind, seed)
+    before, key = probe(layer, x), layer.k.weight.clone()
+    tau = float(np.sort(before)[-2:].mean())
+    clip(layer, x, tau)
+    expected = before.copy()
+    expected[before.argmax()] = tau
+    np.testing.assert_allclose(probe(layer, x), expected, rtol=1e-6)
+    assert torch.equal(layer.k.weight, key)
+
+
+def test_bf16_weights_are_clipped_to_their_rounding():
+    layer, x = loud_attention("mla", 3, torch.bfloat16)
+    q, k, _ = layer.qkv_of(x)
+    before = dense_max_logits(q.float(), k.float())
+    clip(layer, x, 2.0)
+    q, k, _ = layer.qkv_of(x)
+    np.testing.assert_allclose(dense_max_logits(q.float(), k.float()), np.minimum(before, 2.0), rtol=4e-2)
+
+
+def test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step():
+    layer, x = loud_attention("mha", 0)
+    quiet = 0.01 * x
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1.0)
+    before = probe(layer, x)
+    layer(x), layer(quiet)
+    with torch.no_grad():
+        layer(100 * x)
+    qk_clip.step()
+    np.testing.assert_allclose(qk_clip.report().layers["attn"].max_logits, before, rtol=1e-6)
+    layer(quiet)
+    qk_clip.step()
+    assert qk_clip.report().layers["attn"].max_logits.max() < before.max()
+
+
+def test_report():
+    layer, x = loud_attention("gqa", 1)
+    before = probe(layer, x)
+    tau = float(np.median(before))
+    qk_clip = clip(layer, x, tau)
+    report = qk_clip.report()
+    row = report.layers["attn"]
+    np.testing.assert_allclose(row.max_logits, before, rtol=1e-6)
+    np.testing.assert_allclose(row.gamma, np.minimum(1, tau / before), rtol=1e-6)
+    assert row.exact.all()
+    assert torch.equal(row.bound, row.max_logits)
+    assert report.clipped_heads == int((before > tau).sum())
+    assert report.max_logit == pytest.approx(before.max(), rel=1e-6)
+    assert f"{report.clipped_heads} of {HEADS} heads clipped at tau" in str(report)
+    assert QKClip({"attn": layer.qk_projection()}).report().layers == {}
+
+
+def test_infinite_tau_observes_without_touching():
+    layer, x = loud_attention("mha", 0)
+    original = copy.deepcopy(layer)
+    assert clip(layer, x, math.inf).report().clipped_heads == 0
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+
+
+def test_observed_attention_is_reported_and_never_scaled():
+    statistic = MaxLogits(2)
+    qk_clip = QKClip([QKProjection.observed(num_heads=2, max_logits=statistic, reason="QK-norm bounds it")], 1.0)
+    statistic.update(torch.tensor([5.0, 0.5]))
+    qk_clip.step()
+    assert qk_clip.report().layers["0"].max_logits.tolist() == [5.0, 0.5]
+    assert qk_clip.report().clipped_heads == 0
+    qk_clip.step()  # it need not be observed
+
+
+def test_masters_are_scaled_with_their_copies():
+    """Otherwise the clip is undone when the engine copies the master back."""
+    layer, x = loud_attention("mla", 0, torch.bfloat16)
+    masters = {id(p): p.detach().double().clone() for p in layer.parameters()}
+    before = {key: master.clone() for key, master in masters.items()}
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1.0, master_of=lambda p: masters[id(p)])
+    layer(x)
+    qk_clip.step()
+    scaled = {id(p) for rows in layer.qk_projection().scaled_parts() for p, _ in rows.parameters()}
+    for parameter in layer.parameters():
+        torch.testing.assert_close(masters[id(parameter)].bfloat16(), parameter.detach(), rtol=1e-2, atol=1e-6)
+        assert torch.equal(masters[id(parameter)], before[id(parameter)]) == (id(parameter) not in scaled)
+
+
+def test_missing_observation_is_an_error_that_names_the_layer():
+    model = TinyModel()
+    qk_clip = QKClip(model)
+    model.layers[0](torch.randn(1, 4, WIDTH))
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"observed no forward of layers\.1 since"):
+        qk_clip.step()
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+    for parameter in model.layers[1].parameters():
+        parameter.requires_grad_(False)
+    qk_clip.step()  # a frozen attention cannot explode
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_non_finite_maximum_is_an_error_and_touches_nothing(poison):
+    layer, x = loud_attention("mha", 0)
+    original = copy.deepcopy(layer)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1.0)
+    layer(x)
+    layer.max_logits.update(torch.tensor([1.0, poison, 1.0, 1.0]))
+    with pytest.raises(RuntimeError, match=r"non-finite attention logits in attn \(heads \[1\]\)"):
+        qk_clip.step()
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+    qk_clip.reset()
+    layer(x)
+    qk_clip.step()
+
+
+@pytest.mark.parametrize("ask", ["step", "report"])
+def test_an_accelerator_is_not_waited_for(monkeypatch, ask):
+    """There the head is left alone, the others are clipped, and the next step or report raises, once."""
+    monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: False)
+    layer, x = loud_attention("mha", 0)
+    original = copy.deepcopy(layer)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1e-3)
+    layer.max_logits.update(torch.tensor([1.0, 1.0, math.nan, 1.0]))
+    qk_clip.step()
+    assert all(map(torch.equal, head_rows(layer, 2), head_rows(original, 2)))
+    assert not any(map(torch.equal, head_rows(layer, 1), head_rows(original, 1)))
+    layer(x)
+    with pytest.raises(RuntimeError, match="non-finite attention logits in attn"):
+        getattr(qk_clip, ask)()
+    getattr(qk_clip, ask)()
+    with pytest.raises(RuntimeError, match="observed no forward of attn"):
+        (qk_clip.step(), qk_clip.step(), qk_clip.report())
+
+
+def test_a_model_declares_its_attentions_or_is_refused_with_a_list():
+    model = TinyModel("gqa")
+    assert list(QKClip(model).projections) == ["layers.0", "layers.1"]
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    stranger = nn.Module()
+    stranger.known, stranger.block, stranger.torch_own = TinyAttention(), Plain(), nn.MultiheadAttention(4, 2)
+    with pytest.raises(ValueError, match=r"declare nothing: block, torch_own\. .*qk_projection.*qk_clip=None"):
+        QKClip(stranger)
+    with pytest.raises(ValueError, match="no attention was found"):
+        QKClip(nn.Linear(3, 3))
+
+
+def test_wrong_declarations_are_refused():
+    q, k, statistic = nn.Linear(5, 12), nn.Linear(5, 6), MaxLogits(4)
+    with pytest.raises(ValueError, match="q: 5 heads do not divide the 12 rows"):
+        QKProjection.mha(q=q, k=k, num_heads=5, max_logits=MaxLogits(5))
+    with pytest.raises(ValueError, match="num_kv_heads=3 must divide num_heads=4"):
+        QKProjection.gqa(q=q, k=k, num_heads=4, num_kv_heads=3, max_logits=statistic)
+    with pytest.raises(ValueError, match="q has 12 rows; 4 heads of 5 would have 20"):
+        QKProjection.mla(
+            q=q, kv=k, num_heads=4, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=1, max_logits=statistic
+        )
+    with pytest.raises(ValueError, match="max_logits counts 4 heads, the projection 3"):
+        QKProjection.mha(q=q, k=k, num_heads=3, max_logits=statistic)
+    with pytest.raises(ValueError, match="do not fit a weight of shape"):
+        QKProjection("mha", 4, statistic, query=(HeadRows(q, 4, 3, start=1),), key=(HeadRows(q, 4, 3),))
+    with pytest.raises(ValueError, match="key has rows for 2 heads"):
+        QKProjection("gqa", 4, statistic, query=(HeadRows(q, 4, 3),), key=(HeadRows(k, 2, 3),))
+    with pytest.raises(ValueError, match="needs `query` and `key`"):
+        QKProjection("mha", 4, statistic, query=(HeadRows(q, 4, 3),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(tau=0.0), "tau=0.0 must be positive"),
+        (dict(alpha=2.0), "alpha=2.0 must lie"),
+        (dict(observe="sometimes"), "observe='sometimes'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        QKClip(TinyModel(), **arguments)
+    with pytest.raises(ValueError, match=r"pass the model itself, not model\.parameters"):
+        QKClip(TinyModel().parameters())
+
+
+def test_works_after_any_optimizer():
+    torch.manual_seed(0)
+    model = TinyModel("mla")
+    optimizer, qk_clip = torch.optim.AdamW(model.parameters(), lr=0.1), QKClip(model, tau=0.3)
+    optimizer.register_step_post_hook(lambda *_: qk_clip.step())
+    clipped = 0
+    for step in range(10):
+        model.loss(torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clipped += qk_clip.report().clipped_heads
+    assert clipped > 0
+
+
+def test_a_declared_attention_that_feeds_two_statistics_of_its_own():
+    """Without a model: projections declared by hand around `attention`."""
+    torch.manual_seed(0)
+    q, k, statistic = nn.Linear(5, 12), nn.Linear(5, 12), MaxLogits(3)
+    qk_clip = QKClip([QKProjection.mha(q=q, k=k, num_heads=3, max_logits=statistic)], tau=0.01)
+    x = torch.randn(2, 7, 5)
+
+    def heads():
+        return (m(x).unflatten(-1, (3, 4)).transpose(1, 2) for m in (q, k))
+
+    query, key = heads()
+    attention(query, key, key, max_logits=statistic)
+    qk_clip.step()
+    everything = np.ones((2, 7, 7), dtype=bool)
+    np.testing.assert_allclose(dense_max_logits(*heads(), everything), 0.01, rtol=1e-4)
