@@ -268,7 +268,7 @@ class MuonClip(_MatrixOptimizer):
             raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide the named parameters."""
+        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
         param_group = dict(param_group)
         planned: list[PlannedParameter] | None = param_group.pop("planned", None)
         if planned is None and "use" not in param_group:

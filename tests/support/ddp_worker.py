@@ -1,0 +1,36 @@
+"""One rank of `test_ddp.py`: trains a replica on its own data with the clip firing, and saves what it ended with."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from tiny_attention import TinyModel
+from torch.nn.parallel import DistributedDataParallel
+
+from muonclip.torch import MuonClip
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = TinyModel("mla")
+replica = DistributedDataParallel(model)
+optimizer = MuonClip(model, lr=0.05, tau=0.5)
+clipped = []
+for step in range(20):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    tokens = torch.randint(0, 13, (2, 9), generator=generator)
+    logits = replica(tokens[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    local = torch.stack([layer.max_logits.maximum.clone() for layer in model.layers])
+    optimizer.step()
+    optimizer.zero_grad()
+    report = optimizer.qk_clip.report()
+    seen = torch.stack([layer.max_logits for layer in report.layers.values()])
+    clipped.append(report.clipped_heads)
+    highest = local.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    assert torch.equal(seen, highest), "the clip must use the maximum over the ranks"
+torch.save({"model": model.state_dict(), "clipped": clipped, "local": local}, f"{sys.argv[1]}/{rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
