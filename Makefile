@@ -42,8 +42,9 @@ clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find benchmarks muonclip tests -name __pycache__ -prune -exec rm -rf {} +
 
-# Every step may be repeated: an interrupted installation goes on at the next `make`. `--no-compile` because a kill while
-# pip compiles would leave a package that looks installed and lacks its scripts. Links to a Python that is gone are made anew.
+# Every step may be repeated: an interrupted installation goes on at the next `make`, links to a Python that is gone are
+# made anew. `--no-compile` because a kill while pip compiles would leave a package that looks installed and lacks its
+# scripts.
 .venv/.stamp: pyproject.toml constraints.txt
 	@old=; lacking=; \
 	if [ -e .venv ]; then old=yes; [ -x $(PY) ] || rm -f .venv/bin/python*; fi; \

@@ -123,7 +123,7 @@ def _apply(job: _Job) -> None:
         update, decay = update * job.used, decay * job.used
     parameter.mul_(1 - lr * decay)
     if isinstance(lr, Tensor):
-        parameter.sub_(update * (lr * scales[0]))
+        parameter.sub_(update.to(parameter.dtype) * (lr * scales[0]))
     else:
         parameter.add_(update, alpha=-lr * scales[0])
 

@@ -141,8 +141,8 @@ class Muon(_MatrixOptimizer):
     matrices, one of four and more a convolution, unless its group says `layout=MatrixLayout(…)`.
 
     `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
-    set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA, float32
-    elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the parameter's). `products`: "plain" or
+    set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
+    processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the parameter's). `products`: "plain" or
     "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32.
 
     Two differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first: updates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -31,9 +32,21 @@ def choose_products(name: str | None) -> Products:
 
 
 def iteration_dtype(tensor: torch.Tensor, ns_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the products: bf16 on CUDA, float32 elsewhere; float64 stays; `ns_dtype` overrides."""
+    """The dtype of the products: bf16 where the device multiplies it faster, float32 elsewhere; float64 stays;
+    `ns_dtype` overrides."""
     if ns_dtype is not None:
         return ns_dtype
     if tensor.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if tensor.device.type == "cuda" else torch.float32
+    return torch.bfloat16 if _multiplies_bf16_faster(tensor.device.type) else torch.float32
+
+
+@cache
+def _multiplies_bf16_faster(device_type: str) -> bool:
+    """CUDA from Ampere on, and processors with bf16 dot products (AVX512-BF16, AMX)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    instructions = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

@@ -14,6 +14,7 @@ from torch import nn
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon
 from muonclip.torch import matrix_update as matrix_update_module
+from muonclip.torch import products as products_module
 
 
 def parameters(*shapes, seed=0, dtype=torch.float32):
@@ -90,6 +91,16 @@ def test_the_heavy_ball_of_the_paper_gives_the_same_update_as_torch_s_average():
         optimizer.step()
         expected = -svd_polynomial(heavy_ball, resolve_coefficients("jordan"))
         np.testing.assert_allclose((p - before).detach(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("capabilities", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
+def test_products_are_in_bf16_where_the_device_is_faster_at_it(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    products_module._multiplies_bf16_faster.cache_clear()
+    assert products_module.iteration_dtype(torch.zeros(1), None) == dtype
+    assert products_module.iteration_dtype(torch.zeros(1, dtype=torch.float64), None) == torch.float64
+    assert products_module.iteration_dtype(torch.zeros(1), torch.float16) == torch.float16
+    products_module._multiplies_bf16_faster.cache_clear()
 
 
 @given(st.permutations(range(5)), st.integers(1, 4000))
@@ -266,7 +277,7 @@ def test_gradient_clipping_does_not_change_the_size_of_the_update():
     (p,), (q,) = parameters((6, 9)), parameters((6, 9))
     set_gradients([p], 0), set_gradients([q], 0)
     torch.nn.utils.clip_grad_norm_([p], 1e-3)
-    Muon([p], lr=0.1).step(), Muon([q], lr=0.1).step()
+    Muon([p], lr=0.1, ns_dtype=torch.float32).step(), Muon([q], lr=0.1, ns_dtype=torch.float32).step()
     torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
