@@ -5,8 +5,7 @@ The mathematics is in `muonclip.core` and `matrix_update.py`; here are groups, s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -14,23 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_functional
 
-from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
+from muonclip.core import MatrixLayout
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients
 from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.group_options import (
+    DEFAULT_EPS,
+    Group,
+    TorchEps,
+    adamw_options,
+    check_adamw_options,
+    check_muon_options,
+    given_groups,
+    groups_of,
+    layouts_of,
+    name_of,
+)
 from muonclip.torch.matrix_update import MatrixUpdate
-from muonclip.torch.param_groups import Plan, PlannedParameter, default_layout, plan_module, plan_named
-from muonclip.torch.products import choose_products
+from muonclip.torch.param_groups import Plan, PlannedParameter, plan_module
 from muonclip.torch.qk_clip import QKClip
 
-
-class _TorchEps(float):
-    """`torch.optim.Muon`'s default 1e-7, told apart from the same number given on purpose: see `Muon`."""
-
-
-_EPS = _TorchEps(1e-7)
 _JORDAN = (3.4445, -4.7750, 2.0315)
-
-Group = dict[str, Any]
 
 
 class _MatrixOptimizer(Optimizer):
@@ -61,10 +63,10 @@ class _MatrixOptimizer(Optimizer):
             raise ValueError(f"use={use!r} in a parameter group; it is one of {', '.join(map(repr, self._options))}.")
         layouts: list[MatrixLayout | None] = [None] * len(group["params"])
         if use == "muon":
-            layouts = _layouts_of(group, group.pop("layout", None))
+            layouts = layouts_of(group, group.pop("layout", None))
         group = {**self._options[use], **group}
-        _check_muon_options(group) if use == "muon" else _check_adamw_options(group)
-        if use == "muon" and isinstance(group["eps"], _TorchEps):
+        check_muon_options(group) if use == "muon" else check_adamw_options(group)
+        if use == "muon" and isinstance(group["eps"], TorchEps):
             group["eps"] = None
         super().add_param_group(group)
         self._layouts.append(layouts)
@@ -90,7 +92,7 @@ class _MatrixOptimizer(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options
             for name, value in self._options[group.setdefault("use", "muon")].items():
-                group.setdefault(name, None if isinstance(value, _TorchEps) else value)
+                group.setdefault(name, None if isinstance(value, TorchEps) else value)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -127,7 +129,7 @@ class _MatrixOptimizer(Optimizer):
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
             for position, parameter in enumerate(group["params"]):
-                name = _name_of(group, index, position)
+                name = name_of(group, index, position)
                 if hasattr(parameter, "placements"):
                     raise ValueError(f"{name} is a sharded DTensor; this version updates whole tensors only.")
                 if parameter.grad is not None and parameter.grad.is_sparse:
@@ -142,8 +144,9 @@ class Muon(_MatrixOptimizer):
 
     `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
     set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
-    processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the parameter's). `products`: "plain" or
-    "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32.
+    processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the
+    parameter's). `products`: "plain" or "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once,
+    counted in float32.
 
     Two differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first: updates
     agree within 3 % (Frobenius). And `eps` left at its default guards against division by zero only, so gradients
@@ -161,7 +164,7 @@ class Muon(_MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: Coefficients = _JORDAN,
-        eps: float = _EPS,
+        eps: float = DEFAULT_EPS,
         ns_steps: int | None = DEFAULT_NS_STEPS,
         adjust_lr_fn: AdjustLR = None,
         *,
@@ -223,7 +226,7 @@ class MuonClip(_MatrixOptimizer):
         *,
         ns_coefficients: Coefficients = "jordan",
         ns_steps: int | None = None,
-        eps: float = _EPS,
+        eps: float = DEFAULT_EPS,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: bool = False,
         tau: float = 100.0,
@@ -250,20 +253,20 @@ class MuonClip(_MatrixOptimizer):
             momentum_dtype=momentum_dtype,
             freeze_unused=freeze_unused,
         )
-        adamw_options = _adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
+        options_of_adamw = adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
         self.qk_clip = _find_clip(model, qk_clip, tau)
         projections = {} if self.qk_clip is None else self.qk_clip.projections
         self.plan = Plan(
-            (), projections, {**muon_options, "adamw": adamw_options, "tau": self.qk_clip and self.qk_clip.tau}
+            (), projections, {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
         )
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
-            groups = _groups_of(plan_module(model, projections, per_head=per_head), named)
+            groups = groups_of(plan_module(model, projections, per_head=per_head), named)
         elif per_head:
             raise ValueError("per_head=True needs to know the heads: pass the model itself.")
         else:
-            groups = _given_groups(model)
-        super().__init__(groups, {"muon": muon_options, "adamw": adamw_options}, workspace_bytes)
+            groups = given_groups(model)
+        super().__init__(groups, {"muon": muon_options, "adamw": options_of_adamw}, workspace_bytes)
         if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
             raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
 
@@ -272,7 +275,7 @@ class MuonClip(_MatrixOptimizer):
         param_group = dict(param_group)
         planned: list[PlannedParameter] | None = param_group.pop("planned", None)
         if planned is None and "use" not in param_group:
-            for group in _given_groups([param_group]):
+            for group in given_groups([param_group]):
                 self.add_param_group(group)
             return
         super().add_param_group(param_group)
@@ -281,7 +284,7 @@ class MuonClip(_MatrixOptimizer):
             index = len(self.param_groups) - 1
             planned = [
                 PlannedParameter(
-                    _name_of(group, index, position), tuple(parameter.shape), group["use"], "as its group says", layout,
+                    name_of(group, index, position), tuple(parameter.shape), group["use"], "as its group says", layout,
                     group["weight_decay"] > 0, not parameter.requires_grad,
                 )
                 for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
@@ -320,101 +323,6 @@ def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, t
     return QKClip(model, tau)
 
 
-def _groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
-    """At most three groups: Muon, AdamW, AdamW without decay."""
-    groups: list[Group] = []
-    for use, decays in (("muon", True), ("adamw", True), ("adamw", False)):
-        lines = [line for line in planned if line.use == use and line.decays == decays]
-        if lines:
-            group: Group = {"params": [(line.name, named[line.name]) for line in lines], "use": use, "planned": lines}
-            if use == "muon":
-                group["layout"] = [line.layout for line in lines]
-            if not decays:
-                group["weight_decay"] = 0.0
-            groups.append(group)
-    return groups
-
-
-def _given_groups(params: Iterable[Any]) -> list[Group]:
-    """Groups as MuonClip takes them, from groups and named parameters; what says no `use` is divided by names."""
-    groups: list[Group] = []
-    given = list(params)
-    if given and not isinstance(given[0], dict):
-        given = [{"params": given}]
-    for group in given:
-        if "use" in group:
-            groups.append(dict(group))
-            continue
-        named = list(group["params"])
-        if not all(isinstance(item, tuple) for item in named):
-            raise ValueError(
-                "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
-                "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
-            )
-        options = {name: value for name, value in group.items() if name != "params"}
-        groups += [{**options, **part} for part in _groups_of(plan_named(named), dict(named))]
-    if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
-        for group in groups:  # torch wants names for all or for none
-            group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
-    return groups
-
-
-def _adamw_options(given: Mapping[str, Any], *, lr: float, weight_decay: float, capturable: bool) -> Group:
-    known: Group = dict(lr=None, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, fused=None)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(
-            f"adamw={{{', '.join(unknown)}: …}} is not an option of the AdamW half; known: {', '.join(known)}."
-        )
-    options = {**known, **given, "capturable": capturable}
-    options["lr"] = lr if options["lr"] is None else options["lr"]
-    options["weight_decay"] = weight_decay if options["weight_decay"] is None else options["weight_decay"]
-    _check_adamw_options(options)
-    return options
-
-
-def _layouts_of(group: Group, layout: MatrixLayout | Sequence[MatrixLayout] | None) -> list[MatrixLayout | None]:
-    given = [layout] * len(group["params"]) if layout is None or isinstance(layout, MatrixLayout) else list(layout)
-    if len(given) != len(group["params"]):
-        raise ValueError(f"layout lists {len(given)} layouts for the {len(group['params'])} parameters of its group.")
-    layouts: list[MatrixLayout | None] = []
-    for position, (item, own) in enumerate(zip(group["params"], given, strict=True)):
-        name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
-        try:
-            layouts.append(own or default_layout(parameter.shape))
-            (own or default_layout(parameter.shape)).matrix_shapes(parameter.shape)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}" if own else f"{name!r} {error}") from None
-        if parameter.is_complex():
-            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
-    return layouts
-
-
-def _check_muon_options(options: Group) -> None:
-    _check_rate(options)
-    if not 0 <= options["momentum"] < 1:
-        raise ValueError(f"momentum={options['momentum']} must lie in [0, 1).")
-    if options["eps"] is not None and not options["eps"] >= 0:
-        raise ValueError(f"eps={options['eps']} must be zero or more.")
-    resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
-    update_scale(1, 1, options["adjust_lr_fn"])
-    choose_products(options["products"])
-
-
-def _check_adamw_options(options: Group) -> None:
-    _check_rate(options)
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"betas={options['betas']} must lie in [0, 1).")
-    if not options["eps"] >= 0:
-        raise ValueError(f"eps={options['eps']} must be zero or more.")
-
-
-def _check_rate(options: Group) -> None:
-    for name in ("lr", "weight_decay"):
-        if not (options[name] >= 0 and math.isfinite(options[name])):
-            raise ValueError(f"{name}={options[name]} must be a finite number, zero or more.")
-
-
 def _adamw_update(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> None:
     """The host's AdamW, with the host's state names."""
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -442,8 +350,3 @@ def _adamw_update(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> None:
         eps=group["eps"],
         maximize=False,
     )
-
-
-def _name_of(group: Group, index: int, position: int) -> str:
-    names = group.get("param_names")
-    return names[position] if names else f"param_groups[{index}]['params'][{position}]"
