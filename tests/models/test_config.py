@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -99,8 +100,8 @@ def test_yarn_keeps_fast_pairs_divides_slow_ones_and_blends_between():
     assert [ratios[i] for i in kept] == pytest.approx([1.0] * len(kept), rel=1e-12)
     assert [ratios[i] for i in divided] == pytest.approx([1 / factor] * len(divided), rel=1e-12)
     inside = [ratios[i] for i in between]
-    assert all(1 > a > b > 1 / factor for a, b in zip(inside, inside[1:], strict=False))
-    steps = [a - b for a, b in zip(inside, inside[1:], strict=False)]
+    assert all(1 > a > b > 1 / factor for a, b in pairwise(inside))
+    steps = [a - b for a, b in pairwise(inside)]
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-9)
 
 

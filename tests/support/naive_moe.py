@@ -10,13 +10,12 @@ import torch
 
 
 def linear(module, x):
-    return x @ module.weight.double().T
+    return x @ module.weight.detach().double().T
 
 
 def rms_norm(module, x):
-    return (
-        torch.stack([row / math.sqrt(float(row @ row) / len(row) + module.eps) for row in x]) * module.weight.double()
-    )
+    normed = torch.stack([row / math.sqrt(float(row @ row) / len(row) + module.eps) for row in x])
+    return normed * module.weight.detach().double()
 
 
 def rotated(x, frequencies, scale):
@@ -86,7 +85,9 @@ def mixture(mlp, tokens, config):
     outputs = []
     for token in tokens:
         scores = 1 / (1 + torch.exp(-(mlp.router.weight.double() @ token)))
-        ranked = sorted(range(config.num_experts), key=lambda e: -float(scores[e] + mlp.router.correction_bias[e]))
+        ranked = sorted(
+            range(config.num_experts), key=lambda e: -(scores[e].item() + mlp.router.correction_bias[e].item())
+        )
         chosen = ranked[: config.num_experts_per_tok]
         total = sum(scores[e] for e in chosen)
         output = torch.zeros_like(token)
