@@ -31,7 +31,7 @@ class MaxLogits:
         if num_heads < 1:
             raise ValueError(f"num_heads={num_heads} must be at least 1.")
         self.num_heads = num_heads
-        self.packed = torch.empty(2 * num_heads + 1, dtype=torch.float32)
+        self.packed = torch.empty(2 * num_heads + 1, dtype=torch.float32, device="cpu")
         self.reset()
 
     @property
@@ -99,9 +99,13 @@ def attention(
     if softcap is not None:
         return _softcapped_attention(q, k, v, scale, mask, softcap)
     dense = None if mask.is_causal_only else mask.dense(q.device)
-    return F.scaled_dot_product_attention(
+    width = v.shape[-1]
+    if width < q.shape[-1] and q.device.type == "cpu":  # its fast kernel takes equal widths only
+        v = F.pad(v, (0, q.shape[-1] - width))
+    y = F.scaled_dot_product_attention(
         q, k, v, dense, is_causal=mask.is_causal_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return y[..., :width]
 
 
 @torch.no_grad()
@@ -137,7 +141,7 @@ def _tiles(length: int, size: int) -> list[slice]:
 def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     scores = (q * scale) @ k.repeat_interleave(repeats, 1).mT
-    scores = softcap * torch.tanh(scores.float() / softcap)
+    scores = softcap * torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap)
     dense = mask.dense(q.device)
     if dense is not None:
         scores = scores.masked_fill(~dense, -math.inf) if dense.dtype == torch.bool else scores + dense

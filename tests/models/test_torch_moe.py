@@ -348,10 +348,12 @@ def test_the_load_is_summed_over_ranks(monkeypatch):
 # With the optimizer
 
 
-@pytest.mark.parametrize("attention", ["mla", "gqa", "mha"])
-def test_a_clipped_head_shows_tau_when_its_inputs_are_seen_again(attention):
+@pytest.mark.parametrize(
+    "overrides", [{"attention": "mla"}, {"q_lora_rank": None}, {"attention": "gqa"}, {"attention": "mha"}]
+)
+def test_a_clipped_head_shows_tau_when_its_inputs_are_seen_again(overrides):
     """The declared rows are the rows that make the logits: YaRN's scale, latents and shared keys included."""
-    model = small_model(attention=attention, yarn_factor=4.0, num_layers=1)
+    model = small_model(yarn_factor=4.0, num_layers=1, **overrides)
     tokens = random_tokens(model.config)
     clip = QKClip(model, tau=torch.inf)
     model(tokens)
