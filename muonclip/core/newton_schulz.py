@@ -55,19 +55,19 @@ def newton_schulz(x: Array, coefficients: Sequence[Polynomial], products: Produc
     return x
 
 
-def normalize(x: Array, products: Products, *, xp: Any, eps: float | None = None) -> Array:
-    """x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64).
+def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0) -> Array:
+    """x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64); a zero matrix stays zero.
 
-    Dividing by Σ|x| first keeps the squares from under- and overflowing, so that `eps=None` has to guard nothing but
-    the zero matrix, which stays zero. (`torch.optim.Muon` floors the norm at 1e-7 and so swallows smaller gradients.)
+    Dividing by Σ|x| first keeps the squares from under- and overflowing, so that no floor is needed for small inputs.
+    (`torch.optim.Muon` has one at 1e-7 and so swallows smaller gradients.)
     """
     x = x if x.dtype == xp.float64 else xp.asarray(x, dtype=xp.float32)
     total = xp.sum(abs(x), axis=(-2, -1), keepdims=True)
     scale = xp.where(total > 0, total, 1.0)
     x = x / scale
     norm = products.sum_squares(x) ** 0.5
-    floor = xp.ones_like(norm) if eps is None else eps / scale
-    return x / xp.where(norm > (0.0 if eps is None else floor), norm, floor)
+    norm = xp.where(norm * scale > eps, norm, eps / scale)
+    return x / xp.where(norm > 0, norm, 1.0)
 
 
 def orthogonalize(
@@ -76,14 +76,14 @@ def orthogonalize(
     ns_steps: int | None = None,
     *,
     xp: Any,
-    eps: float | None = None,
+    eps: float = 0.0,
     dtype: Any = None,
     products: Products | None = None,
 ) -> Array:
     """The (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ; same shape and dtype, x is not written to.
 
     x: (..., m, n), any orientation, leading axes are a batch. `xp`: the array namespace (numpy, torch, jax.numpy).
-    `eps`: floor of the Frobenius norm (None: guard the zero matrix only). `dtype`: of the products, after a
+    `eps`: floor of the Frobenius norm. `dtype`: of the products, after a
     normalisation in float32 (None: float32, float64 for float64). How close the singular values come to 1 is the
     polynomial's: see `COEFFICIENT_SETS`. Raises ValueError for a polynomial that does not exist and for x with fewer
     than two axes.

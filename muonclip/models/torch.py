@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,11 +145,7 @@ class Attention(nn.Module, ABC):
         """What QK-Clip may scale."""
         if not self.config.qk_norm:
             return self.declare()
-        return QKProjection.observed(
-            num_heads=self.config.num_heads,
-            max_logits=self.max_logits,
-            reason="QK-norm: q and k are normalised after the projection, so scaling its weights changes nothing",
-        )
+        return replace(self.declare(), reason="QK-norm: scaling the projection would change nothing")
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x)

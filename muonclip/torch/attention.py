@@ -5,6 +5,7 @@ Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -51,6 +52,11 @@ class HeadRows:
     def check(self, name: str) -> None:
         """Raises ValueError where the weight does not have these rows."""
         weight = getattr(self.module, self.weight)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
+                "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
+            )
         end = self.start + (self.num_heads - 1) * self.step + self.size
         rows = weight.shape[self.axis]
         if min(self.num_heads, self.size) < 1 or self.start < 0 or self.step < self.size or end > rows:
@@ -66,7 +72,8 @@ class QKProjection:
 
     Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
     sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
-    fused weight can be split into its matrices; they are never scaled. `reason`, where set, says why none is.
+    fused weight can be split into its matrices; they are never scaled. With a `reason` nothing is, and the plan says
+    so: the attention is observed and reported only (QK-norm: scaling W changes nothing).
 
     `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`.
     """
@@ -151,16 +158,13 @@ class QKProjection:
             "mla",
             num_heads,
             max_logits,
-            query=(HeadRows(q, num_heads, qk_nope_head_dim, 0, q_stride),),
-            key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride),),
-            query_facing_shared=(HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride),),
-            value=(HeadRows(kv, num_heads, v_head_dim, qk_nope_head_dim, kv_stride),),
+            query=(HeadRows(q, num_heads, qk_nope_head_dim, 0, q_stride, axis=out_axis(q)),),
+            key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride, axis=out_axis(kv)),),
+            query_facing_shared=(
+                HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride, axis=out_axis(q)),
+            ),
+            value=(HeadRows(kv, num_heads, v_head_dim, qk_nope_head_dim, kv_stride, axis=out_axis(kv)),),
         )
-
-    @classmethod
-    def observed(cls, *, num_heads: int, max_logits: MaxLogits, reason: str) -> QKProjection:
-        """Measured and reported, never scaled; `reason` stands in the plan (QK-norm: scaling W changes nothing)."""
-        return cls("observed", num_heads, max_logits, reason=reason)
 
     def parts(self) -> Iterator[tuple[str, HeadRows]]:
         """Every declared part with the side it is on: "query", "key" or "value"."""
@@ -172,11 +176,16 @@ class QKProjection:
             yield "value", rows
 
     def scaled_parts(self) -> tuple[HeadRows, ...]:
-        return self.query + self.key + self.query_facing_shared
+        """What the clip may scale."""
+        return () if self.reason else self.query + self.key + self.query_facing_shared
+
+    def qk_parameters(self) -> list[Tensor]:
+        """Weights and biases behind queries and keys."""
+        return [p for side, rows in self.parts() if side != "value" for p, _ in rows.parameters()]
 
     def trains(self) -> bool:
-        """Whether anything that the clip would scale is trained; a frozen attention need not be observed."""
-        return any(p.requires_grad for rows in self.scaled_parts() for p, _ in rows.parameters())
+        """Whether queries or keys are trained; a frozen attention is neither scaled nor has to be observed."""
+        return any(parameter.requires_grad for parameter in self.qk_parameters())
 
 
 def find_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
@@ -184,60 +193,81 @@ def find_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
 
     Raises ValueError, with a list, where a module looks like an attention and declares nothing, or where none is found.
     """
-    found: dict[str, QKProjection] = {}
-    undeclared: list[str] = []
-    for name, module in model.named_modules():
-        declare = getattr(module, "qk_projection", None)
-        if callable(declare):
-            projection = declare()
-            if not isinstance(projection, QKProjection):
-                raise ValueError(f"{name or 'the model'}.qk_projection() returned {projection!r}, not a QKProjection.")
-            found[name] = projection
-        elif _looks_like_attention(module):
-            undeclared.append(name or type(module).__name__)
+    found = declared_qk_projections(model)
+    declared = {id(rows.module) for projection in found.values() for _, rows in projection.parts()}
+    undeclared = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if name not in found and _looks_like_attention(module) and not declared & set(map(id, module.children()))
+    ]
     if undeclared or not found:
         what = f"these attentions declare nothing: {', '.join(undeclared)}" if undeclared else "no attention was found"
         raise ValueError(
             f"QK-Clip: {what}. Give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
             "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)` and a method `qk_projection()` that "
             "returns `QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` "
-            "(or .gqa, .mla); or pass qk_clip=QKClip({name: projection, …}); or switch the clip off with qk_clip=None."
+            "(or .gqa, .mla); or pass qk_clip=QKClip({name: projection, …}); or switch the clip off with qk_clip=None. "
+            "nn.MultiheadAttention keeps its logits to itself: replace it."
         )
     return found
 
 
-_QUERY_NAMES = {
-    "q_proj",
-    "query",
-    "to_q",
-    "wq",
-    "q_lin",
-    "q_b_proj",
-    "q",
-    "qkv",
-    "qkv_proj",
-    "query_key_value",
-    "c_attn",
-    "Wqkv",
-}
+def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
+    """The declarations found in a model, each once: a wrapper that forwards its module's attributes declares it again.
+
+    Raises ValueError where two attentions share one statistic.
+    """
+    found: dict[str, QKProjection] = {}
+    by_statistic: dict[int, str] = {}
+    for name, module in model.named_modules():
+        declare = getattr(module, "qk_projection", None)
+        if not callable(declare):
+            continue
+        projection = declare()
+        if not isinstance(projection, QKProjection):
+            raise ValueError(f"{name or 'the model'}.qk_projection() returned {projection!r}, not a QKProjection.")
+        first = by_statistic.setdefault(id(projection.max_logits), name)
+        if first == name:
+            found[name] = projection
+        elif _places(found[first]) != _places(projection):
+            raise ValueError(f"{first} and {name} share one MaxLogits; give each attention its own.")
+    return found
+
+
+def _places(projection: QKProjection) -> list[tuple[int, str, int]]:
+    return [(id(rows.module), rows.weight, rows.start) for _, rows in projection.parts()]
+
+
+_QUERY_NAME = re.compile(
+    r"(^|_)(c_?q|w?q|query|[cw]?_?qkv|q_?proj|q_lin)(_|$)|^c_attn$|query_key_value|W_pack", re.IGNORECASE
+)
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return any(name in _QUERY_NAMES and hasattr(child, "weight") for name, child in module.named_children())
+    return any(
+        _QUERY_NAME.search(name) and isinstance(getattr(child, "weight", None), Tensor)
+        for name, child in module.named_children()
+        if not isinstance(child, nn.Embedding)
+    )
+
+
+def out_axis(module: nn.Module | None) -> int:
+    """1 for GPT-2's `Conv1D`, whose weight is [in, out]; else 0."""
+    return int(type(module).__name__ == "Conv1D")
 
 
 def _rows(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    return weight.shape[out_axis(module)]
 
 
 def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
     if num_heads < 1 or _rows(module) % num_heads:
         raise ValueError(f"{name}: {num_heads} heads do not divide the {_rows(module)} rows of its weight.")
-    return HeadRows(module, num_heads, _rows(module) // num_heads)
+    return HeadRows(module, num_heads, _rows(module) // num_heads, axis=out_axis(module))
 
 
 @torch.no_grad()

@@ -15,8 +15,10 @@ class AttentionMask:
     - `is_causal`: query i sees keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
     - `window`: query i sees keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
     - `document_ids`: int [B, T]; a query sees the keys of its own document.
-    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits (−inf: masked).
-      Padding is `keep[:, None, None, :]`.
+    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits (−inf, or the
+      lowest number of its dtype: masked). Padding is `keep[:, None, None, :]`.
+
+    Raises ValueError for masks of other shapes and dtypes.
     """
 
     query_length: int
@@ -29,6 +31,8 @@ class AttentionMask:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: the query's own position.")
+        if self.attn_mask is not None:
+            _check_mask(self.attn_mask, (self.query_length, self.key_length))
         if self.document_ids is not None and not (
             self.document_ids.ndim == 2 and self.document_ids.shape[1] == self.query_length == self.key_length
         ):
@@ -62,7 +66,7 @@ class AttentionMask:
             conditions.append((self.document_ids[:, rows, None] == self.document_ids[:, None, columns])[:, None])
         if self.attn_mask is not None:
             tile = _tile(self.attn_mask, rows, columns)
-            conditions.append(tile if tile.dtype == torch.bool else tile > -torch.inf)
+            conditions.append(tile if tile.dtype == torch.bool else tile > torch.finfo(tile.dtype).min / 2)
         if not conditions:
             return None
         both = conditions[0]
@@ -76,6 +80,16 @@ class AttentionMask:
         if allowed is None or self.attn_mask is None or self.attn_mask.dtype == torch.bool:
             return allowed
         return torch.where(allowed, self.attn_mask, -torch.inf)
+
+
+def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask is {mask.dtype}; it must be bool (True: allowed) or float (added to the logits).")
+    fits = all(size in (1, length) for size, length in zip(mask.shape[-2:], lengths[-mask.ndim :], strict=False))
+    if not (mask.ndim in (1, 2, 4) and fits):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)}; it must be broadcastable to [B, H, {lengths[0]}, {lengths[1]}]."
+        )
 
 
 def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -16,10 +16,36 @@ Group: TypeAlias = dict[str, Any]
 
 
 class TorchEps(float):
-    """`torch.optim.Muon`'s default 1e-7, told apart from the same number given on purpose: see `Muon`."""
+    """`torch.optim.Muon`'s default of `eps`, told apart from the same number given on purpose: see `Muon`."""
 
 
-DEFAULT_EPS = TorchEps(1e-7)
+class TorchSteps(int):
+    """`torch.optim.Muon`'s default of `ns_steps`; a named set or a list of triples then has its own length."""
+
+
+DEFAULT_EPS, DEFAULT_STEPS = TorchEps(1e-7), TorchSteps(5)
+
+
+def plain_options(group: Group) -> Group:
+    """A Muon group with those defaults as plain numbers, which a checkpoint can hold.
+
+    `eps_given`: whether `eps` is a floor of the norm, or only there for `torch.optim.Muon` to find.
+    """
+    eps, steps, coefficients = group["eps"], group["ns_steps"], group["ns_coefficients"]
+    if isinstance(steps, TorchSteps):
+        is_triple = not isinstance(coefficients, str) and not any(isinstance(item, Sequence) for item in coefficients)
+        steps = int(steps) if is_triple else None
+    return {**group, "eps": float(eps), "eps_given": not isinstance(eps, TorchEps), "ns_steps": steps}
+
+
+def check_loadable(saved: Group, own: Group, index: int) -> None:
+    """Raises ValueError where a group of a checkpoint is for the other half of the optimizer."""
+    saved_use = saved.get("use", "adamw" if "betas" in saved else "muon")
+    if saved_use != own["use"]:
+        raise ValueError(
+            f"group {index} of the checkpoint is for {saved_use!r}, of the optimizer for {own['use']!r}; build the "
+            "optimizer with the groups it was saved with."
+        )
 
 
 def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
@@ -47,12 +73,16 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
         if "use" in group:
             groups.append(dict(group))
             continue
+        if "layout" in group:
+            raise ValueError("layout in a parameter group that does not say use='muon': say it.")
         named = list(group["params"])
         if not all(isinstance(item, tuple) for item in named):
             raise ValueError(
                 "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
                 "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
             )
+        if len(dict(named)) < len(named):
+            raise ValueError("two parameters have the same name; name them apart, by a prefix for each module.")
         options = {name: value for name, value in group.items() if name != "params"}
         groups += [{**options, **part} for part in groups_of(plan_named(named), dict(named))]
     if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
@@ -82,11 +112,15 @@ def layouts_of(group: Group, layout: MatrixLayout | Sequence[MatrixLayout] | Non
     layouts: list[MatrixLayout | None] = []
     for position, (item, own) in enumerate(zip(group["params"], given, strict=True)):
         name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name!r} is a {type(parameter).__name__}; the optimizer takes tensors.")
         try:
-            layouts.append(own or default_layout(parameter.shape))
-            (own or default_layout(parameter.shape)).matrix_shapes(parameter.shape)
+            chosen = own or default_layout(parameter.shape)
+            if parameter.numel():
+                chosen.matrix_shapes(parameter.shape)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}" if own else f"{name!r} {error}") from None
+        layouts.append(chosen)
         if parameter.is_complex():
             raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
     return layouts
@@ -96,7 +130,7 @@ def check_muon_options(options: Group) -> None:
     _check_rate(options)
     if not 0 <= options["momentum"] < 1:
         raise ValueError(f"momentum={options['momentum']} must lie in [0, 1).")
-    if options["eps"] is not None and not options["eps"] >= 0:
+    if not options["eps"] >= 0:
         raise ValueError(f"eps={options['eps']} must be zero or more.")
     resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
     update_scale(1, 1, options["adjust_lr_fn"])
@@ -105,6 +139,9 @@ def check_muon_options(options: Group) -> None:
 
 def check_adamw_options(options: Group) -> None:
     _check_rate(options)
+    for name in ("amsgrad", "maximize", "differentiable"):
+        if options.get(name):
+            raise ValueError(f"{name}={options[name]} is not an option of the AdamW half.")
     if not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"betas={options['betas']} must lie in [0, 1).")
     if not options["eps"] >= 0:

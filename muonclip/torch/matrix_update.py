@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from muonclip.core import MatrixLayout, newton_schulz, normalize, resolve_coefficients, update_scale
+from muonclip.core import MatrixLayout, newton_schulz, normalize, update_scale
 from muonclip.torch.products import choose_products, iteration_dtype
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -46,13 +46,13 @@ class _Piece:
 class MatrixUpdate:
     """Collects matrices into batches of one shape and updates each parameter as soon as its last one is done.
 
-    A batch is iterated when it reaches `workspace_bytes`, or at `finish`, so that memory stays bounded however large
-    the model is.
+    A batch is iterated when it reaches `workspace_bytes`, or at `finish`: at most one such batch per shape is held.
     """
 
     def __init__(self, workspace_bytes: int | None = None) -> None:
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         self._buckets: dict[Bucket, list[_Piece]] = {}
+        self._counts: dict[Bucket, int] = {}
 
     def add(
         self,
@@ -62,11 +62,14 @@ class MatrixUpdate:
         layout: MatrixLayout,
         options: Mapping[str, Any],
     ) -> None:
-        """Advance the momentum of one parameter and queue its matrices; `options` is its parameter group."""
+        """Advance the momentum of one parameter and queue its matrices.
+
+        `options`: its parameter group, with the resolved `coefficients` and the `floor` of the norm.
+        """
         momentum = options["momentum"]
         gradient = gradient.to(momentum_buffer.dtype)
         used = _used(gradient, layout) if options["freeze_unused"] else None
-        momentum_buffer.lerp_(gradient, 1 - momentum if used is None else used * (1 - momentum))
+        momentum_buffer.lerp_(gradient, 1 - momentum if used is None else (1 - momentum) * used.to(gradient.dtype))
         update = gradient.lerp(momentum_buffer, momentum) if options["nesterov"] else momentum_buffer
         job = _Job(parameter, layout, options, used)
         for block, matrices in enumerate(layout.split(update, xp=torch)):
@@ -83,25 +86,30 @@ class MatrixUpdate:
         for pieces in self._buckets.values():
             self._iterate(pieces)
         self._buckets.clear()
+        self._counts.clear()
 
     def _queue(self, piece: _Piece, limit: int) -> None:
-        options = piece.job.options
-        coefficients = resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
-        dtype = iteration_dtype(piece.matrices, options["ns_dtype"])
-        key = (piece.matrices.shape[1:], piece.matrices.device, piece.matrices.dtype, dtype, coefficients)
-        bucket = self._buckets.setdefault((*key, options["eps"], options["products"]), [])
-        if bucket and sum(len(queued.matrices) for queued in bucket) + len(piece.matrices) > limit:
+        options, matrices = piece.job.options, piece.matrices
+        alike = ("coefficients", "floor", "products")
+        dtype = iteration_dtype(matrices, options["ns_dtype"])
+        key = (matrices.shape[1:], matrices.device, matrices.dtype, dtype, *(options[name] for name in alike))
+        bucket = self._buckets.setdefault(key, [])
+        if self._counts.get(key, 0) + len(matrices) > limit:
             self._iterate(bucket)
             bucket.clear()
+            self._counts[key] = 0
         bucket.append(piece)
+        self._counts[key] = self._counts.get(key, 0) + len(matrices)
 
     def _iterate(self, pieces: list[_Piece]) -> None:
+        if not pieces:
+            return
         options = pieces[0].job.options
         products = choose_products(options["products"])
         stack = pieces[0].matrices if len(pieces) == 1 else torch.cat([piece.matrices for piece in pieces])
-        normal = normalize(stack, products, xp=torch, eps=options["eps"])
-        coefficients = resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
-        update = newton_schulz(normal.to(iteration_dtype(stack, options["ns_dtype"])), coefficients, products)
+        normal = normalize(stack, products, xp=torch, eps=options["floor"])
+        dtype = iteration_dtype(stack, options["ns_dtype"])
+        update = newton_schulz(normal.to(dtype), options["coefficients"], products)
         for piece, result in zip(pieces, update.split([len(piece.matrices) for piece in pieces]), strict=True):
             piece.job.blocks[piece.block].append(result.mT if piece.tall else result)
             piece.job.missing -= 1
@@ -119,18 +127,19 @@ def _apply(job: _Job) -> None:
         blocks = [block.to(parameter.dtype) * scale for block, scale in zip(blocks, scales, strict=True)]
         scales = [1.0]
     update = job.layout.join(blocks, parameter.shape, xp=torch)
-    if job.used is not None:
-        update, decay = update * job.used, decay * job.used
+    kept = None if job.used is None else parameter.clone()
     parameter.mul_(1 - lr * decay)
     if isinstance(lr, Tensor):
         parameter.sub_(update.to(parameter.dtype) * (lr * scales[0]))
     else:
         parameter.add_(update, alpha=-lr * scales[0])
+    if job.used is not None and kept is not None:
+        parameter.copy_(torch.where(job.used, parameter, kept))
 
 
 def _used(gradient: Tensor, layout: MatrixLayout) -> Tensor:
-    """1 on the entries of logical matrices that have any gradient, 0 elsewhere; of the gradient's shape and dtype."""
+    """Bool, of the gradient's shape: whether the logical matrix of each entry has any gradient."""
     blocks = [
         (matrices != 0).any((-2, -1), keepdim=True).expand_as(matrices) for matrices in layout.split(gradient, xp=torch)
     ]
-    return layout.join(blocks, gradient.shape, xp=torch).to(gradient.dtype)
+    return layout.join(blocks, gradient.shape, xp=torch)

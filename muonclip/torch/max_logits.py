@@ -94,8 +94,9 @@ def attention(
     _check_shapes(q, k, v, max_logits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
-    if max_logits is not None and torch.is_grad_enabled():
-        max_logits.update(measure_max_logits(q, k, scale=scale, mask=mask))
+    if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
+        measure = _measure_opaquely if torch.compiler.is_compiling() else measure_max_logits
+        max_logits.update(measure(q, k, scale=scale, mask=mask))
     if softcap is not None:
         return _softcapped_attention(q, k, v, scale, mask, softcap)
     dense = None if mask.is_causal_only else mask.dense(q.device)
@@ -114,7 +115,7 @@ def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMas
 
     q: [B, H, Tq, d], k: [B, G, Tk, d]. A head with no allowed pair gives −inf; NaN is kept.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    dtype = _statistic_dtype(q, k)
     batch, heads, _, width = q.shape
     groups = k.shape[1]
     maxima = torch.full((heads,), -math.inf, dtype=dtype, device=q.device)
@@ -134,6 +135,35 @@ def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMas
     return maxima
 
 
+@torch.library.custom_op("muonclip::max_logits", mutates_args=())
+def _max_logits_operator(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    document_ids: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    return measure_max_logits(q, k, scale=scale, mask=mask)
+
+
+@_max_logits_operator.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape[1], dtype=_statistic_dtype(q, k))
+
+
+def _measure_opaquely(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
+    """As one operator, for `torch.compile`, which would unroll the tiles."""
+    q, k = q.detach(), k.detach()
+    return _max_logits_operator(q, k, scale, mask.is_causal, mask.window, mask.document_ids, mask.attn_mask)
+
+
+def _statistic_dtype(q: Tensor, k: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+
+
 def _tiles(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -142,10 +172,15 @@ def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: A
     repeats = q.shape[1] // k.shape[1]
     scores = (q * scale) @ k.repeat_interleave(repeats, 1).mT
     scores = softcap * torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap)
+    v = v.repeat_interleave(repeats, 1)
     dense = mask.dense(q.device)
-    if dense is not None:
-        scores = scores.masked_fill(~dense, -math.inf) if dense.dtype == torch.bool else scores + dense
-    return scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(repeats, 1)
+    if dense is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    if dense.dtype == torch.bool:
+        dense = torch.zeros(dense.shape, device=dense.device).masked_fill(~dense, -math.inf)
+    blind = (dense == -math.inf).all(-1, keepdim=True)  # a query that may see nothing gets zeros, as from SDPA
+    weights = (scores + dense.masked_fill(blind, 0)).softmax(-1).masked_fill(blind, 0)
+    return weights.to(v.dtype) @ v
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None) -> None:

@@ -6,6 +6,7 @@ The mathematics is in `muonclip.core` and `matrix_update.py`; here are groups, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -13,20 +14,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_functional
 
-from muonclip.core import MatrixLayout
-from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients
+from muonclip.core import MatrixLayout, resolve_coefficients
+from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.attention import QKProjection, declared_qk_projections
 from muonclip.torch.group_options import (
     DEFAULT_EPS,
+    DEFAULT_STEPS,
     Group,
-    TorchEps,
     adamw_options,
     check_adamw_options,
+    check_loadable,
     check_muon_options,
     given_groups,
     groups_of,
     layouts_of,
     name_of,
+    plain_options,
 )
 from muonclip.torch.matrix_update import MatrixUpdate
 from muonclip.torch.param_groups import Plan, PlannedParameter, plan_module
@@ -43,12 +47,13 @@ class _MatrixOptimizer(Optimizer):
     """
 
     def __init__(self, groups: Iterable[Group], options: Mapping[str, Group], workspace_bytes: int | None) -> None:
-        if workspace_bytes is not None and workspace_bytes < 1:
-            raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None.")
+        if workspace_bytes is not None and not (isinstance(workspace_bytes, int) and workspace_bytes > 0):
+            raise ValueError(f"workspace_bytes={workspace_bytes} must be a whole number of bytes, or None.")
         self._options = options
         self._workspace_bytes = workspace_bytes
         self._layouts: list[list[MatrixLayout | None]] = []
-        super().__init__(groups, {name: options["muon"][name] for name in ("lr", "weight_decay")})
+        common = ("lr", "weight_decay", "momentum") if "adamw" in options else options["muon"]
+        super().__init__(groups, {name: options["muon"][name] for name in common})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: `params`, and any option of its `use` ("muon", the default, or "adamw").
@@ -65,15 +70,21 @@ class _MatrixOptimizer(Optimizer):
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
         group = {**self._options[use], **group}
-        check_muon_options(group) if use == "muon" else check_adamw_options(group)
-        if use == "muon" and isinstance(group["eps"], TorchEps):
-            group["eps"] = None
+        if use == "muon":
+            group = plain_options(group)
+            check_muon_options(group)
+        else:
+            check_adamw_options(group)
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
         super().add_param_group(group)
         self._layouts.append(layouts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; `torch.optim.Muon`'s state is accepted. Momentum keeps its precision: torch would cast a
         float32 buffer to the dtype of a bf16 parameter."""
+        for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
+            check_loadable(saved, group, index)
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if group["use"] == "muon":
@@ -91,8 +102,9 @@ class _MatrixOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options
-            for name, value in self._options[group.setdefault("use", "muon")].items():
-                group.setdefault(name, None if isinstance(value, TorchEps) else value)
+            options = self._options[group.setdefault("use", "muon")]
+            for name, value in (plain_options(options) if group["use"] == "muon" else options).items():
+                group.setdefault(name, value)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -115,24 +127,30 @@ class _MatrixOptimizer(Optimizer):
             if group["use"] == "adamw":
                 _adamw_update(group, self.state)
                 continue
+            options = {
+                **group,
+                "coefficients": resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
+                "floor": group["eps"] if group["eps_given"] else 0.0,
+            }
             for parameter, layout in zip(group["params"], layouts, strict=True):
-                if parameter.grad is None:
+                if parameter.grad is None or not parameter.numel():
                     continue
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     dtype = group["momentum_dtype"] or parameter.dtype
                     state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
                 assert layout is not None
-                matrices.add(parameter, parameter.grad, state["momentum_buffer"], layout, group)
+                matrices.add(parameter, parameter.grad, state["momentum_buffer"], layout, options)
         matrices.finish()
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
             for position, parameter in enumerate(group["params"]):
-                name = name_of(group, index, position)
                 if hasattr(parameter, "placements"):
+                    name = name_of(group, index, position)
                     raise ValueError(f"{name} is a sharded DTensor; this version updates whole tensors only.")
                 if parameter.grad is not None and parameter.grad.is_sparse:
+                    name = name_of(group, index, position)
                     raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
 
 
@@ -148,9 +166,10 @@ class Muon(_MatrixOptimizer):
     parameter's). `products`: "plain" or "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once,
     counted in float32.
 
-    Two differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first: updates
-    agree within 3 % (Frobenius). And `eps` left at its default guards against division by zero only, so gradients
-    that torch's floor of 1e-7 swallows get their full-size update; an `eps` that you pass is the floor, as in torch.
+    Three differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
+    updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). `eps` left at its default is no
+    floor, so gradients that torch's floor of 1e-7 swallows get their full-size update; an `eps` that you pass is the
+    floor, as in torch. `ns_steps` left at its default is the own length of a named set or a list of triples.
 
     A matrix whose gradient is zero, such as an expert that got no token, still moves by a full-size update along its
     decaying momentum, as in torch. `freeze_unused=True` leaves such matrices, and their momentum, alone for that step.
@@ -165,7 +184,7 @@ class Muon(_MatrixOptimizer):
         nesterov: bool = True,
         ns_coefficients: Coefficients = _JORDAN,
         eps: float = DEFAULT_EPS,
-        ns_steps: int | None = DEFAULT_NS_STEPS,
+        ns_steps: int | None = DEFAULT_STEPS,
         adjust_lr_fn: AdjustLR = None,
         *,
         ns_dtype: torch.dtype | None = None,
@@ -255,15 +274,18 @@ class MuonClip(_MatrixOptimizer):
         )
         options_of_adamw = adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
         self.qk_clip = _find_clip(model, qk_clip, tau)
-        projections = {} if self.qk_clip is None else self.qk_clip.projections
-        self.plan = Plan(
-            (), projections, {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
-        )
+        projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
+        if self.qk_clip is not None:
+            projections = self.qk_clip.projections
+        elif isinstance(model, nn.Module):
+            projections = declared_qk_projections(model)
+        defaults = {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
+        self.plan = Plan((), projections, defaults, clips=self.qk_clip is not None)
+        if per_head and not (projections and isinstance(model, nn.Module)):
+            raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
             groups = groups_of(plan_module(model, projections, per_head=per_head), named)
-        elif per_head:
-            raise ValueError("per_head=True needs to know the heads: pass the model itself.")
         else:
             groups = given_groups(model)
         super().__init__(groups, {"muon": muon_options, "adamw": options_of_adamw}, workspace_bytes)
@@ -275,8 +297,14 @@ class MuonClip(_MatrixOptimizer):
         param_group = dict(param_group)
         planned: list[PlannedParameter] | None = param_group.pop("planned", None)
         if planned is None and "use" not in param_group:
-            for group in given_groups([param_group]):
-                self.add_param_group(group)
+            before = len(self.param_groups), self.plan
+            try:
+                for group in given_groups([param_group]):
+                    self.add_param_group(group)
+            except (TypeError, ValueError):
+                del self.param_groups[before[0] :], self._layouts[before[0] :]
+                self.plan = before[1]
+                raise
             return
         super().add_param_group(param_group)
         group, layouts = self.param_groups[-1], self._layouts[-1]
@@ -289,7 +317,7 @@ class MuonClip(_MatrixOptimizer):
                 )
                 for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
             ]  # fmt: skip
-        self.plan = Plan((*self.plan.parameters, *planned), self.plan.attentions, self.plan.defaults)
+        self.plan = replace(self.plan, parameters=(*self.plan.parameters, *planned))
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
@@ -304,8 +332,11 @@ class MuonClip(_MatrixOptimizer):
         if self.qk_clip is None:
             super()._update()
             return
-        idle = all(float(group["lr"]) == 0 for group in self.param_groups)
-        factors = self.qk_clip.measure(allow_unobserved=idle)
+        idle = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+        if idle and self.qk_clip.has_nothing_to_do():  # checkpoint libraries make the state by such a step
+            super()._update()
+            return
+        factors = self.qk_clip.measure(before_update=True)
         super()._update()
         self.qk_clip.apply(factors)
 

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.attention import HeadRows, QKProjection
+from muonclip.torch.attention import HeadRows, QKProjection, out_axis
 
-_HEAD_NAMES = {"lm_head", "head", "output", "output_layer", "unembed", "score", "classifier", "proj_out"}
+_LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed"}
+_HEAD_NAMES = _LM_HEAD_NAMES | {"head", "output", "output_layer", "score", "classifier", "proj_out"}
+_EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|_|$)|^w[tp]e$", re.IGNORECASE)
+_TABLE_NAME = re.compile(r"(^|_)(a_log|table|latents|tokens?)$|rel_pos|relative_.*bias", re.IGNORECASE)
 _GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w13"}
-_FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight", "in_proj"}
+_FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 _NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -42,6 +46,7 @@ class Plan:
     parameters: tuple[PlannedParameter, ...]
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
+    clips: bool
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "update", "matrices", "reason")
@@ -57,16 +62,26 @@ class Plan:
         ]
         table = _table(rows)
         attentions = [("attention", "kind", "heads", "clip")] + [
-            (name or "(model)", projection.kind, str(projection.num_heads), projection.reason or "above tau")
+            (
+                name or "(model)",
+                projection.kind,
+                str(projection.num_heads),
+                (projection.reason or "above tau") if self.clips else "off",
+            )
             for name, projection in self.attentions.items()
         ]
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
-        return "\n\n".join([table, _table(attentions) if len(attentions) > 1 else "QK-Clip off", options])
+        parts = [table, _table(attentions) if self.attentions else "", "" if self.clips else "QK-Clip off", options]
+        return "\n\n".join(filter(None, parts))
 
 
 def plan_module(model: nn.Module, projections: Mapping[str, QKProjection], *, per_head: bool) -> list[PlannedParameter]:
     """A line for each parameter of the model, tied ones once."""
-    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(owners.get(id(parameter)), nn.Embedding):  # a tied head is an embedding
+                owners[id(parameter)] = module
     layouts = _projection_layouts(projections, per_head)
     return plan_named(model.named_parameters(), owners=owners, layouts=layouts)
 
@@ -81,7 +96,11 @@ def plan_named(
     owners, layouts = owners or {}, layouts or {}
     named = list(named_parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
-    embeddings = {shapes[name]: name for name, parameter in named if _is_embedding(name, owners.get(id(parameter)))}
+    embeddings = {
+        shapes[name]: name
+        for name, parameter in named
+        if _is_embedding(name, owners.get(id(parameter))) and not re.search(r"pos|wpe", name)
+    }
     planned: list[PlannedParameter] = []
     for name, parameter in named:
         owner, layout = owners.get(id(parameter)), layouts.get(id(parameter))
@@ -107,8 +126,10 @@ def _as_vector(name: str, parameter: Tensor, owner: nn.Module | None) -> Planned
     if parameter.ndim < 2:
         reason = "vector"
     elif path[-1].endswith("bias"):
-        reason = "stacked biases"
-    elif _NORM_NAME.search(type(owner).__name__ if owner else "") or any(map(_NORM_NAME.search, path[-2:])):
+        reason = "biases"
+    elif not isinstance(owner, nn.Linear | _ConvNd) and (
+        _NORM_NAME.search(type(owner).__name__ if owner else "") or any(map(_NORM_NAME.search, path[-2:]))
+    ):
         reason = "norm"
     else:
         return None
@@ -121,10 +142,12 @@ def _as_embedding_or_head(
     path = name.split(".")
     if _is_embedding(name, owner):
         return _adamw(name, parameter, "embedding")
-    in_a_layer = any(part.isdigit() for part in path)
-    if not in_a_layer and any(part in _HEAD_NAMES for part in path):
+    if _TABLE_NAME.search(path[-1]):
+        return _adamw(name, parameter, "no linear map, by its name")
+    in_a_layer = any(part.isdigit() for part in path[:-2])
+    if _leaf(name) in _LM_HEAD_NAMES or (_leaf(name) in _HEAD_NAMES and len(path) <= 3 and not in_a_layer):
         return _adamw(name, parameter, "output head, by its name")
-    if not in_a_layer and tuple(parameter.shape) in embeddings:
+    if not in_a_layer and tuple(parameter.shape) in embeddings and len(set(parameter.shape)) > 1:
         return _adamw(name, parameter, f"output head: the shape of {embeddings[tuple(parameter.shape)]}")
     return None
 
@@ -138,25 +161,31 @@ def _as_matrices(
 ) -> PlannedParameter:
     shape, leaf = tuple(parameter.shape), _leaf(name)
     reason = "hidden matrix"
+    if not parameter.numel():
+        return _adamw(name, parameter, "empty")
     if layout is not None:
         reason = "attention projection, split by its declaration"
-    elif isinstance(owner, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+    elif isinstance(owner, _ConvNd):
         if owner.groups > 1 and owner.groups == owner.in_channels:
             return _adamw(name, parameter, "depthwise convolution")
-        layout = MatrixLayout(transposed=owner.transposed, heads=(owner.groups,) if not owner.transposed else ())
+        layout = MatrixLayout(transposed=owner.transposed and owner.groups == 1, heads=(owner.groups,))
         reason = "convolution, window flattened"
+    elif isinstance(owner, nn.LSTM | nn.GRU):
+        gates = 4 if isinstance(owner, nn.LSTM) else 3
+        layout = MatrixLayout(blocks=(shape[0] // gates,) * gates) if "_hr_" not in leaf else MatrixLayout()
+        reason = "fused gates"
     elif isinstance(owner, nn.MultiheadAttention) and leaf == "in_proj_weight":
         layout, reason = MatrixLayout(blocks=(owner.embed_dim,) * 3), "fused q|k|v"
     elif leaf in _GATE_UP_NAMES and parameter.ndim <= 3:
         layout, reason = _gate_up_layout(name, shape, shapes), "fused gate|up"
     else:
-        layout = default_layout(shape)
-        if type(owner).__name__ == "Conv1D" and parameter.ndim == 2:
+        layout = default_layout(shape) if owner is None else MatrixLayout(batch_ndim=parameter.ndim - 2)
+        if out_axis(owner) and parameter.ndim == 2:
             layout = MatrixLayout(transposed=True)
         if leaf in _FUSED_QKV_NAMES:
             reason = "fused q, k, v taken as one matrix: declare the attention, or give layout="
         elif parameter.ndim > 2:
-            reason = "stack of matrices" if parameter.ndim == 3 else "convolution, window flattened"
+            reason = "stack of matrices" if layout.batch_ndim else "convolution, window flattened"
     if min(min(fan_out, fan_in) for _, fan_out, fan_in in layout.matrix_shapes(shape)) == 1:
         return _adamw(name, parameter, "one row or column")
     return PlannedParameter(name, shape, "muon", reason, layout, frozen=not parameter.requires_grad)
@@ -188,7 +217,8 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     """The blocks that the declared rows cut a weight into; None where it is one matrix.
 
     Rows with a stride interleave heads: the same sequence of blocks repeats for every head. K2's W_ukv ([k_nope | v]
-    per head) is such a weight; without `per_head` it stays the one matrix it is in K2.
+    per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight whose rows
+    follow no such pattern.
     """
     parts = sorted(parts, key=lambda part: part[1].start)
     first = parts[0][1]
@@ -196,6 +226,8 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     interleaved = any(rows.step != rows.size for _, rows in parts)
     repeats = first.num_heads if interleaved else 1
     total = weight.shape[first.axis] // repeats
+    if interleaved and {(rows.num_heads, rows.step) for _, rows in parts} != {(repeats, total)}:
+        return None
     blocks: list[tuple[str, int, int]] = []
     position = 0
     for side, rows in parts:
@@ -227,9 +259,12 @@ def _adamw(name: str, parameter: Tensor, reason: str, *, decays: bool = True) ->
 
 
 def _is_embedding(name: str, owner: nn.Module | None) -> bool:
+    """By its module, or by a name near the leaf: a model called `embedder` is not all embedding."""
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return True
-    return any("embed" in part.lower() or part in ("wte", "wpe") for part in name.split("."))
+    path = name.split(".")[-3:]
+    numbered = max((i for i, part in enumerate(path) if part.isdigit()), default=-1)
+    return any(map(_EMBEDDING_NAME.search, path[numbered + 1 :]))
 
 
 def _leaf(name: str) -> str:

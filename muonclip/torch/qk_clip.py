@@ -96,7 +96,7 @@ class QKClip:
         self.master_of = master_of
         self._last: dict[str, LayerReport] = {}
         # [attentions, 2]: unobserved, non-finite; kept on a device that must not be waited for, a copy on its way here.
-        self._errors = self._errors_on_host = torch.zeros(len(self.projections), 2)
+        self._errors = self._errors_on_host = torch.zeros(len(self.projections), 2, device="cpu")
 
     def step(self) -> None:
         """Scale the heads above τ, then forget the observation.
@@ -107,21 +107,19 @@ class QKClip:
         """
         self.apply(self.measure())
 
-    def measure(self, *, allow_unobserved: bool = False) -> dict[str, ClipFactors]:
+    def measure(self, *, before_update: bool = False) -> dict[str, ClipFactors]:
         """The factors of this step by attention, from the maxima of all ranks. No weight is touched.
 
-        With `allow_unobserved`, having seen nothing at all clips nothing instead of being an error.
+        `before_update`: the optimizer's step is still to come, with the gradients that it will use; an attention that
+        has none will not move and may be unobserved, as long as another one is observed.
         """
         self.raise_deferred(wait=False)
-        states = [projection.max_logits for projection in self.projections.values()]
-        _reduce_over_ranks(states, self._device())
-        if allow_unobserved and not any(bool(state.observed) for state in states):
-            return {}
-        self._check()
+        _reduce_over_ranks([projection.max_logits for projection in self.projections.values()], self._device())
+        self._check(before_update)
         factors: dict[str, ClipFactors] = {}
         for name, projection in self.projections.items():
             seen = projection.max_logits.maximum.clone()
-            tau = self.tau if projection.scaled_parts() else math.inf
+            tau = self.tau if projection.scaled_parts() and projection.trains() else math.inf
             factors[name] = clip_factors(seen, tau, self.alpha, xp=torch)
             exact = torch.ones_like(seen, dtype=torch.bool)
             self._last[name] = LayerReport(max_logits=seen, gamma=factors[name].gamma, exact=exact, bound=seen)
@@ -163,8 +161,20 @@ class QKClip:
                 for weight in (parameter,) if master is None else (parameter, master):
                     scale_heads(rows, weight, axis, factors.to(weight.device))
 
-    def _check(self) -> None:
-        errors = torch.stack([_errors(projection).to(self._device()) for projection in self.projections.values()])
+    def has_nothing_to_do(self) -> bool:
+        """Whether nothing was observed, or no query or key has a gradient other than zero; waits for the device."""
+        if not any(bool(projection.max_logits.observed) for projection in self.projections.values()):
+            return True
+        parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
+        return not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+
+    def _check(self, before_update: bool) -> None:
+        projections, device = self.projections.values(), self._device()
+        errors = torch.stack([_errors(projection).to(device) for projection in projections])
+        if before_update:
+            moves = [any(p.grad is not None for p in projection.qk_parameters()) for projection in projections]
+            nothing_seen = torch.stack([p.max_logits.observed.to(device) for p in projections]).max() == 0
+            errors[:, 0] *= nothing_seen | torch.tensor(moves).to(device, non_blocking=True)
         if _may_wait_for(errors.device):
             if bool(errors.any()):
                 self._raise(errors)
@@ -197,8 +207,8 @@ class QKClip:
 
     def _device(self) -> torch.device:
         for projection in self.projections.values():
-            for rows in projection.scaled_parts():
-                return next(rows.parameters())[0].device
+            for parameter in projection.qk_parameters():
+                return parameter.device
         return torch.device("cpu")
 
 
@@ -222,10 +232,10 @@ def _errors(projection: QKProjection) -> Tensor:
 
 
 def _gradients_are_finite(projection: QKProjection) -> Tensor:
-    parameters = [parameter for rows in projection.scaled_parts() for parameter, _ in rows.parameters()]
+    parameters = projection.qk_parameters()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.tensor(False)
+    if not gradients:  # there is nothing to scale, or nobody has asked for gradients yet
+        return torch.tensor(not parameters)
     return torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in gradients]).all()
 
 
@@ -254,7 +264,7 @@ def _named_projections(
     if wrong or not named:
         raise ValueError(
             "QKClip needs a model or QKProjections"
-            + (f"; {', '.join(wrong)} is something else." if wrong else ", by name or in a list; it got none.")
+            + (f"; {len(wrong)} of the items, {wrong[0]!r} first, are neither." if wrong else "; it got none.")
             + " To clip a model's parameters, pass the model itself, not model.parameters()."
         )
     return projections

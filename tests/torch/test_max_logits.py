@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, dense_max_logits
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from muonclip.torch import AttentionMask, MaxLogits, attention, measure_max_logits
@@ -223,3 +224,62 @@ def test_is_observed_when_compiled():
 def test_errors_name_the_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call(*qkv())
+
+
+def test_masks_that_mean_something_else_are_refused():
+    q, k, v = qkv(length=5)
+    for mask, message in (
+        (torch.ones(5, 5, dtype=torch.int64), "attn_mask is torch.int64; it must be bool"),
+        (torch.ones(2, 5, 5, dtype=torch.bool), r"attn_mask has shape \(2, 5, 5\); it must be broadcastable"),
+        (torch.ones(5, 4, dtype=torch.bool), r"attn_mask has shape \(5, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, attn_mask=mask)
+
+
+def test_the_lowest_number_of_a_float_mask_masks():
+    """As in Hugging Face's additive masks."""
+    q, k, v = qkv(length=5, dtype=torch.float32)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+    statistic = MaxLogits(4)
+    mask = torch.zeros(5, 5).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    attention(q, k, v, attn_mask=mask, max_logits=statistic)
+    np.testing.assert_allclose(statistic.maximum, dense_max_logits(q, k), rtol=1e-5)
+
+
+def test_a_query_that_may_see_nothing_gives_zeros_under_softcap_too():
+    q, k, v = (t.requires_grad_() for t in qkv(length=5, groups=4))
+    keep = torch.tensor([[False, True, True, True, True]]).expand(2, 5)[:, None, None, :]
+    y = attention(q, k, v, is_causal=True, attn_mask=keep, softcap=5.0)
+    assert (y[:, :, 0] == 0).all()
+    y.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_compiling_does_not_unroll_the_tiles():
+    counted = []
+
+    def count(graph, inputs):
+        counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    q, k, v = qkv(length=40, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(max_logits_module, "_TILE_ROWS", 4)
+        statistic = MaxLogits(4)
+        compiled = torch.compile(lambda: attention(q, k, v, is_causal=True, max_logits=statistic), backend=count)
+        compiled()
+    assert sum(counted) < 40
+    np.testing.assert_allclose(statistic.maximum, dense_max_logits(q, k), rtol=1e-5)
+
+
+def test_a_model_made_on_the_meta_device_observes_where_it_lands():
+    with torch.device("meta"):
+        layer = TinyAttention()
+        layer(torch.randn(1, 5, WIDTH))
+    assert layer.max_logits.observed == 0
+    layer.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    layer(torch.randn(1, 5, WIDTH))
+    assert layer.max_logits.observed == 1

@@ -321,3 +321,63 @@ def test_wrong_groups_are_named():
     p.grad = torch.zeros(6, 4).to_sparse()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
+
+
+def test_its_state_loads_into_torch_s_optimizer_and_steps_there():
+    (p,), (q,) = parameters((32, 48)), parameters((32, 48))
+    ours, theirs = Muon([p]), torch.optim.Muon([q])
+    set_gradients([p], 0)
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    set_gradients([q], 1)
+    theirs.step()
+    assert theirs.param_groups[0]["eps"] == 1e-7
+    assert q.isfinite().all()
+
+
+def test_ns_steps_left_at_its_default_is_the_set_s_own_length():
+    (p,) = parameters((6, 9))
+    for given_, expected in ((dict(ns_coefficients="deepseek_v4"), None), (dict(), 5), (dict(ns_steps=3), 3)):
+        assert Muon([p], **given_).param_groups[0]["ns_steps"] == expected
+    three = [(2.0, -1.5, 0.5)] * 3
+    set_gradients([p], 0)
+    Muon([p], ns_coefficients=three).step()
+
+
+def test_frozen_unused_matrices_decay_only_when_used_even_with_bf16_momentum():
+    (p,) = parameters((2, 8, 6))
+    before = p.detach().clone()
+    optimizer = Muon([p], lr=2e-4, weight_decay=0.1, freeze_unused=True, momentum_dtype=torch.bfloat16, momentum=0.0)
+    p.grad = torch.zeros_like(p)
+    p.grad[0, 0, 0] = 1.0
+    for _ in range(100):
+        optimizer.step()
+    untouched = before[0, 1:, 1:] * (1 - 2e-5) ** 100
+    torch.testing.assert_close(p.detach()[0, 1:, 1:], untouched, rtol=1e-5, atol=0)
+    assert torch.equal(p.detach()[1], before[1])
+
+
+def test_schedulers_that_cycle_momentum_work():
+    (p,) = parameters((6, 9))
+    torch.optim.lr_scheduler.OneCycleLR(Muon([p]), max_lr=0.1, total_steps=10)
+
+
+def test_empty_parameters_are_left_alone():
+    empty, p = nn.Parameter(torch.zeros(0, 5)), parameters((6, 9))[0]
+    optimizer = Muon([empty, p])
+    empty.grad = torch.zeros(0, 5)
+    set_gradients([p], 0)
+    optimizer.step()
+
+
+def test_many_small_matrices_are_queued_in_linear_time():
+    """Counted, not timed: the queue must not look at what it holds for every matrix it takes."""
+    update = matrix_update_module.MatrixUpdate(workspace_bytes=40 * 6 * 4)
+    options = {**Muon(parameters((2, 3))).param_groups[0], "coefficients": ((2.0, -1.5, 0.5),), "floor": 0.0}
+    sizes = []
+    for p in parameters(*[(2, 3)] * 100):
+        with torch.no_grad():
+            update.add(p, torch.ones_like(p), torch.zeros_like(p), MatrixLayout(), options)
+        sizes.append((len(next(iter(update._buckets.values()))), next(iter(update._counts.values()))))
+    assert all(count == held for held, count in sizes)
+    assert max(count for _, count in sizes) == 40

@@ -353,3 +353,72 @@ def test_memory_is_freed_with_the_optimizer():
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(TinyModel())
+
+
+def test_without_the_clip_the_matrices_are_the_same():
+    """A comparison with and without the clip must not compare two different Muons."""
+    for options in ({}, {"per_head": True}):
+        for kind in ("fused_interleaved", "mla"):
+            with_clip, without = (build(kind, qk_clip=clip, **options)[1].plan for clip in ("auto", None))
+            assert with_clip.parameters == without.parameters
+            assert without.attentions
+
+
+def test_an_attention_without_gradient_may_be_unobserved():
+    """A layer that a batch does not reach does not move, so it cannot explode unseen."""
+    model, optimizer = build()
+    skipped = model.layers[1].forward
+    model.layers[1].forward = lambda x: torch.zeros_like(x)
+    train(model, optimizer, [0])
+    model.layers[1].forward = skipped
+    train(model, optimizer, [1])
+    assert list(optimizer.qk_clip.report().layers) == ["layers.0", "layers.1"]
+
+
+def test_the_initialising_step_of_a_checkpoint_library_keeps_weights_and_observation():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, optimizer = build(tau=0.1)
+    model.loss(tokens(0))
+    before = copy.deepcopy(model)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    assert equal(model, before)
+    assert model.layers[0].max_logits.observed == 1
+    train(model, optimizer, [0])
+    resumed, other = build(tau=0.1)
+    set_optimizer_state_dict(resumed, other, state)
+    train(resumed, other, [0])
+    assert equal(resumed, model)
+
+
+def test_a_tensor_rate_is_each_group_s_own():
+    _, optimizer = build(lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for loss in (1.0, 1.0):
+        scheduler.step(loss)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05] * 3)
+
+
+def test_a_checkpoint_with_other_groups_is_refused():
+    _, optimizer = build()
+    state = optimizer.state_dict()
+    state["param_groups"] = state["param_groups"][::-1]
+    with pytest.raises(ValueError, match="group 0 of the checkpoint is for 'adamw', of the optimizer for 'muon'"):
+        build()[1].load_state_dict(state)
+
+
+def test_a_refused_group_adds_nothing():
+    _, optimizer = build()
+    extra = nn.Linear(WIDTH, 12)
+    plan = str(optimizer.plan)
+    with pytest.raises(ValueError, match="betas="):
+        optimizer.add_param_group(dict(params=extra.named_parameters(), betas=(2.0, 3.0)))
+    with pytest.raises(ValueError, match="layout in a parameter group that does not say"):
+        optimizer.add_param_group(dict(params=extra.named_parameters(), layout=None))
+    twice = [*extra.named_parameters(), *nn.Linear(3, 4).named_parameters()]
+    with pytest.raises(ValueError, match="two parameters have the same name"):
+        optimizer.add_param_group(dict(params=twice))
+    with pytest.raises(ValueError, match="amsgrad=True is not an option"):
+        optimizer.add_param_group(dict(params=[extra.bias], use="adamw", amsgrad=True))
+    assert len(optimizer.param_groups) == 3
+    assert str(optimizer.plan) == plan

@@ -164,3 +164,53 @@ def test_the_plan_prints_every_parameter_every_attention_and_every_default():
     assert all(name in text for name, _ in TinyModel("gqa").named_parameters())
     for words in ("layers.1   gqa   4      above tau", "lr = 0.25", "tau = 7.0", "momentum = 0.95", "hidden matrix"):
         assert words in text
+
+
+def test_names_and_modules_of_real_models():
+    class Mamba(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_proj = nn.Linear(6, 12)
+            self.A_log = nn.Parameter(torch.zeros(12, 4))
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3, 4, 5))
+
+    model = nn.ModuleDict(
+        {
+            "embedder": nn.ModuleDict({"h": nn.ModuleList([nn.Linear(6, 8)])}),
+            "tok_emb": nn.Linear(11, 6, bias=False),
+            "ln1": nn.Linear(6, 6),
+            "mixer": Mamba(),
+            "deep": nn.ModuleDict({"attn": nn.ModuleDict({"output": nn.Linear(6, 6)})}),
+            "stacked": Stacked(),
+            "lstm": nn.LSTM(6, 5),
+        }
+    )
+    plan = plan_of(model)
+    assert {name: line.use for name, line in plan.items() if line.decays} == {
+        "embedder.h.0.weight": "muon",
+        "tok_emb.weight": "adamw",
+        "ln1.weight": "muon",
+        "mixer.in_proj.weight": "muon",
+        "mixer.A_log": "adamw",
+        "deep.attn.output.weight": "muon",
+        "stacked.weight": "muon",
+        "lstm.weight_ih_l0": "muon",
+        "lstm.weight_hh_l0": "muon",
+    }
+    assert plan["stacked.weight"].layout == MatrixLayout(batch_ndim=2)
+    assert plan["lstm.weight_ih_l0"].layout.describe((20, 6)) == " + ".join(["(5×6)"] * 4)
+
+
+def test_a_head_tied_to_an_embedding_is_an_embedding_whoever_owns_it():
+    model = nn.ModuleDict({"shared": nn.Embedding(11, 6), "body": nn.Linear(6, 6), "to_words": nn.Linear(6, 11)})
+    model["to_words"].weight = model["shared"].weight
+    assert plan_of(model)["shared.weight"].reason == "embedding"
+
+
+def test_a_head_at_the_end_of_a_sequence():
+    plan = plan_of(nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)))
+    assert [plan[f"{i}.weight"].use for i in range(3)] == ["adamw", "muon", "adamw"]

@@ -1,10 +1,12 @@
 """The clip, judged by a dense probe that shares no code with it, on the same inputs before and after."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import tiny_attention
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,7 +167,7 @@ def test_infinite_tau_observes_without_touching():
 
 def test_observed_attention_is_reported_and_never_scaled():
     statistic = MaxLogits(2)
-    qk_clip = QKClip([QKProjection.observed(num_heads=2, max_logits=statistic, reason="QK-norm bounds it")], 1.0)
+    qk_clip = QKClip([QKProjection("mha", 2, statistic, reason="QK-norm bounds it")], 1.0)
     statistic.update(torch.tensor([5.0, 0.5]))
     qk_clip.step()
     assert qk_clip.report().layers["0"].max_logits.tolist() == [5.0, 0.5]
@@ -315,3 +317,74 @@ def test_a_declared_attention_that_feeds_two_statistics_of_its_own():
     qk_clip.step()
     everything = np.ones((2, 7, 7), dtype=bool)
     np.testing.assert_allclose(dense_max_logits(*heads(), everything), 0.01, rtol=1e-4)
+
+
+class Wrapper(nn.Module):
+    """Forwards its module's attributes, as `torch.compile`, checkpoint and sharding wrappers do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_a_wrapped_attention_is_clipped_once():
+    layer, x = loud_attention("mha", 0)
+    model = nn.ModuleDict({"attn": Wrapper(layer)})
+    before = probe(layer, x)
+    qk_clip = QKClip(model, tau=0.5)
+    assert list(qk_clip.projections) == ["attn"]
+    model["attn"](x)
+    qk_clip.step()
+    np.testing.assert_allclose(probe(layer, x), np.minimum(before, 0.5), rtol=1e-6)
+
+
+def test_attentions_that_share_a_statistic_are_refused():
+    model = TinyModel()
+    model.layers[1].max_logits = model.layers[0].max_logits
+    with pytest.raises(ValueError, match=r"layers\.0 and layers\.1 share one MaxLogits"):
+        QKClip(model)
+
+
+def test_an_attention_with_a_reason_is_observed_and_never_scaled():
+    """QK-norm: scaling the projections changes no logit, so they would shrink for ever."""
+    layer, x = loud_attention("mha", 0)
+    original = copy.deepcopy(layer)
+    qk_clip = QKClip([dataclasses.replace(layer.qk_projection(), reason="QK-norm")], 1e-3)
+    layer(x)
+    qk_clip.step()
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+    assert qk_clip.report().layers["0"].max_logits.max() > 1
+    with pytest.raises(RuntimeError, match="observed no forward of 0"):
+        qk_clip.step()
+
+
+def test_frozen_projections_keep_their_weights():
+    layer, x = loud_attention("mha", 0)
+    layer.requires_grad_(False)
+    original = copy.deepcopy(layer)
+    clip(layer, x.requires_grad_(), 1e-3)
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+
+
+def test_a_computed_weight_is_refused():
+    """Scaling what a parametrization computes would change nothing."""
+    q = nn.utils.parametrizations.weight_norm(nn.Linear(5, 12))
+    with pytest.raises(ValueError, match="the weight of ParametrizedLinear is no parameter but computed"):
+        QKProjection.mha(q=q, k=nn.Linear(5, 12), num_heads=4, max_logits=MaxLogits(4))
+
+
+def test_transposed_weights_are_known_by_their_module():
+    class Conv1D(tiny_attention.Transposed):
+        pass
+
+    projection = QKProjection.mha(q=Conv1D(12, 12), k=nn.Linear(12, 12), num_heads=4, max_logits=MaxLogits(4))
+    assert [rows.axis for rows in projection.scaled_parts()] == [1, 0]
