@@ -134,3 +134,9 @@ def test_runs_compiled():
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"x has shape \(3,\); orthogonalize needs a matrix"):
         orthogonalize(np.ones(3), xp=np)
+
+
+def test_narrow_products_come_after_the_normalisation():
+    x = torch.from_numpy(gaussian(0, 4, 6) * 1e7).float()
+    u = orthogonalize(x, xp=torch, dtype=torch.float16)
+    torch.testing.assert_close(u, orthogonalize(x, xp=torch), atol=0.05, rtol=0.05)

@@ -31,6 +31,12 @@ for step in range(20):
     highest = local.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     assert torch.equal(seen, highest), "the clip must use the maximum over the ranks"
+with torch.set_grad_enabled(rank == 0):  # a rank that saw nothing takes part all the same
+    model(tokens[:, :-1])
+optimizer.qk_clip.step()
+unequal = torch.stack([layer.max_logits for layer in optimizer.qk_clip.report().layers.values()])
+dist.broadcast(unequal, src=0)
+assert torch.equal(unequal, torch.stack([layer.max_logits for layer in optimizer.qk_clip.report().layers.values()]))
 torch.save({"model": model.state_dict(), "clipped": clipped, "local": local}, f"{sys.argv[1]}/{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()

@@ -63,14 +63,14 @@ def test_is_the_exact_masked_maximum_whatever_the_tiles(mask, seed, length, tile
 def test_attention_is_softmax_attention_under_every_mask(seed):
     q, k, v = qkv(seed, length=11)
     for arguments, allowed in random_masks(seed, 2, 11).values():
-        scores = q @ k.repeat_interleave(2, 1).mT / math.sqrt(5)
+        scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
         bias = arguments.get("attn_mask")
         if bias is not None and bias.dtype != torch.bool:
             scores = scores + bias
         scores = scores.masked_fill(~torch.from_numpy(allowed)[:, None], -math.inf)
         rows = torch.from_numpy(allowed.any(-1))[:, None, :, None]
         expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
-        actual = attention(q, k, v, **arguments)
+        actual = attention(q, k, v, scale=0.3, **arguments)
         torch.testing.assert_close(torch.where(rows, actual, 0), torch.where(rows, expected, 0), atol=1e-6, rtol=1e-6)
 
 
@@ -283,3 +283,10 @@ def test_a_model_made_on_the_meta_device_observes_where_it_lands():
         nn.init.normal_(parameter)
     layer(torch.randn(1, 5, WIDTH))
     assert layer.max_logits.observed == 1
+
+
+def test_low_precision_inputs_are_multiplied_in_float32():
+    q, k, v = (t.bfloat16() for t in qkv(length=40, width=64))
+    statistic = MaxLogits(4)
+    attention(q, k, v, is_causal=True, max_logits=statistic)
+    np.testing.assert_allclose(statistic.maximum, dense_max_logits(q.float(), k.float()), rtol=2e-6)

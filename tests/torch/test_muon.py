@@ -176,12 +176,13 @@ def test_gradients_that_torch_swallows_get_a_full_size_update(scale):
         assert (moved == pytest.approx(full_size, rel=0.05)) == (param is p)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_gradient_and_momentum_are_not_normalised_in_place(dtype):
+def test_gradient_and_momentum_are_not_normalised_in_place(dtype, nesterov):
     (p,) = parameters((6, 9), dtype=dtype)
     set_gradients([p], 0)
     gradient = p.grad.clone()
-    optimizer = Muon([p], nesterov=False, ns_dtype=dtype)
+    optimizer = Muon([p], nesterov=nesterov, ns_dtype=dtype)
     optimizer.step()
     assert torch.equal(p.grad, gradient)
     torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 0.05 * gradient)
@@ -381,3 +382,26 @@ def test_many_small_matrices_are_queued_in_linear_time():
         sizes.append((len(next(iter(update._buckets.values()))), next(iter(update._counts.values()))))
     assert all(count == held for held, count in sizes)
     assert max(count for _, count in sizes) == 40
+
+
+def test_a_resumed_optimizer_still_has_no_floor():
+    (p,) = parameters((32, 48))
+    optimizer = Muon([p], lr=1.0, weight_decay=0.0)
+    optimizer.load_state_dict(Muon([p], lr=1.0, weight_decay=0.0).state_dict())
+    set_gradients([p], 0, 1e-12)
+    before = p.detach().clone()
+    optimizer.step()
+    assert (p - before).norm() > 1
+
+
+def test_loading_shares_no_memory_with_the_checkpoint():
+    (p,) = parameters((6, 9), dtype=torch.bfloat16)
+    optimizer = Muon([p], momentum_dtype=torch.float32)
+    set_gradients([p], 0)
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    saved = checkpoint["state"][0]["momentum_buffer"].clone()
+    other = Muon([p], momentum_dtype=torch.float32)
+    other.load_state_dict(checkpoint)
+    other.step()
+    assert torch.equal(checkpoint["state"][0]["momentum_buffer"], saved)

@@ -1,6 +1,7 @@
 """`MuonClip` as a torch optimizer: the order of a step, groups, state, and everything that scripts do to it."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
 from muonclip.torch import MuonClip, QKClip
+from muonclip.torch import qk_clip as qk_clip_module
 
 
 def tokens(seed, batch=2, length=9):
@@ -422,3 +424,45 @@ def test_a_refused_group_adds_nothing():
         optimizer.add_param_group(dict(params=[extra.bias], use="adamw", amsgrad=True))
     assert len(optimizer.param_groups) == 3
     assert str(optimizer.plan) == plan
+
+
+def test_everything_is_updated_in_place():
+    """CUDA graphs and sharding engines hold on to addresses."""
+    model, optimizer = build("mla", tau=0.05)
+    train(model, optimizer, [0])
+
+    def addresses():
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        statistics = [layer.max_logits.packed for layer in model.layers]
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *state, *statistics)]
+
+    before = addresses()
+    train(model, optimizer, [1])
+    assert optimizer.qk_clip.report().clipped_heads > 0
+    assert addresses() == before
+
+
+def test_one_group_at_rate_zero_is_not_an_initialising_step():
+    model, optimizer = build(adamw=dict(lr=0.0))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="observed no forward"):
+        optimizer.step()
+
+
+def test_a_deferred_error_is_raised_before_a_checkpoint_is_written(monkeypatch):
+    model, optimizer = build()
+    monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: False)
+    model.loss(tokens(0)).backward()
+    model.layers[0].max_logits.nonfinite[0] = 1.0
+    model.layers[0].q.weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.state_dict()
+
+
+def test_defaults():
+    _, optimizer = build(tau=100.0)
+    defaults = inspect.signature(MuonClip).parameters
+    assert (defaults["tau"].default, defaults["eps"].default, defaults["lr"].default) == (100.0, 1e-7, 1e-3)
+    assert optimizer.qk_clip.tau == 100.0

@@ -388,3 +388,50 @@ def test_transposed_weights_are_known_by_their_module():
 
     projection = QKProjection.mha(q=Conv1D(12, 12), k=nn.Linear(12, 12), num_heads=4, max_logits=MaxLogits(4))
     assert [rows.axis for rows in projection.scaled_parts()] == [1, 0]
+
+
+def test_query_and_key_take_their_shares_of_gamma():
+    """γ^α and γ^(1−α) where the key is the head's own, all of γ where heads share it."""
+    for kind in ("mha", "gqa", "mla"):
+        layer, x = loud_attention(kind, 0)
+        original = copy.deepcopy(layer)
+        gamma = clip(layer, x, 0.5, alpha=0.3).report().layers["attn"].gamma.double()
+        assert (gamma < 1).any()
+        now, then = layer.qk_projection(), original.qk_projection()
+        for part, exponent in (("query", 0.3), ("key", 0.7), ("query_facing_shared", 1.0)):
+            for rows, before in zip(getattr(now, part), getattr(then, part), strict=True):
+                for (p, axis), (q, _) in zip(rows.parameters(), before.parameters(), strict=True):
+                    shape = [1] * (p.ndim + 1)
+                    shape[axis] = -1
+                    expected = before.of(q, axis) * (gamma**exponent).view(shape)
+                    torch.testing.assert_close(rows.of(p, axis), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_defaults_are_k2_s():
+    qk_clip = QKClip(TinyModel())
+    assert (qk_clip.tau, qk_clip.alpha) == (100.0, 0.5)
+
+
+def test_parameters_that_an_engine_replaced_are_the_ones_scaled():
+    layer, x = loud_attention("mha", 0)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 0.5)
+    before = probe(layer, x)
+    for module in (layer.q, layer.k):
+        module.weight = nn.Parameter(module.weight.detach().clone())
+        module.bias = nn.Parameter(module.bias.detach().clone())
+    layer(x)
+    qk_clip.step()
+    np.testing.assert_allclose(probe(layer, x), np.minimum(before, 0.5), rtol=1e-6)
+
+
+def test_an_error_that_is_waiting_survives_a_clean_step(monkeypatch):
+    monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: False)
+    layer, x = loud_attention("mha", 0)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1e-3)
+    layer.max_logits.update(torch.tensor([1.0, 1.0, math.nan, 1.0]))
+    qk_clip.step()
+    monkeypatch.setattr(qk_clip, "_errors_on_host", torch.zeros_like(qk_clip._errors))  # the copy is still on its way
+    layer(x)
+    qk_clip.step()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        qk_clip.report()
