@@ -1,0 +1,1 @@
+"""The evidence: reproductions on real text, each one command. `python -m benchmarks --help` lists them."""

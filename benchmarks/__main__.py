@@ -1,0 +1,210 @@
+"""`python -m benchmarks …`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, get_args
+
+from benchmarks import summary
+from benchmarks.arms import ARMS
+from benchmarks.data import Corpus, open_corpus
+from benchmarks.errors import UsageError
+from benchmarks.explosion import Execution, run_panels
+from benchmarks.panel import Panel, Training
+from benchmarks.precision import PrecisionChoice
+from benchmarks.presets import HOT, OWN_RATE, PRESETS
+from benchmarks.runner import RunFailed
+from muonclip.models import MoEConfig
+from muonclip.models.config import Attention
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a run failed, 2 a wrong option, 130 interrupted."""
+    parser, commands = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+    except UsageError as error:
+        commands[options.name].error(str(error))
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def explosion(options: argparse.Namespace) -> None:
+    """One panel, by hand."""
+    corpus = open_corpus(options.data)
+    preset = PRESETS[options.preset]
+    training = preset.training
+    for name in ("steps", "batch_size", "tau"):
+        if getattr(options, name) is not None:
+            training = replace(training, **{name: getattr(options, name)})
+    rates = training.lr if options.lr is None else options.lr
+    if missing := [arm for arm in options.arms if arm not in rates and "" not in rates]:
+        raise UsageError(
+            "--lr", f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
+        )
+    training = replace(training, lr={arm: rates.get(arm, rates.get("")) for arm in options.arms})
+    model = preset.model(attention=options.attention, vocab_size=corpus.vocab_size)
+    panel = _panel("", "Attention logits", options.arms, options.seeds, model, training, corpus)
+    _run([panel], corpus, options)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """The panels of the README: what explodes, and what a careful user gets."""
+    corpus = open_corpus(options.data)
+    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
+    panels = [
+        _panel("hot", "A hot rate", ("muon", "muonclip"), (0, 1), model, HOT, corpus),
+        _panel("own-rate", "Each optimizer at its own best rate", tuple(ARMS), (0,), model, OWN_RATE, corpus),
+    ]
+    _run(panels, corpus, options)
+
+
+def _panel(
+    name: str,
+    title: str,
+    arms: tuple[str, ...],
+    seeds: tuple[int, ...],
+    model: MoEConfig,
+    training: Training,
+    corpus: Corpus,
+) -> Panel:
+    corpus.require(model.max_seq_len)
+    training = replace(training, lr={arm: training.lr[arm] for arm in arms})
+    return Panel(
+        name=name,
+        title=title,
+        arms=arms,
+        seeds=seeds,
+        model=model,
+        training=training,
+        data=corpus.record(),
+    )
+
+
+def _run(panels: list[Panel], corpus: Corpus, options: argparse.Namespace) -> None:
+    execution = Execution(options.out, options.jobs, options.precision, options.checkpoint_seconds)
+    for result in run_panels(panels, corpus, execution):
+        print(f"\n{result.panel.heading}\n{result.panel.subject}\n\n{summary.table(result)}")
+    print(f"\npicture  {options.out / 'curves.png'}")
+    for panel in panels:
+        print(f"figures  {options.out / panel.name / 'summary.json'}")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Evidence on real text, by one command.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+
+    by_hand = commands.add_parser("explosion", help="train arms side by side and draw their attention logits")
+    by_hand.set_defaults(command=explosion)
+    by_hand.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="model and training (default: cpu)")
+    by_hand.add_argument(
+        "--arms", type=_arms, default=tuple(ARMS), metavar="A,B", help=f"of {', '.join(ARMS)} (default: all)"
+    )
+    by_hand.add_argument("--seeds", type=_seeds, default=(0, 1), metavar="N,M", help="default: 0,1")
+    by_hand.add_argument("--attention", choices=get_args(Attention), default="mla", help="default: mla")
+    by_hand.add_argument("--tau", type=_positive, metavar="LOGIT", help="threshold of the clip")
+    by_hand.add_argument("--lr", type=_rates, metavar="RATE", help="one rate for all arms, or arm=rate,arm=rate")
+    by_hand.add_argument("--steps", type=_count, metavar="N")
+    by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")
+
+    both = commands.add_parser(
+        "reproduce", help="the README's figures: logits under a hot rate and under each one's own"
+    )
+    both.set_defaults(command=reproduce)
+
+    for command in (by_hand, both):
+        command.add_argument(
+            "--data",
+            type=Path,
+            metavar="PATH",
+            help="text file, folder, or token file (.bin and .u16: uint16, .u32: uint32; little-endian); "
+            "default: the sources of this Python's standard library",
+        )
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="results; an interrupted command goes on there"
+        )
+        command.add_argument("--jobs", type=_count, metavar="N", help="runs side by side (default: one per core)")
+        command.add_argument(
+            "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
+        )
+        command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
+    return parser, {"explosion": by_hand, "reproduce": both}
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    arms = tuple(text.split(","))
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise argparse.ArgumentTypeError(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
+    return _distinct(arms)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        seeds = (-1,)
+    if min(seeds) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers from 0, such as 0,1")
+    return _distinct(seeds)
+
+
+def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(items)) < len(items):
+        raise argparse.ArgumentTypeError(f"{','.join(map(str, items))} names something twice")
+    return items
+
+
+def _rates(text: str) -> dict[str, float]:
+    """By arm; under "" the rate for all."""
+    if "=" not in text:
+        return {"": _positive(text)}
+    rates: dict[str, float] = {}
+    for part in text.split(","):
+        arm, equals, rate = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither one rate nor arm=rate,arm=rate")
+        if arm not in ARMS:
+            raise argparse.ArgumentTypeError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
+        if arm in rates:
+            raise argparse.ArgumentTypeError(f"{arm} has two rates in {text!r}")
+        rates[arm] = _positive(rate)
+    return rates
+
+
+def _positive(text: str) -> float:
+    return _number(text, float, lambda x: 0 < x < math.inf, "a positive number")
+
+
+def _seconds(text: str) -> float:
+    return _number(text, float, lambda x: 0 <= x < math.inf, "a number of seconds, zero or more")
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, lambda x: x >= 1, "an integer of at least 1"))
+
+
+def _number(text: str, kind: Callable[[str], float], holds: Callable[[float], bool], meaning: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

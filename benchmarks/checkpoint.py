@@ -1,0 +1,48 @@
+"""Files that are either the old one or the new one, whole, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers and strings in dicts and lists; nothing that needs pickle."""
+    with replacing(path) as stream:
+        torch.save(state, stream)
+
+
+def load(path: Path, device: str) -> dict[str, Any] | None:
+    """The saved state, or None where there is none. Only tensors and plain values are read (`weights_only`)."""
+    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as stream:
+        stream.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary stream to a temporary file that takes the place of `path` once it has reached the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,15 @@
+"""The one exception of the command line: what a user can put right."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """A wrong option or input, by the option's name; printed without a traceback, exit status 2."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"argument {self.option}: {self.message}"

@@ -1,0 +1,90 @@
+"""The record of a run: one JSON object per step in a text file that survives being cut anywhere.
+
+    step              updates done, from 1
+    loss              mean nats per token of the update's batch, before the update
+    lr                the update's rate
+    grad_norm         global gradient norm before clipping
+    max_logits        {attention: [heads]}, largest logit of the update's forward
+    clipped_heads     heads that the update rescaled
+    tokens_per_second of this step: forward, backward and update
+    val_loss          where the validation text was evaluated: mean nats per token after the update
+
+JSON has no infinities and no NaN; they are written as the strings "inf", "-inf", "nan", which `float` reads back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records; `begin(step)` drops every line after the step that a checkpoint goes back to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, step: int) -> bool:
+        """Cut the file after the record of `step`. False: not all records up to it were there, and now it is empty."""
+        complete = 0
+        size = 0
+        with self.path.open("a+b") as stream:
+            stream.seek(0)
+            for line in stream:
+                if complete == step or _step_of(line) != complete + 1:
+                    break
+                complete += 1
+                size += len(line)
+            found = complete == step
+            stream.truncate(size if found else 0)
+        return found
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self.path.open("ab") as stream:
+            stream.write((json.dumps(to_json(record), allow_nan=False) + "\n").encode())
+
+    def sync(self) -> None:
+        """Reach the disk, so that no checkpoint is ever ahead of its records."""
+        with self.path.open("ab") as stream:
+            os.fsync(stream.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records, numbers as numbers."""
+    with path.open("rb") as stream:
+        return [from_json(json.loads(line)) for line in stream]
+
+
+def to_json(value: Any) -> Any:
+    """The value with every non-finite float as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`."""
+    if isinstance(value, str) and value in ("inf", "-inf", "nan"):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return value
+
+
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record.get("step") if isinstance(record, dict) else None

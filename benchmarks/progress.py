@@ -1,0 +1,72 @@
+"""One bar over all runs with the time left; a plain line per run now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+_LINE_SECONDS = 15.0
+
+
+class Progress:
+    """Counts the steps of all runs; writes to standard error."""
+
+    def __init__(self, *, total: int, done: int) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._total, self._done, self._begun = total, done, time.monotonic()
+        self._new = 0  # steps made since the command began, from which the rate is taken
+        self._steps: dict[str, int] = {}
+        self._news: dict[str, str] = {}
+        self._lines: dict[str, float] = {}
+        self._bar = tqdm(
+            total=total, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar:20}| {n}/{total} steps [{elapsed}, {remaining} left] {desc}",
+        )  # fmt: skip
+
+    def update(self, title: str, steps: int, record: dict[str, Any]) -> None:
+        """A run is at `record["step"]` of `steps`; its first record says where it begins."""
+        begins = title not in self._steps
+        made = record["step"] - self._steps.get(title, 0)
+        self._steps[title] = record["step"]
+        if not begins:
+            self._new += made
+        elif self._terminal:  # a bar that is off has no such field
+            self._bar.initial += made
+        self._advance(made)
+        if "loss" not in record:
+            return
+        self._news[title] = f"{title} loss {record['loss']:.2f} max logit {record['max_logit']:.0f}"
+        self._describe()
+        if not self._terminal and time.monotonic() - self._lines.get(title, self._begun) >= _LINE_SECONDS:
+            self._lines[title] = time.monotonic()
+            self._print(f"{self._news[title]}, step {record['step']}/{steps}; {self._left()} left for all")
+
+    def finish(self, title: str, steps: int) -> None:
+        """A run is done, perhaps before its last step."""
+        self._advance(steps - self._steps.get(title, 0))
+        self._steps[title] = steps
+        self._print(f"{self._news.pop(title, title)}, finished")
+        self._describe()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _advance(self, steps: int) -> None:
+        self._done += steps
+        self._bar.update(steps)
+
+    def _describe(self) -> None:
+        self._bar.set_description_str(" · ".join(self._news.values()), refresh=False)
+
+    def _left(self) -> str:
+        rate = self._new / (time.monotonic() - self._begun)
+        return tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+
+    def _print(self, line: str) -> None:
+        if self._terminal:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)

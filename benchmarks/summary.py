@@ -1,0 +1,131 @@
+"""What a run's records come to, and the table of a panel."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from benchmarks import metrics
+from benchmarks.arms import ARMS
+from benchmarks.panel import Panel
+from benchmarks.train import METRICS, RESULT, Result
+from benchmarks.worker import run_folder
+
+Record = dict[str, Any]
+
+
+class RunSummary(TypedDict):
+    """Losses in nats per token; bits per byte only where a token is a byte. Non-finite numbers: see `metrics`."""
+
+    final_val_loss: float
+    val_bits_per_byte: float | None
+    max_logit_peak: float  # over steps and heads
+    max_logit_median_last_quarter: float  # median over the last quarter of the steps of each step's maximum over heads
+    clipped_head_steps: int  # clipped heads, summed over steps
+    loss_spikes: int  # steps; see `spikes`
+    wall_seconds: float  # summed over the parts of an interrupted run
+    tokens_per_second: float  # of the training steps, validation and checkpoints left out
+
+
+@dataclass(frozen=True, slots=True)
+class PanelResult:
+    panel: Panel
+    records: dict[str, dict[int, list[Record]]]  # by arm and seed
+    summaries: dict[str, dict[int, RunSummary]]
+
+
+def collect(panel: Panel, folder: Path) -> PanelResult:
+    """Read the finished runs of a panel."""
+    records: dict[str, dict[int, list[Record]]] = {arm: {} for arm in panel.arms}
+    summaries: dict[str, dict[int, RunSummary]] = {arm: {} for arm in panel.arms}
+    for arm, seed in panel.runs():
+        run = run_folder(folder, arm, seed)
+        records[arm][seed] = metrics.read(run / METRICS)
+        result: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
+        summaries[arm][seed] = summarise(panel, records[arm][seed], result)
+    return PanelResult(panel, records, summaries)
+
+
+def summarise(panel: Panel, records: Sequence[Record], result: Result) -> RunSummary:
+    training = panel.training
+    maxima = [maximum for maximum in map(max_logit, records) if maximum is not None]
+    tokens = len(records) * training.batch_size * panel.model.max_seq_len
+    spiking = spikes([record["loss"] for record in records], training.spike_window, training.spike_threshold)
+    return RunSummary(
+        final_val_loss=result["final_val_loss"],
+        val_bits_per_byte=result["final_val_loss"] / math.log(2) if panel.data.kind == "bytes" else None,
+        max_logit_peak=max(maxima, default=math.nan),
+        max_logit_median_last_quarter=statistics.median(maxima[-math.ceil(len(maxima) / 4) :]) if maxima else math.nan,
+        clipped_head_steps=sum(record["clipped_heads"] for record in records),
+        loss_spikes=len(spiking),
+        wall_seconds=round(result["wall_seconds"], 2),
+        tokens_per_second=round(tokens / result["train_seconds"], 1),
+    )
+
+
+def max_logit(record: Record) -> float | None:
+    """The step's maximum over layers and heads; None for a step whose loss was not finite."""
+    return max((logit for heads in record["max_logits"].values() for logit in heads), default=None)
+
+
+def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
+    """Indices where a loss is not finite or exceeds the median of the `window` losses before it by `threshold` nats."""
+    return [
+        index
+        for index, loss in enumerate(losses)
+        if not math.isfinite(loss)
+        or (index >= window and loss > statistics.median(losses[index - window : index]) + threshold)
+    ]
+
+
+def to_json(result: PanelResult, environment: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json holds."""
+    arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in result.summaries.items()}
+    return metrics.to_json({"config": result.panel.to_json(), "environment": environment, "arms": arms})
+
+
+def table(result: PanelResult) -> str:
+    """One line per run; bits are per byte, or per token where the data are token ids."""
+    panel = result.panel
+    bits = "bits/byte" if panel.data.kind == "bytes" else "bits/token"
+    head = (
+        "arm",
+        "seed",
+        "rate",
+        "val loss",
+        bits,
+        "peak logit",
+        "last quarter",
+        "clips",
+        "spikes",
+        "tokens/s",
+        "time",
+    )
+    lines: list[tuple[str, ...]] = [head]
+    for arm, seed in panel.runs():
+        run = result.summaries[arm][seed]
+        lines.append(
+            (
+                ARMS[arm].label,
+                str(seed),
+                f"{panel.training.lr[arm]:g}",
+                f"{run['final_val_loss']:.3f}",
+                f"{run['final_val_loss'] / math.log(2):.3f}",
+                f"{run['max_logit_peak']:.1f}",
+                f"{run['max_logit_median_last_quarter']:.1f}",
+                str(run["clipped_head_steps"]),
+                str(run["loss_spikes"]),
+                f"{run['tokens_per_second']:.0f}",
+                f"{run['wall_seconds']:.0f} s",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (list(zip(line, widths, strict=True)) for line in lines)
+    )

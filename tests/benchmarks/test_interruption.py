@@ -1,0 +1,185 @@
+"""The whole command on real text: killed or interrupted midway, it ends bit for bit where it would have ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command_line
+from benchmarks import checkpoint, metrics
+from benchmarks.errors import UsageError
+from benchmarks.runner import locked
+from benchmarks.train import CHECKPOINT, METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("muon", "muonclip")
+STEPS = 30
+
+
+def start(out, *more):
+    options = (
+        f"--seeds 0 --steps {STEPS} --batch 2 --tau 0.5 --jobs 2 --precision fp32 --checkpoint-seconds 0.3".split()
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "explosion", "--arms", ",".join(ARMS), *options, "--out", out, *more],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    return output
+
+
+def wait_for_the_middle(out, process):
+    def in_the_middle(folder):
+        return (folder / CHECKPOINT).exists() and (folder / METRICS).read_text().count("\n") >= STEPS // 3
+
+    deadline = time.monotonic() + 120
+    while not all(in_the_middle(out / "runs" / f"{arm}-0") for arm in ARMS):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def numbers(out, arm):
+    records = metrics.read(out / "runs" / f"{arm}-0" / METRICS)
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+
+
+def assert_same_bits(first, second):
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_bits(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same_bits(one, other)
+    else:
+        assert first == second
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(out))
+    return out
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def interrupt(process):
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "The same command goes on from here." in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [kill, interrupt])
+def test_stopped_in_the_middle_and_started_again(stop, uninterrupted, tmp_path):
+    process = start(tmp_path)
+    wait_for_the_middle(tmp_path, process)
+    stop(process)
+    with locked(tmp_path):  # free only when no worker is left
+        done = {arm: len(numbers(tmp_path, arm)) for arm in ARMS} if stop is interrupt else {}
+    for arm in ARMS:
+        state = checkpoint.load(tmp_path / "runs" / f"{arm}-0" / CHECKPOINT, "cpu")
+        assert state is not None
+        assert STEPS > state["done"] > 0
+        assert state["done"] == done.get(arm, state["done"]), "Ctrl-C saves before it leaves"
+
+    finish(start(tmp_path))
+    for arm in ARMS:
+        assert numbers(tmp_path, arm) == numbers(uninterrupted, arm)
+        states = [checkpoint.load(out / "runs" / f"{arm}-0" / CHECKPOINT, "cpu") for out in (tmp_path, uninterrupted)]
+        first, second = ({key: state[key] for key in ("done", "model", "optimizer")} for state in states if state)
+        assert_same_bits(first, second)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_summary(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert set(summary) == {"config", "environment", "arms"}
+    assert summary["config"]["training"]["spike_threshold"] == 0.5
+    assert len(summary["config"]["data"]["sha256"]) == 64
+    assert {"python", "torch", "muonclip", "cpu", "platform", "git_commit", "date", "command"} <= set(
+        summary["environment"]
+    )
+    assert set(summary["arms"]) == set(ARMS)
+    for arm in ARMS:
+        assert set(summary["arms"][arm]) == {"0"}
+        run = summary["arms"][arm]["0"]
+        assert set(run) == {
+            "final_val_loss",
+            "val_bits_per_byte",
+            "max_logit_peak",
+            "max_logit_median_last_quarter",
+            "clipped_head_steps",
+            "loss_spikes",
+            "wall_seconds",
+            "tokens_per_second",
+        }
+        assert 2 < run["final_val_loss"] < 5
+    assert summary["arms"]["muon"]["0"]["clipped_head_steps"] == 0
+    assert summary["arms"]["muonclip"]["0"]["clipped_head_steps"] > 0
+
+
+@pytest.mark.slow
+def test_a_finished_command_only_draws_again_and_another_one_is_refused(uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "runs").rglob("*") if path.is_file()}
+    assert "MuonClip" in finish(start(uninterrupted))
+    assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "runs").rglob("*") if path.is_file()}
+
+    process = start(uninterrupted, "--tau", "7")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "argument --out:" in errors
+    assert "training.tau: recorded 0.5, asked for 7.0" in errors
+
+
+@pytest.mark.slow
+def test_reproduce_in_small(monkeypatch, tmp_path, capsys):
+    few = {"steps": 4, "validate_every": 2, "validation_batches": 1}
+    monkeypatch.setattr(command_line, "HOT", replace(command_line.HOT, **few))
+    monkeypatch.setattr(command_line, "OWN_RATE", replace(command_line.OWN_RATE, **few))
+    assert command_line.main(["reproduce", "--out", str(tmp_path)]) == 0
+    hot, own = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("hot", "own-rate"))
+    assert {arm: set(runs) for arm, runs in hot["arms"].items()} == {"muon": {"0", "1"}, "muonclip": {"0", "1"}}
+    assert {arm: set(runs) for arm, runs in own["arms"].items()} == {"adamw": {"0"}, "muon": {"0"}, "muonclip": {"0"}}
+    printed = capsys.readouterr().out
+    assert printed.count("MuonClip") == 3
+    assert str(tmp_path / "curves.png") in printed
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_one_command_at_a_time(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(UsageError, match="another command is writing"),
+        locked(tmp_path, patience=0.1),
+    ):
+        pass
+    with locked(tmp_path, patience=0.1):
+        pass

@@ -1,0 +1,81 @@
+"""The figures of the summary on hand-made records."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import summary
+from benchmarks.summary import PanelResult, spikes, summarise
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([2.0] * 5 + [2.5], []),  # at the threshold is not above it
+        ([2.0] * 5 + [2.51], [5]),
+        ([2.0, 2.0, 3.0, 2.6], [3]),  # a loss does not raise its own median
+        ([9.0, 2.0, 2.0, 2.0, 9.0], [4]),  # not before a whole window has passed
+        ([2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0], [3, 4]),  # the window's median follows
+        ([2.0, 2.0, 2.0, math.inf, 2.0, math.nan], [3, 5]),
+        ([5.0, 4.0, 3.0, 3.9, 2.0], []),
+    ],
+)
+def test_spikes(losses, found):
+    assert spikes(losses, window=3, threshold=0.5) == found
+
+
+def records(maxima, losses=None, clipped=None):
+    return [
+        {
+            "step": i + 1,
+            "loss": losses[i] if losses else 2.0,
+            "max_logits": {"a": [maximum, -5.0], "b": [maximum - 1]},
+            "clipped_heads": clipped[i] if clipped else 0,
+        }
+        for i, maximum in enumerate(maxima)
+    ]
+
+
+def result(**changes):
+    given = {"steps": 9, "diverged": False, "final_val_loss": 1.5, "wall_seconds": 12.0, "train_seconds": 4.0}
+    return given | changes
+
+
+def test_summary_of_a_run(panel):
+    run = summarise(panel, records([1, 50, 3, 4, 5, 6, 30, 10, 20], clipped=[0, 2, 0, 0, 1, 0, 0, 0, 3]), result())
+    assert run == {
+        "final_val_loss": 1.5,
+        "val_bits_per_byte": pytest.approx(1.5 / math.log(2)),
+        "max_logit_peak": 50,
+        "max_logit_median_last_quarter": 20,  # of the last three steps
+        "clipped_head_steps": 6,
+        "loss_spikes": 0,
+        "wall_seconds": 12.0,
+        "tokens_per_second": 9 * 2 * 16 / 4.0,
+    }
+
+
+def test_tokens_have_no_bits_per_byte(panel):
+    tokens = replace(panel, data=replace(panel.data, kind="tokens"))
+    assert summarise(tokens, records([1.0] * 4), result())["val_bits_per_byte"] is None
+
+
+def test_a_diverged_run_is_reported_in_json(panel):
+    made = records([1.0, 7.0, 9.0], losses=[2.0, 2.0, math.nan])
+    made[-1]["max_logits"] = {}
+    run = summarise(panel, made, result(diverged=True, final_val_loss=math.nan))
+    assert (run["max_logit_peak"], run["loss_spikes"]) == (7.0, 1)
+    whole = summary.to_json(PanelResult(panel, {}, {"muon": {0: run}}), {"cpu": "abacus"})
+    assert json.loads(json.dumps(whole, allow_nan=False))["arms"]["muon"]["0"]["final_val_loss"] == "nan"
+
+
+def test_table_has_a_line_per_run(panel):
+    run = summarise(panel, records([1.0] * 4), result())
+    lines = summary.table(
+        PanelResult(panel, {}, {arm: dict.fromkeys(panel.seeds, run) for arm in panel.arms})
+    ).splitlines()
+    assert len(lines) == 1 + 6
+    assert len({len(line) for line in lines}) == 1
+    assert lines[3].split()[:5] == ["MuonClip", "0", "0.03", "1.500", "2.164"]
