@@ -2,7 +2,15 @@
 
 from muonclip.core.coefficients import COEFFICIENT_SETS, CoefficientSet, resolve_coefficients
 from muonclip.core.matrix_layout import MatrixLayout
-from muonclip.core.newton_schulz import Products, newton_schulz, normalize, orthogonalize, plain_products
+from muonclip.core.newton_schulz import (
+    Products,
+    gram_newton_schulz,
+    iterate,
+    newton_schulz,
+    normalize,
+    orthogonalize,
+    plain_products,
+)
 from muonclip.core.qk_clip import ClipFactors, clip_factors
 from muonclip.core.schedules import WarmupConstantCosine
 from muonclip.core.update_scale import update_scale
@@ -15,6 +23,8 @@ __all__ = [
     "Products",
     "WarmupConstantCosine",
     "clip_factors",
+    "gram_newton_schulz",
+    "iterate",
     "newton_schulz",
     "normalize",
     "orthogonalize",

@@ -23,7 +23,9 @@ class CoefficientSet:
 
     `steps` are the numbers as published. `tail`, where there is one, is the step that repeats after them, so that the
     set has any length. `safety` s ≥ 1 turns each published step into `(a/s, b/s³, c/s⁵)`, which keeps the iteration
-    from overshooting when rounding pushes a singular value above 1; it is not applied to the tail.
+    from overshooting when rounding pushes a singular value above 1; it is not applied to the tail. `gram_restarts`:
+    before which steps (from 0) the Gram form starts afresh, judged by its error on real momenta in bf16; None where
+    it loses too much with any restarts.
     """
 
     source: str
@@ -31,6 +33,7 @@ class CoefficientSet:
     tail: Polynomial | None = None
     safety: float = 1.0
     default_steps: int = DEFAULT_NS_STEPS
+    gram_restarts: tuple[int, ...] | None = None
 
     def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
         """The first `ns_steps` polynomials, safety factor applied. Raises ValueError past the end of the set."""
@@ -51,12 +54,14 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             source="K. Jordan, Muon: an optimizer for hidden layers in neural networks (2024)",
             steps=(),
             tail=_JORDAN,
+            gram_restarts=(3,),
         ),
         "deepseek_v4": CoefficientSet(
             source="DeepSeek-V4: eight steps of jordan, then two that converge",
             steps=(_JORDAN,) * 8,
             tail=(2.0, -1.5, 0.5),
             default_steps=10,
+            gram_restarts=(2, 4, 6),
         ),
         "you": CoefficientSet(
             source="J. You (2024), steps optimised one by one",
@@ -67,6 +72,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
                 (2.8769, -3.1427, 1.2046),
                 (2.8366, -3.0525, 1.2012),
             ),
+            gram_restarts=(1, 3),
         ),
         "polar_express": CoefficientSet(
             source="Amsel et al., The Polar Express (arXiv 2505.16932): minimax on [1e-3, 1], cushion 0.0241",
@@ -81,6 +87,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             ),
             tail=(1.875, -1.25, 0.375),
             safety=1.01,
+            gram_restarts=(1, 2, 3),
         ),
         "cans": CoefficientSet(
             source="Grishina et al., CANS: Chebyshev-accelerated Newton–Schulz (arXiv 2506.10935)",
@@ -94,6 +101,20 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
         ),
     }
 )
+
+
+def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:
+    """Where the Gram form restarts. Raises ValueError for polynomials for which that is not known or does not help."""
+    known = COEFFICIENT_SETS.get(ns_coefficients) if isinstance(ns_coefficients, str) else None
+    if not isinstance(ns_coefficients, str) and resolve_coefficients(ns_coefficients, 1) == (_JORDAN,):
+        known = COEFFICIENT_SETS["jordan"]
+    if known is None or known.gram_restarts is None:
+        usable = [name for name, each in COEFFICIENT_SETS.items() if each.gram_restarts]
+        raise ValueError(
+            f"the Gram form is not accurate, or not tried, with ns_coefficients={ns_coefficients!r}; it is with "
+            f"{', '.join(usable)}. Use the standard form."
+        )
+    return known.gram_restarts
 
 
 def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[Polynomial, ...]:

@@ -8,11 +8,11 @@ Each step applies an odd polynomial to the singular values and leaves the singul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from muonclip.core.coefficients import Coefficients, Polynomial, resolve_coefficients
+from muonclip.core.coefficients import Coefficients, gram_restarts, resolve_coefficients
 
 Array: TypeAlias = Any
 """An array of NumPy, PyTorch or JAX: anything with `@`, `.mT`, `*`, `+`, shape and dtype."""
@@ -45,14 +45,55 @@ def plain_products(xp: Any) -> Products:
     )
 
 
-def newton_schulz(x: Array, coefficients: Sequence[Polynomial], products: Products) -> Array:
+def newton_schulz(
+    x: Array,
+    ns_coefficients: Coefficients = "jordan",
+    ns_steps: int | None = None,
+    *,
+    products: Products | None = None,
+) -> Array:
     """Apply the polynomials to the singular values of x (..., m, n), m ≤ n, ‖x‖ ≤ 1; returns a new array.
 
-    The orientation is the caller's: decide it on the global shape when x is a shard.
+    The orientation is the caller's: decide it on the global shape when x is a shard. For everything around the
+    iteration see `orthogonalize`. Raises ValueError for a polynomial that does not exist.
     """
-    for a, b, c in coefficients:
+    products = products or plain_products(None)
+    for a, b, c in resolve_coefficients(ns_coefficients, ns_steps):
         x = products.update(x, products.polynomial(products.gram(x), b, c), a)
     return x
+
+
+def gram_newton_schulz(
+    x: Array,
+    ns_coefficients: Coefficients = "jordan",
+    ns_steps: int | None = None,
+    *,
+    xp: Any,
+    products: Products | None = None,
+) -> Array:
+    """The same polynomials by m × m products alone: cheaper the wider x (..., m, n) is, less accurate in low precision.
+
+        R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
+
+    All of them commute and are symmetric, so `update` serves for every product with Z. Before the steps that
+    `CoefficientSet.gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials
+    without such a list.
+    """
+    products = products or plain_products(xp)
+    restarts = gram_restarts(ns_coefficients)
+    coefficients = resolve_coefficients(ns_coefficients, ns_steps)
+    gram = products.gram(x)
+    one = xp.zeros_like(gram) + xp.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    q = None
+    for step, (a, b, c) in enumerate(coefficients):
+        if step in restarts:
+            x = q @ x
+            gram, q = products.gram(x), None
+        polynomial = products.polynomial(gram, b, c)
+        q = a * one + polynomial if q is None else products.update(q, polynomial, a)
+        if step + 1 < len(coefficients) and step + 1 not in restarts:
+            gram = products.update(products.update(gram, polynomial, a), polynomial, a)
+    return q @ x
 
 
 def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0) -> Array:
@@ -70,6 +111,21 @@ def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0) -> Arr
     return x / xp.where(norm > 0, norm, 1.0)
 
 
+def iterate(
+    x: Array,
+    ns_coefficients: Coefficients,
+    ns_steps: int | None,
+    *,
+    form: Literal["standard", "gram"],
+    xp: Any,
+    products: Products,
+) -> Array:
+    """The iteration in the form asked for; square matrices, where the Gram form saves nothing, in the standard one."""
+    if form == "gram" and x.shape[-2] < x.shape[-1]:
+        return gram_newton_schulz(x, ns_coefficients, ns_steps, xp=xp, products=products)
+    return newton_schulz(x, ns_coefficients, ns_steps, products=products)
+
+
 def orthogonalize(
     x: Array,
     ns_coefficients: Coefficients = "jordan",
@@ -78,21 +134,22 @@ def orthogonalize(
     xp: Any,
     eps: float = 0.0,
     dtype: Any = None,
+    form: Literal["standard", "gram"] = "standard",
     products: Products | None = None,
 ) -> Array:
     """The (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ; same shape and dtype, x is not written to.
 
     x: (..., m, n), any orientation, leading axes are a batch. `xp`: the array namespace (numpy, torch, jax.numpy).
-    `eps`: floor of the Frobenius norm. `dtype`: of the products, after a
-    normalisation in float32 (None: float32, float64 for float64). How close the singular values come to 1 is the
-    polynomial's: see `COEFFICIENT_SETS`. Raises ValueError for a polynomial that does not exist and for x with fewer
-    than two axes.
+    `eps`: floor of the Frobenius norm. `dtype`: of the products, after a normalisation in float32 (None: float32,
+    float64 for float64). `form`: "gram" is cheaper the less square x is, see `gram_newton_schulz`. How close the
+    singular values come to 1 is the polynomial's: see `COEFFICIENT_SETS`. Raises ValueError for a polynomial that does
+    not exist and for x with fewer than two axes.
     """
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; orthogonalize needs a matrix (..., m, n).")
-    coefficients = resolve_coefficients(ns_coefficients, ns_steps)
     products = products or plain_products(xp)
     tall = x.shape[-2] > x.shape[-1]
     wide = normalize(x.mT if tall else x, products, xp=xp, eps=eps)
-    wide = newton_schulz(wide if dtype is None else xp.asarray(wide, dtype=dtype), coefficients, products)
+    wide = wide if dtype is None else xp.asarray(wide, dtype=dtype)
+    wide = iterate(wide, ns_coefficients, ns_steps, form=form, xp=xp, products=products)
     return xp.asarray(wide.mT if tall else wide, dtype=x.dtype)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
+from muonclip.core.coefficients import gram_restarts
 from muonclip.torch.param_groups import PlannedParameter, default_layout, plan_named
 from muonclip.torch.products import choose_products
 
@@ -135,6 +136,10 @@ def check_muon_options(options: Group) -> None:
     resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
     update_scale(1, 1, options["adjust_lr_fn"])
     choose_products(options["products"])
+    if options["ns_form"] not in (None, "standard", "gram"):
+        raise ValueError(f"ns_form={options['ns_form']!r}; use 'standard', 'gram', or None for the standard one.")
+    if options["ns_form"] == "gram":
+        gram_restarts(options["ns_coefficients"])
 
 
 def check_adamw_options(options: Group) -> None:

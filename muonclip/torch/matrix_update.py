@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from muonclip.core import MatrixLayout, newton_schulz, normalize, update_scale
+from muonclip.core import MatrixLayout, iterate, normalize, update_scale
 from muonclip.torch.products import choose_products, iteration_dtype
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -90,7 +90,7 @@ class MatrixUpdate:
 
     def _queue(self, piece: _Piece, limit: int) -> None:
         options, matrices = piece.job.options, piece.matrices
-        alike = ("coefficients", "floor", "products")
+        alike = ("coefficients", "floor", "products", "ns_form")
         dtype = iteration_dtype(matrices, options["ns_dtype"])
         key = (matrices.shape[1:], matrices.device, matrices.dtype, dtype, *(options[name] for name in alike))
         bucket = self._buckets.setdefault(key, [])
@@ -109,7 +109,9 @@ class MatrixUpdate:
         stack = pieces[0].matrices if len(pieces) == 1 else torch.cat([piece.matrices for piece in pieces])
         normal = normalize(stack, products, xp=torch, eps=options["floor"])
         dtype = iteration_dtype(stack, options["ns_dtype"])
-        update = newton_schulz(normal.to(dtype), options["coefficients"], products)
+        form = options["ns_form"] or "standard"
+        steps = options["ns_coefficients"], options["ns_steps"]
+        update = iterate(normal.to(dtype), *steps, form=form, xp=torch, products=products)
         for piece, result in zip(pieces, update.split([len(piece.matrices) for piece in pieces]), strict=True):
             piece.job.blocks[piece.block].append(result.mT if piece.tall else result)
             piece.job.missing -= 1

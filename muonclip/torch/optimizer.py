@@ -163,8 +163,9 @@ class Muon(_MatrixOptimizer):
     `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
     set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
     processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the
-    parameter's). `products`: "plain" or "baddbmm". `workspace_bytes`: largest batch of equal shapes iterated at once,
-    counted in float32.
+    parameter's). `products`: "plain" or "baddbmm". `ns_form`: "gram" iterates on small square
+    products, faster the less square a matrix is, and a little less accurate (None: "standard"). `workspace_bytes`:
+    largest batch of equal shapes iterated at once, counted in float32.
 
     Three differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
     updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). `eps` left at its default is no
@@ -188,6 +189,7 @@ class Muon(_MatrixOptimizer):
         adjust_lr_fn: AdjustLR = None,
         *,
         ns_dtype: torch.dtype | None = None,
+        ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         freeze_unused: bool = False,
@@ -203,6 +205,7 @@ class Muon(_MatrixOptimizer):
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
             ns_dtype=ns_dtype,
+            ns_form=ns_form,
             products=products,
             momentum_dtype=momentum_dtype,
             freeze_unused=freeze_unused,
@@ -252,6 +255,7 @@ class MuonClip(_MatrixOptimizer):
         qk_clip: QKClip | Literal["auto"] | None = "auto",
         adamw: Mapping[str, Any] | None = None,
         ns_dtype: torch.dtype | None = None,
+        ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         freeze_unused: bool = False,
@@ -268,6 +272,7 @@ class MuonClip(_MatrixOptimizer):
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
             ns_dtype=ns_dtype,
+            ns_form=ns_form,
             products=products,
             momentum_dtype=momentum_dtype,
             freeze_unused=freeze_unused,

@@ -10,13 +10,19 @@ import torch
 
 from muonclip.core import Products, plain_products
 
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """XXᵀ; a batch of one as a plain product, which reads the transpose where the batched one copies it."""
+    return (x[0] @ x[0].mT)[None] if len(x) == 1 else x @ x.mT
+
+
 PRODUCTS: Mapping[str, Products] = MappingProxyType(
     {
         "plain": plain_products(torch),
         # The addition rides in the matrix product: fewer passes over memory, and one rounding less in bf16.
         "baddbmm": Products(
             sum_squares=lambda x: x.square().sum((-2, -1), keepdim=True),
-            gram=lambda x: x @ x.mT,
+            gram=_gram,
             polynomial=lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
             update=lambda x, polynomial, a: torch.baddbmm(x, polynomial, x, beta=a),
         ),

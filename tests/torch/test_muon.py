@@ -118,9 +118,9 @@ def test_batching_is_invisible(order, workspace_bytes):
 
 def test_same_shapes_share_one_iteration(monkeypatch):
     shapes = []
-    iterate = matrix_update_module.newton_schulz
+    iterate = matrix_update_module.iterate
     monkeypatch.setattr(
-        matrix_update_module, "newton_schulz", lambda x, *rest: shapes.append(tuple(x.shape)) or iterate(x, *rest)
+        matrix_update_module, "iterate", lambda x, *a, **k: shapes.append(tuple(x.shape)) or iterate(x, *a, **k)
     )
     params = parameters((4, 6), (6, 4), (3, 4, 6), (5, 5))
     set_gradients(params, 0)
@@ -296,6 +296,8 @@ def test_gradient_clipping_does_not_change_the_size_of_the_update():
         ([(6, 4)], dict(adjust_lr_fn="adam"), "adjust_lr_fn='adam'"),
         ([(6, 4)], dict(products="triton"), "products='triton' is not known"),
         ([(6, 4)], dict(workspace_bytes=0), "workspace_bytes=0"),
+        ([(6, 4)], dict(ns_form="fast"), "ns_form='fast'; use 'standard', 'gram', or None"),
+        ([(6, 4)], dict(ns_form="gram", ns_coefficients="cans"), "the Gram form is not accurate"),
     ],
 )
 def test_wrong_arguments_are_named(params, options, message):
@@ -405,3 +407,15 @@ def test_loading_shares_no_memory_with_the_checkpoint():
     other.load_state_dict(checkpoint)
     other.step()
     assert torch.equal(checkpoint["state"][0]["momentum_buffer"], saved)
+
+
+@pytest.mark.parametrize("ns_dtype", [torch.float64, torch.bfloat16])
+def test_the_gram_form_gives_the_same_update(ns_dtype):
+    for shape in ((32, 128), (128, 32), (3, 32, 64), (32, 32)):
+        (p,), (q,) = parameters(shape, dtype=torch.float64), parameters(shape, dtype=torch.float64)
+        before = p.detach().clone()
+        set_gradients([p], 0), set_gradients([q], 0)
+        for parameter, form in ((p, "gram"), (q, None)):
+            Muon([parameter], lr=1.0, weight_decay=0.0, ns_form=form, ns_dtype=ns_dtype).step()
+        tolerance = 0.04 if ns_dtype == torch.bfloat16 else 1e-9
+        assert (p - q).norm() <= tolerance * (q - before).norm()
