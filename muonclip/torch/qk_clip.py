@@ -128,9 +128,11 @@ class QKClip:
     def apply(self, factors: Mapping[str, ClipFactors]) -> None:
         """Scale the rows by the factors that `measure()` gave, and forget the observation."""
         for name, factor in factors.items():
+            projection = self.projections[name]
+            if not projection.scaled_parts() or not projection.trains():
+                continue
             if _may_wait_for(factor.gamma.device) and not bool((factor.gamma < 1).any()):
                 continue
-            projection = self.projections[name]
             self._scale(projection.query, factor.query)
             self._scale(projection.key, factor.key)
             self._scale(projection.query_facing_shared, factor.gamma)
