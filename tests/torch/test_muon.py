@@ -419,3 +419,21 @@ def test_the_gram_form_gives_the_same_update(ns_dtype):
             Muon([parameter], lr=1.0, weight_decay=0.0, ns_form=form, ns_dtype=ns_dtype).step()
         tolerance = 0.04 if ns_dtype == torch.bfloat16 else 1e-9
         assert (p - q).norm() <= tolerance * (q - before).norm()
+
+
+def test_sharded_parameters_are_refused_before_anything_moves():
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = nn.Parameter(distribute_tensor(torch.randn(6, 9), DeviceMesh("cpu", [0]), [Shard(0)]))
+        (p,) = parameters((6, 9))
+        before = p.detach().clone()
+        set_gradients([p], 0)
+        sharded.grad = torch.zeros_like(sharded)
+        with pytest.raises(ValueError, match="w is a sharded DTensor"):
+            Muon([("p", p), ("w", sharded)]).step()
+        assert torch.equal(p, before)
+    finally:
+        dist.destroy_process_group()
