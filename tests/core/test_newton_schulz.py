@@ -169,7 +169,8 @@ def test_the_gram_form_is_refused_where_it_loses_its_accuracy():
 def test_the_gram_form_multiplies_less():
     """FLOPs for m × n and five steps of jordan: 8 m²n + 28 m³, with its restart, in place of 20 m²n + 10 m³."""
     flops = {}
-    for form in ("standard", "gram"):
+    m, n = 16, 128
+    for form, shape in (("standard", (m, n)), ("gram", (m, n)), ("tall", (n, m))):
         count = 0
 
         class Counted(torch.utils._python_dispatch.TorchDispatchMode):
@@ -180,8 +181,10 @@ def test_the_gram_form_multiplies_less():
                 return function(*args, **(kwargs or {}))
 
         with Counted():
-            orthogonalize(torch.from_numpy(gaussian(0, 16, 128)), form=form, xp=torch)
+            orthogonalize(
+                torch.from_numpy(gaussian(0, *shape)), form="gram" if form == "gram" else "standard", xp=torch
+            )
         flops[form] = count
-    m, n = 16, 128
+    assert flops["tall"] == flops["standard"], "the small side stands on the left"
     assert flops["standard"] == 5 * (4 * m * m * n + 2 * m**3)
     assert flops["gram"] == 8 * m * m * n + 28 * m**3

@@ -16,14 +16,17 @@ torch.manual_seed(0)
 model = TinyModel("mla")
 replica = DistributedDataParallel(model)
 optimizer = MuonClip(model, lr=0.05, tau=0.5)
-clipped = []
+clipped, collectives, all_reduce = [], [], dist.all_reduce
+dist.all_reduce = lambda tensor, **options: collectives.append(tensor.numel()) or all_reduce(tensor, **options)
 for step in range(20):
     generator = torch.Generator().manual_seed(100 * step + rank)
     tokens = torch.randint(0, 13, (2, 9), generator=generator)
     logits = replica(tokens[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     local = torch.stack([layer.max_logits.maximum.clone() for layer in model.layers])
+    collectives.clear()
     optimizer.step()
+    assert collectives == [2 * (2 * 4 + 1)], "one packed collective for all layers"
     optimizer.zero_grad()
     report = optimizer.qk_clip.report()
     seen = torch.stack([layer.max_logits for layer in report.layers.values()])

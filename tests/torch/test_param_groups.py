@@ -214,3 +214,20 @@ def test_a_head_tied_to_an_embedding_is_an_embedding_whoever_owns_it():
 def test_a_head_at_the_end_of_a_sequence():
     plan = plan_of(nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)))
     assert [plan[f"{i}.weight"].use for i in range(3)] == ["adamw", "muon", "adamw"]
+
+
+def test_conv1d_is_read_transposed_and_a_norm_is_known_by_its_class():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 9))
+
+    class RootMeanSquareNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4, 6))
+
+    plan = plan_of(nn.ModuleDict({"c_proj": Conv1D(), "scale": RootMeanSquareNorm()}))
+    assert plan["c_proj.weight"].layout == MatrixLayout(transposed=True)
+    assert plan["c_proj.weight"].layout.describe((6, 9)) == "(9×6)"
+    assert (plan["scale.gain"].use, plan["scale.gain"].decays) == ("adamw", False)
