@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from benchmarks import summary
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, DEFAULT_ARMS
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
 from benchmarks.explosion import Execution, run_panels
@@ -67,7 +67,7 @@ def reproduce(options: argparse.Namespace) -> None:
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
     panels = [
         _panel("hot", "A hot rate", ("muon", "muonclip"), (0, 1), model, HOT, corpus),
-        _panel("own-rate", "Each optimizer at its own best rate", tuple(ARMS), (0,), model, OWN_RATE, corpus),
+        _panel("own-rate", "Each optimizer at its own best rate", DEFAULT_ARMS, (0,), model, OWN_RATE, corpus),
     ]
     _run(panels, corpus, options)
 
@@ -111,11 +111,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     by_hand.set_defaults(command=explosion)
     by_hand.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="model and training (default: cpu)")
     by_hand.add_argument(
-        "--arms", type=_arms, default=tuple(ARMS), metavar="A,B", help=f"of {', '.join(ARMS)} (default: all)"
+        "--arms",
+        type=_arms,
+        default=DEFAULT_ARMS,
+        metavar="A,B",
+        help=f"of {', '.join(ARMS)}; qk-norm and softcap also change the model (default: {','.join(DEFAULT_ARMS)})",
     )
     by_hand.add_argument("--seeds", type=_seeds, default=(0, 1), metavar="N,M", help="default: 0,1")
     by_hand.add_argument("--attention", choices=get_args(Attention), default="mla", help="default: mla")
-    by_hand.add_argument("--tau", type=_positive, metavar="LOGIT", help="threshold of the clip")
+    by_hand.add_argument("--tau", type=_positive, metavar="LOGIT", help="threshold of the clip, and the soft cap")
     by_hand.add_argument("--lr", type=_rates, metavar="RATE", help="one rate for all arms, or arm=rate,arm=rate")
     by_hand.add_argument("--steps", type=_count, metavar="N")
     by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")

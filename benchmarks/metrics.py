@@ -4,7 +4,7 @@
     loss              mean nats per token of the update's batch, before the update
     lr                the update's rate
     grad_norm         global gradient norm before clipping
-    max_logits        {attention: [heads]}, largest logit of the update's forward
+    max_logits        {attention: [heads]}, largest logit of the update's forward, before a soft cap
     clipped_heads     heads that the update rescaled
     tokens_per_second of this step: forward, backward and update
     val_loss          where the validation text was evaluated: mean nats per token after the update

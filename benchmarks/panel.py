@@ -1,4 +1,7 @@
-"""A panel: runs on the same model, data, batches and initial weights that differ in the arm and the seed alone."""
+"""A panel: runs on the same model, data, batches and initial weights that differ in the arm and the seed alone.
+
+Some arms change the model; `benchmarks.arms.model_changes` says how.
+"""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, model_changes
 from benchmarks.checkpoint import replacing
 from benchmarks.summary import PanelResult, Record, max_logit, spikes
 
@@ -63,7 +64,7 @@ def draw(results: Sequence[PanelResult], path: Path) -> None:
                 if axis.get_subplotspec().is_last_row():
                     axis.set_xlabel("step")
             logits.append(grid.flat[0])
-            _legend(grid.flat[0], result)
+            _legend(part, grid.flat[0], result, columns=3 if alone else 1)
             part.suptitle(result.panel.heading, x=0.01, ha="left", fontweight="bold")
         for axis in logits:
             axis.set_ylim(1, max(other.get_ylim()[1] for other in logits))
@@ -89,7 +90,8 @@ def _draw_max_logit(axis: Axes, result: PanelResult) -> None:
         textcoords="offset points",
         va="center",
     )
-    axis.set_title("Maximum attention logit, over layers and heads")
+    capped = any("softcap" in model_changes(result.panel, arm) for arm in result.records)
+    axis.set_title(f"Maximum attention logit, over layers and heads{' (before a soft cap)' if capped else ''}")
 
 
 def _draw_train_loss(axis: Axes, result: PanelResult) -> None:
@@ -143,16 +145,20 @@ def _draw_curves(axis: Axes, result: PanelResult, curve_of: Callable[[list[Recor
         means.append(mean)
 
 
-def _legend(axis: Axes, result: PanelResult) -> None:
+def _legend(part: SubFigure, axis: Axes, result: PanelResult, *, columns: int) -> None:
     rates, seeds = result.panel.training.lr, result.panel.seeds
-    handles = [
-        axis.plot([], [], color=ARMS[arm].colour, linewidth=2.5, label=f"{ARMS[arm].label}, rate {rates[arm]:g}")[0]
-        for arm in result.panel.arms
-    ]
+    handles = []
+    for arm in result.panel.arms:
+        note = " (changes the model)" if model_changes(result.panel, arm) else ""
+        label = f"{ARMS[arm].label}, rate {rates[arm]:g}{note}"
+        handles += axis.plot([], [], color=ARMS[arm].colour, linewidth=2.5, label=label)
     if len(seeds) > 1:
         label = f"{len(seeds)} seeds, and their mean in bold"
         handles += axis.plot([], [], color="#888888", linewidth=0.8, label=label)
-    axis.legend(handles=handles, frameon=False, fontsize=10.5, loc="best")
+    if len(handles) <= 4:
+        axis.legend(handles=handles, frameon=False, fontsize=10.5, loc="best")
+    else:  # too many to find room among the curves
+        part.legend(handles=handles, frameon=False, fontsize=10.5, loc="outside lower left", ncols=columns)
 
 
 def _curve(records: list[Record], value_of: Callable[[Record], float | None]) -> Curve:

@@ -15,14 +15,21 @@ class Preset:
     training: Training
 
 
-HOT = Training(steps=800, batch_size=4, lr={"adamw": 1e-3, "muon": 3e-2, "muonclip": 3e-2})
+def _rates(*, adamw: float, muon: float) -> dict[str, float]:
+    """By arm. Only those of adamw, muon and muonclip were searched; the other arms take their optimizer's."""
+    return {"adamw": adamw, "adamw-clip": adamw} | dict.fromkeys(
+        ("muon", "muonclip", "per-head", "qk-norm", "softcap"), muon
+    )
+
+
+HOT = Training(steps=800, batch_size=4, lr=_rates(adamw=1e-3, muon=3e-2))
 """A rate above Muon's best, constant after the warm-up: the maximum logit grows in minutes as it does over weeks in a
 large model. AdamW keeps a rate that suits it."""
 
 OWN_RATE = Training(
     steps=400,
     batch_size=16,
-    lr={"adamw": 1e-3, "muon": 5e-3, "muonclip": 5e-3},
+    lr=_rates(adamw=1e-3, muon=5e-3),
     decay_share=0.5,
     validate_every=40,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from benchmarks import metrics
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, model_changes
 from benchmarks.panel import Panel
 from benchmarks.train import METRICS, RESULT, Result
 from benchmarks.worker import run_folder
@@ -27,6 +27,8 @@ class RunSummary(TypedDict):
     max_logit_peak: float  # over steps and heads
     max_logit_median_last_quarter: float  # median over the last quarter of the steps of each step's maximum over heads
     clipped_head_steps: int  # clipped heads, summed over steps
+    heads_ever_clipped: float  # share of all heads
+    last_clipped_step: int | None  # None: no head was ever clipped
     loss_spikes: int  # steps; see `spikes`
     wall_seconds: float  # summed over the parts of an interrupted run
     tokens_per_second: float  # of the training steps, validation and checkpoints left out
@@ -62,6 +64,8 @@ def summarise(panel: Panel, records: Sequence[Record], result: Result) -> RunSum
         max_logit_peak=max(maxima, default=math.nan),
         max_logit_median_last_quarter=statistics.median(maxima[-math.ceil(len(maxima) / 4) :]) if maxima else math.nan,
         clipped_head_steps=sum(record["clipped_heads"] for record in records),
+        heads_ever_clipped=len(ever_clipped(records, training.tau)) / (panel.model.num_layers * panel.model.num_heads),
+        last_clipped_step=max((record["step"] for record in records if record["clipped_heads"]), default=None),
         loss_spikes=len(spiking),
         wall_seconds=round(result["wall_seconds"], 2),
         tokens_per_second=round(tokens / result["train_seconds"], 1),
@@ -71,6 +75,18 @@ def summarise(panel: Panel, records: Sequence[Record], result: Result) -> RunSum
 def max_logit(record: Record) -> float | None:
     """The step's maximum over layers and heads; None for a step whose loss was not finite."""
     return max((logit for heads in record["max_logits"].values() for logit in heads), default=None)
+
+
+def ever_clipped(records: Sequence[Record], tau: float) -> set[tuple[str, int]]:
+    """(attention, head) of those clipped at any step: where an arm clips, all heads above τ are, and no others."""
+    return {
+        (attention, head)
+        for record in records
+        if record["clipped_heads"]
+        for attention, heads in record["max_logits"].items()
+        for head, logit in enumerate(heads)
+        if logit > tau
+    }
 
 
 def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
@@ -84,13 +100,16 @@ def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
 
 
 def to_json(result: PanelResult, environment: dict[str, Any]) -> dict[str, Any]:
-    """What summary.json holds."""
+    """What summary.json holds; `model_changes`: by arm, the model's fields that it sets otherwise than `config`."""
     arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in result.summaries.items()}
-    return metrics.to_json({"config": result.panel.to_json(), "environment": environment, "arms": arms})
+    changes = {arm: changed for arm in result.panel.arms if (changed := model_changes(result.panel, arm))}
+    return metrics.to_json(
+        {"config": result.panel.to_json(), "environment": environment, "arms": arms, "model_changes": changes}
+    )
 
 
 def table(result: PanelResult) -> str:
-    """One line per run; bits are per byte, or per token where the data are token ids."""
+    """One line per run, then one per arm that changes the model; bits are per byte, per token for token ids."""
     panel = result.panel
     bits = "bits/byte" if panel.data.kind == "bytes" else "bits/token"
     head = (
@@ -125,7 +144,14 @@ def table(result: PanelResult) -> str:
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
+    rows = [
         "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
         for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    )
+    ]
+    notes = [
+        f"{ARMS[arm].label} changes the model: {', '.join(f'{name} = {value}' for name, value in changes.items())}"
+        + ("; its logits are measured before the cap." if "softcap" in changes else ".")
+        for arm in panel.arms
+        if (changes := model_changes(panel, arm))
+    ]
+    return "\n".join([*rows, "", *notes] if notes else rows)

@@ -168,9 +168,9 @@ class Run:
 
 
 def build(panel: Panel, arm: str, seed: int) -> tuple[MoE, Update]:
-    """The model, the same for all arms of a seed, and what updates it."""
+    """The model, the same for all arms of a seed but for what an arm changes, and what updates it."""
     torch.manual_seed(seed)
-    model = MoE(panel.model).to(panel.device)
+    model = MoE(ARMS[arm].model(panel.model, panel.training)).to(panel.device)
     update = ARMS[arm].build(model, panel.training, panel.training.lr[arm], panel.precision)
     update.optimizer.register_step_post_hook(model.step_hook)
     return model, update

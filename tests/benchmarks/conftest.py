@@ -1,7 +1,10 @@
 """A panel small enough for a test: a model of a few thousand weights on a text of a few thousand bytes."""
 
+from dataclasses import replace
+
 import pytest
 
+from benchmarks.arms import ARMS
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.panel import Panel, Training
 from muonclip.models import MoEConfig
@@ -34,3 +37,8 @@ def panel(corpus) -> Panel:
         ),
         data=corpus.record(),
     )
+
+
+@pytest.fixture
+def every_arm(panel) -> Panel:
+    return replace(panel, arms=tuple(ARMS), training=replace(panel.training, lr=dict.fromkeys(ARMS, 1e-2)))

@@ -2,7 +2,10 @@
 
 import pytest
 
+from benchmarks import __main__ as command_line
 from benchmarks.__main__ import main
+from benchmarks.arms import ARMS
+from benchmarks.presets import HOT, OWN_RATE
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,23 @@ def test_wrong_options(arguments, message, tmp_path, capsys):
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "arms"),
+    [([], ("adamw", "muon", "muonclip")), (["--arms", "softcap,adamw-clip"], ("softcap", "adamw-clip"))],
+)
+def test_arms_of_explosion(options, arms, monkeypatch, tmp_path):
+    panels = []
+    monkeypatch.setattr(command_line, "run_panels", lambda given, *_: panels.extend(given) or [])
+    assert main(["explosion", "--out", str(tmp_path), *options]) == 0
+    assert panels[0].arms == arms
+    assert panels[0].training.lr == {arm: HOT.lr[arm] for arm in arms}
+
+
+@pytest.mark.parametrize("training", [HOT, OWN_RATE])
+def test_every_arm_has_a_rate(training):
+    assert training.lr == {arm: training.lr["adamw" if arm.startswith("adamw") else "muon"] for arm in ARMS}
 
 
 def test_text_that_is_too_short(tmp_path, capsys):

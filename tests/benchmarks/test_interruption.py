@@ -124,7 +124,8 @@ def test_stopped_in_the_middle_and_started_again(stop, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_summary(uninterrupted):
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    assert set(summary) == {"config", "environment", "arms"}
+    assert set(summary) == {"config", "environment", "arms", "model_changes"}
+    assert summary["model_changes"] == {}
     assert summary["config"]["training"]["spike_threshold"] == 0.5
     assert len(summary["config"]["data"]["sha256"]) == 64
     assert {"python", "torch", "muonclip", "cpu", "platform", "git_commit", "date", "command"} <= set(
@@ -140,13 +141,19 @@ def test_summary(uninterrupted):
             "max_logit_peak",
             "max_logit_median_last_quarter",
             "clipped_head_steps",
+            "heads_ever_clipped",
+            "last_clipped_step",
             "loss_spikes",
             "wall_seconds",
             "tokens_per_second",
         }
         assert 2 < run["final_val_loss"] < 5
     assert summary["arms"]["muon"]["0"]["clipped_head_steps"] == 0
+    assert summary["arms"]["muon"]["0"]["heads_ever_clipped"] == 0
+    assert summary["arms"]["muon"]["0"]["last_clipped_step"] is None
     assert summary["arms"]["muonclip"]["0"]["clipped_head_steps"] > 0
+    assert 0 < summary["arms"]["muonclip"]["0"]["heads_ever_clipped"] <= 1
+    assert 1 <= summary["arms"]["muonclip"]["0"]["last_clipped_step"] <= STEPS
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """The picture shows what it is given, a run that ended early included."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib import colors, image
+from matplotlib import colors, image, pyplot
 
 from benchmarks.arms import ARMS
 from benchmarks.plot import draw
@@ -35,3 +36,20 @@ def test_every_arm_has_its_colour(panel, tmp_path, panels):
     assert shows(picture, ARMS["muon"].colour)
     assert shows(picture, ARMS["muonclip"].colour)
     draw([PanelResult(panel, {"muonclip": runs["muonclip"]}, {})] * panels, tmp_path / "one.png")
+
+
+@pytest.mark.parametrize("arms", [("muonclip", "softcap"), tuple(ARMS)])
+def test_the_legend_tells_which_arms_change_the_model(every_arm, tmp_path, monkeypatch, arms):
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    panel = replace(every_arm, arms=arms)
+    draw([PanelResult(panel, {arm: {0: list(records(80, 30))} for arm in arms}, {})], tmp_path / "curves.png")
+    monkeypatch.undo()
+    axis = figures[0].axes[0]
+    (legend,) = [*figures[0].subfigs[0].legends, *filter(None, [axis.get_legend()])]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == len(arms) + 1  # the seeds
+    assert "MuonClip, rate 0.01" in labels
+    assert "Muon, soft cap, rate 0.01 (changes the model)" in labels
+    assert axis.get_title("left").endswith("(before a soft cap)")
+    pyplot.close(figures[0])

@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from benchmarks import checkpoint, metrics
+from benchmarks.arms import ARMS, model_changes
+from benchmarks.summary import ever_clipped
 from benchmarks.train import CHECKPOINT, METRICS, RESULT, Run
 
 
@@ -21,8 +23,9 @@ def losses(folder):
     return [{k: v for k, v in record.items() if k not in timing} for record in metrics.read(folder / METRICS)]
 
 
-@pytest.mark.parametrize("arm", ["adamw", "muon", "muonclip"])
-def test_stopped_and_resumed_is_uninterrupted(panel, corpus, tmp_path, arm):
+@pytest.mark.parametrize("arm", ARMS)
+def test_stopped_and_resumed_is_uninterrupted(every_arm, corpus, tmp_path, arm):
+    panel = every_arm
     whole = train(Run(panel, corpus, tmp_path / "whole", arm, 3))
     train(Run(panel, corpus, tmp_path / "parts", arm, 3), stop_after=3)
     assert not (tmp_path / "parts" / RESULT).exists()
@@ -49,6 +52,61 @@ def test_arms_share_weights_and_batches_and_differ_in_the_clip(panel, corpus, tm
     assert first["adamw"]["clipped_heads"] == first["muon"]["clipped_heads"] == 0
     assert first["muonclip"]["clipped_heads"] > 0
     assert Run(panel, corpus, tmp_path / "seed", "muon", 3).step()["loss"] != first["muon"]["loss"]
+
+
+def test_arms_that_clip_differ_from_those_that_do_not_in_the_clip_alone(every_arm, corpus, tmp_path):
+    quiet = replace(every_arm, training=replace(every_arm.training, tau=1e9))
+    for without, with_clip in (("adamw", "adamw-clip"), ("muon", "muonclip")):
+        same = [losses_of(quiet, corpus, tmp_path / f"quiet-{arm}", arm) for arm in (without, with_clip)]
+        assert same[0] == same[1]
+        clipped = losses_of(every_arm, corpus, tmp_path / with_clip, with_clip)
+        assert clipped[0]["max_logits"] == same[0][0]["max_logits"]
+        assert clipped[-1]["max_logits"] != same[0][-1]["max_logits"]
+
+
+def losses_of(panel, corpus, folder, arm):
+    train(Run(panel, corpus, folder, arm, 0))
+    return losses(folder)
+
+
+def test_per_head_orthogonalizes_the_heads_alone(every_arm, corpus, tmp_path):
+    layouts = {}
+    for arm in ("muonclip", "per-head"):
+        run = Run(every_arm, corpus, tmp_path / arm, arm, 0)
+        layouts[arm] = {row.name: row.layout for row in run.update.optimizer.plan.parameters}
+    different = {name for name, layout in layouts["per-head"].items() if layout != layouts["muonclip"][name]}
+    assert different == {f"layers.{i}.attn.{name}.weight" for i in (0, 1) for name in ("q_b_proj", "kv_b_proj")}
+
+
+@pytest.mark.parametrize(("arm", "changes"), [("qk-norm", {"qk_norm": True}), ("softcap", {"softcap": 0.02})])
+def test_arms_that_change_the_model_share_its_weights(every_arm, corpus, tmp_path, arm, changes):
+    assert model_changes(every_arm, arm) == changes
+    plain, changed = (Run(every_arm, corpus, tmp_path / name, name, 3) for name in ("muon", arm))
+    assert asdict(changed.model.config) == asdict(plain.model.config) | changes
+    weights, shared = changed.model.state_dict(), plain.model.state_dict()
+    for name, weight in shared.items():
+        assert torch.equal(weights[name], weight)
+    assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in weights.keys() - shared.keys())
+    first, other = changed.step(), plain.step()
+    assert first["loss"] != other["loss"]
+    assert first["clipped_heads"] == 0  # though all are above τ
+    assert max(map(max, first["max_logits"].values())) > every_arm.training.tau
+
+
+def test_the_other_arms_keep_the_model(every_arm):
+    assert [arm for arm in every_arm.arms if not model_changes(every_arm, arm)] == [
+        "adamw", "muon", "muonclip", "per-head", "adamw-clip",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_clipped_heads_are_those_above_tau(every_arm, corpus, tmp_path, arm):
+    records = losses_of(every_arm, corpus, tmp_path, arm)
+    clipped = [record["clipped_heads"] for record in records]
+    assert [len(ever_clipped([record], every_arm.training.tau)) for record in records] == clipped
+    clips = arm in ("muonclip", "per-head", "adamw-clip")
+    assert any(0 < heads < 8 for heads in clipped) == clips  # some above τ, some not
+    assert any(clipped) == clips
 
 
 def test_adamw_decays_matrices_and_embeddings_alone(panel, corpus, tmp_path):

@@ -51,10 +51,28 @@ def test_summary_of_a_run(panel):
         "max_logit_peak": 50,
         "max_logit_median_last_quarter": 20,  # of the last three steps
         "clipped_head_steps": 6,
+        "heads_ever_clipped": 2 / 8,  # of two layers of four; at steps 2, 5 and 9 both of these were above τ
+        "last_clipped_step": 9,
         "loss_spikes": 0,
         "wall_seconds": 12.0,
         "tokens_per_second": 9 * 2 * 16 / 4.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("maxima", "clipped", "share", "last"),
+    [
+        ([1.0, 7.0, 9.0], [0, 0, 0], 0.0, None),  # above τ, in an arm that does not clip
+        ([1.0, 7.0, 2.0], [0, 2, 0], 2 / 8, 2),
+        ([5.5, 7.0, 2.0], [1, 0, 0], 1 / 8, 1),  # only the first of its two heads passed τ at that step
+        ([7.0, 7.0, 7.0], [2, 2, 2], 2 / 8, 3),  # a head counts once
+        ([], [], 0.0, None),
+    ],
+)
+def test_heads_ever_clipped(panel, maxima, clipped, share, last):
+    panel = replace(panel, training=replace(panel.training, tau=5.0))
+    run = summarise(panel, records(maxima, clipped=clipped), result())
+    assert (run["heads_ever_clipped"], run["last_clipped_step"]) == (share, last)
 
 
 def test_tokens_have_no_bits_per_byte(panel):
@@ -79,3 +97,14 @@ def test_table_has_a_line_per_run(panel):
     assert len(lines) == 1 + 6
     assert len({len(line) for line in lines}) == 1
     assert lines[3].split()[:5] == ["MuonClip", "0", "0.03", "1.500", "2.164"]
+
+
+def test_an_arm_that_changes_the_model_says_so(every_arm):
+    run = summarise(every_arm, records([1.0] * 4), result())
+    made = PanelResult(every_arm, {}, {arm: dict.fromkeys(every_arm.seeds, run) for arm in every_arm.arms})
+    assert summary.to_json(made, {})["model_changes"] == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
+    assert summary.table(made).splitlines()[-3:] == [
+        "",
+        "Muon, QK-norm changes the model: qk_norm = True.",
+        "Muon, soft cap changes the model: softcap = 0.02; its logits are measured before the cap.",
+    ]
