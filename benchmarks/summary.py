@@ -100,12 +100,11 @@ def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
 
 
 def to_json(result: PanelResult, environment: dict[str, Any]) -> dict[str, Any]:
-    """What summary.json holds; `model_changes`: by arm, the model's fields that it sets otherwise than `config`."""
+    """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""
     arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in result.summaries.items()}
     changes = {arm: changed for arm in result.panel.arms if (changed := model_changes(result.panel, arm))}
-    return metrics.to_json(
-        {"config": result.panel.to_json(), "environment": environment, "arms": arms, "model_changes": changes}
-    )
+    config = result.panel.to_json() | {"model_changes": changes}
+    return metrics.to_json({"config": config, "environment": environment, "arms": arms})
 
 
 def table(result: PanelResult) -> str:

@@ -102,7 +102,8 @@ def test_table_has_a_line_per_run(panel):
 def test_an_arm_that_changes_the_model_says_so(every_arm):
     run = summarise(every_arm, records([1.0] * 4), result())
     made = PanelResult(every_arm, {}, {arm: dict.fromkeys(every_arm.seeds, run) for arm in every_arm.arms})
-    assert summary.to_json(made, {})["model_changes"] == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
+    changes = summary.to_json(made, {})["config"]["model_changes"]
+    assert changes == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
     assert summary.table(made).splitlines()[-3:] == [
         "",
         "Muon, QK-norm changes the model: qk_norm = True.",
