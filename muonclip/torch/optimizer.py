@@ -149,6 +149,9 @@ class _MatrixOptimizer(Optimizer):
                 if hasattr(parameter, "placements"):
                     name = name_of(group, index, position)
                     raise ValueError(f"{name} is a sharded DTensor; this version updates whole tensors only.")
+                if group.get("capturable") and parameter.device.type == "cpu":
+                    name = name_of(group, index, position)
+                    raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
                 if parameter.grad is not None and parameter.grad.is_sparse:
                     name = name_of(group, index, position)
                     raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")

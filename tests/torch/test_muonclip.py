@@ -466,3 +466,12 @@ def test_defaults():
     defaults = inspect.signature(MuonClip).parameters
     assert (defaults["tau"].default, defaults["eps"].default, defaults["lr"].default) == (100.0, 1e-7, 1e-3)
     assert optimizer.qk_clip.tau == 100.0
+
+
+def test_capturable_is_refused_on_the_cpu_before_anything_moves():
+    model, optimizer = build(capturable=True)
+    before = copy.deepcopy(model)
+    model.loss(tokens(0)).backward()
+    with pytest.raises(ValueError, match=r"capturable=True is for CUDA graphs, but embed\.weight is on the CPU"):
+        optimizer.step()
+    assert equal(model, before)
