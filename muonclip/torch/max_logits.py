@@ -12,7 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from muonclip.torch.attention_mask import AttentionMask
 
@@ -135,7 +135,7 @@ def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMas
     return maxima
 
 
-@torch.library.custom_op("muonclip::max_logits", mutates_args=())
+@library.custom_op("muonclip::max_logits", mutates_args=())
 def _max_logits_operator(
     q: Tensor,
     k: Tensor,
