@@ -10,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, get_args
 
+import torch
+
 from benchmarks import summary
-from benchmarks.arms import ARMS, DEFAULT_ARMS
+from benchmarks.arms import ARMS, DEFAULT_ARMS, SETTINGS, base_of, parse, with_settings
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
-from benchmarks.explosion import Execution, run_panels
+from benchmarks.evidence import evidence as run_evidence
+from benchmarks.explosion import Execution, run_panels, train_panels
 from benchmarks.panel import Panel, Training
+from benchmarks.pilot import choose_rate, pilot_panel
 from benchmarks.precision import PrecisionChoice
 from benchmarks.presets import HOT, OWN_RATE, PRESETS
 from benchmarks.runner import RunFailed
@@ -44,20 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explosion(options: argparse.Namespace) -> None:
     """One panel, by hand."""
-    corpus = open_corpus(options.data)
     preset = PRESETS[options.preset]
+    device = _device(options.device or preset.device)
+    corpus = open_corpus(options.data)
     training = preset.training
     for name in ("steps", "batch_size", "tau"):
         if getattr(options, name) is not None:
             training = replace(training, **{name: getattr(options, name)})
     rates = training.lr if options.lr is None else options.lr
-    if missing := [arm for arm in options.arms if arm not in rates and "" not in rates]:
+    arms = list(dict.fromkeys(base_of(name) for name in options.arms if "lr" not in parse(name)[1]))
+    if missing := [arm for arm in arms if arm not in rates and "" not in rates]:
         raise UsageError(
             "--lr", f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
         )
-    training = replace(training, lr={arm: rates.get(arm, rates.get("")) for arm in options.arms})
+    training = replace(training, lr={arm: rates.get(arm, rates.get("")) for arm in arms})
     model = preset.model(attention=options.attention, vocab_size=corpus.vocab_size)
-    panel = _panel("", "Attention logits", options.arms, options.seeds, model, training, corpus)
+    panel = replace(
+        _panel("", "Attention logits", options.arms, options.seeds or preset.seeds, model, training, corpus),
+        device=device,
+    )
+    tried = options.pilot or (preset.pilot_rates if options.lr is None else ())
+    piloted = [arm for arm in arms if not arm.startswith("adamw")]
+    if tried and piloted:
+        pilots = train_panels([pilot_panel(panel, tried)], corpus, _execution(options))
+        rate, reason = choose_rate(pilots[0])
+        print(reason, file=sys.stderr)
+        lr = {arm: rate if arm in piloted else panel.training.lr[arm] for arm in arms}
+        panel = replace(panel, training=replace(panel.training, lr=lr))
     _run([panel], corpus, options)
 
 
@@ -72,6 +89,24 @@ def reproduce(options: argparse.Namespace) -> None:
     _run(panels, corpus, options)
 
 
+def evidence(options: argparse.Namespace) -> None:
+    """The long version: see `benchmarks.evidence`."""
+    corpus = open_corpus(options.data)
+    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
+    corpus.require(model.max_seq_len)
+    run_evidence(model, corpus, _execution(options))
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device",
+            f"torch {torch.__version__} sees no CUDA device. --preset cpu is made for this machine; --device cpu runs "
+            "any preset on it, slowly.",
+        )
+    return name
+
+
 def _panel(
     name: str,
     title: str,
@@ -82,7 +117,8 @@ def _panel(
     corpus: Corpus,
 ) -> Panel:
     corpus.require(model.max_seq_len)
-    training = replace(training, lr={arm: training.lr[arm] for arm in arms})
+    bases = dict.fromkeys(base_of(arm) for arm in arms)
+    training = replace(training, lr={arm: training.lr[arm] for arm in bases if arm in training.lr})
     return Panel(
         name=name,
         title=title,
@@ -95,12 +131,15 @@ def _panel(
 
 
 def _run(panels: list[Panel], corpus: Corpus, options: argparse.Namespace) -> None:
-    execution = Execution(options.out, options.jobs, options.precision, options.checkpoint_seconds)
-    for result in run_panels(panels, corpus, execution):
+    for result in run_panels(panels, corpus, _execution(options)):
         print(f"\n{result.panel.heading}\n{result.panel.subject}\n\n{summary.table(result)}")
     print(f"\npicture  {options.out / 'curves.png'}")
     for panel in panels:
         print(f"figures  {options.out / panel.name / 'summary.json'}")
+
+
+def _execution(options: argparse.Namespace) -> Execution:
+    return Execution(options.out, options.jobs, options.precision, options.checkpoint_seconds)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -115,12 +154,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         type=_arms,
         default=DEFAULT_ARMS,
         metavar="A,B",
-        help=f"of {', '.join(ARMS)}; qk-norm and softcap also change the model (default: {','.join(DEFAULT_ARMS)})",
+        help=f"of {', '.join(ARMS)}; qk-norm and softcap also change the model (default: {','.join(DEFAULT_ARMS)}). "
+        f"An arm may have settings of its own, as in muonclip@tau=10@weight_decay=0: {', '.join(SETTINGS)}",
     )
-    by_hand.add_argument("--seeds", type=_seeds, default=(0, 1), metavar="N,M", help="default: 0,1")
+    by_hand.add_argument("--seeds", type=_seeds, metavar="N,M", help="default: 0,1; presets gpu and node: 0")
     by_hand.add_argument("--attention", choices=get_args(Attention), default="mla", help="default: mla")
     by_hand.add_argument("--tau", type=_positive, metavar="LOGIT", help="threshold of the clip, and the soft cap")
     by_hand.add_argument("--lr", type=_rates, metavar="RATE", help="one rate for all arms, or arm=rate,arm=rate")
+    by_hand.add_argument(
+        "--pilot",
+        type=_pilot_rates,
+        metavar="RATE,RATE",
+        help="first train Muon briefly at each of these, and take the lowest at which logits pass 100 "
+        "(presets gpu and node do so unless --lr is given)",
+    )
+    by_hand.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
     by_hand.add_argument("--steps", type=_count, metavar="N")
     by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")
 
@@ -129,7 +177,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     both.set_defaults(command=reproduce)
 
-    for command in (by_hand, both):
+    long = commands.add_parser(
+        "evidence", help="rate sweep, token efficiency, the cost of clipping, all arms: 40 minutes on two cores at most"
+    )
+    long.set_defaults(command=evidence)
+
+    for command in (by_hand, both, long):
         command.add_argument(
             "--data",
             type=Path,
@@ -140,19 +193,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         command.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="results; an interrupted command goes on there"
         )
-        command.add_argument("--jobs", type=_count, metavar="N", help="runs side by side (default: one per core)")
+        command.add_argument(
+            "--jobs", type=_count, metavar="N", help="runs side by side (default: one per core; on a GPU one)"
+        )
         command.add_argument(
             "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
         )
         command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
-    return parser, {"explosion": by_hand, "reproduce": both}
+    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long}
 
 
 def _arms(text: str) -> tuple[str, ...]:
-    arms = tuple(text.split(","))
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise argparse.ArgumentTypeError(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
-    return _distinct(arms)
+    try:
+        parsed = [parse(name) for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return _distinct(tuple(with_settings(base, **settings) for base, settings in parsed))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -169,6 +225,10 @@ def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
     if len(set(items)) < len(items):
         raise argparse.ArgumentTypeError(f"{','.join(map(str, items))} names something twice")
     return items
+
+
+def _pilot_rates(text: str) -> tuple[float, ...]:
+    return _distinct(tuple(_positive(part) for part in text.split(",")))
 
 
 def _rates(text: str) -> dict[str, float]:

@@ -16,9 +16,10 @@ import torch
 import muonclip
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine, commit, date (UTC) and command."""
-    return {
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, machine, commit, date (UTC) and command; `gpu` where that is the device."""
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
+    return gpu | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "muonclip": muonclip.__version__,

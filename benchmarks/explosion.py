@@ -1,4 +1,4 @@
-"""The experiment: attention logits under Muon and MuonClip, one panel or several, from options to pictures."""
+"""Panels from options to results and pictures: what every command of the harness does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import checkpoint, plot, precision, summary
 from benchmarks.data import Corpus
 from benchmarks.environment import available_cores, environment
 from benchmarks.errors import UsageError
-from benchmarks.panel import DTYPES, Panel, Precision, differences
+from benchmarks.panel import Panel, Precision, differences
 from benchmarks.precision import PrecisionChoice
 from benchmarks.runner import Job, locked, run_all
 from benchmarks.worker import CONFIG
@@ -24,12 +24,23 @@ class Execution:
 
     out: Path
     jobs: int | None = None  # runs side by side; None: one per core
-    precision: PrecisionChoice = "auto"  # decides once, at the first start; then the recorded decision counts
+    precision: PrecisionChoice | Precision = "auto"  # "auto" decides at the first start; then what is recorded counts
     checkpoint_seconds: float = 20.0
 
 
 def run_panels(panels: Sequence[Panel], corpus: Corpus, execution: Execution) -> list[summary.PanelResult]:
-    """Train, summarise, draw. Every panel has the folder of its name inside `out`; all share one picture.
+    """Train, summarise, draw: `train_panels`, then one picture and one page of all in `out`."""
+    results = train_panels(panels, corpus, execution)
+    plot.draw(results, execution.out / "curves.png")
+    from benchmarks import heads, report  # TEMP
+
+    heads.draw(results, execution.out / "heads.png")
+    report.write(results, execution.out / "report.html")
+    return results
+
+
+def train_panels(panels: Sequence[Panel], corpus: Corpus, execution: Execution) -> list[summary.PanelResult]:
+    """Every panel has the folder of its name inside `out`, and there its runs and its summary.json.
 
     Raises UsageError where `out` cannot be used or holds a panel with other options.
     """
@@ -46,12 +57,14 @@ def run_panels(panels: Sequence[Panel], corpus: Corpus, execution: Execution) ->
             for (panel, _), folder in zip(settled, folders, strict=True)
             for arm, seed in panel.runs()
         ]
-        workers = execution.jobs or max(1, available_cores() // panels[0].threads)
+        side_by_side = 1 if panels[0].device == "cuda" else max(1, available_cores() // panels[0].threads)
+        workers = execution.jobs or side_by_side
         run_all(jobs, workers=workers, lock=lock, checkpoint_seconds=execution.checkpoint_seconds)
-        results = [summary.collect(panel, folder) for (panel, _), folder in zip(settled, folders, strict=True)]
-        for result, (_, recorded), folder in zip(results, settled, folders, strict=True):
-            checkpoint.write_json(folder / "summary.json", summary.to_json(result, recorded))
-        plot.draw(results, out / "curves.png")
+        results = [
+            summary.collect(panel, folder, recorded) for (panel, recorded), folder in zip(settled, folders, strict=True)
+        ]
+        for result, folder in zip(results, folders, strict=True):
+            checkpoint.write_json(folder / "summary.json", summary.to_json(result))
     return results
 
 
@@ -63,7 +76,7 @@ def _settle(panel: Panel, corpus: Corpus, folder: Path, execution: Execution) ->
         recorded = json.loads(config.read_text())
         decided = Precision(**recorded["config"]["precision"])
         if execution.precision != "auto":
-            decided = Precision(DTYPES[execution.precision], DTYPES[execution.precision])
+            decided, _ = precision.choose(panel, corpus, execution.precision)
         panel = replace(panel, precision=decided)
         if lines := differences(recorded["config"], panel.to_json()):
             raise UsageError(
@@ -74,6 +87,6 @@ def _settle(panel: Panel, corpus: Corpus, folder: Path, execution: Execution) ->
         return panel, recorded["environment"]
     decided, measured = precision.choose(panel, corpus, execution.precision)
     panel = replace(panel, precision=decided)
-    recorded = environment() | {"precision_probe": measured}
+    recorded = environment(panel.device) | {"precision_probe": measured}
     checkpoint.write_json(config, {"config": panel.to_json(), "environment": recorded})
     return panel, recorded

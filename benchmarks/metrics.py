@@ -9,6 +9,13 @@
     tokens_per_second of this step: forward, backward and update
     val_loss          where the validation text was evaluated: mean nats per token after the update
 
+and where it was, on a sample of that text and after the update (`benchmarks.measure`):
+
+    attention_entropy {attention: [heads]}, nats, mean over queries
+    query_norms       {attention: [heads]}, spectral norm of the head's rows of W_q (MLA: W_uq)
+    key_norms         {attention: [key heads]}, of W_k (MLA: W_uk, without the shared rotary key)
+    update_rms        root mean square of (W_t − W_{t−1}) / rate over the layers' matrices, decay and clip included
+
 JSON has no infinities and no NaN; they are written as the strings "inf", "-inf", "nan", which `float` reads back.
 """
 

@@ -19,7 +19,8 @@ DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How every run of a panel trains. Rates are per step, `lr` by arm; windows are as long as the model's context."""
+    """How every run of a panel trains, but for what an arm sets itself (`benchmarks.arms`). Rates are per step, `lr` by
+    arm; windows are as long as the model's context."""
 
     steps: int
     batch_size: int  # windows per step
@@ -33,6 +34,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, alone and beside Muon
     grad_clip: float = 1.0  # global norm
     tau: float = 30.0
+    rescue_at: float = 0.5  # share of the steps after which the arm `rescue` switches its clip on
     validate_every: int = 50  # steps
     validation_batches: int = 8
     validation_batch_size: int = 32  # windows

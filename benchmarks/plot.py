@@ -18,7 +18,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from benchmarks.arms import ARMS, model_changes
+from benchmarks.arms import appearance, model_changes, parse, setup
 from benchmarks.checkpoint import replacing
 from benchmarks.summary import PanelResult, Record, max_logit, spikes
 
@@ -60,7 +60,7 @@ def draw(results: Sequence[PanelResult], path: Path) -> None:
             grid = part.subplots(2, 2, sharex=True) if alone else part.subplots(4, 1, sharex=True)
             for axis, row in zip(grid.flat, rows, strict=True):
                 row(axis, result)
-                axis.set_xlim(0, result.panel.training.steps)
+                axis.set_xlim(0, max(setup(result.panel, arm).training.steps for arm in result.panel.arms))
                 if axis.get_subplotspec().is_last_row():
                     axis.set_xlabel("step")
             logits.append(grid.flat[0])
@@ -95,7 +95,7 @@ def _draw_max_logit(axis: Axes, result: PanelResult) -> None:
 
 
 def _draw_train_loss(axis: Axes, result: PanelResult) -> None:
-    training = result.panel.training
+    training, looks = result.panel.training, appearance(result.panel)
     _draw_curves(axis, result, lambda records: _smooth(_curve(records, lambda record: record["loss"])))
     marked = 0
     for arm, runs in result.records.items():
@@ -106,7 +106,13 @@ def _draw_train_loss(axis: Axes, result: PanelResult) -> None:
             ]
             values = [losses[i] for i in at]
             axis.plot(
-                [records[i]["step"] for i in at], values, "x", color=ARMS[arm].colour, markersize=4, alpha=0.6, zorder=3
+                [records[i]["step"] for i in at],
+                values,
+                "x",
+                color=looks[arm].colour,
+                markersize=4,
+                alpha=0.6,
+                zorder=3,
             )
             marked += len(at)
     after = training.steps // 8  # the first drop would flatten all that follows
@@ -133,8 +139,9 @@ def _draw_clipped_heads(axis: Axes, result: PanelResult) -> None:
 def _draw_curves(axis: Axes, result: PanelResult, curve_of: Callable[[list[Record]], Curve]) -> None:
     """The arms in their order; one that coincides with an earlier one is dashed, so that both are seen."""
     means: list[Curve] = []
+    looks = appearance(result.panel)
     for arm, runs in result.records.items():
-        colour, curves = ARMS[arm].colour, [curve_of(records) for records in runs.values()]
+        colour, curves = looks[arm].colour, [curve_of(records) for records in runs.values()]
         if len(curves) > 1:
             for curve in curves:
                 axis.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
@@ -146,12 +153,13 @@ def _draw_curves(axis: Axes, result: PanelResult, curve_of: Callable[[list[Recor
 
 
 def _legend(part: SubFigure, axis: Axes, result: PanelResult, *, columns: int) -> None:
-    rates, seeds = result.panel.training.lr, result.panel.seeds
+    looks, seeds = appearance(result.panel), result.panel.seeds
     handles = []
     for arm in result.panel.arms:
         note = " (changes the model)" if model_changes(result.panel, arm) else ""
-        label = f"{ARMS[arm].label}, rate {rates[arm]:g}{note}"
-        handles += axis.plot([], [], color=ARMS[arm].colour, linewidth=2.5, label=label)
+        rate = "" if "lr" in parse(arm)[1] else f", rate {setup(result.panel, arm).lr:g}"
+        label = f"{looks[arm].label}{rate}{note}"
+        handles += axis.plot([], [], color=looks[arm].colour, linewidth=2.5, label=label)
     if len(seeds) > 1:
         label = f"{len(seeds)} seeds, and their mean in bold"
         handles += axis.plot([], [], color="#888888", linewidth=0.8, label=label)

@@ -23,8 +23,12 @@ PrecisionChoice = Literal["auto", "fp32", "bf16"]
 _ROUNDS, _GAIN = 9, 1.05  # bf16 must win by 5 %, more than the noise
 
 
-def choose(panel: Panel, corpus: Corpus, wanted: PrecisionChoice) -> tuple[Precision, dict[str, Any]]:
+def choose(panel: Panel, corpus: Corpus, wanted: PrecisionChoice | Precision) -> tuple[Precision, dict[str, Any]]:
     """The precision, and what was measured: median milliseconds by dtype (nothing unless "auto")."""
+    if isinstance(wanted, Precision):
+        return wanted, {}
+    if wanted == "auto" and panel.device == "cuda":
+        wanted = "bf16"  # tensor cores: nothing to find out
     if wanted != "auto":
         return Precision(DTYPES[wanted], DTYPES[wanted]), {}
     threads = torch.get_num_threads()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import setup
 from benchmarks.errors import UsageError
 from benchmarks.metrics import from_json
 from benchmarks.panel import Panel
@@ -44,6 +45,10 @@ class Job:
     @property
     def title(self) -> str:
         return f"{self.panel.name} {self.arm}/{self.seed}".lstrip()
+
+    @property
+    def steps(self) -> int:
+        return setup(self.panel, self.arm).training.steps
 
     @property
     def finished(self) -> bool:
@@ -77,8 +82,8 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoint_seconds:
     processes: dict[Job, subprocess.Popen[str]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = Progress(
-        total=sum(job.panel.training.steps for job in jobs),
-        done=sum(job.panel.training.steps for job in jobs if job.finished),
+        total=sum(job.steps for job in jobs),
+        done=sum(job.steps for job in jobs if job.finished),
     )
     try:
         while waiting or processes:
@@ -87,11 +92,11 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoint_seconds:
                 processes[job] = _start(job, lock, checkpoint_seconds, events)
             job, message = events.get()
             if message is not None:
-                progress.update(job.title, job.panel.training.steps, from_json(message))
+                progress.update(job.title, job.steps, from_json(message))
             elif status := _end(processes.pop(job)):
                 raise RunFailed(f"{job.title} failed with status {status}:\n{_log_tail(job)}")
             else:
-                progress.finish(job.title, job.panel.training.steps)
+                progress.finish(job.title, job.steps)
     finally:
         progress.close()
         _stop(list(processes.values()))

@@ -6,12 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from benchmarks import metrics
-from benchmarks.arms import ARMS, model_changes
+from benchmarks.arms import appearance, model_changes, setup
 from benchmarks.panel import Panel
 from benchmarks.train import METRICS, RESULT, Result
 from benchmarks.worker import run_folder
@@ -30,6 +30,10 @@ class RunSummary(TypedDict):
     heads_ever_clipped: float  # share of all heads
     last_clipped_step: int | None  # None: no head was ever clipped
     loss_spikes: int  # steps; see `spikes`
+    attention_entropy: float  # nats, mean over heads, at the end
+    query_norm: float  # spectral norm of W_q, largest over heads, at the end
+    key_norm: float
+    update_rms: float  # median over the measured steps
     wall_seconds: float  # summed over the parts of an interrupted run
     tokens_per_second: float  # of the training steps, validation and checkpoints left out
 
@@ -39,9 +43,10 @@ class PanelResult:
     panel: Panel
     records: dict[str, dict[int, list[Record]]]  # by arm and seed
     summaries: dict[str, dict[int, RunSummary]]
+    environment: dict[str, Any] = field(default_factory=dict)  # what it was made with, recorded at the first start
 
 
-def collect(panel: Panel, folder: Path) -> PanelResult:
+def collect(panel: Panel, folder: Path, environment: dict[str, Any]) -> PanelResult:
     """Read the finished runs of a panel."""
     records: dict[str, dict[int, list[Record]]] = {arm: {} for arm in panel.arms}
     summaries: dict[str, dict[int, RunSummary]] = {arm: {} for arm in panel.arms}
@@ -49,12 +54,13 @@ def collect(panel: Panel, folder: Path) -> PanelResult:
         run = run_folder(folder, arm, seed)
         records[arm][seed] = metrics.read(run / METRICS)
         result: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
-        summaries[arm][seed] = summarise(panel, records[arm][seed], result)
-    return PanelResult(panel, records, summaries)
+        summaries[arm][seed] = summarise(panel, arm, records[arm][seed], result)
+    return PanelResult(panel, records, summaries, environment)
 
 
-def summarise(panel: Panel, records: Sequence[Record], result: Result) -> RunSummary:
-    training = panel.training
+def summarise(panel: Panel, arm: str, records: Sequence[Record], result: Result) -> RunSummary:
+    training, model = setup(panel, arm).training, panel.model
+    measured = [record for record in records if "update_rms" in record]
     maxima = [maximum for maximum in map(max_logit, records) if maximum is not None]
     tokens = len(records) * training.batch_size * panel.model.max_seq_len
     spiking = spikes([record["loss"] for record in records], training.spike_window, training.spike_threshold)
@@ -64,12 +70,20 @@ def summarise(panel: Panel, records: Sequence[Record], result: Result) -> RunSum
         max_logit_peak=max(maxima, default=math.nan),
         max_logit_median_last_quarter=statistics.median(maxima[-math.ceil(len(maxima) / 4) :]) if maxima else math.nan,
         clipped_head_steps=sum(record["clipped_heads"] for record in records),
-        heads_ever_clipped=len(ever_clipped(records, training.tau)) / (panel.model.num_layers * panel.model.num_heads),
+        heads_ever_clipped=len(ever_clipped(records, training.tau)) / (model.num_layers * model.num_heads),
         last_clipped_step=max((record["step"] for record in records if record["clipped_heads"]), default=None),
         loss_spikes=len(spiking),
+        attention_entropy=statistics.fmean(_heads(measured[-1:], "attention_entropy") or [math.nan]),
+        query_norm=max(_heads(measured[-1:], "query_norms"), default=math.nan),
+        key_norm=max(_heads(measured[-1:], "key_norms"), default=math.nan),
+        update_rms=statistics.median([record["update_rms"] for record in measured] or [math.nan]),
         wall_seconds=round(result["wall_seconds"], 2),
         tokens_per_second=round(tokens / result["train_seconds"], 1),
     )
+
+
+def _heads(records: Sequence[Record], field: str) -> list[float]:
+    return [value for record in records for heads in record[field].values() for value in heads]
 
 
 def max_logit(record: Record) -> float | None:
@@ -99,12 +113,12 @@ def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
     ]
 
 
-def to_json(result: PanelResult, environment: dict[str, Any]) -> dict[str, Any]:
+def to_json(result: PanelResult) -> dict[str, Any]:
     """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""
     arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in result.summaries.items()}
     changes = {arm: changed for arm in result.panel.arms if (changed := model_changes(result.panel, arm))}
     config = result.panel.to_json() | {"model_changes": changes}
-    return metrics.to_json({"config": config, "environment": environment, "arms": arms})
+    return metrics.to_json({"config": config, "environment": result.environment, "arms": arms})
 
 
 def table(result: PanelResult) -> str:
@@ -125,13 +139,14 @@ def table(result: PanelResult) -> str:
         "time",
     )
     lines: list[tuple[str, ...]] = [head]
+    looks = appearance(panel)
     for arm, seed in panel.runs():
         run = result.summaries[arm][seed]
         lines.append(
             (
-                ARMS[arm].label,
+                looks[arm].label,
                 str(seed),
-                f"{panel.training.lr[arm]:g}",
+                f"{setup(panel, arm).lr:g}",
                 f"{run['final_val_loss']:.3f}",
                 f"{run['final_val_loss'] / math.log(2):.3f}",
                 f"{run['max_logit_peak']:.1f}",
@@ -148,7 +163,7 @@ def table(result: PanelResult) -> str:
         for cells in (list(zip(line, widths, strict=True)) for line in lines)
     ]
     notes = [
-        f"{ARMS[arm].label} changes the model: {', '.join(f'{name} = {value}' for name, value in changes.items())}"
+        f"{looks[arm].label} changes the model: {', '.join(f'{name} = {value}' for name, value in changes.items())}"
         + ("; its logits are measured before the cap." if "softcap" in changes else ".")
         for arm in panel.arms
         if (changes := model_changes(panel, arm))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import checkpoint, metrics
-from benchmarks.arms import ARMS, Update
+from benchmarks.arms import Setup, Update, setup
 from benchmarks.data import Corpus
+from benchmarks.measure import Probe
 from benchmarks.panel import Panel
 from muonclip.models.torch import MoE
 
@@ -40,7 +41,9 @@ class Run:
     def __init__(self, panel: Panel, corpus: Corpus, folder: Path, arm: str, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.panel, self.corpus, self.folder, self.arm, self.seed = panel, corpus, folder, arm, seed
+        self.setup: Setup = setup(panel, arm)
         self.model, self.update = build(panel, arm, seed)
+        self.probe = Probe(self.model, self._validation_windows(0))
         self.rates = [group["lr"] for group in self.update.optimizer.param_groups]
         self.done = 0  # updates
         self.wall_seconds = self.train_seconds = 0.0
@@ -56,7 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done == self.panel.training.steps or self.diverged
+        return self.done == self.setup.training.steps or self.diverged
 
     def train(
         self,
@@ -89,12 +92,14 @@ class Run:
 
     def step(self) -> dict[str, Any]:
         """One update and, where it is due, the validation after it; its record (see `metrics`)."""
-        training = self.panel.training
+        training = self.setup.training
+        measures = training.validates_after(self.done + 1)
+        before = self.probe.weights() if measures else None
         begun = time.perf_counter()
         factor = training.schedule(self.done)
         for group, rate in zip(self.update.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        record: dict[str, Any] = {"step": self.done + 1, "lr": training.lr[self.arm] * factor}
+        record: dict[str, Any] = {"step": self.done + 1, "lr": self.setup.lr * factor}
         record |= self._update()
         seconds = time.perf_counter() - begun
         record["tokens_per_second"] = training.batch_size * self.panel.model.max_seq_len / seconds
@@ -102,12 +107,14 @@ class Run:
         self.done += 1
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             record["val_loss"] = math.nan
-        elif training.validates_after(self.done):
+        elif before is not None:
             record["val_loss"] = self.validate()
+            with autocast(self.panel):
+                record |= self.probe.measure(before, record["lr"])
         return record
 
     def _update(self) -> dict[str, Any]:
-        training = self.panel.training
+        training = self.setup.training
         windows = self.corpus.batch(
             seed=self.seed, step=self.done, batch_size=training.batch_size, length=self.panel.model.max_seq_len
         )
@@ -118,7 +125,7 @@ class Run:
         measured = {"loss": loss.item(), "grad_norm": norm.item()}
         if not math.isfinite(measured["loss"] + measured["grad_norm"]):
             return measured | {"max_logits": {}, "clipped_heads": 0}
-        self.update.step()
+        self.update.step(self.done)
         report = self.update.qk_clip.report()
         return measured | {
             "max_logits": {name: layer.max_logits.tolist() for name, layer in report.layers.items()},
@@ -128,20 +135,15 @@ class Run:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean nats per token of the same validation windows every time."""
-        training = self.panel.training
         self.model.eval()
-        losses = [
-            self._loss(
-                torch.from_numpy(
-                    self.corpus.validation_batch(
-                        index=index, batch_size=training.validation_batch_size, length=self.panel.model.max_seq_len
-                    )
-                )
-            ).item()
-            for index in range(training.validation_batches)
-        ]
+        count = self.setup.training.validation_batches
+        losses = [self._loss(self._validation_windows(index)).item() for index in range(count)]
         self.model.train()
         return math.fsum(losses) / len(losses)
+
+    def _validation_windows(self, index: int) -> Tensor:
+        size, length = self.setup.training.validation_batch_size, self.panel.model.max_seq_len
+        return torch.from_numpy(self.corpus.validation_batch(index=index, batch_size=size, length=length))
 
     def _loss(self, windows: Tensor) -> Tensor:
         windows = windows.to(self.panel.device)
@@ -170,8 +172,9 @@ class Run:
 def build(panel: Panel, arm: str, seed: int) -> tuple[MoE, Update]:
     """The model, the same for all arms of a seed but for what an arm changes, and what updates it."""
     torch.manual_seed(seed)
-    model = MoE(ARMS[arm].model(panel.model, panel.training)).to(panel.device)
-    update = ARMS[arm].build(model, panel.training, panel.training.lr[arm], panel.precision)
+    own = setup(panel, arm)
+    model = MoE(own.model).to(panel.device)
+    update = own.arm.build(model, own.training, own.lr, panel.precision)
     update.optimizer.register_step_post_hook(model.step_hook)
     return model, update
 

@@ -41,7 +41,7 @@ def main(folder: Path, arm: str, seed: int, checkpoint_seconds: float) -> int:
 
     def on_step(record: dict[str, Any]) -> None:
         nonlocal told
-        if time.monotonic() - told > _REPORT_SECONDS or run.done == panel.training.steps:
+        if time.monotonic() - told > _REPORT_SECONDS or run.finished:
             told = time.monotonic()
             logits = [logit for heads in record["max_logits"].values() for logit in heads]
             _tell({"step": record["step"], "loss": record["loss"], "max_logit": max(logits, default=float("nan"))})

@@ -147,14 +147,19 @@ class Attention(nn.Module, ABC):
             return self.declare()
         return replace(self.declare(), reason="QK-norm: scaling the projection would change nothing")
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None = None) -> Tensor:
+    def queries_keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the logits are made of, [B, H or G, T, width] each: normalised and rotated, `softmax_scale` to come."""
         q, k, v = self.project(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None = None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, rotary)
         output = attention(
-            rotate(q, rotary).transpose(1, 2),
-            rotate(k, rotary).transpose(1, 2),
-            v.transpose(1, 2),
+            q,
+            k,
+            v,
             scale=self.config.softmax_scale,
             is_causal=True,
             document_ids=document_ids,

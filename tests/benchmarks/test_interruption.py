@@ -144,6 +144,10 @@ def test_summary(uninterrupted):
             "heads_ever_clipped",
             "last_clipped_step",
             "loss_spikes",
+            "attention_entropy",
+            "query_norm",
+            "key_norm",
+            "update_rms",
             "wall_seconds",
             "tokens_per_second",
         }

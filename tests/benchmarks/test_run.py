@@ -95,7 +95,7 @@ def test_arms_that_change_the_model_share_its_weights(every_arm, corpus, tmp_pat
 
 def test_the_other_arms_keep_the_model(every_arm):
     assert [arm for arm in every_arm.arms if not model_changes(every_arm, arm)] == [
-        "adamw", "muon", "muonclip", "per-head", "adamw-clip",
+        "adamw", "muon", "muonclip", "rescue", "per-head", "adamw-clip",
     ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_clipped_heads_are_those_above_tau(every_arm, corpus, tmp_path, arm):
     records = losses_of(every_arm, corpus, tmp_path, arm)
     clipped = [record["clipped_heads"] for record in records]
     assert [len(ever_clipped([record], every_arm.training.tau)) for record in records] == clipped
-    clips = arm in ("muonclip", "per-head", "adamw-clip")
+    clips = arm in ("muonclip", "rescue", "per-head", "adamw-clip")
     assert any(0 < heads < 8 for heads in clipped) == clips  # some above τ, some not
     assert any(clipped) == clips
 

@@ -44,7 +44,15 @@ def result(**changes):
 
 
 def test_summary_of_a_run(panel):
-    run = summarise(panel, records([1, 50, 3, 4, 5, 6, 30, 10, 20], clipped=[0, 2, 0, 0, 1, 0, 0, 0, 3]), result())
+    made = records([1, 50, 3, 4, 5, 6, 30, 10, 20], clipped=[0, 2, 0, 0, 1, 0, 0, 0, 3])
+    for index, update in ((0, 0.2), (4, 0.25), (8, 0.7)):
+        made[index] |= {
+            "attention_entropy": {"a": [0.1 * index, 0.7], "b": [0.75]},
+            "query_norms": {"a": [1.0, index / 2], "b": [3.0]},
+            "key_norms": {"a": [3.0], "b": [2.0]},
+            "update_rms": update,
+        }
+    run = summarise(panel, "muonclip", made, result())
     assert run == {
         "final_val_loss": 1.5,
         "val_bits_per_byte": pytest.approx(1.5 / math.log(2)),
@@ -54,6 +62,10 @@ def test_summary_of_a_run(panel):
         "heads_ever_clipped": 2 / 8,  # of two layers of four; at steps 2, 5 and 9 both of these were above τ
         "last_clipped_step": 9,
         "loss_spikes": 0,
+        "attention_entropy": 0.75,
+        "query_norm": 4.0,
+        "key_norm": 3.0,
+        "update_rms": 0.25,
         "wall_seconds": 12.0,
         "tokens_per_second": 9 * 2 * 16 / 4.0,
     }
@@ -71,26 +83,26 @@ def test_summary_of_a_run(panel):
 )
 def test_heads_ever_clipped(panel, maxima, clipped, share, last):
     panel = replace(panel, training=replace(panel.training, tau=5.0))
-    run = summarise(panel, records(maxima, clipped=clipped), result())
+    run = summarise(panel, "muonclip", records(maxima, clipped=clipped), result())
     assert (run["heads_ever_clipped"], run["last_clipped_step"]) == (share, last)
 
 
 def test_tokens_have_no_bits_per_byte(panel):
     tokens = replace(panel, data=replace(panel.data, kind="tokens"))
-    assert summarise(tokens, records([1.0] * 4), result())["val_bits_per_byte"] is None
+    assert summarise(tokens, "muonclip", records([1.0] * 4), result())["val_bits_per_byte"] is None
 
 
 def test_a_diverged_run_is_reported_in_json(panel):
     made = records([1.0, 7.0, 9.0], losses=[2.0, 2.0, math.nan])
     made[-1]["max_logits"] = {}
-    run = summarise(panel, made, result(diverged=True, final_val_loss=math.nan))
+    run = summarise(panel, "muonclip", made, result(diverged=True, final_val_loss=math.nan))
     assert (run["max_logit_peak"], run["loss_spikes"]) == (7.0, 1)
-    whole = summary.to_json(PanelResult(panel, {}, {"muon": {0: run}}), {"cpu": "abacus"})
+    whole = summary.to_json(PanelResult(panel, {}, {"muon": {0: run}}, {"cpu": "abacus"}))
     assert json.loads(json.dumps(whole, allow_nan=False))["arms"]["muon"]["0"]["final_val_loss"] == "nan"
 
 
 def test_table_has_a_line_per_run(panel):
-    run = summarise(panel, records([1.0] * 4), result())
+    run = summarise(panel, "muonclip", records([1.0] * 4), result())
     lines = summary.table(
         PanelResult(panel, {}, {arm: dict.fromkeys(panel.seeds, run) for arm in panel.arms})
     ).splitlines()
@@ -100,9 +112,9 @@ def test_table_has_a_line_per_run(panel):
 
 
 def test_an_arm_that_changes_the_model_says_so(every_arm):
-    run = summarise(every_arm, records([1.0] * 4), result())
+    run = summarise(every_arm, "muonclip", records([1.0] * 4), result())
     made = PanelResult(every_arm, {}, {arm: dict.fromkeys(every_arm.seeds, run) for arm in every_arm.arms})
-    changes = summary.to_json(made, {})["config"]["model_changes"]
+    changes = summary.to_json(made)["config"]["model_changes"]
     assert changes == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
     assert summary.table(made).splitlines()[-3:] == [
         "",

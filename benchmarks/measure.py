@@ -1,0 +1,103 @@
+"""What is measured now and then besides losses and logits: attention entropy, spectral norms, the size of an update.
+
+None of it touches the training: no gradients, no observation of logits, no random number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.models.torch import MoE
+from muonclip.torch import HeadRows, QKProjection
+
+_TOKENS = 512  # of the sample; at least one window
+
+Weights = list[Tensor]
+
+
+class Probe:
+    """Measures a model on the same few validation windows [windows, T + 1] every time."""
+
+    def __init__(self, model: MoE, windows: Tensor) -> None:
+        self.model = model
+        self.tokens = windows[: max(1, _TOKENS // (windows.shape[1] - 1)), :-1].to(model.lm_head.weight.device)
+
+    def weights(self) -> Weights:
+        """A copy of what `measure` compares with: the matrices of the layers, those that Muon updates."""
+        return [parameter.detach().clone() for parameter in self._matrices()]
+
+    @torch.no_grad()
+    def measure(self, before: Weights, lr: float) -> dict[str, Any]:
+        """The measured fields of a record (see `metrics`), after the update of rate `lr` that began from `before`."""
+        query_norms, key_norms = {}, {}
+        for name, attention in self._attentions():
+            projection: QKProjection = attention.declare()
+            sides = {side: [rows for of, rows in projection.parts() if of == side] for side in ("query", "key")}
+            query_norms[name] = head_norms(sides["query"])
+            key_norms[name] = head_norms(sides["key"])
+        return {
+            "attention_entropy": self._entropies(),
+            "query_norms": query_norms,
+            "key_norms": key_norms,
+            "update_rms": rms(now - then for now, then in zip(self._matrices(), before, strict=True)) / lr,
+        }
+
+    def _entropies(self) -> dict[str, list[float]]:
+        entropies: dict[str, list[float]] = {}
+
+        def observe(name: str) -> Any:
+            def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
+                q, k, _ = attention.queries_keys_values(*inputs[:2])
+                with torch.autocast(q.device.type, enabled=False):
+                    config = attention.config
+                    entropies[name] = causal_entropy(q.float(), k.float(), config.softmax_scale, config.softcap)
+
+            return hook
+
+        handles = [attention.register_forward_pre_hook(observe(name)) for name, attention in self._attentions()]
+        try:
+            self.model(self.tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return entropies
+
+    def _attentions(self) -> list[tuple[str, Any]]:
+        return [(f"layers.{index}.attn", layer.attn) for index, layer in enumerate(self.model.layers)]
+
+    def _matrices(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.layers.parameters() if parameter.ndim >= 2]
+
+
+def causal_entropy(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> list[float]:
+    """Mean over queries of `−Σ_j p_j ln p_j` in nats, by head; q [B, H, T, d], k [B, G, T, d].
+
+    ln T for attention that is spread evenly over T keys, 0 for attention that looks at one.
+    """
+    logits = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    log_p = torch.log_softmax(logits.masked_fill(future, -math.inf), -1).masked_fill(future, 0.0)
+    p = log_p.exp().masked_fill(future, 0.0)
+    return (-(p * log_p).sum(-1)).mean((0, 2)).tolist()
+
+
+def head_norms(parts: list[HeadRows]) -> list[float]:
+    """The largest singular value of each head's rows, all parts of a side together (MLA's query: nope and rope)."""
+    heads = [rows.of(weight, axis).movedim(axis, 0) for rows in parts for weight, axis in [next(rows.parameters())]]
+    return torch.linalg.matrix_norm(torch.cat(heads, -1).float(), ord=2).tolist()
+
+
+def rms(tensors: Iterable[Tensor]) -> float:
+    """Root mean square over the entries of all."""
+    total, count = 0.0, 0
+    for tensor in tensors:
+        total += tensor.square().sum().item()
+        count += tensor.numel()
+    return math.sqrt(total / count)
