@@ -9,7 +9,7 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 NAME := import sys; print("python%d.%d" % sys.version_info[:2])
 
-.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce clean
+.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce evidence docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,8 +38,15 @@ typecheck: env
 reproduce: env ## train on real text, draw the curves, print the table (OUT=runs/reproduce)
 	$(PY) -m benchmarks reproduce --out "$(OUT)"
 
+evidence: OUT = runs/evidence
+evidence: env ## rate sweep, token efficiency, every arm: at most 40 minutes on two cores (OUT=runs/evidence)
+	$(PY) -m benchmarks evidence --out "$(OUT)"
+
+docs: env ## build the pages into site/; links, anchors and names must hold
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean: ## remove caches and builds; .venv and runs stay
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find benchmarks muonclip tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Every step may be repeated: an interrupted installation goes on at the next `make`, links to a Python that is gone are

@@ -87,14 +87,12 @@ def model_changes(panel: Panel, name: str) -> dict[str, Any]:
 
 def appearance(panel: Panel) -> dict[str, Appearance]:
     """Labels and colours by arm, all different: arms that differ in their settings are shades of one colour."""
-    names: dict[str, list[str]] = {}
+    looks: dict[str, Appearance] = {}
     for name in panel.arms:
-        names.setdefault(base_of(name), []).append(name)
-    return {
-        name: Appearance(label(name), _shade(ARMS[base].colour, position, len(alike)))
-        for base, alike in names.items()
-        for position, name in enumerate(alike)
-    }
+        base = base_of(name)
+        alike = [other for other in panel.arms if base_of(other) == base]
+        looks[name] = Appearance(label(name), _shade(ARMS[base].colour, alike.index(name), len(alike)))
+    return looks
 
 
 def label(name: str) -> str:

@@ -58,6 +58,7 @@ HOT_ARMS = (
     "muon@attention=mha",
     "muonclip@attention=mha",
 )
+IN_PICTURE = HOT_ARMS[:8]  # of the curves; the map of heads and the table show all
 USABLE = 0.05  # bits (per byte) above an optimizer's best: its usable range of rates
 MOONLIGHT = 0.52  # arXiv 2502.16982: the share of AdamW's training FLOPs that Muon needs
 
@@ -113,7 +114,7 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
     figures.draw_sweep(written["sweep"], folder / "sweep.png")
     figures.draw_efficiency(written["efficiency"], folder / "efficiency.png")
     figures.draw_clip_cost(written["clip-cost"], folder / "clip-cost.png")
-    plot.draw([hot], folder / "hot.png")
+    plot.draw([_only(hot, IN_PICTURE)], folder / "hot.png")
     heads.draw([hot], folder / "heads.png")
     for result in results:
         report.write([result], execution.out / result.panel.name / "report.html")
@@ -201,6 +202,15 @@ def cost_json(sweep: PanelResult, cost: PanelResult) -> dict[str, Any]:
         )
     frame = {"baseline": {"label": label("muon"), "lr": best, "loss": baseline}, "arms": arms}
     return _frame(cost) | frame | {"confidence": CONFIDENCE}
+
+
+def _only(result: PanelResult, arms: Sequence[str]) -> PanelResult:
+    return PanelResult(
+        replace(result.panel, arms=tuple(arms)),
+        {arm: result.records[arm] for arm in arms},
+        {arm: result.summaries[arm] for arm in arms},
+        result.environment,
+    )
 
 
 def _frame(result: PanelResult) -> dict[str, Any]:

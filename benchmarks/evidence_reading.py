@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.arms import label
 from benchmarks.intervals import Interval, interval
+from muonclip.models import MoEConfig
 
 Json = Mapping[str, Any]
 
@@ -30,10 +31,10 @@ def read_evidence(figures: Mapping[str, Json]) -> str:
         "The cost of clipping where nothing explodes": ["clip-cost.png"],
         "A hot rate": ["hot.png", "heads.png"],
     }
-    parts: list[str] = []
+    parts = ["# What the runs show", "", _made_with(figures["sweep"]), ""]
     for title, lines in sections.items():
         parts += [f"## {title}", "", *lines, ""]
-        parts += [f"![{title}](evidence/{name})" for name in pictures[title]] + [""]
+        parts += [f"![{title}]({name})" for name in pictures[title]] + [""]
     return "\n".join(parts).strip() + "\n"
 
 
@@ -147,7 +148,9 @@ def read_hot(hot: Json) -> list[str]:
     peak = max(run["max_logit_peak"] for run in runs["muon"])
     held = statistics.fmean(run["max_logit_median_last_quarter"] for run in runs["muonclip"])
     lines = [
-        f"{_runs(hot)} All arms at the rate {hot['config']['training']['lr']['muon']:g} for {steps} steps.",
+        f"{_runs(hot)} The rate is {hot['config']['training']['lr']['muon']:g} where the name says no other, constant "
+        f"after the warm-up, for {steps} steps. Norms are the largest over heads; `benchmarks/metrics.py` defines what "
+        "is measured.",
         "",
         f"- Muon's largest logit reaches {peak:.0f}. MuonClip's median over the last quarter is {held:.0f} at τ = "
         f"{tau:g}" + (": held, but for what one step adds." if held <= 1.5 * tau else ": not held."),
@@ -243,6 +246,20 @@ def _signed(difference: Interval) -> str:
     if difference.low == difference.high or not math.isfinite(difference.low):
         return f"{difference.mean:+.3f}"
     return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _made_with(frame: Json) -> str:
+    """One paragraph: the model, the data, the machine."""
+    environment, config = frame["environment"], frame["config"]
+    sizes = MoEConfig(**config["model"])
+    return (
+        f"Made by `{environment['command']}` on {environment['date'][:10]}: {environment['cores']} cores of "
+        f"{environment['cpu']}, Python {environment['python']}, PyTorch {environment['torch']}, muonclip "
+        f"{environment['muonclip']}. The model is the reference MoE: {sizes.num_parameters() / 1e6:.1f}M parameters "
+        f"({sizes.attention.upper()}, width {sizes.hidden_size}, {sizes.num_layers} layers, {sizes.num_heads} heads), "
+        f"the text {config['data']['title']}. These sentences are written by the same command, from the numbers in "
+        "the JSON files beside the pictures. Losses are on held-out files; lower is better."
+    )
 
 
 def _at(entry: Json, lr: float) -> Json:

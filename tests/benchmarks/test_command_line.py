@@ -1,11 +1,13 @@
 """A wrong option ends with status 2 and one message that names it."""
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks.__main__ import main
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, DEFAULT_ARMS
 from benchmarks.presets import HOT, OWN_RATE
+from benchmarks.summary import PanelResult
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,13 @@ from benchmarks.presets import HOT, OWN_RATE
         (["--jobs", "0"], "argument --jobs: '0' is not an integer"),
         (["--tau", "nan"], "argument --tau: 'nan' is not a positive number"),
         (["--attention", "flash"], "argument --attention: invalid choice: 'flash'"),
+        (["--arms", "muon@lr=0"], "argument --arms: lr=0 is not a positive number"),
+        (
+            ["--arms", "muonclip@tau=10,muonclip@tau=1e1"],
+            "argument --arms: muonclip@tau=10,muonclip@tau=10 names something",
+        ),
+        (["--pilot", "1e-2,1e-2"], "argument --pilot: 0.01,0.01 names something twice"),
+        (["--pilot", "1e-2,fast"], "argument --pilot: 'fast' is not a positive number"),
         (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
         (["--data", "/nowhere"], "argument --data: /nowhere does not exist"),
     ],
@@ -47,6 +56,45 @@ def test_arms_of_explosion(options, arms, monkeypatch, tmp_path):
     assert main(["explosion", "--out", str(tmp_path), *options]) == 0
     assert panels[0].arms == arms
     assert panels[0].training.lr == {arm: HOT.lr[arm] for arm in arms}
+
+
+def test_settings_of_arms(monkeypatch, tmp_path):
+    panels = []
+    monkeypatch.setattr(command_line, "run_panels", lambda given, *_: panels.extend(given) or [])
+    options = ["--arms", "muonclip@tau=1e2,muon@lr=2e-2,rescue", "--out", str(tmp_path)]
+    assert main(["explosion", *options]) == 0
+    assert panels[0].arms == ("muonclip@tau=100", "muon@lr=0.02", "rescue")
+    assert panels[0].training.lr == {"muonclip": 3e-2, "rescue": 3e-2}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("options", [["--device", "cuda"], ["--preset", "gpu"], ["--preset", "node"]])
+def test_no_gpu(options, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["explosion", "--out", str(tmp_path / "out"), *options])
+    assert "sees no CUDA device. --preset cpu is made for this machine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "piloted"), [([], True), (["--lr", "1e-2"], False)])
+def test_large_presets_choose_their_rate_by_a_pilot(options, piloted, tmp_path, monkeypatch, capsys):
+    """As on a GPU, but for the training."""
+    panels, pilots = [], []
+
+    def train(given, *_):
+        pilots.extend(given)
+        peaks = dict(zip(given[0].arms, (20.0, 300.0, 900.0), strict=True))
+        return [PanelResult(given[0], {}, {arm: {0: {"max_logit_peak": peak}} for arm, peak in peaks.items()})]
+
+    monkeypatch.setattr(command_line, "run_panels", lambda given, *_: panels.extend(given) or [])
+    monkeypatch.setattr(command_line, "train_panels", train)
+    assert main(["explosion", "--preset", "gpu", "--device", "cpu", "--out", str(tmp_path), *options]) == 0
+    assert [pilot.training.steps for pilot in pilots] == [150] * piloted
+    expected = {"adamw": 1e-3, "muon": 2e-2, "muonclip": 2e-2} if piloted else dict.fromkeys(DEFAULT_ARMS, 1e-2)
+    assert panels[0].training.lr == expected
+    assert panels[0].seeds == (0,)
+    assert panels[0].training.tau == 100.0
+    assert ("Rate 0.02: the lowest whose logits passed 100" in capsys.readouterr().err) == piloted
 
 
 @pytest.mark.parametrize("training", [HOT, OWN_RATE])
