@@ -22,6 +22,7 @@ from benchmarks.panel import Panel, Training
 from benchmarks.pilot import choose_rate, pilot_panel
 from benchmarks.precision import PrecisionChoice
 from benchmarks.presets import HOT, OWN_RATE, PRESETS
+from benchmarks.redraw import COMPARISON, redraw
 from benchmarks.runner import RunFailed
 from muonclip.models import MoEConfig
 from muonclip.models.config import Attention
@@ -95,6 +96,11 @@ def evidence(options: argparse.Namespace) -> None:
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
     corpus.require(model.max_seq_len)
     run_evidence(model, corpus, _execution(options))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Pictures and pages of finished runs: see `benchmarks.redraw`."""
+    redraw(options.folders, options.out, events=options.tensorboard)
 
 
 def _device(name: str) -> str:
@@ -200,7 +206,25 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
         )
         command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
-    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long}
+    again = commands.add_parser(
+        "report", help="draw finished runs again, without training; several folders also side by side"
+    )
+    again.set_defaults(command=report)
+    again.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="the --out of an earlier command, finished or still running",
+    )
+    again.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"the page of all folders together (default: ./{COMPARISON} where there are several)",
+    )
+    again.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard, events for TensorBoard")
+    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long, "report": again}
 
 
 def _arms(text: str) -> tuple[str, ...]:

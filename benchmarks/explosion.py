@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import checkpoint, plot, precision, summary
+from benchmarks import checkpoint, heads, plot, precision, report, summary
 from benchmarks.data import Corpus
 from benchmarks.environment import available_cores, environment
 from benchmarks.errors import UsageError
@@ -32,7 +32,6 @@ def run_panels(panels: Sequence[Panel], corpus: Corpus, execution: Execution) ->
     """Train, summarise, draw: `train_panels`, then one picture and one page of all in `out`."""
     results = train_panels(panels, corpus, execution)
     plot.draw(results, execution.out / "curves.png")
-    from benchmarks import heads, report  # TEMP
 
     heads.draw(results, execution.out / "heads.png")
     report.write(results, execution.out / "report.html")

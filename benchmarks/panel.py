@@ -114,7 +114,7 @@ class Panel:
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """One line for each value of two JSON configurations that is not the same, by its dotted name."""
-    old, new = _flat(recorded), _flat(asked)
+    old, new = flat(recorded), flat(asked)
     return [
         f"{name}: recorded {old.get(name, 'nothing')}, asked for {new.get(name, 'nothing')}"
         for name in sorted(old.keys() | new.keys())
@@ -122,11 +122,12 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
     ]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    names: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
-    return flat
+        names |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
+    return names
 
 
 def _plain(value: Any) -> Any:

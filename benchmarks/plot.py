@@ -5,53 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 
-from benchmarks.arms import appearance, model_changes, parse, setup
-from benchmarks.checkpoint import replacing
+from benchmarks.arms import appearance, model_changes, setup
+from benchmarks.curves import SMOOTHING, Curve, bits, curve, mean, smooth
+from benchmarks.style import DASHED, STYLE, THRESHOLD, caption, save
 from benchmarks.summary import PanelResult, Record, max_logit, spikes
-
-Curve = NDArray[np.float64]  # [2, points]: steps, values
-
-_INK = "#333333"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#999999",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "grid.color": "#e8e8e8",
-    "xtick.color": "#666666",
-    "ytick.color": "#666666",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-}
-_SMOOTHING = 25  # steps
 
 
 def draw(results: Sequence[PanelResult], path: Path) -> None:
     """Write the PNG. One colour per arm, thin lines for seeds, a thick one for their mean; a column per panel."""
     rows = (_draw_max_logit, _draw_train_loss, _draw_validation_loss, _draw_clipped_heads)
     alone = len(results) == 1
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure = pyplot.figure(figsize=(12.5, 8) if alone else (6.6 * len(results), 14), layout="constrained")
         figure.suptitle("\n".join(dict.fromkeys(result.panel.subject for result in results)), x=0.01, ha="left")
         parts = figure.subfigures(1, len(results), squeeze=False, wspace=0.03)[0]
@@ -68,20 +39,18 @@ def draw(results: Sequence[PanelResult], path: Path) -> None:
             part.suptitle(result.panel.heading, x=0.01, ha="left", fontweight="bold")
         for axis in logits:
             axis.set_ylim(1, max(other.get_ylim()[1] for other in logits))
-        with replacing(path) as stream:
-            figure.savefig(stream, dpi=120, format="png")
-        pyplot.close(figure)
+        save(figure, path, [result.environment for result in results])
 
 
 def _draw_max_logit(axis: Axes, result: PanelResult) -> None:
     tau = result.panel.training.tau
-    _draw_curves(axis, result, lambda records: _curve(records, max_logit))
+    _draw_curves(axis, result, lambda records: curve(records, max_logit))
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(1, max(axis.get_ylim()[1], 2 * tau))
-    axis.axhline(tau, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2.5)
+    axis.axhline(tau, **THRESHOLD, zorder=2.5)
     axis.annotate(
         f"τ = {tau:g}",
         (1, tau),
@@ -96,7 +65,7 @@ def _draw_max_logit(axis: Axes, result: PanelResult) -> None:
 
 def _draw_train_loss(axis: Axes, result: PanelResult) -> None:
     training, looks = result.panel.training, appearance(result.panel)
-    _draw_curves(axis, result, lambda records: _smooth(_curve(records, lambda record: record["loss"])))
+    _draw_curves(axis, result, lambda records: smooth(curve(records, lambda record: record["loss"])))
     marked = 0
     for arm, runs in result.records.items():
         for records in runs.values():
@@ -118,22 +87,21 @@ def _draw_train_loss(axis: Axes, result: PanelResult) -> None:
     after = training.steps // 8  # the first drop would flatten all that follows
     tops = [value for line in axis.lines for step, value in np.asarray(line.get_data()).T.tolist() if step >= after]
     axis.set_ylim(top=max(tops, default=1.0) + 0.15)
-    axis.set_title(f"Train loss, nats per token (mean of {_SMOOTHING} steps{'; × spikes' if marked else ''})")
+    axis.set_title(f"Train loss, nats per token (mean of {SMOOTHING} steps{'; × spikes' if marked else ''})")
 
 
 def _draw_validation_loss(axis: Axes, result: PanelResult) -> None:
     unit = "byte" if result.panel.data.kind == "bytes" else "token"
-    bits = lambda record: record["val_loss"] / math.log(2) if "val_loss" in record else None  # noqa: E731
-    _draw_curves(axis, result, lambda records: _curve(records, bits))
+    _draw_curves(axis, result, lambda records: curve(records, bits))
     axis.set_title(f"Validation loss, bits per {unit}")
 
 
 def _draw_clipped_heads(axis: Axes, result: PanelResult) -> None:
     heads = result.panel.model.num_layers * result.panel.model.num_heads
-    _draw_curves(axis, result, lambda records: _smooth(_curve(records, lambda record: record["clipped_heads"])))
+    _draw_curves(axis, result, lambda records: smooth(curve(records, lambda record: record["clipped_heads"])))
     axis.set_ylim(-0.02 * heads, 1.02 * heads)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(f"Clipped heads, of {heads} (mean of {_SMOOTHING} steps)")
+    axis.set_title(f"Clipped heads, of {heads} (mean of {SMOOTHING} steps)")
 
 
 def _draw_curves(axis: Axes, result: PanelResult, curve_of: Callable[[list[Record]], Curve]) -> None:
@@ -143,23 +111,19 @@ def _draw_curves(axis: Axes, result: PanelResult, curve_of: Callable[[list[Recor
     for arm, runs in result.records.items():
         colour, curves = looks[arm].colour, [curve_of(records) for records in runs.values()]
         if len(curves) > 1:
-            for curve in curves:
-                axis.plot(*curve, color=colour, linewidth=0.8, alpha=0.45)
-        shortest = min(curve.shape[1] for curve in curves)  # a diverged run ends early, and the mean with it
-        mean = np.mean([curve[:, :shortest] for curve in curves], axis=0)
-        style = (0, (3, 3)) if any(np.array_equal(mean, earlier) for earlier in means) else "solid"
-        axis.plot(*mean, color=colour, linewidth=2, linestyle=style, dash_capstyle="butt", zorder=2.8)
-        means.append(mean)
+            for seed in curves:
+                axis.plot(*seed, color=colour, linewidth=0.8, alpha=0.45)
+        bold = mean(curves)
+        style = DASHED if any(np.array_equal(bold, earlier) for earlier in means) else "solid"
+        axis.plot(*bold, color=colour, linewidth=2, linestyle=style, dash_capstyle="butt", zorder=2.8)
+        means.append(bold)
 
 
 def _legend(part: SubFigure, axis: Axes, result: PanelResult, *, columns: int) -> None:
     looks, seeds = appearance(result.panel), result.panel.seeds
     handles = []
     for arm in result.panel.arms:
-        note = " (changes the model)" if model_changes(result.panel, arm) else ""
-        rate = "" if "lr" in parse(arm)[1] else f", rate {setup(result.panel, arm).lr:g}"
-        label = f"{looks[arm].label}{rate}{note}"
-        handles += axis.plot([], [], color=looks[arm].colour, linewidth=2.5, label=label)
+        handles += axis.plot([], [], color=looks[arm].colour, linewidth=2.5, label=caption(result.panel, arm))
     if len(seeds) > 1:
         label = f"{len(seeds)} seeds, and their mean in bold"
         handles += axis.plot([], [], color="#888888", linewidth=0.8, label=label)
@@ -167,17 +131,3 @@ def _legend(part: SubFigure, axis: Axes, result: PanelResult, *, columns: int) -
         axis.legend(handles=handles, frameon=False, fontsize=10.5, loc="best")
     else:  # too many to find room among the curves
         part.legend(handles=handles, frameon=False, fontsize=10.5, loc="outside lower left", ncols=columns)
-
-
-def _curve(records: list[Record], value_of: Callable[[Record], float | None]) -> Curve:
-    points = [(record["step"], value) for record in records if (value := value_of(record)) is not None]
-    return np.array([point for point in points if math.isfinite(point[1])], dtype=np.float64).reshape(-1, 2).T
-
-
-def _smooth(curve: Curve) -> Curve:
-    """The mean of each step and those before it, `_SMOOTHING` together (fewer at the start)."""
-    steps, values = curve
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    end = np.arange(1, len(values) + 1)
-    begin = np.maximum(0, end - _SMOOTHING)
-    return np.stack((steps, (total[end] - total[begin]) / (end - begin)))

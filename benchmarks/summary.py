@@ -121,8 +121,8 @@ def to_json(result: PanelResult) -> dict[str, Any]:
     return metrics.to_json({"config": config, "environment": result.environment, "arms": arms})
 
 
-def table(result: PanelResult) -> str:
-    """One line per run, then one per arm that changes the model; bits are per byte, per token for token ids."""
+def rows(result: PanelResult) -> list[tuple[str, ...]]:
+    """The head of the table and a row per finished run; bits are per byte, per token for token ids."""
     panel = result.panel
     bits = "bits/byte" if panel.data.kind == "bytes" else "bits/token"
     head = (
@@ -141,7 +141,9 @@ def table(result: PanelResult) -> str:
     lines: list[tuple[str, ...]] = [head]
     looks = appearance(panel)
     for arm, seed in panel.runs():
-        run = result.summaries[arm][seed]
+        run = result.summaries.get(arm, {}).get(seed)
+        if run is None:
+            continue
         lines.append(
             (
                 looks[arm].label,
@@ -157,15 +159,26 @@ def table(result: PanelResult) -> str:
                 f"{run['wall_seconds']:.0f} s",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
+    return lines
+
+
+def table(result: PanelResult) -> str:
+    """The rows, then a line per arm that changes the model."""
+    lines = rows(result)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = [
         "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
         for cells in (list(zip(line, widths, strict=True)) for line in lines)
     ]
-    notes = [
+    return "\n".join([*text, "", *notes] if (notes := model_notes(result)) else text)
+
+
+def model_notes(result: PanelResult) -> list[str]:
+    """One line per arm that changes the model."""
+    panel, looks = result.panel, appearance(result.panel)
+    return [
         f"{looks[arm].label} changes the model: {', '.join(f'{name} = {value}' for name, value in changes.items())}"
         + ("; its logits are measured before the cap." if "softcap" in changes else ".")
         for arm in panel.arms
         if (changes := model_changes(panel, arm))
     ]
-    return "\n".join([*rows, "", *notes] if notes else rows)

@@ -1,0 +1,55 @@
+"""Finished runs from folders of results, without training anything: while a command runs there, or after it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import metrics
+from benchmarks.errors import UsageError
+from benchmarks.panel import Panel
+from benchmarks.summary import PanelResult, summarise
+from benchmarks.train import METRICS, RESULT
+from benchmarks.worker import CONFIG, run_folder
+
+
+def read_folder(folder: Path) -> list[PanelResult]:
+    """The panel of a folder, or those of its sub-folders, with the runs that are finished; panels without any are left
+    out. Raises UsageError for a folder that holds no finished run, or not what this version wrote."""
+    folders = [folder] if (folder / CONFIG).exists() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not folders:
+        why = f"neither {CONFIG} nor a folder with one" if folder.is_dir() else "no such folder"
+        raise UsageError("DIR", f"{folder} is no folder of results ({why}). Name the --out of an earlier command.")
+    results = [result for path in folders if (result := _read_panel(path)).summaries]
+    if not results:
+        raise UsageError("DIR", f"{folder} holds no finished run yet. Let its command finish one, or start it again.")
+    return results
+
+
+def missing(result: PanelResult) -> list[tuple[str, int]]:
+    """The runs of the panel that are not finished."""
+    return [(arm, seed) for arm, seed in result.panel.runs() if seed not in result.summaries.get(arm, {})]
+
+
+def _read_panel(folder: Path) -> PanelResult:
+    path = folder / CONFIG
+    try:
+        recorded = json.loads(path.read_text())
+        panel = Panel.from_json(recorded["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("DIR", f"{path} is not a configuration that this version wrote ({error}).") from error
+    records: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    summaries: dict[str, dict[int, Any]] = {}
+    for arm, seed in panel.runs():
+        run = run_folder(folder, arm, seed)
+        if (run / RESULT).exists():
+            records.setdefault(arm, {})[seed] = read = metrics.read(run / METRICS)
+            ended = metrics.from_json(json.loads((run / RESULT).read_text()))
+            summaries.setdefault(arm, {})[seed] = summarise(panel, arm, read, ended)
+    return PanelResult(panel, _in_order(records, panel.arms), _in_order(summaries, panel.arms), recorded["environment"])
+
+
+def _in_order(of: dict[str, Any], arms: Sequence[str]) -> dict[str, Any]:
+    return {arm: of[arm] for arm in arms if arm in of}

@@ -1,0 +1,270 @@
+"""The README and the pages: their code runs and prints what they say, their commands exist, their links hold."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+from playwright.sync_api import sync_playwright
+
+import muonclip.core
+import muonclip.models
+import muonclip.torch
+from benchmarks.__main__ import _parser
+from muonclip.core import COEFFICIENT_SETS
+from muonclip.torch import group_options, optimizer
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
+READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path != READING)
+SLOW = {"docs/unsupported.md"}  # compiles
+
+FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
+LANGUAGES = {"", "python", "sh", "text", "{ .text .wrap }"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `output` is what the page shows after a block of Python, None where it shows nothing."""
+
+    language: str
+    code: str
+    line: int
+    output: str | None
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(page):
+    text = page.read_text(encoding="utf-8")
+    fences = list(FENCE.finditer(text))
+    for fence, follower in zip_longest(fences, fences[1:]):
+        shown = follower is not None and "text" in follower[2] and not text[fence.end() : follower.start()].strip()
+        yield Block(
+            language=fence[2].strip(),
+            code=textwrap.dedent(fence[3]),
+            line=text.count("\n", 0, fence.start(3)),
+            output=textwrap.dedent(follower[3]) if shown else None,
+        )
+
+
+def run(page):
+    """The blocks of Python in order and in one namespace; returns it and everything printed."""
+    torch.manual_seed(0)
+    names, everything = {"__name__": page.stem}, ""
+    for block in blocks_of(page):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        code = compile("\n" * block.line + block.code, str(page), "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        everything += printed.getvalue()
+        if block.output is not None:
+            assert printed.getvalue() == block.output, f"{name_of(page)}, line {block.line}, prints something else"
+    return names, everything
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Code of a page writes nothing into the repository and leaves nothing behind in the process."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in SLOW))
+        for page in PAGES
+        if any(block.language == "python" for block in blocks_of(page))
+    ],
+)
+def test_every_block_runs_and_prints_what_the_page_says(page):
+    run(page)
+
+
+def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped():
+    names, printed = run(README)
+    assert "layers.2.attn.kv_b_proj.weight" in printed
+    assert "QK-Clip: 0 of 12 heads clipped at tau = 100" in printed
+    assert float(re.search(r"loss (\d+\.\d+)", printed)[1]) < 4.5
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 10), names["Attention"](10, 3, 4))
+    optimizer = names["MuonClip"](model, lr=1e-3, tau=1e-3)
+    model(torch.randn(2, 7, 5)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.qk_clip.report().clipped_heads == 3
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_no_block_escapes_by_its_language(page):
+    assert {block.language for block in blocks_of(page)} <= LANGUAGES
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(list(blocks_of(page)))
+
+
+def commands_of(page):
+    """Commands in blocks for the shell, in indented blocks and in `code`, without those cut short by an ellipsis."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in blocks_of(page) if block.language == "sh" for line in block.code.splitlines()]
+    prose = FENCE.sub("", text)
+    lines += re.findall(r"^    ((?:make|python -m|pip) .*)$", prose, re.MULTILINE)
+    lines += re.findall(r"`((?:make|python -m|pip) [^`]*)`", prose)
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+def accepts(arguments):
+    parser, _ = _parser()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parser.parse_args(arguments)
+    except SystemExit as exit_:  # 0 after --help
+        return exit_.code == 0
+    return True
+
+
+def check_command(words):
+    if words[0] == "make":
+        for word in words[1:]:
+            variable, is_variable, _ = word.partition("=")
+            assert re.search(rf"^{variable} \??=" if is_variable else rf"^{word}:", MAKEFILE, re.MULTILINE), word
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        if len(words) > 3:
+            assert accepts(words[3:]), words
+    elif words[:2] == ["pip", "install"]:
+        extras = re.search(r"\[(.*)\]", words[2])[1].split(",")
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extras) <= set(declared["optional-dependencies"])
+    else:
+        raise AssertionError(f"{' '.join(words)}: no test knows this command")
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_the_commands_exist(page):
+    for words in commands_of(page):
+        check_command(words)
+
+
+def test_commands_are_found_wherever_they_stand():
+    assert ["make", "evidence"] in commands_of(EVIDENCE)
+    assert ["make", "reproduce"] in commands_of(README)
+    assert ["python", "-m", "benchmarks", "explosion", "--help"] in commands_of(README)
+
+
+@pytest.mark.parametrize(
+    "command", ["make nothing", "make test NOTHING=1", "python -m benchmarks explosion --preset huge", "rm -rf /"]
+)
+def test_commands_that_do_not_exist_are_found_out(command, capsys):
+    with pytest.raises(AssertionError):
+        check_command(shlex.split(command))
+
+
+def test_what_the_readme_points_at_exists():
+    text = README.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!https:)(.*?)\)", text):
+        assert (ROOT / path).exists(), path
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "package", [muonclip.core, muonclip.torch, muonclip.models], ids=lambda package: package.__name__
+)
+def test_the_api_page_has_every_public_name_once(package):
+    page = ROOT / "docs" / "api" / f"{package.__name__.partition('.')[2]}.md"
+    described = re.findall(r"^::: (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    described += re.findall(r"\[that of `muonclip.core`\]\[(.*)\]", page.read_text(encoding="utf-8"))
+    public = {name: getattr(package, name) for name in package.__all__}
+    for path in described:
+        module, _, name = path.rpartition(".")
+        if package is not muonclip.models or name != "MoE":  # the model's package imports no framework
+            assert getattr(importlib.import_module(module), name) is public.pop(name), path
+    assert not public
+
+
+def test_the_api_page_explains_the_defaults_of_the_signatures():
+    text = (ROOT / "docs" / "api" / "torch.md").read_text(encoding="utf-8")
+    eps, steps = group_options.DEFAULT_EPS, group_options.DEFAULT_STEPS
+    assert f"`DEFAULT_EPS` is {float(eps):.0e}".replace("e-0", "e-") + f", `DEFAULT_STEPS` is {int(steps)}" in text
+    assert COEFFICIENT_SETS["jordan"].polynomials(1) == (optimizer._JORDAN,)
+
+
+def test_the_coefficient_sets_are_listed_with_their_sources():
+    text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE))
+    assert rows == {name: each.source for name, each in COEFFICIENT_SETS.items()}
+
+
+def test_the_reading_is_included_without_its_title():
+    assert re.match(r"# [^\n]*\n\n", READING.read_text(encoding="utf-8"))
+    assert '--8<-- "docs/evidence/reading.md:2:"' in EVIDENCE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_links_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # and the page for addresses that do not exist
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?((?:https?:)?//[^\"' >]*)", text)
+        loaded += re.findall(r"<link[^>]*\shref=[\"']?((?:https?:)?//[^\"' >]*)", text)
+        assert not loaded, page
+
+
+@pytest.mark.slow
+def test_the_pages_open_without_a_server_and_can_be_searched(site):
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        for width in (1200, 390):
+            page = browser.new_context(offline=True, viewport={"width": width, "height": 900}).new_page()
+            heard = []
+            page.on("console", lambda message, heard=heard: heard.append(message.text))
+            page.on("pageerror", lambda error, heard=heard: heard.append(str(error)))
+            page.on(
+                "request", lambda request, heard=heard: request.url.startswith("file:") or heard.append(request.url)
+            )
+            for path in PAGES:
+                address = site / path.relative_to(ROOT / "docs").with_suffix(".html")
+                page.goto(address.as_uri())
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (path, width)
+            if width == 1200:
+                page.click("input.md-search__input")
+                page.keyboard.type("orthogonalize", delay=30)
+                page.wait_for_selector(".md-search-result__item")
+            assert not heard
+        browser.close()
