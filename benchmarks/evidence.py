@@ -82,7 +82,7 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
     sweep, hot = train_panels(
         [
             panel("sweep", "Rates", swept, replace(OWN_RATE, lr={}, validate_every=100)),
-            panel("hot", "A hot rate, every arm", HOT_ARMS, replace(HOT, steps=HOT_STEPS)),
+            panel("hot", "A hot rate", HOT_ARMS, replace(HOT, steps=HOT_STEPS)),
         ],
         corpus,
         execution,

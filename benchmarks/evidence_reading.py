@@ -70,11 +70,13 @@ def read_sweep(sweep: Json) -> list[str]:
             else f"at its best rate too ({best_peak:.0f})."
         )
     )
+    lines.append("")
     for lr in loud:
         difference = _difference(_at(clipped, lr)["loss"], _at(muon, lr)["loss"])
-        lines.append(f"At {lr:g} MuonClip's loss differs from Muon's by {_signed(difference)}: {_verdict(difference)}.")
+        lines.append(f"- At {lr:g} MuonClip's loss differs from Muon's by {_signed(difference)}, {_verdict(difference)}.")
+    lines.append("")
     if clipped["usable"] == muon["usable"]:
-        lines.append("The usable range is the same with the clip.")
+        lines.append("The usable range, as defined above, is the same with the clip.")
     else:
         lines.append(
             f"With the clip the usable range ends at {clipped['usable'][1]:g} instead of {muon['usable'][1]:g}."

@@ -72,9 +72,9 @@ def test_reading_of_the_sweep(sweep):
     assert "**Muon** is best at 0.01 with 2.210 bits per byte." in text
     assert "the rates 0.005 to 0.01, a factor of 2" in text
     assert "pass τ = 30 from the rate 0.02 on, with a peak of 400 at 0.02; at its best rate they do not" in text
-    assert "At 0.02 MuonClip's loss differs from Muon's by +0.000: the same to the bit." in text
+    assert "- At 0.02 MuonClip's loss differs from Muon's by +0.000, the same to the bit." in text
     assert "edge" not in text
-    assert "The usable range is the same with the clip." in text
+    assert "The usable range, as defined above, is the same with the clip." in text
     for seed in SEEDS:
         sweep.summaries["muon@lr=0.01"][seed]["max_logit_peak"] = 31.0
         sweep.summaries["muonclip@lr=0.02"][seed]["final_val_loss"] = (2.2 + 0.01 * seed) * math.log(2)
