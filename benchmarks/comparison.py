@@ -70,7 +70,7 @@ def _compare(arms: Sequence[tuple[str, FinishedArm]], unit: str) -> str:
     label = arms[0][1].label
     seeds = sorted(set.intersection(*(set(arm.runs) for _, arm in arms)))
     first = arms[0][1]
-    if seeds and all(arm.every_loss(seeds) == first.every_loss(seeds) for _, arm in arms):
+    if seeds and all(arm.trajectory(seeds) == first.trajectory(seeds) for _, arm in arms):
         return f"{label} is the same to the bit in {listing([title for title, _ in arms])}."
     finite = sorted(((t, arm) for t, arm in arms if math.isfinite(arm.mean_loss)), key=lambda pair: pair[1].mean_loss)
     lost = [f"{label} has no finite final loss in {title}." for title, arm in arms if not math.isfinite(arm.mean_loss)]

@@ -26,6 +26,7 @@ from benchmarks.explosion import Execution, train_panels
 from benchmarks.intervals import CONFIDENCE, crossing, interval
 from benchmarks.panel import Panel, Training
 from benchmarks.presets import HOT, OWN_RATE
+from benchmarks.runner import RunFailed
 from benchmarks.summary import PanelResult
 from muonclip.models import MoEConfig
 
@@ -141,6 +142,8 @@ def sweep_json(sweep: PanelResult) -> dict[str, Any]:
     for entry in arms.values():
         means = {rate["lr"]: statistics.fmean(rate["loss"]) for rate in entry["rates"]}
         finite = {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
+        if not finite:
+            raise RunFailed(f"{entry['label']} diverged at every rate: there is no best one. See {sweep.panel.name}.")
         entry["best_lr"] = min(finite, key=finite.__getitem__)
         usable = [lr for lr, mean in finite.items() if mean <= finite[entry["best_lr"]] + USABLE]
         entry["usable"] = [min(usable), max(usable)]

@@ -73,7 +73,7 @@ def read_sweep(sweep: Json) -> list[str]:
     lines.append("")
     for lr in loud:
         difference = _difference(_at(clipped, lr)["loss"], _at(muon, lr)["loss"])
-        lines.append(f"- At {lr:g} MuonClip's loss differs from Muon's by {_signed(difference)}, {_verdict(difference)}.")
+        lines.append(f"- At {lr:g} MuonClip's loss is {_signed(difference)} from Muon's, {_verdict(difference)}.")
     lines.append("")
     if clipped["usable"] == muon["usable"]:
         lines.append("The usable range, as defined above, is the same with the clip.")

@@ -242,10 +242,14 @@ def _marks(cell: Cells) -> list[list[tuple[float, float]]]:
 
 def _draw_scale(part: SubFigure, norm: LogNorm, taus: Sequence[float], marked: bool) -> None:
     axis, room = part.subplots(1, 2, width_ratios=[3, 2])
+
+    def written(value: float, _: int | None) -> str:
+        return f"{'≤ ' if math.isclose(value, float(norm.vmin or 0)) else ''}{value:g}"  # negative maxima included
+
     axis.set_label("scale")
     room.set_axis_off()
     bar = part.colorbar(ScalarMappable(norm, _COLOURS), cax=axis, orientation="horizontal", extend="min")
-    bar.locator, bar.formatter = LogLocator(subs=(1.0, 3.0)), FuncFormatter(lambda value, _: f"{value:g}")
+    bar.locator, bar.formatter = LogLocator(subs=(1.0, 3.0)), FuncFormatter(written)
     bar.minorticks_off()
     bar.outline.set_visible(False)
     for index, tau in enumerate(taus):

@@ -79,7 +79,7 @@ class Panel:
         """Model and data, for titles."""
         model = self.model
         return (
-            f"{model.num_parameters() / 1e6:.1f}M-parameter MoE, {model.attention.upper()}, width {model.hidden_size}, "
+            f"{_count(model.num_parameters())}-parameter MoE, {model.attention.upper()}, width {model.hidden_size}, "
             f"{model.num_layers} layers, {model.num_heads} heads · {self.data.title}"
         )
 
@@ -128,6 +128,10 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         names |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
     return names
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
 def _plain(value: Any) -> Any:

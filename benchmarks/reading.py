@@ -54,9 +54,10 @@ class FinishedArm:
         firsts = [[step for step, logit in run if logit is not None and logit > self.training.tau] for run in maxima]
         return [steps[0] for steps in firsts if steps]
 
-    def every_loss(self, seeds: Iterable[int]) -> list[tuple[float, float | None]]:
-        """Of every step, to tell whether two arms are the same to the bit."""
-        return [(record["loss"], record.get("val_loss")) for seed in seeds for record in self.records[seed]]
+    def trajectory(self, seeds: Iterable[int]) -> list[tuple[Any, ...]]:
+        """Losses and logits of every step, to tell whether two arms are the same to the bit."""
+        fields = ("loss", "val_loss", "max_logits")
+        return [tuple(map(record.get, fields)) for seed in seeds for record in self.records[seed]]
 
 
 def finished_arms(result: PanelResult) -> list[FinishedArm]:
@@ -177,9 +178,9 @@ def _cost(arm: FinishedArm, other: FinishedArm, unit: str) -> str:
     if not seeds:
         return f"{arm.label} and {other.label} have no finished seed in common: what the clip costs is not measured."
     clips = sum(arm.runs[seed]["clipped_head_steps"] for seed in seeds)
-    if arm.every_loss(seeds) == other.every_loss(seeds):
+    if arm.trajectory(seeds) == other.trajectory(seeds):
         did = "though heads were clipped," if clips else "no head was clipped, and"
-        return f"{arm.label} is {other.label} to the bit: {did} every loss is the same."
+        return f"{arm.label} is {other.label} to the bit: {did} every loss and logit is the same."
     lost = [f"{a.label}{_of(bad, seeds)}" for a in (other, arm) if (bad := _without_loss(a, seeds))]
     if lost:
         finite = [a.label for a in (other, arm) if not _without_loss(a, seeds)]

@@ -38,7 +38,7 @@ def redraw(folders: Sequence[Path], out: Path | None = None, *, events: bool = F
             if events:
                 tensorboard.write(result, folder / "tensorboard" / result.panel.name)
             for arm, seed in stored.missing(result):
-                print(f"{folder / result.panel.name}: {label(arm)}, seed {seed}, is not finished.", file=sys.stderr)
+                print(f"{folder}, {result.panel.title}: {label(arm)}, seed {seed}, is not finished.", file=sys.stderr)
         if events:
             print(f"events   {folder / 'tensorboard'}")
     if out is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from benchmarks import metrics, summary
+from benchmarks import summary
 from benchmarks.arms import appearance, setup
 from benchmarks.charts import Chart, head_maps, line_charts, top_of_logits
 from benchmarks.checkpoint import replacing
@@ -240,7 +240,7 @@ def _text(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """For a script element, which any `</script` inside would end."""
-    return json.dumps(metrics.to_json(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _beside(name: str) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import metrics
 from benchmarks.errors import UsageError
 from benchmarks.panel import Panel
-from benchmarks.summary import PanelResult, summarise
-from benchmarks.train import METRICS, RESULT
-from benchmarks.worker import CONFIG, run_folder
+from benchmarks.summary import PanelResult, collect
+from benchmarks.worker import CONFIG
 
 
 def read_folder(folder: Path) -> list[PanelResult]:
@@ -40,16 +36,4 @@ def _read_panel(folder: Path) -> PanelResult:
         panel = Panel.from_json(recorded["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError("DIR", f"{path} is not a configuration that this version wrote ({error}).") from error
-    records: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    summaries: dict[str, dict[int, Any]] = {}
-    for arm, seed in panel.runs():
-        run = run_folder(folder, arm, seed)
-        if (run / RESULT).exists():
-            records.setdefault(arm, {})[seed] = read = metrics.read(run / METRICS)
-            ended = metrics.from_json(json.loads((run / RESULT).read_text()))
-            summaries.setdefault(arm, {})[seed] = summarise(panel, arm, read, ended)
-    return PanelResult(panel, _in_order(records, panel.arms), _in_order(summaries, panel.arms), recorded["environment"])
-
-
-def _in_order(of: dict[str, Any], arms: Sequence[str]) -> dict[str, Any]:
-    return {arm: of[arm] for arm in arms if arm in of}
+    return collect(panel, folder, recorded["environment"])

@@ -48,13 +48,15 @@ class PanelResult:
 
 def collect(panel: Panel, folder: Path, environment: dict[str, Any]) -> PanelResult:
     """Read the finished runs of a panel."""
-    records: dict[str, dict[int, list[Record]]] = {arm: {} for arm in panel.arms}
-    summaries: dict[str, dict[int, RunSummary]] = {arm: {} for arm in panel.arms}
-    for arm, seed in panel.runs():
-        run = run_folder(folder, arm, seed)
-        records[arm][seed] = metrics.read(run / METRICS)
-        result: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
-        summaries[arm][seed] = summarise(panel, arm, records[arm][seed], result)
+    records: dict[str, dict[int, list[Record]]] = {}
+    summaries: dict[str, dict[int, RunSummary]] = {}
+    for arm in panel.arms:
+        for seed in panel.seeds:
+            run = run_folder(folder, arm, seed)
+            if (run / RESULT).exists():
+                records.setdefault(arm, {})[seed] = metrics.read(run / METRICS)
+                result: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
+                summaries.setdefault(arm, {})[seed] = summarise(panel, arm, records[arm][seed], result)
     return PanelResult(panel, records, summaries, environment)
 
 

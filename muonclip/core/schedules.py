@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: LambdaLR saves a callable by its __dict__
 class WarmupConstantCosine:
     """Linear warm-up, a constant stretch, a cosine down to `final`, and `final` from there on ("WSD").
 

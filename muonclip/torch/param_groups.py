@@ -66,7 +66,7 @@ class Plan:
                 name or "(model)",
                 projection.kind,
                 str(projection.num_heads),
-                (projection.reason or "above tau") if self.clips else "off",
+                _clipping(projection) if self.clips else "off",
             )
             for name, projection in self.attentions.items()
         ]
@@ -251,6 +251,10 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
         heads=tuple(heads for _, _, heads in blocks) if per_head else (),
         repeats=repeats,
     )
+
+
+def _clipping(projection: QKProjection) -> str:
+    return projection.reason or ("above tau" if projection.trains() else "frozen: observed only")
 
 
 def _adamw(name: str, parameter: Tensor, reason: str, *, decays: bool = True) -> PlannedParameter:

@@ -12,6 +12,7 @@ from benchmarks import evidence, metrics
 from benchmarks.__main__ import main
 from benchmarks.evidence_reading import read_cost, read_efficiency, read_evidence, read_hot, read_sweep
 from benchmarks.presets import OWN_RATE
+from benchmarks.runner import RunFailed
 from benchmarks.summary import PanelResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,10 @@ def test_best_rates_and_usable_ranges(sweep):
 def test_a_rate_that_diverges_is_never_the_best(sweep):
     sweep.summaries["muon@lr=0.01"][1]["final_val_loss"] = math.nan
     assert evidence.sweep_json(sweep)["arms"]["muon"]["best_lr"] == 5e-3
+    for rate in ("0.005", "0.02"):
+        sweep.summaries[f"muon@lr={rate}"][2]["final_val_loss"] = math.inf
+    with pytest.raises(RunFailed, match="Muon diverged at every rate"):
+        evidence.sweep_json(sweep)
 
 
 def test_reading_of_the_sweep(sweep):
@@ -72,7 +77,7 @@ def test_reading_of_the_sweep(sweep):
     assert "**Muon** is best at 0.01 with 2.210 bits per byte." in text
     assert "the rates 0.005 to 0.01, a factor of 2" in text
     assert "pass τ = 30 from the rate 0.02 on, with a peak of 400 at 0.02; at its best rate they do not" in text
-    assert "- At 0.02 MuonClip's loss differs from Muon's by +0.000, the same to the bit." in text
+    assert "- At 0.02 MuonClip's loss is +0.000 from Muon's, the same to the bit." in text
     assert "edge" not in text
     assert "The usable range, as defined above, is the same with the clip." in text
     for seed in SEEDS:

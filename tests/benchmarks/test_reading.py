@@ -29,7 +29,7 @@ def run(maxima, bits=2.0, clipped=None, losses=None, entropy=None):
     ]
     made[-1]["val_loss"] = bits * LN2
     if entropy is not None:
-        made[-1] |= dict.fromkeys(("attention_entropy", "query_norms", "key_norms"), {"a": [entropy]})
+        made[-1] |= {name: {"a": [entropy]} for name in ("attention_entropy", "query_norms", "key_norms")}
         made[-1] |= {"update_rms": 0.2}
     return made
 
@@ -110,8 +110,8 @@ def none_about(sentences, word):
         (
             "muonclip",
             [HELD],
-            "MuonClip: logits passed τ = 10 at step 3 of 8 and peaked at 13. In the last quarter of the steps they were "
-            "held near τ: the median there is 12.5, 1.2 times τ.",
+            "MuonClip: logits passed τ = 10 at step 3 of 8 and peaked at 13. In the last quarter of the steps they "
+            "were held near τ: the median there is 12.5, 1.2 times τ.",
         ),
         (
             "muonclip",
@@ -215,9 +215,13 @@ def test_what_the_clip_does_to_the_loss(panel, muon, muonclip, sentence):
 
 def test_identical_to_the_bit(panel):
     same = {"muon": [run(QUIET)], "muonclip": [run(QUIET)]}
-    assert "MuonClip is Muon to the bit: no head was clipped, and every loss is the same." in told(panel, same)
-    clipped = same | {"muonclip": [run(HELD, clipped=CLIPS)]}
-    assert "MuonClip is Muon to the bit: though heads were clipped, every loss is the same." in told(panel, clipped)
+    assert "MuonClip is Muon to the bit: no head was clipped, and every loss and logit is the same." in told(
+        panel, same
+    )
+    clipped = same | {"muonclip": [run(QUIET, clipped=CLIPS)]}
+    assert "MuonClip is Muon to the bit: though heads were clipped, every loss and logit is the same." in told(
+        panel, clipped
+    )
     losses = [2.0] * 7 + [2.0 + 1e-15]
     assert about(told(panel, same | {"muonclip": [run(QUIET, losses=losses)]}), "clipped no head, yet") == (
         "MuonClip clipped no head, yet from Muon to MuonClip the final loss changes by +0.000 bits per byte: these "
@@ -265,8 +269,8 @@ def test_the_partner_of_an_arm_has_its_settings_and_its_rate(panel):
     )
     unequal = {"muon@lr=0.01": [run(LOUD)], "muonclip": [clipped]}
     rates = (
-        "MuonClip and Muon, rate 0.01 have different rates (0.03 and 0.01): what the clip alone does to the loss is not "
-        "measured."
+        "MuonClip and Muon, rate 0.01 have different rates (0.03 and 0.01): what the clip alone does to the loss is "
+        "not measured."
     )
     assert rates in told(panel, unequal)
     none_about(told(panel, unequal), "from Muon")

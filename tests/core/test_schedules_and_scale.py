@@ -32,9 +32,18 @@ def test_k2_preset_reads_as_the_report():
 
 
 def test_drives_a_torch_scheduler():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupConstantCosine(warmup=2))
-    assert scheduler.get_last_lr() == [1.0]
+    def scheduler():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupConstantCosine(warmup=4, decay=3))
+
+    first = scheduler()
+    assert first.get_last_lr() == [0.5]
+    first.optimizer.step()
+    first.step()
+    second = scheduler()
+    second.load_state_dict(first.state_dict())
+    assert second.get_last_lr() == first.get_last_lr() == [1.0]
+    assert second.lr_lambdas == [WarmupConstantCosine(warmup=4, decay=3)]
 
 
 @pytest.mark.parametrize("wrong", [dict(warmup=-1), dict(decay=-2), dict(final=1.5)])

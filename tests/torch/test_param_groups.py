@@ -166,6 +166,15 @@ def test_the_plan_prints_every_parameter_every_attention_and_every_default():
         assert words in text
 
 
+def test_the_plan_says_which_attention_is_only_observed():
+    model = TinyModel("gqa")
+    for parameter in model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    text = str(MuonClip(model, lr=0.25).plan)
+    assert "layers.0   gqa   4      frozen: observed only" in text
+    assert "layers.1   gqa   4      above tau" in text
+
+
 def test_names_and_modules_of_real_models():
     class Mamba(nn.Module):
         def __init__(self):
