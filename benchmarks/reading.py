@@ -251,17 +251,18 @@ def _order(arms: Sequence[FinishedArm], unit: str) -> str:
 
 def _clipped_heads(arms: Sequence[FinishedArm]) -> list[str]:
     told: list[str] = []
+    idle: list[str] = []
     for arm in arms:
         last = [step for run in arm.runs.values() if (step := run["last_clipped_step"]) is not None]
         if not last:
-            told += [f"{arm.label} clipped no head."] if base_of(arm.name) in CLIPPING else []
+            idle += [arm.label] if base_of(arm.name) in CLIPPING else []
             continue
         shares = sorted(run["heads_ever_clipped"] for run in arm.runs.values())
         share = " to ".join(dict.fromkeys((f"{shares[0]:.0%}", f"{shares[-1]:.0%}")))
         end = max(records[-1]["step"] for records in arm.records.values())
         until = "up to the last step" if max(last) == end else f"and none after step {max(last)} of {end}"
         told.append(f"{arm.label} clipped {share} of the heads at some step, {until}.")
-    return told
+    return told + ([f"{listing(idle)} clipped no head."] if idle else [])
 
 
 def _spikes(arms: Sequence[FinishedArm]) -> list[str]:

@@ -360,6 +360,13 @@ def test_clipped_heads(panel, clipped, sentence):
     assert sentence in told(panel, {"muonclip": [run(HELD, clipped=of) for of in clipped]})
 
 
+def test_arms_that_clipped_no_head_share_a_sentence(panel):
+    arms = {"muonclip": [run(QUIET)], "rescue": [run(QUIET)], "per-head": [run(HELD, clipped=CLIPS)]}
+    sentences = told(panel, arms)
+    assert "MuonClip and Muon, clip switched on midway clipped no head." in sentences
+    assert about(sentences, "MuonClip per head clipped").startswith("MuonClip per head clipped 12%")
+
+
 def test_arms_without_a_clip_clip_no_head_and_nothing_is_said_of_it(panel):
     none_about(told(panel, {"muon": [run(LOUD)], "softcap": [run(LOUD)]}), "clipped")
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import metrics, redraw, report
 from benchmarks.__main__ import main
-from benchmarks.arms import appearance
+from benchmarks.arms import ARMS, appearance
 from benchmarks.charts import head_maps, line_charts, top_of_logits
 from benchmarks.checkpoint import write_json
 from benchmarks.curves import SMOOTHING, curve, mean, smooth, thin
@@ -48,7 +48,7 @@ def ended(records):
 
 def result(panel, arms, **changes):
     panel = replace(panel, arms=tuple(arms), **changes)
-    panel = replace(panel, training=replace(panel.training, tau=10.0, lr=dict.fromkeys(panel.training.lr, 0.03)))
+    panel = replace(panel, training=replace(panel.training, tau=10.0, lr=dict.fromkeys(ARMS, 0.03)))
     summaries = {
         arm: {seed: summarise(panel, arm, records, ended(records)) for seed, records in runs.items()}
         for arm, runs in arms.items()
