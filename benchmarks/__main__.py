@@ -139,7 +139,8 @@ def _panel(
 def _run(panels: list[Panel], corpus: Corpus, options: argparse.Namespace) -> None:
     for result in run_panels(panels, corpus, _execution(options)):
         print(f"\n{result.panel.heading}\n{result.panel.subject}\n\n{summary.table(result)}")
-    print(f"\npicture  {options.out / 'curves.png'}")
+    print(f"\npage     {options.out / 'report.html'}")
+    print(f"pictures {options.out / 'curves.png'}, {options.out / 'heads.png'}")
     for panel in panels:
         print(f"figures  {options.out / panel.name / 'summary.json'}")
 

@@ -178,15 +178,23 @@ def _chart(
             continue
         if len(curves) > 1:
             seeds = [_trace(arm, colours, thin(seed, POINTS), opacity=0.45, hoverinfo="skip") for seed in curves]
-            data += [seed | {"mode": "lines", "line": _SEED} for seed in seeds]
+            data += [seed | _drawn(seed["x"], _SEED) for seed in seeds]
         bold = mean(curves)
         coincides = any(np.array_equal(bold, earlier) for earlier in means)
         line = _MEAN | {"dash": "6px,6px"} if coincides else _MEAN
-        data.append(_trace(arm, colours, thin(bold, POINTS)) | {"mode": "lines", "line": line})
+        trace = _trace(arm, colours, thin(bold, POINTS))
+        data.append(trace | _drawn(trace["x"], line))
         means.append(bold)
     steps = max(setup(result.panel, arm).training.steps for arm in result.panel.arms)
     layout = {"xaxis": {"range": [0, steps]}, "yaxis": dict(axis or {})}
     return {"kind": "lines", "title": title, "note": note, "data": data, "layout": layout}
+
+
+def _drawn(steps: Sequence[int], line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line; a single point would not be seen as one."""
+    if len(steps) > 1:
+        return {"mode": "lines", "line": dict(line)}
+    return {"mode": "markers", "marker": {"size": 3 * line["width"]}}
 
 
 def _trace(arm: str, colours: Mapping[str, str], points: Curve, **more: Any) -> dict[str, Any]:

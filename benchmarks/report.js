@@ -29,7 +29,7 @@
   function axis(own) {
     return {
       gridcolor: colour("--line"), linecolor: colour("--line"), tickcolor: colour("--line"), zeroline: false,
-      automargin: true, exponentformat: "none", separatethousands: false, fixedrange: false, ...own,
+      automargin: true, exponentformat: "none", ...own,
     };
   }
 
@@ -54,7 +54,7 @@
       if (!trace.hoverinfo) styled.hovertemplate = "%{y:.4~g}";
       return styled;
     });
-    const own = structuredClone(chart.layout); // Plotly writes into it
+    const own = chart.layout;
     const log = own.yaxis.type === "log";
     const taus = chart.taus || [];
     const shapes = taus.map((tau) => (
@@ -138,9 +138,9 @@
   const ranges = (place) => [[...place._fullLayout.xaxis.range], [...place._fullLayout.yaxis.range]];
   const show = (place, [x, y]) => Plotly.relayout(place, { "xaxis.range": x, "yaxis.range": y });
 
-  // Two fingers zoom and move, never beyond the whole; one finger scrolls the page; two taps show the whole.
+  // Two fingers zoom and move, never beyond the whole; one finger scrolls the page. Two taps are Plotly's double click.
   function pinches(place) {
-    let start = null, tapped = 0;
+    let start = null;
     const hold = (event) => {
       const { left, top } = place.getBoundingClientRect(), size = place._fullLayout._size;
       const [a, b] = [...event.touches].map((finger) => [
@@ -170,14 +170,7 @@
       }));
     }, { capture: true, passive: false });
     place.addEventListener("touchend", (event) => {
-      if (event.touches.length) return;
-      const pinched = start !== null, since = event.timeStamp - tapped;
-      start = null;
-      tapped = pinched ? 0 : event.timeStamp;
-      if (!pinched && since < 350) {
-        show(place, home.get(place));
-        tapped = 0;
-      }
+      if (event.touches.length < 2) start = null;
     }, true);
   }
 

@@ -190,6 +190,12 @@ def test_an_arm_that_coincides_with_another_is_dashed(panel):
     assert [trace["line"].get("dash") for trace in lines] == [None, "6px,6px"]
 
 
+def test_a_single_measurement_is_a_point(panel):
+    short = result(panel, {"muon": {0: run(3, 5.0)}})
+    modes = [chart["data"][0]["mode"] for chart in line_charts(short, colours(short), 20.0)]
+    assert modes == ["lines", "lines", "markers", "lines", "markers", "markers", "markers", "markers"]
+
+
 def test_spikes_are_marked(panel):
     records = run(8, 5.0)
     records[6]["loss"] = 9.0
