@@ -23,6 +23,14 @@ ARMS = ("muon", "muonclip")
 STEPS = 300
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _commands_hear_ctrl_c():
+    """A shell starts its background jobs, and so these tests, with SIGINT ignored, which commands would inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(out, *more):
     options = (
         f"--seeds 0 --steps {STEPS} --batch 2 --tau 0.5 --jobs 2 --precision fp32 --checkpoint-seconds 0.3".split()
