@@ -178,7 +178,7 @@ def _adamw(model: nn.Module, training: Training, lr: float, precision: Precision
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=training.betas, eps=1e-8)
     tau = training.tau if clips else math.inf
-    return Update(optimizer, QKClip(model, tau=tau), clips_itself=False, tau=tau)
+    return Update(optimizer, QKClip(model, tau=tau, observe="always"), clips_itself=False, tau=tau)
 
 
 def _muon(
@@ -199,7 +199,7 @@ def _muon(
         momentum=training.momentum,
         nesterov=training.nesterov,
         per_head=per_head,
-        qk_clip=QKClip(model, tau=tau),
+        qk_clip=QKClip(model, tau=tau, observe="always"),
         adamw={"betas": training.betas, "eps": 1e-8},
         ns_dtype=getattr(torch, precision.ns_dtype),
     )

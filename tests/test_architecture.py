@@ -12,6 +12,7 @@ import muonclip.core
 import muonclip.torch
 
 ROOT = Path(muonclip.__file__).parent
+DOORS = {"huggingface.py": {"transformers"}, "head_maxima.py": {"triton"}}  # to engines, imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},
     "torch": {"muonclip.core", "muonclip.torch", "torch"},
@@ -33,7 +34,8 @@ def test_each_room_imports_only_what_stands_below(room):
     assert files
     for path in files:
         for name in imported_modules(path):
-            known = any(name == room_ or name.startswith(room_ + ".") for room_ in MAY_IMPORT[room])
+            allowed = MAY_IMPORT[room] | DOORS.get(path.name, set())
+            known = any(name == room_ or name.startswith(room_ + ".") for room_ in allowed)
             assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 

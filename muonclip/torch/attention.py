@@ -5,9 +5,9 @@ Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from muonclip.torch.max_logits import MaxLogits
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
     """The rows of one weight, and of its bias, that belong to each head: head h owns `size` rows from
-    `start + h · stride` (stride None: size, so heads stand next to each other).
+    `start + h · stride` (stride None: size, so heads stand next to each other), or the rows `index[h]` where they
+    follow no such rule.
 
     `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
-    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`).
+    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`). `index`: int64 [heads, size].
     """
 
     module: nn.Module
@@ -32,20 +33,43 @@ class HeadRows:
     weight: str = "weight"
     bias: str = "bias"
     axis: int = 0
+    index: Tensor | None = None
+
+    @classmethod
+    def at(cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0) -> Self:
+        """The rows `index` [heads, size], by start and stride where they have them."""
+        heads, size = index.shape
+        index = index.sort(1).values.cpu()
+        start = int(index[0, 0])
+        stride = int(index[1, 0]) - start if heads > 1 else size
+        rows = cls(module, heads, size, start, None if stride == size else stride, weight, bias, axis)
+        regular = stride >= size and torch.equal(rows.rows(index.device), index)
+        return rows if regular else cls(module, heads, size, start, None, weight, bias, axis, index)
 
     @property
     def step(self) -> int:
         return self.size if self.stride is None else self.stride
 
+    def rows(self, device: torch.device | str) -> Tensor:
+        """int64 [heads, size]: the rows of each head."""
+        if self.index is not None:
+            return self.index.to(device)
+        first = self.start + self.step * torch.arange(self.num_heads, device=device)
+        return first[:, None] + torch.arange(self.size, device=device)
+
     def parameters(self) -> Iterator[tuple[Tensor, int]]:
         """The weight and, where there is one, the bias, each with its axis of heads."""
         yield getattr(self.module, self.weight), self.axis
-        bias = getattr(self.module, self.bias, None)
+        bias = getattr(self.module, self.bias, None) if self.bias else None
         if isinstance(bias, Tensor):
             yield bias, 0
 
     def of(self, parameter: Tensor, axis: int) -> Tensor:
-        """A view of the parameter in which `axis` counts heads and a last axis counts the rows of each."""
+        """The parameter with `axis` counting heads and a last axis counting the rows of each; a view, but for rows
+        given by `index`."""
+        if self.index is not None:
+            chosen = parameter.index_select(axis, self.rows(parameter.device).flatten())
+            return chosen.unflatten(axis, (self.num_heads, self.size)).movedim(axis + 1, -1)
         length = (self.num_heads - 1) * self.step + self.size
         return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
 
@@ -57,8 +81,16 @@ class HeadRows:
                 f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
                 "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
             )
-        end = self.start + (self.num_heads - 1) * self.step + self.size
         rows = weight.shape[self.axis]
+        if self.index is not None:
+            index = self.index
+            if index.shape != (self.num_heads, self.size) or index.min() < 0 or index.max() >= rows:
+                raise ValueError(
+                    f"{name}: index has shape {tuple(index.shape)} and rows {int(index.min())} to {int(index.max())}; "
+                    f"it must be [{self.num_heads}, {self.size}] of rows of a weight of shape {tuple(weight.shape)}."
+                )
+            return
+        end = self.start + (self.num_heads - 1) * self.step + self.size
         if min(self.num_heads, self.size) < 1 or self.start < 0 or self.step < self.size or end > rows:
             raise ValueError(
                 f"{name}: {self.num_heads} heads of {self.size} rows (start {self.start}, stride {self.step}) do not "
@@ -188,30 +220,6 @@ class QKProjection:
         return any(parameter.requires_grad for parameter in self.qk_parameters())
 
 
-def find_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
-    """The attentions of a model by module name: every module that declares itself with a `qk_projection()` method.
-
-    Raises ValueError, with a list, where a module looks like an attention and declares nothing, or where none is found.
-    """
-    found = declared_qk_projections(model)
-    declared = {id(rows.module) for projection in found.values() for _, rows in projection.parts()}
-    undeclared = [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if name not in found and _looks_like_attention(module) and not declared & set(map(id, module.children()))
-    ]
-    if undeclared or not found:
-        what = f"these attentions declare nothing: {', '.join(undeclared)}" if undeclared else "no attention was found"
-        raise ValueError(
-            f"QK-Clip: {what}. Give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
-            "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)` and a method `qk_projection()` that "
-            "returns `QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` "
-            "(or .gqa, .mla); or pass qk_clip=QKClip({name: projection, …}); or switch the clip off with qk_clip=None. "
-            "nn.MultiheadAttention keeps its logits to itself: replace it."
-        )
-    return found
-
-
 def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
     """The declarations found in a model, each once: a wrapper that forwards its module's attributes declares it again.
 
@@ -238,21 +246,6 @@ def _places(projection: QKProjection) -> list[tuple[int, str, int]]:
     return [(id(rows.module), rows.weight, rows.start) for _, rows in projection.parts()]
 
 
-_QUERY_NAME = re.compile(
-    r"(^|_)(c_?q|w?q|query|[cw]?_?qkv|q_?proj|q_lin)(_|$)|^c_attn$|query_key_value|W_pack", re.IGNORECASE
-)
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    return any(
-        _QUERY_NAME.search(name) and isinstance(getattr(child, "weight", None), Tensor)
-        for name, child in module.named_children()
-        if not isinstance(child, nn.Embedding)
-    )
-
-
 def out_axis(module: nn.Module | None) -> int:
     """1 for GPT-2's `Conv1D`, whose weight is [in, out]; else 0."""
     return int(type(module).__name__ == "Conv1D")
@@ -273,8 +266,9 @@ def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
 @torch.no_grad()
 def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
     """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone."""
-    heads = rows.of(parameter, axis)
-    shape = [1] * heads.ndim
-    shape[axis] = rows.num_heads
-    factors = factors.view(shape)
-    heads.copy_(torch.where(factors < 1, heads * factors, heads))
+    index = rows.rows(parameter.device).flatten()
+    shape = [1] * parameter.ndim
+    shape[axis] = -1
+    factors = factors.repeat_interleave(rows.size).view(shape)
+    old = parameter.index_select(axis, index)
+    parameter.index_copy_(axis, index, torch.where(factors < 1, (old * factors).to(old.dtype), old))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -65,14 +66,32 @@ class AttentionMask:
         if self.document_ids is not None:
             conditions.append((self.document_ids[:, rows, None] == self.document_ids[:, None, columns])[:, None])
         if self.attn_mask is not None:
-            tile = _tile(self.attn_mask, rows, columns)
-            conditions.append(tile if tile.dtype == torch.bool else tile > torch.finfo(tile.dtype).min / 2)
-        if not conditions:
-            return None
-        both = conditions[0]
-        for condition in conditions[1:]:
-            both = both & condition
-        return both
+            conditions.append(_is_allowed(_tile(self.attn_mask, rows, columns)))
+        return reduce(torch.logical_and, conditions) if conditions else None
+
+    def allowed_to(self, batch: int, head: int, rows: Tensor) -> Tensor | None:
+        """Bool [rows, Tk]: the keys that these queries, int64 [rows], of one sequence and head may see."""
+        i, j = rows[:, None], torch.arange(self.key_length, device=rows.device)[None, :]
+        conditions: list[Tensor] = []
+        if self.is_causal:
+            conditions.append(j <= i)
+        if self.window is not None:
+            conditions.append((i - j).abs() < self.window)
+        if self.document_ids is not None:
+            documents = self.document_ids[batch]
+            conditions.append(documents[rows, None] == documents[None, :])
+        if self.attn_mask is not None:
+            mask = self.attn_mask
+            if mask.ndim == 4:
+                mask = mask[batch if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0]
+            conditions.append(_is_allowed(mask[rows] if mask.ndim == 2 and mask.shape[0] > 1 else mask))
+        return reduce(torch.logical_and, conditions) if conditions else None
+
+    def of_heads(self, heads: list[int]) -> AttentionMask:
+        """The mask of some of the heads."""
+        if self.attn_mask is None or self.attn_mask.ndim < 4 or self.attn_mask.shape[1] == 1:
+            return self
+        return replace(self, attn_mask=self.attn_mask[:, heads])
 
     def dense(self, device: torch.device) -> Tensor | None:
         """The mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""
@@ -90,6 +109,10 @@ def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:
         raise ValueError(
             f"attn_mask has shape {tuple(mask.shape)}; it must be broadcastable to [B, H, {lengths[0]}, {lengths[1]}]."
         )
+
+
+def _is_allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:

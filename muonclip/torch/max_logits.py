@@ -12,15 +12,19 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from muonclip.torch.attention_mask import AttentionMask
-
-_TILE_ROWS, _TILE_COLUMNS = 256, 1024
+from muonclip.torch.exact_maxima import observe, observe_opaquely
+from muonclip.torch.sdpa import sdpa_with_lse
 
 
 class MaxLogits:
     """The running maximum of each head since the last reset: over micro-batches, forwards and recomputation.
+
+    Beside the largest logit seen it holds a bound on those that were not computed. `threshold` is the logit from which
+    on maxima must be exact; a head whose bound stays at or below it is only certified. −inf: all are exact. `QKClip`
+    sets it to its τ with `observe="needed"`.
 
     Set it as a plain attribute of the attention module and hand it to `attention`. It is not a buffer on purpose:
     DistributedDataParallel overwrites registered buffers with rank 0's at every forward. It is written in place, and
@@ -31,18 +35,24 @@ class MaxLogits:
         if num_heads < 1:
             raise ValueError(f"num_heads={num_heads} must be at least 1.")
         self.num_heads = num_heads
-        self.packed = torch.empty(2 * num_heads + 1, dtype=torch.float32, device="cpu")
+        self.threshold = -math.inf
+        self.packed = torch.empty(3 * num_heads + 1, dtype=torch.float32, device="cpu")
         self.reset()
 
     @property
     def maximum(self) -> Tensor:
-        """fp32 [heads]: the largest finite logit; −inf where there was none."""
+        """fp32 [heads]: the largest finite logit computed; −inf where there was none."""
         return self.packed[: self.num_heads]
+
+    @property
+    def bound(self) -> Tensor:
+        """fp32 [heads]: no logit is larger; equal to `maximum`, or less, where that is exact."""
+        return self.packed[self.num_heads : 2 * self.num_heads]
 
     @property
     def nonfinite(self) -> Tensor:
         """fp32 [heads]: 1 where a NaN or +inf was seen. Apart, so that it does not hide later finite maxima."""
-        return self.packed[self.num_heads : -1]
+        return self.packed[2 * self.num_heads : -1]
 
     @property
     def observed(self) -> Tensor:
@@ -52,20 +62,33 @@ class MaxLogits:
     def reset(self) -> None:
         """Forget what was seen."""
         self.packed.zero_()
-        self.maximum.fill_(-math.inf)
+        self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
     @torch.no_grad()
     def update(self, maxima: Tensor) -> None:
         """Take in one forward's maxima [heads] (of any dtype and source, as long as they are exact)."""
         if maxima.shape != (self.num_heads,):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
-        if self.packed.device != maxima.device:
-            self.packed = self.packed.to(maxima.device)
+        self.follow(maxima)
         maxima = maxima.float()
         bad = maxima.isnan() | (maxima == math.inf)
-        self.maximum.copy_(torch.maximum(self.maximum, maxima.masked_fill(bad, -math.inf)))
+        maxima = maxima.masked_fill(bad, -math.inf)
+        self.maximum.copy_(torch.maximum(self.maximum, maxima))
+        self.bound.copy_(torch.maximum(self.bound, maxima))
         self.nonfinite.copy_(torch.maximum(self.nonfinite, bad.float()))
         self.observed.fill_(1.0)
+
+    def observe(self, q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, lse: Tensor | None = None) -> None:
+        """Take in one forward from its queries [B, heads, Tq, d] and keys [B, G, Tk, d]: exactly, or certified where
+        `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known."""
+        self.follow(q)
+        take = observe_opaquely if torch.compiler.is_compiling() else observe
+        take(q, k, self.packed, scale=scale, threshold=self.threshold, mask=mask, lse=lse)
+
+    def follow(self, tensor: Tensor) -> None:
+        """Move to the device of a tensor."""
+        if self.packed.device != tensor.device:
+            self.packed = self.packed.to(tensor.device)
 
     def __repr__(self) -> str:
         return f"MaxLogits({self.maximum.tolist()})"
@@ -94,78 +117,25 @@ def attention(
     _check_shapes(q, k, v, max_logits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    y, lse = _attend(q, k, v, scale, mask, softcap)
     if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
-        measure = _measure_opaquely if torch.compiler.is_compiling() else measure_max_logits
-        max_logits.update(measure(q, k, scale=scale, mask=mask))
+        max_logits.observe(q.detach(), k.detach(), scale=scale, mask=mask, lse=lse)
+    return y
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     if softcap is not None:
-        return _softcapped_attention(q, k, v, scale, mask, softcap)
+        return _softcapped_attention(q, k, v, scale, mask, softcap), None
     dense = None if mask.is_causal_only else mask.dense(q.device)
     width = v.shape[-1]
     if width < q.shape[-1] and q.device.type == "cpu":  # its fast kernel takes equal widths only
         v = F.pad(v, (0, q.shape[-1] - width))
-    y = F.scaled_dot_product_attention(
+    y, lse = sdpa_with_lse(
         q, k, v, dense, is_causal=mask.is_causal_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return y[..., :width]
-
-
-@torch.no_grad()
-def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
-    """The exact maxima [H] of one attention in float32 (float64 for float64), in tiles, outside autocast and autograd.
-
-    q: [B, H, Tq, d], k: [B, G, Tk, d]. A head with no allowed pair gives −inf; NaN is kept.
-    """
-    dtype = _statistic_dtype(q, k)
-    batch, heads, _, width = q.shape
-    groups = k.shape[1]
-    maxima = torch.full((heads,), -math.inf, dtype=dtype, device=q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        for rows in _tiles(mask.query_length, _TILE_ROWS):
-            length = rows.stop - rows.start
-            # Queries that share a key head stand below each other, so that the key is never repeated.
-            queries = (q[:, :, rows].to(dtype) * scale).reshape(batch, groups, heads // groups * length, width)
-            for columns in _tiles(mask.key_length, _TILE_COLUMNS):
-                if mask.excludes(rows, columns):
-                    continue
-                scores = (queries @ k[:, :, columns].to(dtype).mT).view(batch, heads, length, -1)
-                allowed = mask.allowed(rows, columns, q.device)
-                if allowed is not None:
-                    scores = scores.masked_fill(~allowed, -math.inf)
-                maxima = torch.maximum(maxima, scores.amax((0, 2, 3)))
-    return maxima
-
-
-@library.custom_op("muonclip::max_logits", mutates_args=())
-def _max_logits_operator(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    document_ids: Tensor | None,
-    attn_mask: Tensor | None,
-) -> Tensor:
-    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
-    return measure_max_logits(q, k, scale=scale, mask=mask)
-
-
-@_max_logits_operator.register_fake
-def _(q: Tensor, k: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape[1], dtype=_statistic_dtype(q, k))
-
-
-def _measure_opaquely(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
-    """As one operator, for `torch.compile`, which would unroll the tiles."""
-    q, k = q.detach(), k.detach()
-    return _max_logits_operator(q, k, scale, mask.is_causal, mask.window, mask.document_ids, mask.attn_mask)
-
-
-def _statistic_dtype(q: Tensor, k: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-
-
-def _tiles(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    return y[..., :width], lse
 
 
 def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float) -> Tensor:

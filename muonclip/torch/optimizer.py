@@ -33,7 +33,7 @@ from muonclip.torch.group_options import (
     plain_options,
 )
 from muonclip.torch.matrix_update import MatrixUpdate
-from muonclip.torch.param_groups import Plan, PlannedParameter, plan_module
+from muonclip.torch.param_groups import SPLIT_REASON, Plan, PlannedParameter, plan_module, projection_layouts
 from muonclip.torch.qk_clip import QKClip
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
@@ -228,8 +228,8 @@ class MuonClip(_MatrixOptimizer):
     the default `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
 
     `tau`: attention logits above it are clipped after each step, in units of the logit after its softmax scale.
-    `qk_clip`: "auto" finds the attentions that declare themselves in the module; a `QKClip` is used as it is (its own
-    tau); None switches the clip off. `per_head`: every head of q, k (and v) is a matrix of its own. `adamw`: options
+    `qk_clip`: "auto" finds the attentions of the module; a `QKClip` is used as it is (its own tau); None switches the
+    clip off. `per_head`: every head of q, k (and v) is a matrix of its own. `adamw`: options
     of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none on norms and
     biases), `fused`. `capturable`: for CUDA graphs, as in torch. The other arguments are `Muon`'s.
 
@@ -288,8 +288,11 @@ class MuonClip(_MatrixOptimizer):
         elif isinstance(model, nn.Module):
             projections = declared_qk_projections(model)
         defaults = {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
-        self.plan = Plan((), projections, defaults, clips=self.qk_clip is not None)
-        if per_head and not (projections and isinstance(model, nn.Module)):
+        self.plan = Plan((), projections, defaults, self.qk_clip)
+        self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
+        self._clip_version = 0 if self.qk_clip is None else self.qk_clip.version
+        to_come = self.qk_clip is not None and self.qk_clip.to_come
+        if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
             raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
@@ -334,7 +337,8 @@ class MuonClip(_MatrixOptimizer):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "qk_clip": self.qk_clip, "plan": self.plan}
+        own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _update(self) -> None:
         if self.qk_clip is None:
@@ -344,9 +348,27 @@ class MuonClip(_MatrixOptimizer):
         if idle and self.qk_clip.has_nothing_to_do():  # checkpoint libraries make the state by such a step
             super()._update()
             return
+        self._take_findings(self.qk_clip)
         factors = self.qk_clip.measure(before_update=True)
         super()._update()
         self.qk_clip.apply(factors)
+
+    def _take_findings(self, qk_clip: QKClip) -> None:
+        """Read weights as the matrices that attentions found since the construction show them to be."""
+        if self._clip_version == qk_clip.version or not self._finds_layouts:
+            return
+        self._clip_version = qk_clip.version
+        known = projection_layouts(qk_clip.projections, self._per_head)
+        lines = iter(self.plan.parameters)
+        planned: list[PlannedParameter] = []
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for position, parameter in enumerate(group["params"]):
+                line = next(lines)
+                if group["use"] == "muon" and id(parameter) in known:
+                    layouts[position] = known[id(parameter)]
+                    line = replace(line, layout=known[id(parameter)], reason=SPLIT_REASON)
+                planned.append(line)
+        self.plan = replace(self.plan, parameters=tuple(planned))
 
 
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:

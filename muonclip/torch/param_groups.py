@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
@@ -17,12 +17,16 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from muonclip.core import MatrixLayout
 from muonclip.torch.attention import HeadRows, QKProjection, out_axis
 
+if TYPE_CHECKING:
+    from muonclip.torch.qk_clip import QKClip
+
 _LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed"}
 _HEAD_NAMES = _LM_HEAD_NAMES | {"head", "output", "output_layer", "score", "classifier", "proj_out"}
 _EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|_|$)|^w[tp]e$", re.IGNORECASE)
 _TABLE_NAME = re.compile(r"(^|_)(a_log|table|latents|tokens?)$|rel_pos|relative_.*bias", re.IGNORECASE)
 _GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w13"}
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
+SPLIT_REASON = "attention projection, split by its heads' rows"
 _NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -46,7 +50,7 @@ class Plan:
     parameters: tuple[PlannedParameter, ...]
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
-    clips: bool
+    qk_clip: QKClip | None = None
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "update", "matrices", "reason")
@@ -61,17 +65,23 @@ class Plan:
             for row in self.parameters
         ]
         table = _table(rows)
-        attentions = [("attention", "kind", "heads", "clip")] + [
+        attentions = [("attention", "kind", "heads", "clip", "maximum from")] + [
             (
                 name or "(model)",
                 projection.kind,
                 str(projection.num_heads),
-                _clipping(projection) if self.clips else "off",
+                "off" if self.qk_clip is None else _clipping(projection),
+                "" if self.qk_clip is None else self.qk_clip.sources()[name],
             )
             for name, projection in self.attentions.items()
         ]
+        found = _table(attentions) if self.attentions else ""
+        if self.qk_clip is None:
+            found += "\n\nQK-Clip off" if found else "QK-Clip off"
+        elif self.qk_clip.to_come:
+            found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.to_come}"
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
-        parts = [table, _table(attentions) if self.attentions else "", "" if self.clips else "QK-Clip off", options]
+        parts = [table, found, options]
         return "\n\n".join(filter(None, parts))
 
 
@@ -82,7 +92,7 @@ def plan_module(model: nn.Module, projections: Mapping[str, QKProjection], *, pe
         for parameter in module.parameters(recurse=False):
             if not isinstance(owners.get(id(parameter)), nn.Embedding):  # a tied head is an embedding
                 owners[id(parameter)] = module
-    layouts = _projection_layouts(projections, per_head)
+    layouts = projection_layouts(projections, per_head)
     return plan_named(model.named_parameters(), owners=owners, layouts=layouts)
 
 
@@ -164,7 +174,7 @@ def _as_matrices(
     if not parameter.numel():
         return _adamw(name, parameter, "empty")
     if layout is not None:
-        reason = "attention projection, split by its declaration"
+        reason = SPLIT_REASON
     elif isinstance(owner, _ConvNd):
         if owner.groups > 1 and owner.groups == owner.in_channels:
             return _adamw(name, parameter, "depthwise convolution")
@@ -203,7 +213,7 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
     return MatrixLayout(batch_ndim=len(shape) - 2, transposed=transposed, blocks=(rows // 2, rows // 2))
 
 
-def _projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) -> dict[int, MatrixLayout]:
+def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) -> dict[int, MatrixLayout]:
     """Layouts of the weights that attentions declare, by id: fused q|k|v split, and with `per_head` each head."""
     parts: dict[int, list[tuple[str, HeadRows]]] = {}
     for projection in projections.values():

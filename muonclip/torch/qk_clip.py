@@ -8,24 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.qk_clip import check_alpha, check_tau
-from muonclip.torch.attention import HeadRows, QKProjection, find_qk_projections, scale_heads
+from muonclip.torch.attention import HeadRows, QKProjection, declared_qk_projections, scale_heads
 from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.watch import NOTHING_FOUND, Watch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerReport:
     """One attention in the last step; every field [heads].
 
-    `max_logits`: the largest finite logit seen (−inf: none). `gamma`: the factor its logits were scaled by.
-    `exact`: whether `max_logits` is the maximum itself. `bound`: what the maximum cannot exceed.
+    `max_logits`: the largest finite logit seen (−inf: none); NaN where the head was only certified. `gamma`: the factor
+    its logits were scaled by. `exact`: whether `max_logits` is the maximum itself. `bound`: what the maximum cannot
+    exceed; equal to it where it is exact.
     """
 
     max_logits: Tensor
@@ -36,26 +40,82 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QKClipReport:
-    """What the last `QKClip.step()` saw and did; `layers` by module name."""
+    """What the last `QKClip.step()` saw and did; `layers` by module name. `steps`: how many there were by then;
+    `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if none did."""
 
     tau: float
     layers: dict[str, LayerReport]
+    steps: int = 0
+    last_clipped_step: int = 0
 
     @property
     def max_logit(self) -> float:
-        """The largest maximum over all layers and heads; −inf before the first step."""
-        return max((layer.max_logits.max().item() for layer in self.layers.values()), default=-math.inf)
+        """The largest exact maximum over all layers and heads; −inf where there is none."""
+        exact = [layer.max_logits[layer.exact] for layer in self.layers.values()]
+        return max((maxima.max().item() for maxima in exact if maxima.numel()), default=-math.inf)
+
+    @property
+    def bound(self) -> float:
+        """No logit of the last step was larger; −inf before the first step."""
+        return max((layer.bound.max().item() for layer in self.layers.values()), default=-math.inf)
 
     @property
     def clipped_heads(self) -> int:
         """How many heads were rescaled."""
         return sum(int((layer.gamma < 1).sum()) for layer in self.layers.values())
 
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return sum(layer.gamma.numel() for layer in self.layers.values())
+
+    @property
+    def status(self) -> str:
+        """When τ last mattered: K2's heads were clipped in the first 30 % of its training only."""
+        if self.steps == 0:
+            return "no step yet"
+        if self.last_clipped_step == self.steps:
+            return "active"
+        return f"inactive since step {self.last_clipped_step + 1}"
+
+    def scalars(self, prefix: str = "qk_clip/") -> dict[str, float]:
+        """Numbers to log at each step, for `SummaryWriter.add_scalar`, `wandb.log` and their like. `max_logit` is left
+        out where no maximum was computed."""
+        values = {
+            "bound": self.bound,
+            "clipped_heads": float(self.clipped_heads),
+            "min_gamma": min((layer.gamma.min().item() for layer in self.layers.values()), default=1.0),
+            "last_clipped_step": float(self.last_clipped_step),
+        }
+        if self.max_logit > -math.inf:
+            values["max_logit"] = self.max_logit
+        return {prefix + name: value for name, value in values.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and lists; NaN where a head was only certified."""
+        layers = {
+            name: {
+                "max_logits": layer.max_logits.tolist(),
+                "gamma": layer.gamma.tolist(),
+                "exact": layer.exact.tolist(),
+                "bound": layer.bound.tolist(),
+            }
+            for name, layer in self.layers.items()
+        }
+        return dict(
+            tau=self.tau,
+            steps=self.steps,
+            last_clipped_step=self.last_clipped_step,
+            clipped_heads=self.clipped_heads,
+            layers=layers,
+        )
+
     def __str__(self) -> str:
-        total = sum(layer.gamma.numel() for layer in self.layers.values())
-        lines = [f"QK-Clip: {self.clipped_heads} of {total} heads clipped at tau = {self.tau:g}"]
+        """A table: the maximum of each head, or ≤ what bounds it."""
+        lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
         for name, layer in self.layers.items():
-            logits = " ".join(f"{value:8.2f}" for value in layer.max_logits.tolist())
+            values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
+            logits = " ".join(f"{value:8.2f}" if exact else f"≤{bound:7.2f}" for value, exact, bound in values)
             gammas = " ".join(f"{value:8.3f}" for value in layer.gamma.tolist())
             lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
         return "\n".join(lines)
@@ -69,13 +129,18 @@ class QKClip:
 
     If the optimizer's step was skipped, skip `clip.step()` too: the observation stays for the next one.
 
-    model_or_projections: a model whose attentions declare themselves (see `QKProjection`), or the projections, by
-    name or in a sequence. `tau`: the largest logit a head may keep; infinity measures and never clips. `alpha`: the
-    query's share of γ where query and key are private to the head. `observe`: "always" measures every maximum exactly;
-    "needed" allows a head to be certified by a bound instead, which no source here does yet. `master_of`: for engines
-    that keep an fp32 master copy of a low-precision parameter, parameter → master or None; both are scaled.
+    model_or_projections: a model, in which the attentions are found (or that declare themselves, see `QKProjection`);
+    or projections, by name or in a sequence, whose statistics you fill. `tau`: the largest logit a head may keep;
+    infinity measures, always, and never clips. `alpha`: the query's share of γ where query and key are private to the
+    head. `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes
+    every one. `declare`: projections of attentions in the model, by module name, in the place of what would be
+    found. `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; to
+    find its attentions now, which `torch.compile` needs. `clip_gains`: after a QK-norm with a gain per head, scale the
+    gain. `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or
+    None; both are scaled.
 
-    Raises ValueError for wrong arguments and for a model whose attention is not understood.
+    A second QKClip on a model takes the place of the first. Raises ValueError for wrong arguments and for attention
+    that is not understood, here or in the first forward.
     """
 
     def __init__(
@@ -83,20 +148,87 @@ class QKClip:
         model_or_projections: nn.Module | Mapping[str, QKProjection] | Iterable[QKProjection],
         tau: float = 100.0,
         alpha: float = 0.5,
-        observe: Literal["needed", "always"] = "always",
+        observe: Literal["needed", "always"] = "needed",
         *,
+        declare: Mapping[str, QKProjection] | None = None,
+        example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
+        clip_gains: bool = False,
         master_of: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
-        self.tau = check_tau(tau)
+        self._tau = check_tau(tau)
         self.alpha = check_alpha(alpha)
         if observe not in ("needed", "always"):
             raise ValueError(f"observe={observe!r}; use 'needed' or 'always'.")
         self.observe = observe
-        self.projections = _named_projections(model_or_projections)
         self.master_of = master_of
+        self.projections: dict[str, QKProjection] = {}
+        self._watch: Watch | None = None
+        self._steps = self._last_clipped_step = 0
         self._last: dict[str, LayerReport] = {}
         # [attentions, 2]: unobserved, non-finite; kept on a device that must not be waited for, a copy on its way here.
-        self._errors = self._errors_on_host = torch.zeros(len(self.projections), 2, device="cpu")
+        self._errors = self._errors_on_host = torch.zeros(0, 2, device="cpu")
+        if not isinstance(model_or_projections, nn.Module):
+            if declare or example_inputs is not None:
+                raise ValueError("declare and example_inputs go with a model, but QKClip was given projections.")
+            self.projections = _named_projections(model_or_projections)
+            self.tau = tau
+            return
+        model = _unwrapped(model_or_projections)
+        self.projections.update(declared_qk_projections(model))
+        for name, projection in (declare or {}).items():
+            if name not in dict(model.named_modules()):
+                raise ValueError(f"declare names {name!r}, which is no module of the model.")
+            self.projections[name] = projection
+        declared = bool(self.projections)
+        self._watch = Watch(model, self.projections, clip_gains=clip_gains)
+        self.tau = tau
+        if example_inputs is not None:
+            args, kwargs = _arguments(example_inputs)
+            self._watch.look(args, kwargs)
+            if not self.projections:
+                raise ValueError(NOTHING_FOUND)
+        elif not declared:
+            self._watch.look_ahead()
+
+    @property
+    def tau(self) -> float:
+        """The largest logit a head may keep; may be set between steps."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        self._tau = check_tau(tau)
+        # Without a finite τ nothing needs a maximum; who asks for that wants to see them.
+        threshold = tau if self.observe == "needed" and tau < math.inf else -math.inf
+        if self._watch is not None:
+            self._watch.threshold = threshold
+        for projection in self.projections.values():
+            projection.max_logits.threshold = threshold
+
+    @property
+    def version(self) -> int:
+        """Grows with every attention found."""
+        return 0 if self._watch is None else self._watch.version
+
+    @property
+    def to_come(self) -> str:
+        """What the search for attention waits for; "" when it is over."""
+        return "" if self._watch is None else self._watch.to_come
+
+    def sources(self) -> dict[str, str]:
+        """Where the maxima of each attention come from, by name."""
+        sites = {} if self._watch is None else self._watch.sites
+        via = {id(p.max_logits): site.via for site in sites.values() for p in site.projections}
+        return {
+            name: _source(via.get(id(p.max_logits), "declared"), p, self.observe)
+            for name, p in self.projections.items()
+        }
+
+    def remove(self) -> None:
+        """Take the observers off the model, which is then as it was before. Happens by itself when this QKClip and its
+        optimizer are gone."""
+        if self._watch is not None:
+            self._watch.remove("it was removed")
 
     def step(self) -> None:
         """Scale the heads above τ, then forget the observation.
@@ -114,19 +246,32 @@ class QKClip:
         has none will not move and may be unobserved, as long as another one is observed.
         """
         self.raise_deferred(wait=False)
+        if self._watch is not None:
+            if self._watch.removed:
+                raise RuntimeError(f"QK-Clip observes nothing any more: {self._watch.removed}.")
+            self._watch.settle()
+        if not self.projections:
+            raise RuntimeError(
+                f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
+                "was given, or a part of it, with gradients enabled before each step."
+            )
         _reduce_over_ranks([projection.max_logits for projection in self.projections.values()], self._device())
         self._check(before_update)
         factors: dict[str, ClipFactors] = {}
         for name, projection in self.projections.items():
             seen = projection.max_logits.maximum.clone()
+            bound = torch.maximum(projection.max_logits.bound, seen)
+            exact = bound <= seen
             tau = self.tau if projection.scaled_parts() and projection.trains() else math.inf
             factors[name] = clip_factors(seen, tau, self.alpha, xp=torch)
-            exact = torch.ones_like(seen, dtype=torch.bool)
-            self._last[name] = LayerReport(max_logits=seen, gamma=factors[name].gamma, exact=exact, bound=seen)
+            self._last[name] = LayerReport(
+                max_logits=torch.where(exact, seen, math.nan), gamma=factors[name].gamma, exact=exact, bound=bound
+            )
         return factors
 
     def apply(self, factors: Mapping[str, ClipFactors]) -> None:
         """Scale the rows by the factors that `measure()` gave, and forget the observation."""
+        self._steps += 1
         for name, factor in factors.items():
             projection = self.projections[name]
             if not projection.scaled_parts() or not projection.trains():
@@ -146,7 +291,9 @@ class QKClip:
     def report(self) -> QKClipReport:
         """What the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
         self.raise_deferred(wait=True)
-        return QKClipReport(self.tau, dict(self._last))
+        if any(bool((layer.gamma < 1).any()) for layer in self._last.values()):
+            self._last_clipped_step = self._steps
+        return QKClipReport(self.tau, dict(self._last), self._steps, self._last_clipped_step)
 
     def raise_deferred(self, *, wait: bool) -> None:
         """Raise what an accelerator's step could not; without `wait`, only what has reached the host by now."""
@@ -168,7 +315,7 @@ class QKClip:
         if not any(bool(projection.max_logits.observed) for projection in self.projections.values()):
             return True
         parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
-        return not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+        return bool(parameters) and not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
 
     def _check(self, before_update: bool) -> None:
         projections, device = self.projections.values(), self._device()
@@ -181,7 +328,8 @@ class QKClip:
             if bool(errors.any()):
                 self._raise(errors)
             return
-        if self._errors_on_host is self._errors:
+        if self._errors_on_host is self._errors or self._errors.shape != errors.shape:
+            self._errors = torch.zeros_like(errors, device="cpu")
             self._errors = self._errors.to(errors.device)
             self._errors_on_host = torch.zeros_like(errors, device="cpu", pin_memory=errors.device.type == "cuda")
         self._errors.copy_(torch.maximum(self._errors, errors))
@@ -252,11 +400,44 @@ def _reduce_over_ranks(states: list[MaxLogits], device: torch.device) -> None:
         state.packed.copy_(reduced)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what torch wraps around a whole model."""
+    while isinstance(model, DistributedDataParallel | OptimizedModule):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def _arguments(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+_SOURCES = {
+    "sdpa": "scaled_dot_product_attention",
+    "flex": "FlexAttention",
+    "interface": "Hugging Face attention interface",
+    "written out": "product and softmax",
+    "declared": "declared",
+}
+
+
+def _source(via: str, projection: QKProjection, observe: str) -> str:
+    device = next((p.device.type for p in projection.qk_parameters()), "cpu")
+    if device == "cuda":
+        how = "max_scores of the kernel" if via == "flex" else "norm bound, then tiles"
+    elif device == "cpu":
+        how = (
+            "row LSE or norm bound, then exact rows" if via in ("sdpa", "declared") else "norm bound, then exact tiles"
+        )
+    else:
+        how = "exact tiles"
+    return f"{_SOURCES[via]}: {how}" + (", always" if observe == "always" else "")
+
+
 def _named_projections(
-    model_or_projections: nn.Module | Mapping[str, QKProjection] | Iterable[QKProjection],
+    model_or_projections: Mapping[str, QKProjection] | Iterable[QKProjection],
 ) -> dict[str, QKProjection]:
-    if isinstance(model_or_projections, nn.Module):
-        return find_qk_projections(model_or_projections)
     if isinstance(model_or_projections, Mapping):
         named = list(cast("Mapping[str, object]", model_or_projections).items())
     else:

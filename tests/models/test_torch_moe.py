@@ -360,7 +360,7 @@ def test_a_clipped_head_shows_tau_when_its_inputs_are_seen_again(overrides):
     before = model.layers[0].attn.max_logits.maximum.clone()
     tau = before.sort().values[1:3].mean().item()
     assert tau > 0
-    clip = QKClip(model, tau=tau)
+    clip = QKClip(model, tau=tau, observe="always")
     clip.step()
     model(tokens)
     torch.testing.assert_close(model.layers[0].attn.max_logits.maximum, before.clamp(max=tau), rtol=1e-5, atol=1e-5)

@@ -13,8 +13,7 @@ from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, dense_max_logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from muonclip.torch import AttentionMask, MaxLogits, attention, measure_max_logits
-from muonclip.torch import max_logits as max_logits_module
+from muonclip.torch import AttentionMask, MaxLogits, attention, exact_maxima, measure_max_logits
 
 
 def qkv(seed=0, batch=2, heads=4, groups=2, length=17, width=5, value=3, dtype=torch.float64):
@@ -52,8 +51,8 @@ def test_is_the_exact_masked_maximum_whatever_the_tiles(mask, seed, length, tile
     q, k, v = qkv(seed, length=length + 1)
     arguments, allowed = random_masks(seed, 2, length + 1)[mask]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(max_logits_module, "_TILE_ROWS", tiles[0])
-        patch.setattr(max_logits_module, "_TILE_COLUMNS", tiles[1])
+        patch.setattr(exact_maxima, "_TILE_ROWS", tiles[0])
+        patch.setattr(exact_maxima, "_TILE_COLUMNS", tiles[1])
         statistic = MaxLogits(4)
         attention(q, k, v, scale=0.3, max_logits=statistic, **arguments)
     np.testing.assert_allclose(statistic.maximum, dense_max_logits(q, k, allowed, 0.3), rtol=1e-6)
@@ -265,7 +264,7 @@ def test_compiling_does_not_unroll_the_tiles():
 
     q, k, v = qkv(length=40, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(max_logits_module, "_TILE_ROWS", 4)
+        patch.setattr(exact_maxima, "_TILE_ROWS", 4)
         statistic = MaxLogits(4)
         compiled = torch.compile(lambda: attention(q, k, v, is_causal=True, max_logits=statistic), backend=count)
         compiled()

@@ -1,0 +1,258 @@
+"""From queries and keys to exact maxima, computing only what a bound does not settle.
+
+    s_ij ≤ LSE_i        s_ij ≤ |scale| · |q_i| · max_j |k_j|          (log-sum-exp of the row; Cauchy–Schwarz)
+
+A row whose bound is at most a maximum already found cannot hold a larger one, and a head whose rows are all at most τ
+needs no clip. So the row with the largest bound is computed first; mostly it settles its head. What it leaves open is
+computed for a few more rows, then in tiles. A bound is never taken for a maximum: the two are kept apart.
+
+Shapes: B batch, H query heads, G key heads (G divides H), Tq queries, Tk keys, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, library
+
+from muonclip.torch.attention_mask import AttentionMask
+
+_TILE_ROWS, _TILE_COLUMNS = 256, 1024
+_FEW_ROWS = 64  # of one head, computed row by row; more of them are computed in tiles
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
+    """The exact maxima [H] of one attention in float32 (float64 for float64), in tiles, outside autocast and autograd.
+
+    q: [B, H, Tq, d], k: [B, G, Tk, d]. A head with no allowed pair gives −inf; NaN is kept.
+    """
+    maxima = torch.full((q.shape[1],), -math.inf, dtype=statistic_dtype(q, k), device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for _, rows in _tiles(q, k, scale, mask, maxima.dtype):
+            maxima = torch.maximum(maxima, rows.amax((0, 2)))
+    return maxima
+
+
+@torch.no_grad()
+def observe(
+    q: Tensor, k: Tensor, packed: Tensor, *, scale: float, threshold: float, mask: AttentionMask, lse: Tensor | None
+) -> None:
+    """Take one forward into the statistic `packed` (see `MaxLogits`), in place.
+
+    q: [B, H, Tq, d], k: [B, G, Tk, d]. Heads whose bound is at most `threshold` are certified only; −inf measures every
+    maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else.
+    """
+    heads = q.shape[1]
+    maximum, bound, nonfinite, observed = packed[:heads], packed[heads : 2 * heads], packed[2 * heads : -1], packed[-1:]
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            seen, rest = _settle(q, k, maximum.clamp(min=threshold), scale, mask, lse)
+        else:
+            seen, rest = _settle_on_device(q, k, maximum.clamp(min=threshold), scale, mask)
+    seen, rest = seen.float(), rest.float()
+    bad = seen.isnan() | (seen == math.inf)
+    seen = seen.masked_fill(bad, -math.inf)
+    maximum.copy_(torch.maximum(maximum, seen))
+    bound.copy_(torch.maximum(bound, torch.maximum(seen, rest.masked_fill(bad, -math.inf))))
+    nonfinite.copy_(torch.maximum(nonfinite, bad.float()))
+    observed.fill_(1.0)
+
+
+def observe_opaquely(
+    q: Tensor, k: Tensor, packed: Tensor, *, scale: float, threshold: float, mask: AttentionMask, lse: Tensor | None
+) -> None:
+    """`observe` as one operator, for `torch.compile`, which would trace its branches and unroll its tiles."""
+    _observe_operator(
+        q.detach(), k.detach(), packed, scale, threshold, mask.is_causal, mask.window, mask.document_ids,
+        None if mask.attn_mask is None else mask.attn_mask.detach(), None if lse is None else lse.detach(),
+    )  # fmt: skip
+
+
+@library.custom_op("muonclip::observe", mutates_args=("packed",))
+def _observe_operator(
+    q: Tensor,
+    k: Tensor,
+    packed: Tensor,
+    scale: float,
+    threshold: float,
+    is_causal: bool,
+    window: int | None,
+    document_ids: Tensor | None,
+    attn_mask: Tensor | None,
+    lse: Tensor | None,
+) -> None:
+    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    observe(q, k, packed, scale=scale, threshold=threshold, mask=mask, lse=lse)
+
+
+@_observe_operator.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def statistic_dtype(q: Tensor, k: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+
+
+def _settle(
+    q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The largest logit computed [H], and a bound [H] on all the others: at most `floor` [H], or at most the former."""
+    if not q.numel() or not k.numel():
+        return torch.full_like(floor, -math.inf), torch.full_like(floor, -math.inf)
+    dtype = statistic_dtype(q, k)
+    bounds = _norm_bounds(q, k, scale, dtype) if lse is None else lse.to(dtype) + _margin_of_lse(lse, q.dtype)
+    if lse is not None and not (q.sum(dtype=dtype) + k.sum(dtype=dtype)).isfinite():
+        bounds.fill_(math.nan)  # a kernel may give 0 for a row of NaN
+    work = _Settling(q, k, scale, mask, floor.to(dtype), bounds)
+    if lse is not None:
+        work.compute_best_rows(1)
+    if q.dtype in _NARROW and k.dtype in _NARROW:
+        work.tighten_by_narrow_products()
+        work.compute_best_rows(1)
+    work.compute_best_rows(_FEW_ROWS)
+    work.compute_tiles()
+    return work.seen, work.bounds.amax((0, 2))
+
+
+class _Settling:
+    """What is known of one forward, and the ways to know more, each for the heads that are still open.
+
+    `seen` [H]: the largest logit computed. `bounds` [B, H, Tq]: of the rows not computed; −inf for those that were. A
+    head is open while a bound is above both `seen` and `floor` (or is NaN).
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, mask: AttentionMask, floor: Tensor, bounds: Tensor) -> None:
+        self.q, self.k, self.scale, self.mask, self.floor, self.bounds = q, k, scale, mask, floor, bounds
+        self.seen = torch.full_like(floor, -math.inf)
+        self.group_size = q.shape[1] // k.shape[1]
+
+    def open_heads(self) -> list[int]:
+        top = self.bounds.amax((0, 2))
+        return (~(top <= torch.maximum(self.floor, self.seen))).nonzero().flatten().tolist()
+
+    def compute_best_rows(self, most: int) -> None:
+        """The rows that could hold more than is known, where they are at most `most`; else, for 1, the best of them."""
+        for head in self.open_heads():
+            bounds = self.bounds[:, head]
+            if most == 1:
+                candidates = bounds.flatten().argmax()[None]
+            else:
+                known = torch.maximum(self.floor[head], self.seen[head])
+                candidates = (~(bounds <= known)).flatten().nonzero().flatten()
+                if len(candidates) > most:
+                    continue
+            batch, row = candidates // bounds.shape[1], candidates % bounds.shape[1]
+            for b in batch.unique().tolist():
+                rows = row[batch == b]
+                queries = self.q[b, head, rows].to(self.seen.dtype) * self.scale
+                logits = queries @ self.k[b, head // self.group_size].to(self.seen.dtype).mT
+                allowed = self.mask.allowed_to(b, head, rows)
+                if allowed is not None:
+                    logits = logits.masked_fill(~allowed, -math.inf)
+                self.seen[head] = torch.maximum(self.seen[head], logits.amax())
+                self.bounds[b, head, rows] = -math.inf
+
+    def tighten_by_narrow_products(self) -> None:
+        """Products in the narrow dtype bound their rows closely; which row holds the maximum is for float32 to say."""
+        heads = self.open_heads()
+        if not heads:
+            return
+        # Their rounding: of the result, and of sums of |q|·|k| in float32.
+        norms = _norm_bounds(self.q, self.k, self.scale, self.seen.dtype)
+        slack = 2**-20 * norms + 1e-30
+        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.q.dtype, heads):
+            bound = maxima.to(self.seen.dtype)
+            bound = bound + 2.0 ** (-7 if self.q.dtype == torch.bfloat16 else -9) * bound.abs() + slack[:, heads, rows]
+            current = self.bounds[:, heads, rows]
+            self.bounds[:, heads, rows] = torch.where(bound < current, bound, current)
+
+    def compute_tiles(self) -> None:
+        heads = self.open_heads()
+        if not heads:
+            return
+        index = torch.tensor(heads)
+
+        def known() -> Tensor:
+            return torch.maximum(self.floor, self.seen)[index]
+
+        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.seen.dtype, heads, self.bounds, known):
+            self.seen[index] = torch.maximum(self.seen[index], maxima.amax((0, 2)))
+            self.bounds[:, index, rows] = -math.inf
+
+
+def _tiles(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: AttentionMask,
+    dtype: torch.dtype,
+    heads: list[int] | None = None,
+    bounds: Tensor | None = None,
+    known: Callable[[], Tensor] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks and their row maxima [B, heads, rows], the products in `dtype`; without the blocks of which no bound
+    is above what is known [heads]."""
+    group_size = q.shape[1] // k.shape[1]
+    if heads is not None and len(heads) < q.shape[1]:
+        q, k = q[:, heads], k[:, [head // group_size for head in heads]]
+        mask = mask.of_heads(heads)
+        bounds = None if bounds is None else bounds[:, heads]
+    batch, count, _, width = q.shape
+    groups = k.shape[1]
+    blocks = _slices(mask.query_length, _TILE_ROWS)
+    if bounds is not None:  # the most promising first, so that it may settle the others
+        blocks.sort(key=lambda rows: -bounds[:, :, rows].amax().nan_to_num(math.inf).item())
+    k = k.to(dtype)
+    for rows in blocks:
+        if bounds is not None and known is not None and (bounds[:, :, rows].amax((0, 2)) <= known()).all():
+            continue
+        length = rows.stop - rows.start
+        # Queries that share a key head stand below each other, so that the key is never repeated.
+        queries = q[:, :, rows].to(dtype)
+        queries = (queries if dtype in _NARROW else queries * scale).reshape(
+            batch, groups, count // groups * length, width
+        )
+        maxima = torch.full((batch, count, length), -math.inf, dtype=dtype, device=q.device)
+        for columns in _slices(mask.key_length, _TILE_COLUMNS):
+            if mask.excludes(rows, columns):
+                continue
+            scores = (queries @ k[:, :, columns].mT).view(batch, count, length, -1)
+            allowed = mask.allowed(rows, columns, q.device)
+            if dtype in _NARROW and scale < 0:
+                scores = -scores
+            if allowed is not None:
+                scores = scores.masked_fill_(~allowed, -math.inf)
+            maxima = torch.maximum(maxima, scores.amax(-1))
+        yield rows, maxima * abs(scale) if dtype in _NARROW else maxima
+
+
+def _settle_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """As `_settle`, without waiting for the device: the kernel itself leaves out the rows that a bound settles."""
+    if q.device.type == "cuda" and q.dtype != torch.float64 and find_spec("triton"):
+        from muonclip.torch.kernels.head_maxima import head_maxima
+
+        return head_maxima(q, k, scale=scale, mask=mask, floor=floor)
+    seen = measure_max_logits(q, k, scale=scale, mask=mask)
+    return seen, seen
+
+
+def _norm_bounds(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """[B, H, Tq]: |scale| · |q_i| · max_j |k_j|, rounded up."""
+    norm_q = torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
+    norm_k = torch.linalg.vector_norm(k, dim=-1, dtype=dtype).amax(-1)
+    return norm_q * (norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None] * (abs(scale) * (1 + 1e-5)))
+
+
+def _margin_of_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a kernel's float32 log-sum-exp may sit below the maximum (6e-5 was seen for logits of order one)."""
+    return (1 + lse.abs()) * (1e-3 if dtype in _NARROW else 1e-4)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -1,0 +1,186 @@
+"""The doors to Hugging Face: the attention interface of its models, and its Trainer.
+
+    Trainer(model, arguments, …, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1)),
+            callbacks=[QKClipCallback()])
+
+Imported only where transformers is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_utils import AttentionInterface
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from muonclip.torch.interception import dense_of, listener
+from muonclip.torch.optimizer import MuonClip
+from muonclip.torch.qk_clip import QKClip
+
+_host_get_interface = AttentionInterface.get_interface
+
+
+def interface_door() -> tuple[type, str, Callable[..., Any]]:
+    """What to put where: the function by which every model looks its attention up."""
+    return AttentionInterface, "get_interface", _get_interface
+
+
+def _get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+    function = _host_get_interface(self, attn_implementation, default)
+    if listener() is None or attn_implementation == "sdpa":  # which goes through a door of its own, with its LSE
+        return function
+    return functools.partial(_observed, function, attn_implementation)
+
+
+def _observed(
+    function: Callable[..., Any],
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    who = listener()
+    call = functools.partial(function, module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+    if who is None:
+        return call()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return who.interface(call, query, key, scale, _mask(implementation, module, query, key, attention_mask, kwargs))
+
+
+def _mask(
+    implementation: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The mask as `AttentionMask` takes it; each implementation has its own way to say it."""
+    if isinstance(mask, BlockMask):
+        return {"attn_mask": dense_of(mask, query, key)}
+    if implementation == "eager" or (isinstance(mask, Tensor) and mask.ndim == 4):
+        return {"attn_mask": None if mask is None else mask[..., : key.shape[-2]]}
+    # FlashAttention: causal and window by flags, padding [B, Tk], packed sequences by their ends or positions.
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    documents = _documents(query, kwargs)
+    window = kwargs.get("sliding_window")
+    return {
+        "is_causal": bool(causal) and query.shape[-2] > 1,
+        "window": None if window is None or window < 1 else int(window),
+        "document_ids": documents,
+        "attn_mask": None if mask is None else mask.bool()[:, None, None, :],
+    }
+
+
+def _documents(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """int [1, T]: which of the sequences packed into one row each position belongs to."""
+    ends, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    length = query.shape[-2]
+    if ends is not None:
+        return torch.searchsorted(ends[1:], torch.arange(length, device=query.device), right=True)[None]
+    if positions is not None and positions.shape == (query.shape[0], length) and query.shape[0] == 1:
+        return (positions == 0).cumsum(-1)
+    return None
+
+
+class MuonClipFactory:
+    """`MuonClip` for the Trainer, which hands it the model:
+
+        Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1, tau=100.0)))
+
+    The options are `MuonClip`'s. `lr` and `weight_decay` have no default here, because those of `TrainingArguments` do
+    not come this far; its schedule, gradient clipping, accumulation and checkpoints do their work as ever.
+    """
+
+    def __call__(self, model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> MuonClip:
+        return MuonClip(model, lr=lr, weight_decay=weight_decay, **options)
+
+
+class QKClipCallback(TrainerCallback):
+    """Adds what QK-Clip saw to the training logs of the Trainer, with the names of `QKClipReport.scalars`.
+
+    `bound`, `max_logit`, `clipped_heads` and `min_gamma` are the extremes over the steps since the last log;
+    `last_clipped_step` is of the last step. `clip`: for optimizers other than `MuonClip`, the QKClip that follows them.
+
+    The Trainer writes its `log_history` first, so the values are added there too, and runs the loggers of `report_to`
+    before the callbacks that it is given: to reach those, stand in front of them, with
+    `trainer.callback_handler.callbacks.insert(0, QKClipCallback())`.
+
+    A step costs a few small kernels and no wait for the device; a log waits for it, as the Trainer's own loss does.
+    Raises ValueError at the start of training where there is no clip, and at a log what `QKClip.report` raises.
+    """
+
+    def __init__(self, clip: QKClip | None = None, prefix: str = "qk_clip/") -> None:
+        self._given, self._prefix = clip, prefix
+        self._clip: QKClip | None = None
+        self._extremes: Tensor | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._clip = self._given if self._given is not None else getattr(inner, "qk_clip", None)
+        self._extremes = None
+        if self._clip is None:
+            raise ValueError(
+                f"QKClipCallback found no QK-Clip in the optimizer, {type(inner).__name__}. Use MuonClip with its clip "
+                "on, pass the clip that follows another optimizer, QKClipCallback(clip), or leave the callback out."
+            )
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._clip is None or getattr(optimizer, "step_was_skipped", False):
+            return
+        extremes = _extremes(self._clip)
+        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._clip is None or self._extremes is None or logs is None or "loss" not in logs:
+            return  # of an evaluation, or the summary at the end
+        bound, max_logit, clipped_heads, negative_gamma = self._extremes.tolist()
+        self._extremes = None
+        values = self._clip.report().scalars("")
+        values |= {"bound": bound, "clipped_heads": clipped_heads, "min_gamma": -negative_gamma}
+        if max_logit > -math.inf:
+            values["max_logit"] = max_logit
+        values = {self._prefix + name: value for name, value in values.items()}
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+
+def _extremes(clip: QKClip) -> Tensor:
+    """fp32 [4]: bound, max_logit, clipped_heads and −min_gamma of the last step, as in its report but on the device."""
+    layers = list(clip._last.values())
+    device = layers[0].gamma.device
+    max_logits, gamma, bound = (
+        torch.cat([getattr(layer, name).to(device) for layer in layers]) for name in ("max_logits", "gamma", "bound")
+    )
+    certified_only = max_logits.isnan()
+    highest = max_logits.masked_fill(certified_only, -math.inf).max()
+    return torch.stack([bound.max(), highest, (gamma < 1).sum().float(), -gamma.min()])

@@ -1,0 +1,311 @@
+"""The doors through which attention passes: who listens sees queries, keys, scale and mask of every call.
+
+- `torch.nn.functional.scaled_dot_product_attention`, under any name that the model's sources gave it;
+- FlexAttention, the same;
+- the attention interface of Hugging Face models (`huggingface.py`);
+- attention written out, product and softmax (`scores.py`).
+
+A door is a function in the place of the host's, which calls it; the doors stand while somebody listens. Hooks on the
+modules that call attention say who listens: the `Observer` of the module that is running. Nothing else of the model
+changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
+
+from muonclip.torch.attention_mask import AttentionMask
+from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.scores import ScoreTracker, WrittenOut
+from muonclip.torch.sdpa import host_sdpa, sdpa_with_lse
+
+host_flex = flex_module.flex_attention
+_OBSERVER = "_qk_observer"  # the attribute of a module under which its Observer stands
+
+
+class Listener(Protocol):
+    """Somebody who sees the attention calls; each method makes the call and returns what it returned."""
+
+    only_with_gradients: bool
+
+    def sdpa(self, arguments: dict[str, Any]) -> Tensor: ...
+
+    def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any: ...
+
+    def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any: ...
+
+
+_listeners: list[Listener | None] = []
+
+
+def listener() -> Listener | None:
+    """Who listens now; an `Observer` does not where gradients are off."""
+    who = _listeners[-1] if _listeners else None
+    return who if who is not None and (torch.is_grad_enabled() or not who.only_with_gradients) else None
+
+
+@contextmanager
+def listening(who: Listener | None) -> Iterator[None]:
+    """Attention within is seen by `who`; by nobody with None."""
+    _listeners.append(who)
+    try:
+        yield
+    finally:
+        _listeners.pop()
+
+
+class Observer:
+    """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
+    statistic, from all of its calls. `written_out`: the module writes its attention out."""
+
+    only_with_gradients = True
+
+    def __init__(self, statistics: Sequence[MaxLogits], *, written_out: bool) -> None:
+        self.statistics = list(statistics)
+        self.written_out = written_out
+        self.calls = 0
+
+    def statistic(self) -> MaxLogits:
+        """The statistic of the next call."""
+        if len(self.statistics) == 1:
+            return self.statistics[0]
+        self.calls += 1
+        if self.calls > len(self.statistics):
+            raise RuntimeError(
+                f"QK-Clip: a module called attention more than the {len(self.statistics)} times that it was seen to. "
+                "Build the optimizer after the model has its final form."
+            )
+        return self.statistics[self.calls - 1]
+
+    def see(self, q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None = None, **mask: Any) -> None:
+        """One call: q [..., Tq, d], k [..., Tk, d] with heads in front; `mask`: as `AttentionMask` takes it."""
+        statistic = self.statistic()
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        if q.is_meta:
+            return
+        q, k = with_heads(q.detach(), k.detach(), statistic.num_heads)
+        dense = mask.pop("attn_mask", None)
+        if isinstance(dense, Tensor):
+            dense = mask_with_heads(dense.detach(), q, k)
+        allowed = AttentionMask(q.shape[-2], k.shape[-2], attn_mask=dense, **mask)
+        statistic.observe(q, k, scale=scale, mask=allowed, lse=lse)
+
+    def sdpa(self, arguments: dict[str, Any]) -> Tensor:
+        y, lse = sdpa_with_lse(**arguments)
+        q, k, scale = arguments["query"], arguments["key"], arguments["scale"]
+        self.see(q, k, scale, lse, attn_mask=arguments["attn_mask"], is_causal=arguments["is_causal"])
+        return y
+
+    def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        q, k, scale = arguments["query"], arguments["key"], arguments["scale"]
+        plain = arguments["score_mod"] is None and not arguments["return_lse"] and arguments["return_aux"] is None
+        if plain and q.device.type == "cuda":
+            y, seen = call(**{**arguments, "return_aux": AuxRequest(max_scores=True)})
+            self.statistic().update(seen.max_scores.detach().amax((0, 2)))
+            return y
+        self.see(q, k, scale, attn_mask=dense_of(arguments["block_mask"], q, k))
+        return call(**arguments)
+
+    def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any:
+        self.see(q, k, scale, **mask)
+        with listening(None):
+            return call()
+
+    def written(self, found: WrittenOut) -> None:
+        if torch.is_grad_enabled() and _listeners and _listeners[-1] is self:
+            self.see(found.q, found.k, found.scale, attn_mask=found.allowed)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the model is not observed by the optimizer of the original."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+
+def with_heads(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """q [B, heads, Tq, d] and k [B, G, Tk, d], whatever stands in front of their last two axes."""
+    if q.ndim == k.ndim == 4 and q.shape[1] == heads:
+        return q, k
+    if q.shape[:-2] != k.shape[:-2]:
+        k = k.expand(*q.shape[:-2], *k.shape[-2:])
+    return q.reshape(-1, heads, *q.shape[-2:]), k.reshape(-1, heads, *k.shape[-2:])
+
+
+def mask_with_heads(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A mask broadcastable to the attention as called, for q [B, H, Tq, d] as `with_heads` gives it."""
+    if mask.ndim <= 2 or (mask.ndim == 4 and all(n in (1, m) for n, m in zip(mask.shape, q.shape[:2], strict=False))):
+        return mask
+    lengths = q.shape[-2], k.shape[-2]
+    mask = mask.expand(*mask.shape[:-2], *lengths)
+    leading = mask.shape[:-2].numel()
+    if leading == q.shape[:2].numel():
+        return mask.reshape(*q.shape[:2], *lengths)
+    if leading == q.shape[0]:
+        return mask.reshape(q.shape[0], 1, *lengths)
+    return mask.reshape(-1, *lengths)[:1][None].expand(1, 1, *lengths) if leading == 1 else mask
+
+
+def dense_of(block_mask: BlockMask | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask of FlexAttention as bool [B or 1, H or 1, Tq, Tk]."""
+    if block_mask is None:
+        return None
+    batch, heads = block_mask.shape[:2]
+    return create_mask(block_mask.mask_mod, batch, heads, q.shape[-2], k.shape[-2], device=q.device)
+
+
+def _sdpa_door(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    arguments: dict[str, Any] = dict(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    who = listener()
+    return host_sdpa(**arguments) if who is None else who.sdpa(arguments)
+
+
+def _flex_door(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Any = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Any = None,
+    *,
+    return_aux: Any = None,
+    call: Callable[..., Any] = host_flex,
+) -> Any:
+    arguments = dict(
+        query=query,
+        key=key,
+        value=value,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        kernel_options=kernel_options,
+        return_aux=return_aux,
+    )
+    who = listener()
+    return call(**arguments) if who is None else who.flex(call, arguments)
+
+
+class Doors:
+    """The doors, open: one for all who listen, taken away with the last."""
+
+    _users = 0
+    _replaced: ClassVar[list[tuple[Any, str, Any]]] = []  # holder, name, what stood there
+
+    @classmethod
+    def open(cls, model: nn.Module) -> None:
+        """Put the doors where `model` will look: in torch, and in the sources of its modules."""
+        cls._users += 1
+        cls._replace(F, "scaled_dot_product_attention", _sdpa_door)
+        cls._replace(flex_module, "flex_attention", _flex_door)
+        for holder in {type(module).__module__ for module in model.modules()} & sys.modules.keys():
+            cls._replace_in(sys.modules[holder])
+        for kind in {type(module) for module in model.modules()}:
+            cls._replace_in(kind)
+        if "transformers.modeling_utils" in sys.modules:
+            from muonclip.torch import huggingface
+
+            cls._replace(*huggingface.interface_door())
+
+    @classmethod
+    def close(cls) -> None:
+        cls._users -= 1
+        if cls._users:
+            return
+        for holder, name, original in reversed(cls._replaced):
+            setattr(holder, name, original)
+        cls._replaced.clear()
+
+    @classmethod
+    def _replace(cls, holder: Any, name: str, door: Any) -> None:
+        standing = vars(holder)[name]
+        if standing is not door and not any(h is holder and n == name for h, n, _ in cls._replaced):
+            cls._replaced.append((holder, name, standing))
+            setattr(holder, name, door)
+
+    @classmethod
+    def _replace_in(cls, holder: Any) -> None:
+        for name, value in list(vars(holder).items()):
+            if value is host_sdpa:
+                cls._replace(holder, name, _sdpa_door)
+            elif value is host_flex:
+                cls._replace(holder, name, _flex_door)
+            elif getattr(value, "_torchdynamo_orig_callable", None) is host_flex:
+                cls._replace(holder, name, functools.partial(_flex_door, call=value))
+
+
+def attach(module: nn.Module, observer: Observer) -> list[Any]:
+    """Let the observer listen while the module runs; returns the hooks to remove."""
+    module.__dict__[_OBSERVER] = observer
+    return [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave, always_call=True)]
+
+
+def detach(module: nn.Module) -> None:
+    module.__dict__.pop(_OBSERVER, None)
+
+
+# One pair of functions for all modules, so that compiled code of one layer serves the others.
+def _enter(module: nn.Module, args: Any) -> None:
+    observer = module.__dict__.get(_OBSERVER)
+    if observer is None:  # a copy of an observed module
+        return
+    if len(observer.statistics) > 1:
+        observer.calls = 0
+    _listeners.append(observer)
+    if observer.written_out:
+        _enter_tracker(observer)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    observer = module.__dict__.get(_OBSERVER)
+    if observer is None:
+        return
+    if observer.written_out:
+        _trackers.pop().__exit__(None, None, None)
+    _listeners.pop()
+
+
+_trackers: list[ScoreTracker] = []
+
+
+def _enter_tracker(observer: Observer) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "QK-Clip: this model writes its attention out, which cannot be observed under torch.compile. Let it call "
+            "scaled_dot_product_attention or muonclip.torch.attention, or do not compile it."
+        )
+    tracker = ScoreTracker(observer.written)
+    tracker.__enter__()
+    _trackers.append(tracker)

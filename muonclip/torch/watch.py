@@ -1,0 +1,276 @@
+"""Finds the attentions of a model and keeps them observed, for one `QKClip`.
+
+Three moments. At construction the model is rehearsed on inputs that it names, or that are guessed, where that works:
+the plan is complete then. At the first forward with gradients it is rehearsed on the real inputs: that finds what is
+still missing and checks what was declared. From then on observers listen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+
+from muonclip.torch.attention import QKProjection
+from muonclip.torch.attention_search import Site, refusal, search
+from muonclip.torch.interception import Doors, Observer, attach, detach
+from muonclip.torch.rehearsal import is_rehearsing, rehearse
+
+_watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+class Watch:
+    """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
+    seen. `to_come`: why nothing was found yet, or "". `version` counts findings."""
+
+    def __init__(self, model: nn.Module, projections: dict[str, QKProjection], *, clip_gains: bool) -> None:
+        self.model, self.projections, self.clip_gains = model, projections, clip_gains
+        self.threshold = -math.inf  # of the statistics to come
+        self.sites: dict[str, Site] = {}
+        self.to_come = "the first forward with gradients"
+        self.removed = ""
+        self.version = 0
+        self._rehearsed: set[str] = set()
+        self._depth = 0
+        self._replace_others()
+        self._open()
+
+    def _replace_others(self) -> None:
+        others = {watch() for module in self.model.modules() if (watch := _watched.get(module)) is not None}
+        for other in others:
+            if other is not None:
+                other.remove("another QKClip was made for the same model, and observes it now")
+        for module in self.model.modules():
+            _watched[module] = weakref.ref(self)
+
+    def _open(self) -> None:
+        """Put up the hooks: the entries', and for what was found already the observers'."""
+        self._hooks: list[Any] = []
+        self._observed: list[nn.Module] = []
+        self._entries: list[Any] = []
+        Doors.open(self.model)
+        self._end = weakref.finalize(self, _take_down, self._hooks, self._entries, self._observed)
+        entry = _Entry(self)
+        for module in self.model.modules():
+            before = module.register_forward_pre_hook(entry.before, with_kwargs=True)
+            after = module.register_forward_hook(entry.after, always_call=True)
+            (self._hooks if module is self.model else self._entries).extend((before, after))
+        sites, self.sites = self.sites, {}
+        for site in sites.values():
+            self._observe(site)
+
+    def remove(self, why: str) -> None:
+        """Take every hook away; the model is as before. `why`: for whoever goes on using the owner."""
+        self.removed = why
+        self._end()
+
+    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Rehearse the model on these inputs. Raises ValueError where an attention is not understood."""
+        self._rehearse(self.model, "", args, kwargs)
+
+    def look_ahead(self) -> None:
+        """Rehearse on inputs that the model names or that are guessed; where none fits, the first forward will tell.
+        Raises ValueError where an attention is not understood, or where there is none."""
+        for kwargs in _guesses(self.model):
+            args = kwargs.pop("args", ())
+            try:
+                rehearsal = rehearse(self.model, args, kwargs)
+            except Exception as error:
+                self.to_come = f"the first forward with gradients (no inputs could be guessed: {_first_line(error)})"
+                continue
+            self._take(rehearsal, self.model, "")
+            if not self.projections:
+                raise ValueError(NOTHING_FOUND)
+            return
+
+    def settle(self) -> None:
+        """The forwards of a step are over: the first rehearsals are, too."""
+        if self._rehearsed:
+            for hook in self._entries:
+                hook.remove()
+            self._entries.clear()
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled():
+            return
+        name = next(name for name, each in self.model.named_modules() if each is module)
+        if name not in self._rehearsed:
+            self._rehearsed.add(name)
+            self._rehearse(module, name, args, kwargs)
+
+    def leave(self) -> None:
+        self._depth -= 1
+
+    def _rehearse(self, module: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        prefix = f"{name}." if name else ""
+        known = {site.removeprefix(prefix) for site in self.sites if site.startswith(prefix)}
+        try:
+            rehearsal = rehearse(module, args, kwargs, known)
+        except Exception as error:
+            if self.projections:
+                self.to_come = f"not rehearsed: {_first_line(error)}"
+                return
+            raise RuntimeError(
+                f"QK-Clip could not rehearse {name or 'the model'} to find its attention: {_first_line(error)}. Give "
+                "inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
+                "QKClip(model, declare={name: QKProjection…})."
+            ) from error
+        self._take(rehearsal, module, prefix)
+
+    def _take(self, rehearsal: Any, module: nn.Module, prefix: str) -> None:
+        findings = search(module, rehearsal, self.projections, prefix=prefix, clip_gains=self.clip_gains)
+        if findings.problems:
+            raise ValueError(refusal(self.model, findings.problems))
+        for name, projection in findings.projections.items():
+            self.projections.setdefault(name, projection)
+        for site in findings.sites:
+            copies = [rehearsal.copies.get(id(projection.max_logits)) for projection in site.projections]
+            if any(copied is not None and bool(copied.observed) for copied in copies):
+                site = Site(site.module, "declared", site.projections)
+            self._observe(site)
+        if findings.sites:
+            self.version += 1
+        self.to_come = ""
+
+    def _observe(self, site: Site) -> None:
+        """Let what a site's attention shows go to its statistics; a declared one that calls `attention` does so."""
+        if site.module in self.sites:
+            return
+        self.sites[site.module] = site
+        for projection in site.projections:
+            projection.max_logits.threshold = self.threshold
+        if site.via == "declared":
+            return
+        module = self.model.get_submodule(site.module)
+        observer = Observer([p.max_logits for p in site.projections], written_out=site.via == "written out")
+        self._hooks += attach(module, observer)
+        self._observed.append(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        """A copy of the owner with the model: observed by itself."""
+        twin = object.__new__(Watch)
+        memo[id(self)] = twin
+        for name in ("projections", "sites", "model"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
+            setattr(twin, name, getattr(self, name))
+        twin._rehearsed, twin._depth = set(self._rehearsed), 0
+        for module in twin.model.modules():
+            _watched[module] = weakref.ref(twin)
+        twin._open()
+        return twin
+
+
+class _Entry:
+    """Hooks on every module: the outermost one that runs is where a forward begins."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = weakref.ref(watch)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        watch = self.watch()
+        if watch is None or is_rehearsing():
+            return
+        if torch.compiler.is_compiling():
+            if watch.to_come:
+                raise RuntimeError(
+                    "QK-Clip has not seen this model's attention yet, and cannot find it while torch.compile traces. "
+                    "Give inputs that the model runs with, QKClip(model, example_inputs=…), or run one forward with "
+                    "gradients before you compile."
+                )
+            return
+        watch.enter(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        watch = self.watch()
+        if watch is not None and not is_rehearsing() and not torch.compiler.is_compiling():
+            watch.leave()
+
+    def __deepcopy__(self, memo: object) -> _Entry:
+        return _Nobody()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Nobody, ())
+
+
+class _Nobody(_Entry):
+    """In a copy of the model, which its own optimizer watches."""
+
+    def __init__(self) -> None:
+        self.watch = lambda: None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Nobody, ())
+
+
+def _take_down(hooks: list[Any], entries: list[Any], observed: list[nn.Module]) -> None:
+    for hook in (*hooks, *entries):
+        hook.remove()
+    for module in observed:
+        detach(module)
+    for each in (hooks, entries, observed):
+        each.clear()
+    Doors.close()
+
+
+NOTHING_FOUND = (
+    "QK-Clip: no attention was found. It sees torch's scaled_dot_product_attention, FlexAttention, the attention "
+    "interface of Hugging Face models, and a product of queries and keys that reaches a softmax. Pass the model that "
+    "has the attention; or declare it: give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
+    "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)`, and add a method `qk_projection()` that returns "
+    "`QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` (or .gqa, .mla); or "
+    "switch the clip off with qk_clip=None."
+)
+
+
+def _guesses(model: nn.Module) -> list[dict[str, Any]]:
+    """Keyword arguments to try, `args` being the positional ones: what a Hugging Face model names, else tokens for a
+    model that begins with an embedding, else numbers of the width of its first module."""
+    tensors = next(model.parameters(), None)
+    if tensors is None:
+        return []
+    device = tensors.device
+    named = getattr(model, "dummy_inputs", None)
+    if isinstance(named, Mapping):
+        inputs = {key: value.to(device) for key, value in named.items() if isinstance(value, Tensor)}
+        guesses = [inputs]
+        if "input_ids" in inputs:
+            guesses.append({**inputs, "decoder_input_ids": inputs["input_ids"]})
+        return guesses
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tokens = torch.arange(16, device=device).view(2, 8) % module.num_embeddings
+            return [{"args": (tokens,)}]
+        width = _input_shape(module)
+        if width is not None:
+            x = torch.randn(width, device=device, dtype=tensors.dtype, generator=_generator(device))
+            return [{"args": (x,)}, {"args": (x, x)}]
+    return []
+
+
+def _generator(device: torch.device) -> torch.Generator | None:
+    """Numbers of its own: those of the model's run do not move."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+
+def _input_shape(module: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(module, nn.Linear):
+        return 2, 8, module.in_features
+    if isinstance(module, nn.MultiheadAttention):
+        return 2, 8, module.embed_dim
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return 2, 8, module.normalized_shape[-1]
+    if isinstance(module, _ConvNd):
+        return 2, module.in_channels, *(4 * size for size in module.kernel_size)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
