@@ -10,7 +10,8 @@ from muonclip.torch.exact_maxima import measure_max_logits
 from muonclip.torch.max_logits import MaxLogits, attention
 from muonclip.torch.optimizer import Muon, MuonClip
 from muonclip.torch.param_groups import Plan, PlannedParameter
-from muonclip.torch.qk_clip import LayerReport, QKClip, QKClipReport
+from muonclip.torch.qk_clip import QKClip
+from muonclip.torch.qk_clip_report import LayerReport, QKClipReport
 
 __all__ = [
     "AttentionMask",

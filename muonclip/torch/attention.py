@@ -266,6 +266,13 @@ def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
 @torch.no_grad()
 def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
     """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone."""
+    if rows.index is None:
+        heads = rows.of(parameter, axis)
+        shape = [1] * heads.ndim
+        shape[axis] = rows.num_heads
+        factors = factors.view(shape)
+        heads.copy_(torch.where(factors < 1, heads * factors, heads))
+        return
     index = rows.rows(parameter.device).flatten()
     shape = [1] * parameter.ndim
     shape[axis] = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -46,13 +47,19 @@ class AttentionMask:
     def is_causal_only(self) -> bool:
         return self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None
 
-    def excludes(self, rows: slice, columns: slice) -> bool:
-        """Whether position alone forbids every pair of the tile."""
-        if self.is_causal and columns.start > rows.stop - 1:
-            return True
-        if self.window is None:
-            return False
-        return rows.start - (columns.stop - 1) >= self.window or columns.start - (rows.stop - 1) >= self.window
+    def column_tiles(self, rows: slice, size: int) -> list[slice]:
+        """The keys that some of these queries may see by their position, in tiles of at most `size`. Where only
+        position forbids anything, the tiles beside the diagonal are whole: they need no mask."""
+        start, stop = 0, self.key_length
+        if self.is_causal:
+            stop = min(stop, rows.stop)
+        if self.window is not None:
+            start = max(start, rows.start - self.window + 1)
+            stop = min(stop, rows.stop + self.window - 1)
+        edges = [*range(start, stop, size), stop]
+        if self.is_causal_only and start < rows.start < stop:
+            edges = sorted({*range(start, rows.start, size), rows.start, *range(rows.start, stop, size), stop})
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to [B, H, rows, columns]; None where every pair is allowed."""
@@ -85,6 +92,22 @@ class AttentionMask:
             if mask.ndim == 4:
                 mask = mask[batch if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0]
             conditions.append(_is_allowed(mask[rows] if mask.ndim == 2 and mask.shape[0] > 1 else mask))
+        return reduce(torch.logical_and, conditions) if conditions else None
+
+    def allowed_to_rows(self, rows: Tensor) -> Tensor | None:
+        """Bool [B, H, Tk]: the keys that one query of each sequence and head, int64 [B, H], may see."""
+        i, j = rows[..., None], torch.arange(self.key_length, device=rows.device)
+        conditions: list[Tensor] = []
+        if self.is_causal:
+            conditions.append(j <= i)
+        if self.window is not None:
+            conditions.append((i - j).abs() < self.window)
+        if self.document_ids is not None:
+            own = self.document_ids.gather(1, rows)  # [B, H]
+            conditions.append(own[..., None] == self.document_ids[:, None, :])
+        if self.attn_mask is not None:
+            full = self.attn_mask.expand(*rows.shape, self.query_length, self.key_length)
+            conditions.append(_is_allowed(full.gather(2, i[..., None].expand(-1, -1, 1, self.key_length)).squeeze(2)))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def of_heads(self, heads: list[int]) -> AttentionMask:

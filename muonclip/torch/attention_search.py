@@ -54,8 +54,7 @@ def search(
     scaled_by: dict[object, str] = {}  # which attention scales a row of a query
     runs: dict[str, dict[int, list[tuple[Call, QKProjection]]]] = {}
     for call in rehearsal.calls:
-        name = prefix + reader.name_of(call)
-        own_name = prefix + call.module
+        name, own_name = (f"{prefix}{path}".removesuffix(".") for path in (reader.name_of(call), call.module))
         declaration = next((d for d in _outwards(own_name) if d in declared), None)
         if declaration is not None:
             projection = declared[declaration]
@@ -97,9 +96,9 @@ def search(
             sequence = sequence[:1]
         elif any([id(p) for _, p in other] != [id(p) for p in sequence] for other in others):
             problem = "it calls other attentions in one run than in another"
-            findings.problems.setdefault(prefix + module, (first[0][0], problem))
+            findings.problems.setdefault(f"{prefix}{module}".removesuffix("."), (first[0][0], problem))
             continue
-        findings.sites.append(Site(prefix + module, first[0][0].via, tuple(sequence)))
+        findings.sites.append(Site(f"{prefix}{module}".removesuffix("."), first[0][0].via, tuple(sequence)))
     return findings
 
 
@@ -246,7 +245,7 @@ class _Reader:
             )
         if not projection.scaled_parts():
             return
-        if call.query.normalised and not any(p.size and p in projection.scaled_parts() for p in self._gains(call)):
+        if call.query.normalised and not self._are_gains(projection, call):
             raise ValueError(
                 f"QK-Clip: {name} normalises its queries after the projection (QK-norm): scaling the declared rows "
                 'would change no logit and shrink them for ever. Declare it with a reason, QKProjection(…, reason="QK-'
@@ -269,9 +268,10 @@ class _Reader:
                 "number of heads, the start or the stride."
             )
 
-    def _gains(self, call: Call) -> tuple[HeadRows, ...]:
-        gains = self._parts(call.query.gains)
-        return () if isinstance(gains, str) else gains
+    def _are_gains(self, projection: QKProjection, call: Call) -> bool:
+        places = [self.places[id(gain.parameter)] for gain in (*call.query.gains, *call.key.gains)]
+        gains = {id(getattr(self.modules[name], attribute)) for name, attribute in places}
+        return all(id(next(rows.parameters())[0]) in gains for rows in projection.scaled_parts())
 
     def _declared(self, parts: Sequence[HeadRows], heads: int) -> dict[int, list[set[int]]]:
         """Parameter → the rows declared for each head."""
@@ -373,7 +373,7 @@ def _keys_of_several(calls: Sequence[Call]) -> dict[object, Tensor]:
 
 
 def _signature(call: Call) -> object:
-    return _identity(call.query.rows), _identity(call.key.rows)
+    return tuple(_identity([*source.rows, *source.gains]) for source in (call.query, call.key))
 
 
 def _identity(rows: Sequence[Rows]) -> object:

@@ -49,17 +49,18 @@ def observe(
     """
     heads = q.shape[1]
     maximum, bound, nonfinite, observed = packed[:heads], packed[heads : 2 * heads], packed[2 * heads : -1], packed[-1:]
+    floor = maximum.clamp(min=threshold)
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu":
-            seen, rest = _settle(q, k, maximum.clamp(min=threshold), scale, mask, lse)
+            seen, rest = _settle(q, k, floor, scale, mask, lse)
         else:
-            seen, rest = _settle_on_device(q, k, maximum.clamp(min=threshold), scale, mask)
+            seen, rest = _settle_on_device(q, k, floor, scale, mask)
     seen, rest = seen.float(), rest.float()
     bad = seen.isnan() | (seen == math.inf)
     seen = seen.masked_fill(bad, -math.inf)
-    maximum.copy_(torch.maximum(maximum, seen))
-    bound.copy_(torch.maximum(bound, torch.maximum(seen, rest.masked_fill(bad, -math.inf))))
-    nonfinite.copy_(torch.maximum(nonfinite, bad.float()))
+    torch.maximum(maximum, seen, out=maximum)
+    torch.maximum(bound, torch.maximum(seen, rest.masked_fill(bad, -math.inf)), out=bound)
+    torch.maximum(nonfinite, bad.float(), out=nonfinite)
     observed.fill_(1.0)
 
 
@@ -106,47 +107,64 @@ def _settle(
     if not q.numel() or not k.numel():
         return torch.full_like(floor, -math.inf), torch.full_like(floor, -math.inf)
     dtype = statistic_dtype(q, k)
-    bounds = _norm_bounds(q, k, scale, dtype) if lse is None else lse.to(dtype) + _margin_of_lse(lse, q.dtype)
     if lse is not None and not (q.sum(dtype=dtype) + k.sum(dtype=dtype)).isfinite():
-        bounds.fill_(math.nan)  # a kernel may give 0 for a row of NaN
-    work = _Settling(q, k, scale, mask, floor.to(dtype), bounds)
+        lse = None  # a kernel may give 0 for a row of NaN
+    bounds = _norm_bounds(q, k, scale, dtype) if lse is None else lse.to(dtype)
+    margin = 0.0 if lse is None else _margin_of_lse(q.dtype)
+    top = _rounded_up(bounds.amax((0, 2)), margin)
+    if bool((top <= floor).all()):  # mostly
+        return torch.full_like(floor, -math.inf), top
+    work = _Settling(q, k, scale, mask, floor.to(dtype), _rounded_up(bounds, margin), top)
     if lse is not None:
-        work.compute_best_rows(1)
+        work.compute_best_rows()
     if q.dtype in _NARROW and k.dtype in _NARROW:
         work.tighten_by_narrow_products()
-        work.compute_best_rows(1)
-    work.compute_best_rows(_FEW_ROWS)
+        work.compute_best_rows()
+    work.compute_few_rows()
     work.compute_tiles()
-    return work.seen, work.bounds.amax((0, 2))
+    return work.seen, work.top
 
 
 class _Settling:
     """What is known of one forward, and the ways to know more, each for the heads that are still open.
 
-    `seen` [H]: the largest logit computed. `bounds` [B, H, Tq]: of the rows not computed; −inf for those that were. A
-    head is open while a bound is above both `seen` and `floor` (or is NaN).
+    `seen` [H]: the largest logit computed. `bounds` [B, H, Tq]: of the rows not computed, −inf for those that were;
+    `top` [H]: the largest of them. A head is open while its `top` is above both `seen` and `floor` (or is NaN).
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, mask: AttentionMask, floor: Tensor, bounds: Tensor) -> None:
-        self.q, self.k, self.scale, self.mask, self.floor, self.bounds = q, k, scale, mask, floor, bounds
+    def __init__(
+        self, q: Tensor, k: Tensor, scale: float, mask: AttentionMask, floor: Tensor, bounds: Tensor, top: Tensor
+    ) -> None:
+        self.q, self.k, self.scale, self.mask = q, k, scale, mask
+        self.floor, self.bounds, self.top = floor, bounds, top
         self.seen = torch.full_like(floor, -math.inf)
         self.group_size = q.shape[1] // k.shape[1]
+        self.heads = self._open_heads()
 
-    def open_heads(self) -> list[int]:
-        top = self.bounds.amax((0, 2))
-        return (~(top <= torch.maximum(self.floor, self.seen))).nonzero().flatten().tolist()
+    def compute_best_rows(self) -> None:
+        """The row of the largest bound, in every sequence and head at once."""
+        if not self.heads:
+            return
+        rows = self.bounds.argmax(-1)  # [B, H]
+        batch, heads, _, width = self.q.shape
+        queries = self.q.gather(2, rows[..., None, None].expand(-1, -1, 1, width)).to(self.seen.dtype) * self.scale
+        queries = queries.view(batch, -1, self.group_size, width)
+        logits = (queries @ self.k.to(self.seen.dtype).mT).view(batch, heads, -1)
+        allowed = self.mask.allowed_to_rows(rows)
+        if allowed is not None:
+            logits = logits.masked_fill_(~allowed, -math.inf)
+        self.seen = torch.maximum(self.seen, logits.amax((0, 2)))
+        self.bounds.scatter_(2, rows[..., None], -math.inf)
+        self._take_stock()
 
-    def compute_best_rows(self, most: int) -> None:
-        """The rows that could hold more than is known, where they are at most `most`; else, for 1, the best of them."""
-        for head in self.open_heads():
+    def compute_few_rows(self) -> None:
+        """The rows that could hold more than is known, where they are few."""
+        for head in self.heads:
             bounds = self.bounds[:, head]
-            if most == 1:
-                candidates = bounds.flatten().argmax()[None]
-            else:
-                known = torch.maximum(self.floor[head], self.seen[head])
-                candidates = (~(bounds <= known)).flatten().nonzero().flatten()
-                if len(candidates) > most:
-                    continue
+            known = torch.maximum(self.floor[head], self.seen[head])
+            candidates = (~(bounds <= known)).flatten().nonzero().flatten()
+            if len(candidates) > _FEW_ROWS:
+                continue
             batch, row = candidates // bounds.shape[1], candidates % bounds.shape[1]
             for b in batch.unique().tolist():
                 rows = row[batch == b]
@@ -154,36 +172,48 @@ class _Settling:
                 logits = queries @ self.k[b, head // self.group_size].to(self.seen.dtype).mT
                 allowed = self.mask.allowed_to(b, head, rows)
                 if allowed is not None:
-                    logits = logits.masked_fill(~allowed, -math.inf)
+                    logits = logits.masked_fill_(~allowed, -math.inf)
                 self.seen[head] = torch.maximum(self.seen[head], logits.amax())
                 self.bounds[b, head, rows] = -math.inf
+        if self.heads:
+            self._take_stock()
 
     def tighten_by_narrow_products(self) -> None:
         """Products in the narrow dtype bound their rows closely; which row holds the maximum is for float32 to say."""
-        heads = self.open_heads()
-        if not heads:
+        if not self.heads:
             return
         # Their rounding: of the result, and of sums of |q|·|k| in float32.
-        norms = _norm_bounds(self.q, self.k, self.scale, self.seen.dtype)
-        slack = 2**-20 * norms + 1e-30
-        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.q.dtype, heads):
+        slack = 2**-20 * _norm_bounds(self.q, self.k, self.scale, self.seen.dtype) + 1e-30
+        margin = 2.0 ** (-7 if self.q.dtype == torch.bfloat16 else -9)
+        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.q.dtype, self.heads):
             bound = maxima.to(self.seen.dtype)
-            bound = bound + 2.0 ** (-7 if self.q.dtype == torch.bfloat16 else -9) * bound.abs() + slack[:, heads, rows]
-            current = self.bounds[:, heads, rows]
-            self.bounds[:, heads, rows] = torch.where(bound < current, bound, current)
+            bound = bound + margin * bound.abs() + slack[:, self.heads, rows]
+            current = self.bounds[:, self.heads, rows]
+            self.bounds[:, self.heads, rows] = torch.where(bound < current, bound, current)
+        self._take_stock()
 
     def compute_tiles(self) -> None:
-        heads = self.open_heads()
-        if not heads:
+        """Everything that is still open, but for the row blocks that bounds settle meanwhile."""
+        if not self.heads:
             return
-        index = torch.tensor(heads)
+        heads = torch.tensor(self.heads)
 
         def known() -> Tensor:
-            return torch.maximum(self.floor, self.seen)[index]
+            return torch.maximum(self.floor, self.seen)[heads]
 
-        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.seen.dtype, heads, self.bounds, known):
-            self.seen[index] = torch.maximum(self.seen[index], maxima.amax((0, 2)))
-            self.bounds[:, index, rows] = -math.inf
+        tiles = _tiles(self.q, self.k, self.scale, self.mask, self.seen.dtype, self.heads, self.bounds, known)
+        for rows, maxima in tiles:
+            self.seen[heads] = torch.maximum(self.seen[heads], maxima.amax((0, 2)))
+            self.bounds[:, heads, rows] = -math.inf
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        self.top = self.bounds.amax((0, 2))
+        self.heads = self._open_heads()
+
+    def _open_heads(self) -> list[int]:
+        is_open = ~(self.top <= torch.maximum(self.floor, self.seen))
+        return [head for head, each in enumerate(is_open.tolist()) if each]
 
 
 def _tiles(
@@ -208,33 +238,30 @@ def _tiles(
     blocks = _slices(mask.query_length, _TILE_ROWS)
     if bounds is not None:  # the most promising first, so that it may settle the others
         blocks.sort(key=lambda rows: -bounds[:, :, rows].amax().nan_to_num(math.inf).item())
-    k = k.to(dtype)
+    narrow = dtype in _NARROW
+    q, k = q.to(dtype), k.to(dtype)
     for rows in blocks:
         if bounds is not None and known is not None and (bounds[:, :, rows].amax((0, 2)) <= known()).all():
             continue
         length = rows.stop - rows.start
         # Queries that share a key head stand below each other, so that the key is never repeated.
-        queries = q[:, :, rows].to(dtype)
-        queries = (queries if dtype in _NARROW else queries * scale).reshape(
-            batch, groups, count // groups * length, width
-        )
+        queries = q[:, :, rows] if narrow else q[:, :, rows] * scale
+        queries = queries.reshape(batch, groups, count // groups * length, width)
         maxima = torch.full((batch, count, length), -math.inf, dtype=dtype, device=q.device)
-        for columns in _slices(mask.key_length, _TILE_COLUMNS):
-            if mask.excludes(rows, columns):
-                continue
+        for columns in mask.column_tiles(rows, _TILE_COLUMNS):
             scores = (queries @ k[:, :, columns].mT).view(batch, count, length, -1)
-            allowed = mask.allowed(rows, columns, q.device)
-            if dtype in _NARROW and scale < 0:
+            if narrow and scale < 0:
                 scores = -scores
+            allowed = mask.allowed(rows, columns, q.device)
             if allowed is not None:
                 scores = scores.masked_fill_(~allowed, -math.inf)
             maxima = torch.maximum(maxima, scores.amax(-1))
-        yield rows, maxima * abs(scale) if dtype in _NARROW else maxima
+        yield rows, maxima * abs(scale) if narrow else maxima
 
 
 def _settle_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """As `_settle`, without waiting for the device: the kernel itself leaves out the rows that a bound settles."""
-    if q.device.type == "cuda" and q.dtype != torch.float64 and find_spec("triton"):
+    if q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and find_spec("triton"):
         from muonclip.torch.kernels.head_maxima import head_maxima
 
         return head_maxima(q, k, scale=scale, mask=mask, floor=floor)
@@ -249,9 +276,13 @@ def _norm_bounds(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tens
     return norm_q * (norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None] * (abs(scale) * (1 + 1e-5)))
 
 
-def _margin_of_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
+def _margin_of_lse(dtype: torch.dtype) -> float:
     """How far a kernel's float32 log-sum-exp may sit below the maximum (6e-5 was seen for logits of order one)."""
-    return (1 + lse.abs()) * (1e-3 if dtype in _NARROW else 1e-4)
+    return 1e-3 if dtype in _NARROW else 1e-4
+
+
+def _rounded_up(bound: Tensor, margin: float) -> Tensor:
+    return bound + margin * (1 + bound.abs()) if margin else bound
 
 
 def _slices(length: int, size: int) -> list[slice]:

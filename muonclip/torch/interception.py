@@ -266,46 +266,68 @@ class Doors:
                 cls._replace(holder, name, functools.partial(_flex_door, call=value))
 
 
-def attach(module: nn.Module, observer: Observer) -> list[Any]:
-    """Let the observer listen while the module runs; returns the hooks to remove."""
+class Hooks:
+    """A pair of hooks on any number of modules, under one key in all of them: compiled code asks for a hook's key, so
+    with keys of their own layers could not share their code."""
+
+    def __init__(self, key: int, before: Callable[..., Any], after: Callable[..., Any], *, with_kwargs: bool) -> None:
+        self.key, self.before, self.after, self.with_kwargs = key, before, after, with_kwargs
+        self.modules: list[nn.Module] = []
+
+    def put_on(self, module: nn.Module) -> None:
+        """`after` is called even if the module raises."""
+        self.modules.append(module)
+        module._forward_pre_hooks[self.key] = self.before
+        if self.with_kwargs:
+            module._forward_pre_hooks_with_kwargs[self.key] = True
+        module._forward_hooks[self.key] = self.after
+        module._forward_hooks_always_called[self.key] = True
+
+    def take_off(self) -> None:
+        for module in self.modules:
+            for hooks in (
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks,
+                module._forward_hooks_always_called,
+            ):
+                hooks.pop(self.key, None)
+            if self.before is enter:
+                module.__dict__.pop(_OBSERVER, None)
+        self.modules.clear()
+
+
+def observers() -> Hooks:
+    """Hooks by which the observer of a module listens while it runs; none on any module yet."""
+    return Hooks(-2, enter, _leave, with_kwargs=False)
+
+
+def attach(module: nn.Module, observer: Observer, hooks: Hooks) -> None:
     module.__dict__[_OBSERVER] = observer
-    return [module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave, always_call=True)]
+    hooks.put_on(module)
 
 
-def detach(module: nn.Module) -> None:
-    module.__dict__.pop(_OBSERVER, None)
+_trackers: list[tuple[Observer, ScoreTracker]] = []
 
 
-# One pair of functions for all modules, so that compiled code of one layer serves the others.
-def _enter(module: nn.Module, args: Any) -> None:
+def enter(module: nn.Module, args: Any) -> None:
+    """The module begins to run."""
     observer = module.__dict__.get(_OBSERVER)
     if observer is None:  # a copy of an observed module
         return
     if len(observer.statistics) > 1:
         observer.calls = 0
     _listeners.append(observer)
-    if observer.written_out:
-        _enter_tracker(observer)
+    if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
+        tracker = ScoreTracker(observer.written)
+        tracker.__enter__()
+        _trackers.append((observer, tracker))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     observer = module.__dict__.get(_OBSERVER)
-    if observer is None:
+    if observer is None or not _listeners or _listeners[-1] is not observer:
         return
-    if observer.written_out:
-        _trackers.pop().__exit__(None, None, None)
     _listeners.pop()
-
-
-_trackers: list[ScoreTracker] = []
-
-
-def _enter_tracker(observer: Observer) -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "QK-Clip: this model writes its attention out, which cannot be observed under torch.compile. Let it call "
-            "scaled_dot_product_attention or muonclip.torch.attention, or do not compile it."
-        )
-    tracker = ScoreTracker(observer.written)
-    tracker.__enter__()
-    _trackers.append(tracker)
+    if _trackers and _trackers[-1][0] is observer and not torch.compiler.is_compiling():
+        _trackers.pop()[1].__exit__(None, None, None)

@@ -6,10 +6,11 @@ matrix (K. Jordan 2024; Moonlight, arXiv 2502.16982, §2.2).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
@@ -20,6 +21,8 @@ from muonclip.torch.attention import HeadRows, QKProjection, out_axis
 if TYPE_CHECKING:
     from muonclip.torch.qk_clip import QKClip
 
+T = TypeVar("T")
+
 _LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed"}
 _HEAD_NAMES = _LM_HEAD_NAMES | {"head", "output", "output_layer", "score", "classifier", "proj_out"}
 _EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|_|$)|^w[tp]e$", re.IGNORECASE)
@@ -27,6 +30,7 @@ _TABLE_NAME = re.compile(r"(^|_)(a_log|table|latents|tokens?)$|rel_pos|relative_
 _GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w13"}
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
+_MOST_BLOCKS = 8  # in a fused weight; more are no pattern
 _NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -224,43 +228,56 @@ def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) 
 
 
 def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> MatrixLayout | None:
-    """The blocks that the declared rows cut a weight into; None where it is one matrix.
+    """The blocks that the rows of the heads cut a weight into; None where it is one matrix.
 
-    Rows with a stride interleave heads: the same sequence of blocks repeats for every head. K2's W_ukv ([k_nope | v]
-    per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight whose rows
-    follow no such pattern.
+    The sequence of blocks may repeat along the rows, once for every head or for every group of heads. K2's W_ukv
+    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight
+    whose rows follow no such pattern.
     """
-    parts = sorted(parts, key=lambda part: part[1].start)
     first = parts[0][1]
     weight: Tensor = getattr(first.module, first.weight)
-    interleaved = any(rows.step != rows.size for _, rows in parts)
-    repeats = first.num_heads if interleaved else 1
-    total = weight.shape[first.axis] // repeats
-    if interleaved and {(rows.num_heads, rows.step) for _, rows in parts} != {(repeats, total)}:
-        return None
-    blocks: list[tuple[str, int, int]] = []
-    position = 0
+    count = weight.shape[first.axis]
+    sides, heads = ["other"] * count, [-1] * count
     for side, rows in parts:
-        size = rows.size if interleaved else rows.size * rows.num_heads
-        if rows.start > position:
-            blocks.append(("other", rows.start - position, repeats))
-        if blocks and blocks[-1][0] == side and interleaved:
-            blocks[-1] = (side, blocks[-1][1] + size, repeats)
-        else:
-            blocks.append((side, size, rows.num_heads))
-        position = rows.start + size
-    if position < total:
-        blocks.append(("other", total - position, repeats))
-    sides = {side for side, _, _ in blocks}
-    fused = len(sides) > 1 and (not interleaved or {"query", "key"} <= sides)
-    if not fused and not per_head:
+        for head, index in enumerate(rows.rows("cpu").tolist()):
+            for row in index:
+                sides[row], heads[row] = side, head
+    if weight.ndim == 3 and first.axis == 1:  # [in, heads, head width]
+        return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
+    if weight.ndim != 2:
         return None
+    counts = sorted({1, *(rows.num_heads for _, rows in parts)})
+    repeats = min((n for n in counts if _repeats(sides, n)), key=lambda n: len(_runs(sides[: count // n])))
+    blocks = _runs(sides[: count // repeats])
+    interleaved = repeats > 1
+    sides_there = {side for side, _ in blocks}
+    fused = len(sides_there) > 1 and (not interleaved or {"query", "key"} <= sides_there)
+    if (not fused and not per_head) or len(blocks) > _MOST_BLOCKS:
+        return None
+    divisions: list[int] = []
+    position = 0
+    for _, size in blocks:
+        rows = [n for start in range(0, count, count // repeats) for n in heads[start + position :][:size]]
+        runs = _runs(rows)
+        alike = len(set(runs)) == len(runs) and len({length for _, length in runs}) == 1
+        divisions.append(len(runs) if alike else 1)
+        position += size
     return MatrixLayout(
         transposed=first.axis == 1,
-        blocks=tuple(size for _, size, _ in blocks),
-        heads=tuple(heads for _, _, heads in blocks) if per_head else (),
+        blocks=tuple(size for _, size in blocks),
+        heads=tuple(divisions) if per_head else (),
         repeats=repeats,
     )
+
+
+def _repeats(sequence: Sequence[object], times: int) -> bool:
+    period = len(sequence) // times
+    return len(sequence) % times == 0 and sequence[period:] == sequence[:-period]
+
+
+def _runs(sequence: Sequence[T]) -> list[tuple[T, int]]:
+    """Equal neighbours together: [a, a, b] → [(a, 2), (b, 1)]."""
+    return [(value, len(list(group))) for value, group in itertools.groupby(sequence)]
 
 
 def _clipping(projection: QKProjection) -> str:

@@ -148,7 +148,7 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
         chosen = _proportional_to(shares, totals, vectors, set(), tolerance)
     unscalable = [leaves[index].product.name for index in products if not any(reached[index])]  # pyright: ignore
     clamps = sorted(name for name in functions if any(word in name for word in ("Clamp", "Hardtanh", "Clip")))
-    if clamps:
+    if clamps and chosen is not None:
         source.problem = "are clamped between the projection and the logits, so they do not scale with it"
     elif chosen is None and unscalable:
         source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -20,105 +19,8 @@ from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.attention import HeadRows, QKProjection, declared_qk_projections, scale_heads
 from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.qk_clip_report import LayerReport, QKClipReport
 from muonclip.torch.watch import NOTHING_FOUND, Watch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerReport:
-    """One attention in the last step; every field [heads].
-
-    `max_logits`: the largest finite logit seen (−inf: none); NaN where the head was only certified. `gamma`: the factor
-    its logits were scaled by. `exact`: whether `max_logits` is the maximum itself. `bound`: what the maximum cannot
-    exceed; equal to it where it is exact.
-    """
-
-    max_logits: Tensor
-    gamma: Tensor
-    exact: Tensor
-    bound: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class QKClipReport:
-    """What the last `QKClip.step()` saw and did; `layers` by module name. `steps`: how many there were by then;
-    `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if none did."""
-
-    tau: float
-    layers: dict[str, LayerReport]
-    steps: int = 0
-    last_clipped_step: int = 0
-
-    @property
-    def max_logit(self) -> float:
-        """The largest exact maximum over all layers and heads; −inf where there is none."""
-        exact = [layer.max_logits[layer.exact] for layer in self.layers.values()]
-        return max((maxima.max().item() for maxima in exact if maxima.numel()), default=-math.inf)
-
-    @property
-    def bound(self) -> float:
-        """No logit of the last step was larger; −inf before the first step."""
-        return max((layer.bound.max().item() for layer in self.layers.values()), default=-math.inf)
-
-    @property
-    def clipped_heads(self) -> int:
-        """How many heads were rescaled."""
-        return sum(int((layer.gamma < 1).sum()) for layer in self.layers.values())
-
-    @property
-    def heads(self) -> int:
-        """How many heads there are."""
-        return sum(layer.gamma.numel() for layer in self.layers.values())
-
-    @property
-    def status(self) -> str:
-        """When τ last mattered: K2's heads were clipped in the first 30 % of its training only."""
-        if self.steps == 0:
-            return "no step yet"
-        if self.last_clipped_step == self.steps:
-            return "active"
-        return f"inactive since step {self.last_clipped_step + 1}"
-
-    def scalars(self, prefix: str = "qk_clip/") -> dict[str, float]:
-        """Numbers to log at each step, for `SummaryWriter.add_scalar`, `wandb.log` and their like. `max_logit` is left
-        out where no maximum was computed."""
-        values = {
-            "bound": self.bound,
-            "clipped_heads": float(self.clipped_heads),
-            "min_gamma": min((layer.gamma.min().item() for layer in self.layers.values()), default=1.0),
-            "last_clipped_step": float(self.last_clipped_step),
-        }
-        if self.max_logit > -math.inf:
-            values["max_logit"] = self.max_logit
-        return {prefix + name: value for name, value in values.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers and lists; NaN where a head was only certified."""
-        layers = {
-            name: {
-                "max_logits": layer.max_logits.tolist(),
-                "gamma": layer.gamma.tolist(),
-                "exact": layer.exact.tolist(),
-                "bound": layer.bound.tolist(),
-            }
-            for name, layer in self.layers.items()
-        }
-        return dict(
-            tau=self.tau,
-            steps=self.steps,
-            last_clipped_step=self.last_clipped_step,
-            clipped_heads=self.clipped_heads,
-            layers=layers,
-        )
-
-    def __str__(self) -> str:
-        """A table: the maximum of each head, or ≤ what bounds it."""
-        lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
-        for name, layer in self.layers.items():
-            values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
-            logits = " ".join(f"{value:8.2f}" if exact else f"≤{bound:7.2f}" for value, exact, bound in values)
-            gammas = " ".join(f"{value:8.3f}" for value in layer.gamma.tolist())
-            lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
-        return "\n".join(lines)
 
 
 class QKClip:
@@ -163,7 +65,7 @@ class QKClip:
         self.master_of = master_of
         self.projections: dict[str, QKProjection] = {}
         self._watch: Watch | None = None
-        self._steps = self._last_clipped_step = 0
+        self._steps = torch.zeros(2, dtype=torch.int64, device="cpu")  # taken; and the last that rescaled a head
         self._last: dict[str, LayerReport] = {}
         # [attentions, 2]: unobserved, non-finite; kept on a device that must not be waited for, a copy on its way here.
         self._errors = self._errors_on_host = torch.zeros(0, 2, device="cpu")
@@ -255,45 +157,62 @@ class QKClip:
                 f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
                 "was given, or a part of it, with gradients enabled before each step."
             )
-        _reduce_over_ranks([projection.max_logits for projection in self.projections.values()], self._device())
+        _reduce_over_ranks(self._states(), self._device())
         self._check(before_update)
-        factors: dict[str, ClipFactors] = {}
-        for name, projection in self.projections.items():
-            seen = projection.max_logits.maximum.clone()
-            bound = torch.maximum(projection.max_logits.bound, seen)
-            exact = bound <= seen
-            tau = self.tau if projection.scaled_parts() and projection.trains() else math.inf
-            factors[name] = clip_factors(seen, tau, self.alpha, xp=torch)
-            self._last[name] = LayerReport(
-                max_logits=torch.where(exact, seen, math.nan), gamma=factors[name].gamma, exact=exact, bound=bound
-            )
-        return factors
+        # All heads of all attentions in one vector: many small layers would cost many small operations.
+        states, device = self._states(), self._device()
+        sizes = [state.num_heads for state in states]
+        seen = torch.cat([state.maximum.to(device) for state in states])
+        bound = torch.maximum(torch.cat([state.bound.to(device) for state in states]), seen)
+        exact = bound <= seen
+        factors = clip_factors(seen, self.tau, self.alpha, xp=torch)
+        keeps = [
+            not _clips(projection) for projection in self.projections.values() for _ in range(projection.num_heads)
+        ]
+        if any(keeps):
+            left_alone = torch.tensor(keeps).to(device, non_blocking=True)
+            factors = ClipFactors(*(factor.masked_fill(left_alone, 1.0) for factor in factors))
+        seen = torch.where(exact, seen, math.nan)
+        each = zip(*(vector.split(sizes) for vector in (seen, factors.gamma, exact, bound)), strict=True)
+        self._last = {name: LayerReport(*layer) for name, layer in zip(self.projections, each, strict=True)}
+        split = zip(*(vector.split(sizes) for vector in factors), strict=True)
+        return {name: ClipFactors(*layer) for name, layer in zip(self.projections, split, strict=True)}
 
     def apply(self, factors: Mapping[str, ClipFactors]) -> None:
         """Scale the rows by the factors that `measure()` gave, and forget the observation."""
-        self._steps += 1
-        for name, factor in factors.items():
-            projection = self.projections[name]
-            if not projection.scaled_parts() or not projection.trains():
-                continue
-            if _may_wait_for(factor.gamma.device) and not bool((factor.gamma < 1).any()):
-                continue
-            self._scale(projection.query, factor.query)
-            self._scale(projection.key, factor.key)
-            self._scale(projection.query_facing_shared, factor.gamma)
+        device = self._device()
+        gamma = torch.cat([factor.gamma.to(device) for factor in factors.values()])
+        self._count((gamma < 1).any())
+        if not _may_wait_for(device) or bool((gamma < 1).any()):
+            for name, factor in factors.items():
+                projection = self.projections[name]
+                if not _clips(projection) or (_may_wait_for(device) and not bool((factor.gamma < 1).any())):
+                    continue
+                self._scale(projection.query, factor.query)
+                self._scale(projection.key, factor.key)
+                self._scale(projection.query_facing_shared, factor.gamma)
         self.reset()
+
+    def _count(self, clipped: Tensor) -> None:
+        """In place and without waiting, so that a replayed CUDA graph counts as well."""
+        if self._steps.device != clipped.device:
+            self._steps = self._steps.to(clipped.device)
+        taken, last = self._steps[:1], self._steps[1:]
+        taken += 1
+        last.copy_(torch.where(clipped, taken, last))
+
+    def _states(self) -> list[MaxLogits]:
+        return [projection.max_logits for projection in self.projections.values()]
 
     def reset(self) -> None:
         """Forget what was observed since the last step."""
-        for projection in self.projections.values():
-            projection.max_logits.reset()
+        for state in self._states():
+            state.reset()
 
     def report(self) -> QKClipReport:
         """What the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
         self.raise_deferred(wait=True)
-        if any(bool((layer.gamma < 1).any()) for layer in self._last.values()):
-            self._last_clipped_step = self._steps
-        return QKClipReport(self.tau, dict(self._last), self._steps, self._last_clipped_step)
+        return QKClipReport(self.tau, dict(self._last), *self._steps.tolist())
 
     def raise_deferred(self, *, wait: bool) -> None:
         """Raise what an accelerator's step could not; without `wait`, only what has reached the host by now."""
@@ -312,18 +231,23 @@ class QKClip:
 
     def has_nothing_to_do(self) -> bool:
         """Whether nothing was observed, or no query or key has a gradient other than zero; waits for the device."""
+        if self._watch is not None and self._watch.removed:
+            return False
         if not any(bool(projection.max_logits.observed) for projection in self.projections.values()):
             return True
         parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
         return bool(parameters) and not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
 
     def _check(self, before_update: bool) -> None:
-        projections, device = self.projections.values(), self._device()
+        projections, states, device = list(self.projections.values()), self._states(), self._device()
+        observed = torch.stack([state.observed.to(device) for state in states]) > 0
+        nonfinite = torch.cat([state.nonfinite.to(device) for state in states]).any()
+        if _may_wait_for(device) and bool(observed.all()) and not bool(nonfinite):
+            return
         errors = torch.stack([_errors(projection).to(device) for projection in projections])
         if before_update:
             moves = [any(p.grad is not None for p in projection.qk_parameters()) for projection in projections]
-            nothing_seen = torch.stack([p.max_logits.observed.to(device) for p in projections]).max() == 0
-            errors[:, 0] *= nothing_seen | torch.tensor(moves).to(device, non_blocking=True)
+            errors[:, 0] *= ~observed.any() | torch.tensor(moves).to(device, non_blocking=True)
         if _may_wait_for(errors.device):
             if bool(errors.any()):
                 self._raise(errors)
@@ -352,14 +276,28 @@ class QKClip:
         raise RuntimeError(
             f"QK-Clip observed no forward of {', '.join(name or 'the model' for name in unobserved)} since the last "
             "step. Run the forward with gradients enabled and `max_logits=` handed to its attention before each step; "
-            "without it a head could explode unseen."
+            "without it a head could explode unseen." + self._hint(unobserved)
         )
+
+    def _hint(self, unobserved: list[str]) -> str:
+        sources = self.sources()
+        if any(sources[name].startswith(_SOURCES["written out"]) for name in unobserved):
+            return (
+                " This attention is written out as a product and a softmax, which cannot be followed in code that "
+                "torch.compile made: let it call scaled_dot_product_attention or muonclip.torch.attention."
+            )
+        return ""
 
     def _device(self) -> torch.device:
         for projection in self.projections.values():
             for parameter in projection.qk_parameters():
                 return parameter.device
         return torch.device("cpu")
+
+
+def _clips(projection: QKProjection) -> bool:
+    """Whether there is something to scale."""
+    return bool(projection.scaled_parts()) and projection.trains()
 
 
 def _may_wait_for(device: torch.device) -> bool:

@@ -111,7 +111,7 @@ def _shadow(parameter: nn.Parameter) -> Any:
 
 
 def _drop_hooks(twin: nn.Module) -> None:
-    """Whoever listens to the model need not hear its rehearsal; torch's own hooks, of weight norm say, are part of it."""
+    """Whoever listens to the model need not hear its rehearsal; torch's own hooks, as of weight norm, are part of it."""
     for module in twin.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -255,8 +255,11 @@ class _Recorder(ScoreTracker):
 
     def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.record("flex", arguments["query"], arguments["key"], arguments["value"])
+        q, v = arguments["query"].detach(), arguments["value"].detach()
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return call(**arguments)
+            if not arguments["return_lse"] and arguments["return_aux"] is None:
+                return q.new_zeros(*q.shape[:-1], v.shape[-1])  # what it says does not matter; uncompiled it is slow
+            return call(**{k: t.detach() if isinstance(t, Tensor) else t for k, t in arguments.items()})
 
     def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any:
         self.record("interface", q, k, None)

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.attention_search import Site, refusal, search
-from muonclip.torch.interception import Doors, Observer, attach, detach
+from muonclip.torch.interception import Doors, Hooks, Observer, attach, enter, observers
 from muonclip.torch.rehearsal import is_rehearsing, rehearse
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
@@ -51,16 +51,16 @@ class Watch:
 
     def _open(self) -> None:
         """Put up the hooks: the entries', and for what was found already the observers'."""
-        self._hooks: list[Any] = []
-        self._observed: list[nn.Module] = []
-        self._entries: list[Any] = []
-        Doors.open(self.model)
-        self._end = weakref.finalize(self, _take_down, self._hooks, self._entries, self._observed)
         entry = _Entry(self)
-        for module in self.model.modules():
-            before = module.register_forward_pre_hook(entry.before, with_kwargs=True)
-            after = module.register_forward_hook(entry.after, always_call=True)
-            (self._hooks if module is self.model else self._entries).extend((before, after))
+        self._observers = observers()
+        self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
+        Doors.open(self.model)
+        self._end = weakref.finalize(self, _take_down, self._observers, self._root, self._entries)
+        self._root.put_on(self.model)
+        if self.to_come:
+            for module in self.model.modules():
+                if module is not self.model:
+                    self._entries.put_on(module)
         sites, self.sites = self.sites, {}
         for site in sites.values():
             self._observe(site)
@@ -87,30 +87,35 @@ class Watch:
             self._take(rehearsal, self.model, "")
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
+            self._entries.take_off()
             return
 
     def settle(self) -> None:
         """The forwards of a step are over: the first rehearsals are, too."""
         if self._rehearsed:
-            for hook in self._entries:
-                hook.remove()
-            self._entries.clear()
+            self._entries.take_off()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
         name = next(name for name, each in self.model.named_modules() if each is module)
-        if name not in self._rehearsed:
-            self._rehearsed.add(name)
-            self._rehearse(module, name, args, kwargs)
+        if any(name == done or name.startswith(f"{done}.") or not done for done in self._rehearsed):
+            return
+        self._rehearsed.add(name)
+        observed = module in self._observers.modules
+        self._rehearse(module, name, args, kwargs)
+        if module in self._observers.modules and not observed:  # its hooks came too late for this run
+            enter(module, args)
 
     def leave(self) -> None:
         self._depth -= 1
 
     def _rehearse(self, module: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         prefix = f"{name}." if name else ""
-        known = {site.removeprefix(prefix) for site in self.sites if site.startswith(prefix)}
+        known = {
+            f"{site}.".removeprefix(prefix).removesuffix(".") for site in self.sites if f"{site}.".startswith(prefix)
+        }
         try:
             rehearsal = rehearse(module, args, kwargs, known)
         except Exception as error:
@@ -150,8 +155,7 @@ class Watch:
             return
         module = self.model.get_submodule(site.module)
         observer = Observer([p.max_logits for p in site.projections], written_out=site.via == "written out")
-        self._hooks += attach(module, observer)
-        self._observed.append(module)
+        attach(module, observer, self._observers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """A copy of the owner with the model: observed by itself."""
@@ -210,13 +214,9 @@ class _Nobody(_Entry):
         return (_Nobody, ())
 
 
-def _take_down(hooks: list[Any], entries: list[Any], observed: list[nn.Module]) -> None:
-    for hook in (*hooks, *entries):
-        hook.remove()
-    for module in observed:
-        detach(module)
-    for each in (hooks, entries, observed):
-        each.clear()
+def _take_down(*hooks: Hooks) -> None:
+    for each in hooks:
+        each.take_off()
     Doors.close()
 
 
