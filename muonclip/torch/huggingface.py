@@ -96,7 +96,7 @@ class MuonClipFactory:
 
         Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1, tau=100.0)))
 
-    The options are `MuonClip`'s. `lr` and `weight_decay` have no default here, because those of `TrainingArguments` do
+    It needs transformers 5.2. The options are `MuonClip`'s. `lr` and `weight_decay` have no default here, because those of `TrainingArguments` do
     not come this far; its schedule, gradient clipping, accumulation and checkpoints do their work as ever.
     """
 

@@ -153,6 +153,8 @@ class QKClip:
                 raise RuntimeError(f"QK-Clip observes nothing any more: {self._watch.removed}.")
             self._watch.settle()
         if not self.projections:
+            if self.to_come == NOTHING_FOUND:
+                raise RuntimeError(NOTHING_FOUND)
             raise RuntimeError(
                 f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
                 "was given, or a part of it, with gradients enabled before each step."
@@ -165,6 +167,11 @@ class QKClip:
         seen = torch.cat([state.maximum.to(device) for state in states])
         bound = torch.maximum(torch.cat([state.bound.to(device) for state in states]), seen)
         exact = bound <= seen
+        if _may_wait_for(device) and bool((bound > torch.clamp(seen, min=self.tau)).any()):
+            raise RuntimeError(
+                f"tau was lowered to {self.tau:g} after a forward that was observed for a larger one: some maxima "
+                "between the two were not computed. Set tau before the forward, or call qk_clip.reset() and run it anew."
+            )
         factors = clip_factors(seen, self.tau, self.alpha, xp=torch)
         keeps = [
             not _clips(projection) for projection in self.projections.values() for _ in range(projection.num_heads)

@@ -111,7 +111,7 @@ def _shadow(parameter: nn.Parameter) -> Any:
 
 
 def _drop_hooks(twin: nn.Module) -> None:
-    """Whoever listens to the model need not hear its rehearsal; torch's own hooks, as of weight norm, are part of it."""
+    """Whoever listens to the model need not hear its rehearsal; torch's own, as of weight norm, are part of it."""
     for module in twin.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

@@ -140,9 +140,8 @@ class Watch:
             if any(copied is not None and bool(copied.observed) for copied in copies):
                 site = Site(site.module, "declared", site.projections)
             self._observe(site)
-        if findings.sites:
-            self.version += 1
-        self.to_come = ""
+        self.version += bool(findings.sites)
+        self.to_come = "" if self.projections else NOTHING_FOUND
 
     def _observe(self, site: Site) -> None:
         """Let what a site's attention shows go to its statistics; a declared one that calls `attention` does so."""
@@ -243,6 +242,11 @@ def _guesses(model: nn.Module) -> list[dict[str, Any]]:
         guesses = [inputs]
         if "input_ids" in inputs:
             guesses.append({**inputs, "decoder_input_ids": inputs["input_ids"]})
+        config = getattr(model, "config", None)
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        if isinstance(size, int) and isinstance(channels, int):
+            pixels = torch.zeros(2, channels, size, size, device=device, dtype=tensors.dtype)
+            guesses.insert(0, {"pixel_values": pixels})
         return guesses
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -374,6 +374,19 @@ def test_tau_may_be_changed_between_steps():
     assert clip.report().clipped_heads == 2 * HEADS
 
 
+def test_tau_lowered_behind_a_forward_is_an_error_and_not_a_head_unclipped():
+    model, x = model_and_input()
+    clip = QKClip(model, tau=1e3)
+    model(x)
+    clip.tau = 1e-2
+    with pytest.raises(RuntimeError, match="tau was lowered to 0.01 after a forward"):
+        clip.step()
+    clip.reset()
+    model(x)
+    clip.step()
+    assert clip.report().clipped_heads == 2 * HEADS
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "bool4"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
