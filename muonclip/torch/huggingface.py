@@ -96,8 +96,9 @@ class MuonClipFactory:
 
         Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1, tau=100.0)))
 
-    It needs transformers 5.2. The options are `MuonClip`'s. `lr` and `weight_decay` have no default here, because those of `TrainingArguments` do
-    not come this far; its schedule, gradient clipping, accumulation and checkpoints do their work as ever.
+    It needs transformers 5.2. The options are `MuonClip`'s; `lr` and `weight_decay` have no default here, because those
+    of `TrainingArguments` do not come this far. Its schedule, gradient clipping, accumulation and checkpoints do their
+    work as ever.
     """
 
     def __call__(self, model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> MuonClip:

@@ -140,7 +140,8 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
     if not with_values:
         source.rows = _rows_of(reached, heads)
         return source
-    tolerance = 2e-3 if tensor.dtype in (torch.float32, torch.float64) else 6e-2
+    narrow = any(each.dtype in (torch.bfloat16, torch.float16) for each in (tensor, *leaves))
+    tolerance = 6e-2 if narrow else 2e-3
     products = {index for index, leaf in enumerate(leaves) if hasattr(leaf, "product")}
     vectors = set(range(len(leaves))) - products
     chosen = _proportional_to(shares, totals, products, vectors, tolerance) if products else None

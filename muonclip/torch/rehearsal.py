@@ -75,7 +75,7 @@ def rehearse(
         for parameter in model.parameters():
             shadows[id(parameter)] = _shadow(parameter)
         memo = dict(shadows)
-        twin = copy.deepcopy(model, memo)
+        twin = _twin(model, memo)
         twin.eval()
         _drop_hooks(twin)
         places: dict[int, tuple[str, str]] = {}
@@ -108,6 +108,29 @@ def _shadow(parameter: nn.Parameter) -> Any:
     if data.ndim <= 1 and not data.is_meta:
         data = data + 0.05 * torch.rand_like(data) + 0.02
     return nn.Parameter(data, requires_grad=True)
+
+
+def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module, in which what cannot be copied (a lock, a process group) is shared."""
+    if id(module) in memo:
+        return memo[id(module)]
+    twin = memo[id(module)] = module.__class__.__new__(module.__class__)
+    state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
+    state = state if isinstance(state, dict) else vars(module)
+    inner = {name: each and _twin(each, memo) for name, each in module._modules.items()}
+    twin.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
+    return twin
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever an object's own copying raises
+        if isinstance(value, Tensor):  # with a graph behind it
+            return value.detach().clone()
+        if type(value) in (list, tuple):
+            return type(value)(_copied(item, memo) for item in value)
+        return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
 
 
 def _drop_hooks(twin: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tiny_attention import TinyModel
 from torch.nn.parallel import DistributedDataParallel
 
-from muonclip.torch import MuonClip
+from muonclip.torch import MuonClip, QKClip
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -15,7 +15,7 @@ rank = dist.get_rank()
 torch.manual_seed(0)
 model = TinyModel("mla")
 replica = DistributedDataParallel(model)
-optimizer = MuonClip(model, lr=0.05, tau=0.5)
+optimizer = MuonClip(model, lr=0.05, qk_clip=QKClip(model, tau=0.5, observe="always"))
 clipped, collectives, all_reduce = [], [], dist.all_reduce
 dist.all_reduce = lambda tensor, **options: collectives.append(tensor.numel()) or all_reduce(tensor, **options)
 for step in range(20):
@@ -26,7 +26,7 @@ for step in range(20):
     local = torch.stack([layer.max_logits.maximum.clone() for layer in model.layers])
     collectives.clear()
     optimizer.step()
-    assert collectives == [2 * (2 * 4 + 1)], "one packed collective for all layers"
+    assert collectives == [2 * (3 * 4 + 1)], "one packed collective for all layers"
     optimizer.zero_grad()
     report = optimizer.qk_clip.report()
     seen = torch.stack([layer.max_logits for layer in report.layers.values()])

@@ -5,6 +5,7 @@ import gc
 import io
 import math
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -448,6 +449,42 @@ def test_a_rehearsal_leaves_no_trace():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert clip.projections
+
+
+def test_what_cannot_be_copied_does_not_hinder_a_rehearsal():
+    model, x = model_and_input()
+    model.lock = threading.Lock()
+    model.layers[0].locks = [threading.Lock()]
+    model.cache = {"last": model.first(x)}
+    clip = QKClip(model, observe="always")
+    model(x)
+    expected = [maxima for maxima, _ in _probed(model, x)]
+    np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
+
+
+def _probed(model, x):
+    with probing() as seen:
+        model(x)
+    return seen
+
+
+def test_bf16_and_autocast_are_found():
+    for wrap in (lambda m: m.bfloat16(), lambda m: m):
+        model, x = model_and_input()
+        model = wrap(model)
+        clip = QKClip(model, tau=1e-2, example_inputs=x.to(model.first.weight.dtype))
+        assert {p.kind for p in clip.projections.values()} == {"mha"}
+
+    class ByName(Model):
+        def forward(self, *, x):
+            return super().forward(x)
+
+    model = ByName()
+    clip = QKClip(model, tau=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x=torch.randn(2, 9, WIDTH)).float().sum().backward()
+    clip.step()
+    assert clip.report().clipped_heads == 2 * HEADS
 
 
 def test_the_result_and_the_gradients_are_untouched():
