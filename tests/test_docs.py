@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_zoo import ZOO
 from playwright.sync_api import sync_playwright
 
 import muonclip.core
@@ -221,6 +222,14 @@ def test_the_coefficient_sets_are_listed_with_their_sources():
 def test_the_reading_is_included_without_its_title():
     assert re.match(r"# [^\n]*\n\n", READING.read_text(encoding="utf-8"))
     assert '--8<-- "docs/evidence/reading.md:2:"' in EVIDENCE.read_text(encoding="utf-8")
+
+
+def test_the_table_of_supported_models_is_the_one_that_is_tested():
+    text = (ROOT / "docs" / "your-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*) \| [^|]* \| ([^|]*) \|$", text, re.MULTILINE)[1:]
+    assert {name for name, _ in rows} == set(ZOO)
+    for name, clip in rows:
+        assert clip.startswith("observed" if ZOO[name].kind == "qk-norm" else "exact"), name
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ class QKClip:
         if _may_wait_for(device) and bool((bound > torch.clamp(seen, min=self.tau)).any()):
             raise RuntimeError(
                 f"tau was lowered to {self.tau:g} after a forward that was observed for a larger one: some maxima "
-                "between the two were not computed. Set tau before the forward, or call qk_clip.reset() and run it anew."
+                "between the two were not computed. Set tau before the forward, or call qk_clip.reset() and repeat it."
             )
         factors = clip_factors(seen, self.tau, self.alpha, xp=torch)
         keeps = [

@@ -677,3 +677,77 @@ def test_example_inputs_find_everything_at_once():
     assert list(clip.projections) == ["layers.0", "layers.1"]
     with pytest.raises(ValueError, match="no attention was found"):
         QKClip(nn.Linear(3, 3), example_inputs=torch.randn(2, 3))
+
+
+class SharedQueryKey(Separate):
+    def heads(self, x):
+        q, _, v = super().heads(x)
+        return q, q, v
+
+
+class KeysAreValues(Separate):
+    def heads(self, x):
+        q, k, _ = super().heads(x)
+        return q, k, k
+
+
+class OneQueryTwoKeys(Separate):
+    """A query that meets the keys of two attentions."""
+
+    def build(self):
+        super().build()
+        self.d = nn.Linear(WIDTH, HEADS * HEAD)
+
+    def attend(self, q, k, v):
+        return super().attend(q, k, v) + super().attend(q, rotated(self.other), v)
+
+    def heads(self, x):
+        self.other = self.d(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+        return super().heads(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (SharedQueryKey, "its queries and keys are made of the same rows"),
+        (OneQueryTwoKeys, r"its queries also meet the keys of layers\.0"),
+    ],
+)
+def test_rows_that_play_two_parts_are_refused(kind, reason):
+    with pytest.raises(ValueError, match=reason):
+        QKClip(Stack(kind))
+
+
+def test_keys_that_are_values_too_are_left_to_their_queries():
+    model, x = loud(Stack(KeysAreValues))
+    clip = QKClip(model, tau=0.5)
+    key = model.layers[0].b.weight.clone()
+    normed = model.norm(x).detach()
+    before = maxima(*heads_of(model.layers[0], normed))
+    model(x)
+    clip.step()
+    assert torch.equal(model.layers[0].b.weight, key)
+    np.testing.assert_allclose(maxima(*heads_of(model.layers[0], normed)), np.minimum(before, 0.5), rtol=1e-5)
+
+
+def test_a_declared_split_of_the_query_is_checked_too():
+    """MLA with the rotary and the other part of the query exchanged."""
+    model, x = loud(Stack(Latent))
+    layer = model.layers[0]
+    key = HeadRows(layer.e, HEADS, 4, 0, 4 + HEAD)
+    for nope, rope, fits in (((4, 0), (2, 4), True), ((4, 2), (2, 0), False)):
+        projection = QKProjection(
+            "mla",
+            HEADS,
+            MaxLogits(HEADS),
+            query=(HeadRows(layer.b, HEADS, nope[0], nope[1], HEAD),),
+            key=(key,),
+            query_facing_shared=(HeadRows(layer.b, HEADS, rope[0], rope[1], HEAD),),
+        )
+        clip = QKClip(model, declare={"layers.0": projection})
+        if fits:
+            model(x)
+        else:
+            with pytest.raises(ValueError, match=r"the declaration of layers\.0 is wrong"):
+                model(x)
+        clip.remove()
