@@ -61,6 +61,12 @@ def is_rehearsing() -> bool:
     return _rehearsing
 
 
+def has_a_foreign_forward(module: nn.Module) -> bool:
+    """Whether `forward` was replaced by what is no method of the module: a copy would run the original."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
+
+
 def rehearse(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], known: Collection[str] = ()
 ) -> Rehearsal:
@@ -116,7 +122,9 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return memo[id(module)]
     twin = memo[id(module)] = module.__class__.__new__(module.__class__)
     state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
-    state = state if isinstance(state, dict) else vars(module)
+    state = dict(state if isinstance(state, dict) else vars(module))
+    if has_a_foreign_forward(module):
+        del state["forward"]
     inner = {name: each and _twin(each, memo) for name, each in module._modules.items()}
     twin.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
     return twin

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.attention_search import Site, refusal, search
 from muonclip.torch.interception import Doors, Hooks, Observer, attach, enter, observers
-from muonclip.torch.rehearsal import is_rehearsing, rehearse
+from muonclip.torch.rehearsal import has_a_foreign_forward, is_rehearsing, rehearse
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 
@@ -172,14 +172,15 @@ class Watch:
 
 
 class _Entry:
-    """Hooks on every module: the outermost one that runs is where a forward begins."""
+    """Hooks on every module: the outermost one that runs is where a forward begins. One whose `forward` an engine has
+    replaced for a while (Lightning) runs something else; what it calls begins there."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = weakref.ref(watch)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         watch = self.watch()
-        if watch is None or is_rehearsing():
+        if watch is None or is_rehearsing() or has_a_foreign_forward(module):
             return
         if torch.compiler.is_compiling():
             if watch.to_come:
@@ -193,8 +194,9 @@ class _Entry:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         watch = self.watch()
-        if watch is not None and not is_rehearsing() and not torch.compiler.is_compiling():
-            watch.leave()
+        if watch is None or is_rehearsing() or has_a_foreign_forward(module) or torch.compiler.is_compiling():
+            return
+        watch.leave()
 
     def __deepcopy__(self, memo: object) -> _Entry:
         return _Nobody()
@@ -277,4 +279,4 @@ def _input_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].removesuffix('.')}"

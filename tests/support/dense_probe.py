@@ -1,7 +1,7 @@
 """Maximum logits seen by nobody's code but this: every attention of a model replayed on recorded inputs.
 
-`Replay` records the inputs of modules in one forward. Later it runs each of them alone, on the same inputs, and measures
-the logits of the attention that it calls, densely and in float64, head by head.
+`Replay` records the inputs of modules in one forward. Later it runs each of them alone, on the same inputs, and
+measures the logits of the attention that it calls, densely and in float64, head by head.
 """
 
 import contextlib

@@ -380,7 +380,7 @@ def test_tau_lowered_behind_a_forward_is_an_error_and_not_a_head_unclipped():
     clip = QKClip(model, tau=1e3)
     model(x)
     clip.tau = 1e-2
-    with pytest.raises(RuntimeError, match="tau was lowered to 0.01 after a forward"):
+    with pytest.raises(RuntimeError, match=r"tau was lowered to 0\.01 after a forward"):
         clip.step()
     clip.reset()
     model(x)
@@ -466,6 +466,27 @@ def _probed(model, x):
     with probing() as seen:
         model(x)
     return seen
+
+
+def test_a_forward_that_an_engine_replaced_is_not_rehearsed_but_what_it_calls():
+    model, x = model_and_input()
+    expected = dense(model, x)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return self.model(batch["x"])
+
+    whole = Whole()
+    clip = QKClip(whole, observe="always")
+    original = whole.forward
+    whole.forward = lambda batch: original(batch)
+    whole({"x": x}).sum().backward()
+    assert list(clip.projections) == ["model.layers.0", "model.layers.1"]
+    np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
 
 
 def test_bf16_and_autocast_are_found():
