@@ -20,9 +20,8 @@ from torch import Tensor, library
 
 from muonclip.torch.attention_mask import AttentionMask
 
-_TILE_ROWS, _TILE_COLUMNS = 256, 1024
+_TILE_ROWS, _TILE_COLUMNS = 128, 512  # of all heads: a few megabytes, which stay in the cache
 _FEW_ROWS = 64  # of one head, computed row by row; more of them are computed in tiles
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -48,20 +47,24 @@ def observe(
     maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else.
     """
     heads = q.shape[1]
-    maximum, bound, nonfinite, observed = packed[:heads], packed[heads : 2 * heads], packed[2 * heads : -1], packed[-1:]
+    maximum, bound, observed = packed[:heads], packed[heads : 2 * heads], packed[-1:]
+    observed.fill_(1.0)
     floor = maximum.clamp(min=threshold)
-    with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu":
-            seen, rest = _settle(q, k, floor, scale, mask, lse)
-        else:
-            seen, rest = _settle_on_device(q, k, floor, scale, mask)
-    seen, rest = seen.float(), rest.float()
+    if q.device.type != "cpu":
+        seen, rest = _settle_on_device(q, k, floor, scale, mask)
+    else:
+        bounds = _bounds(q, k, scale, lse)
+        top = bounds.amax((0, 2)) if bounds.numel() and k.numel() else torch.full_like(floor, -math.inf)
+        if bool((top <= floor).all()):  # mostly; NaN is not
+            torch.maximum(bound, top, out=bound)
+            return
+        seen, rest = _settle(q, k, floor, scale, mask, bounds, ordered=lse is not None)
+    seen, rest, nonfinite = seen.float(), rest.float(), packed[2 * heads : -1]
     bad = seen.isnan() | (seen == math.inf)
     seen = seen.masked_fill(bad, -math.inf)
     torch.maximum(maximum, seen, out=maximum)
     torch.maximum(bound, torch.maximum(seen, rest.masked_fill(bad, -math.inf)), out=bound)
     torch.maximum(nonfinite, bad.float(), out=nonfinite)
-    observed.fill_(1.0)
 
 
 def observe_opaquely(
@@ -100,28 +103,32 @@ def statistic_dtype(q: Tensor, k: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
 
 
-def _settle(
-    q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The largest logit computed [H], and a bound [H] on all the others: at most `floor` [H], or at most the former."""
-    if not q.numel() or not k.numel():
-        return torch.full_like(floor, -math.inf), torch.full_like(floor, -math.inf)
+def _bounds(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
+    """[B, H, Tq]: what no logit of a row exceeds; NaN where one may be NaN."""
     dtype = statistic_dtype(q, k)
-    if lse is not None and not (q.sum(dtype=dtype) + k.sum(dtype=dtype)).isfinite():
-        lse = None  # a kernel may give 0 for a row of NaN
-    bounds = _norm_bounds(q, k, scale, dtype) if lse is None else lse.to(dtype)
-    margin = 0.0 if lse is None else _margin_of_lse(q.dtype)
-    top = _rounded_up(bounds.amax((0, 2)), margin)
-    if bool((top <= floor).all()):  # mostly
-        return torch.full_like(floor, -math.inf), top
-    work = _Settling(q, k, scale, mask, floor.to(dtype), _rounded_up(bounds, margin), top)
-    if lse is not None:
-        work.compute_best_rows()
-    if q.dtype in _NARROW and k.dtype in _NARROW:
-        work.tighten_by_narrow_products()
-        work.compute_best_rows()
-    work.compute_few_rows()
-    work.compute_tiles()
+    if lse is None:
+        norm_q = torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
+        norm_k = torch.linalg.vector_norm(k, dim=-1, dtype=dtype)
+        norm_k = norm_k.amax(-1, keepdim=True) if k.shape[-2] else norm_k.new_zeros(*k.shape[:2], 1)
+        return norm_q * (norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1) * (abs(scale) * (1 + 1e-5)))
+    if bool((lse == 0).any()) and not bool((q.sum(dtype=dtype) + k.sum(dtype=dtype)).isfinite()):
+        return torch.full_like(lse, math.nan, dtype=dtype)  # the kernel gives 0 to a row of NaN, as to one without keys
+    # A kernel's log-sum-exp may sit below the maximum: 6e-5 were seen for logits of order one.
+    lse = lse.to(dtype)
+    return lse + (1e-3 if q.dtype in (torch.bfloat16, torch.float16) else 1e-4) * (1 + lse.abs())
+
+
+def _settle(
+    q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, bounds: Tensor, *, ordered: bool
+) -> tuple[Tensor, Tensor]:
+    """The largest logit computed [H], and a bound [H] on all the others: at most `floor` [H], or at most the former.
+    `ordered`: the rows with the largest bounds are likely to hold the maximum."""
+    work = _Settling(q, k, scale, mask, floor.to(bounds.dtype), bounds)
+    with torch.autocast("cpu", enabled=False):
+        if ordered:
+            work.compute_best_rows()
+        work.compute_few_rows()
+        work.compute_tiles()
     return work.seen, work.top
 
 
@@ -132,14 +139,11 @@ class _Settling:
     `top` [H]: the largest of them. A head is open while its `top` is above both `seen` and `floor` (or is NaN).
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, scale: float, mask: AttentionMask, floor: Tensor, bounds: Tensor, top: Tensor
-    ) -> None:
-        self.q, self.k, self.scale, self.mask = q, k, scale, mask
-        self.floor, self.bounds, self.top = floor, bounds, top
+    def __init__(self, q: Tensor, k: Tensor, scale: float, mask: AttentionMask, floor: Tensor, bounds: Tensor) -> None:
+        self.q, self.k, self.scale, self.mask, self.floor, self.bounds = q, k, scale, mask, floor, bounds
         self.seen = torch.full_like(floor, -math.inf)
         self.group_size = q.shape[1] // k.shape[1]
-        self.heads = self._open_heads()
+        self._take_stock()
 
     def compute_best_rows(self) -> None:
         """The row of the largest bound, in every sequence and head at once."""
@@ -178,20 +182,6 @@ class _Settling:
         if self.heads:
             self._take_stock()
 
-    def tighten_by_narrow_products(self) -> None:
-        """Products in the narrow dtype bound their rows closely; which row holds the maximum is for float32 to say."""
-        if not self.heads:
-            return
-        # Their rounding: of the result, and of sums of |q|·|k| in float32.
-        slack = 2**-20 * _norm_bounds(self.q, self.k, self.scale, self.seen.dtype) + 1e-30
-        margin = 2.0 ** (-7 if self.q.dtype == torch.bfloat16 else -9)
-        for rows, maxima in _tiles(self.q, self.k, self.scale, self.mask, self.q.dtype, self.heads):
-            bound = maxima.to(self.seen.dtype)
-            bound = bound + margin * bound.abs() + slack[:, self.heads, rows]
-            current = self.bounds[:, self.heads, rows]
-            self.bounds[:, self.heads, rows] = torch.where(bound < current, bound, current)
-        self._take_stock()
-
     def compute_tiles(self) -> None:
         """Everything that is still open, but for the row blocks that bounds settle meanwhile."""
         if not self.heads:
@@ -227,7 +217,7 @@ def _tiles(
     known: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks and their row maxima [B, heads, rows], the products in `dtype`; without the blocks of which no bound
-    is above what is known [heads]."""
+    is above what is known [heads]. `heads`: which; None: all."""
     group_size = q.shape[1] // k.shape[1]
     if heads is not None and len(heads) < q.shape[1]:
         q, k = q[:, heads], k[:, [head // group_size for head in heads]]
@@ -238,25 +228,21 @@ def _tiles(
     blocks = _slices(mask.query_length, _TILE_ROWS)
     if bounds is not None:  # the most promising first, so that it may settle the others
         blocks.sort(key=lambda rows: -bounds[:, :, rows].amax().nan_to_num(math.inf).item())
-    narrow = dtype in _NARROW
     q, k = q.to(dtype), k.to(dtype)
     for rows in blocks:
         if bounds is not None and known is not None and (bounds[:, :, rows].amax((0, 2)) <= known()).all():
             continue
         length = rows.stop - rows.start
         # Queries that share a key head stand below each other, so that the key is never repeated.
-        queries = q[:, :, rows] if narrow else q[:, :, rows] * scale
-        queries = queries.reshape(batch, groups, count // groups * length, width)
+        queries = (q[:, :, rows] * scale).reshape(batch, groups, count // groups * length, width)
         maxima = torch.full((batch, count, length), -math.inf, dtype=dtype, device=q.device)
         for columns in mask.column_tiles(rows, _TILE_COLUMNS):
             scores = (queries @ k[:, :, columns].mT).view(batch, count, length, -1)
-            if narrow and scale < 0:
-                scores = -scores
             allowed = mask.allowed(rows, columns, q.device)
             if allowed is not None:
                 scores = scores.masked_fill_(~allowed, -math.inf)
             maxima = torch.maximum(maxima, scores.amax(-1))
-        yield rows, maxima * abs(scale) if narrow else maxima
+        yield rows, maxima
 
 
 def _settle_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
@@ -264,25 +250,10 @@ def _settle_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: A
     if q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and find_spec("triton"):
         from muonclip.torch.kernels.head_maxima import head_maxima
 
-        return head_maxima(q, k, scale=scale, mask=mask, floor=floor)
+        with torch.autocast(q.device.type, enabled=False):
+            return head_maxima(q, k, scale=scale, mask=mask, floor=floor)
     seen = measure_max_logits(q, k, scale=scale, mask=mask)
     return seen, seen
-
-
-def _norm_bounds(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """[B, H, Tq]: |scale| · |q_i| · max_j |k_j|, rounded up."""
-    norm_q = torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
-    norm_k = torch.linalg.vector_norm(k, dim=-1, dtype=dtype).amax(-1)
-    return norm_q * (norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None] * (abs(scale) * (1 + 1e-5)))
-
-
-def _margin_of_lse(dtype: torch.dtype) -> float:
-    """How far a kernel's float32 log-sum-exp may sit below the maximum (6e-5 was seen for logits of order one)."""
-    return 1e-3 if dtype in _NARROW else 1e-4
-
-
-def _rounded_up(bound: Tensor, margin: float) -> Tensor:
-    return bound + margin * (1 + bound.abs()) if margin else bound
 
 
 def _slices(length: int, size: int) -> list[slice]:

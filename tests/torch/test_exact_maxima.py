@@ -159,26 +159,6 @@ def test_a_running_maximum_settles_later_micro_batches():
     assert (statistic.bound <= statistic.maximum).all()
 
 
-def test_narrow_products_choose_and_float32_decides():
-    torch.manual_seed(0)
-    q, k = (torch.randn(1, n, 600, 64).bfloat16() for n in (HEADS, GROUPS))
-    mask = AttentionMask(600, 600, is_causal=True)
-    dtypes = set()
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm) and result.numel() > 64 * 600:
-                dtypes.add(result.dtype)
-            return result
-
-    statistic = MaxLogits(HEADS)
-    with Watch():
-        statistic.observe(q, k, scale=0.125, mask=mask)
-    assert dtypes == {torch.bfloat16}
-    np.testing.assert_allclose(statistic.maximum, dense_max_logits(q.float(), k.float(), scale=0.125), rtol=2e-6)
-
-
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("threshold", [-math.inf, 1e6])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
