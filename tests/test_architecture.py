@@ -12,7 +12,11 @@ import muonclip.core
 import muonclip.torch
 
 ROOT = Path(muonclip.__file__).parent
-DOORS = {"huggingface.py": {"transformers"}, "head_maxima.py": {"triton"}}  # to engines, imported only when used
+DOORS = {
+    "huggingface.py": {"transformers"},
+    "huggingface_attention.py": {"transformers"},
+    "head_maxima.py": {"triton"},
+}  # to engines, imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},
     "torch": {"muonclip.core", "muonclip.torch", "torch"},

@@ -2,25 +2,21 @@
 
 - `torch.nn.functional.scaled_dot_product_attention`, under any name that the model's sources gave it;
 - FlexAttention, the same;
-- the attention interface of Hugging Face models (`huggingface.py`);
+- the attention interface of Hugging Face models (`huggingface_attention.py`);
 - attention written out, product and softmax (`scores.py`).
 
-A door is a function in the place of the host's, which calls it; the doors stand while somebody listens. Hooks on the
-modules that call attention say who listens: the `Observer` of the module that is running. Nothing else of the model
-changes.
+A door is a function in the place of the host's, which calls it (`doors.py`). Hooks on the modules that call attention
+say who listens: the `Observer` of the module that is running. Nothing else of the model changes.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
@@ -164,7 +160,7 @@ def dense_of(block_mask: BlockMask | None, q: Tensor, k: Tensor) -> Tensor | Non
     return create_mask(block_mask.mask_mod, batch, heads, q.shape[-2], k.shape[-2], device=q.device)
 
 
-def _sdpa_door(
+def sdpa_door(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -188,7 +184,7 @@ def _sdpa_door(
     return host_sdpa(**arguments) if who is None else who.sdpa(arguments)
 
 
-def _flex_door(
+def flex_door(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -216,54 +212,6 @@ def _flex_door(
     )
     who = listener()
     return call(**arguments) if who is None else who.flex(call, arguments)
-
-
-class Doors:
-    """The doors, open: one for all who listen, taken away with the last."""
-
-    _users = 0
-    _replaced: ClassVar[list[tuple[Any, str, Any]]] = []  # holder, name, what stood there
-
-    @classmethod
-    def open(cls, model: nn.Module) -> None:
-        """Put the doors where `model` will look: in torch, and in the sources of its modules."""
-        cls._users += 1
-        cls._replace(F, "scaled_dot_product_attention", _sdpa_door)
-        cls._replace(flex_module, "flex_attention", _flex_door)
-        for holder in {type(module).__module__ for module in model.modules()} & sys.modules.keys():
-            cls._replace_in(sys.modules[holder])
-        for kind in {type(module) for module in model.modules()}:
-            cls._replace_in(kind)
-        if "transformers.modeling_utils" in sys.modules:
-            from muonclip.torch import huggingface
-
-            cls._replace(*huggingface.interface_door())
-
-    @classmethod
-    def close(cls) -> None:
-        cls._users -= 1
-        if cls._users:
-            return
-        for holder, name, original in reversed(cls._replaced):
-            setattr(holder, name, original)
-        cls._replaced.clear()
-
-    @classmethod
-    def _replace(cls, holder: Any, name: str, door: Any) -> None:
-        standing = vars(holder)[name]
-        if standing is not door and not any(h is holder and n == name for h, n, _ in cls._replaced):
-            cls._replaced.append((holder, name, standing))
-            setattr(holder, name, door)
-
-    @classmethod
-    def _replace_in(cls, holder: Any) -> None:
-        for name, value in list(vars(holder).items()):
-            if value is host_sdpa:
-                cls._replace(holder, name, _sdpa_door)
-            elif value is host_flex:
-                cls._replace(holder, name, _flex_door)
-            elif getattr(value, "_torchdynamo_orig_callable", None) is host_flex:
-                cls._replace(holder, name, functools.partial(_flex_door, call=value))
 
 
 class Hooks:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip.torch.interception import Doors, listening, with_heads
+from muonclip.torch.doors import Doors
+from muonclip.torch.interception import listening, with_heads
 from muonclip.torch.provenance import Product, Rows, Source, leaves_of, rows_behind, trace
 from muonclip.torch.scores import ScoreTracker, WrittenOut
 from muonclip.torch.sdpa import host_sdpa

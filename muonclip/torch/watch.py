@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.attention_search import Site, refusal, search
-from muonclip.torch.interception import Doors, Hooks, Observer, attach, enter, observers
+from muonclip.torch.doors import Doors
+from muonclip.torch.interception import Hooks, Observer, attach, enter, observers
 from muonclip.torch.rehearsal import has_a_foreign_forward, is_rehearsing, rehearse
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend_by_anothe
 from torch.utils.checkpoint import checkpoint
 
 from muonclip.torch import MuonClip, QKClip
-from muonclip.torch.interception import Doors
+from muonclip.torch.doors import Doors
 from muonclip.torch.sdpa import host_sdpa, sdpa_with_lse
 
 # torch.compile looks at the gradients of its inputs, whatever they are.
@@ -299,6 +299,23 @@ def test_implementations_may_be_switched_after_the_optimizer_was_built():
     model.set_attn_implementation("eager")
     model(input_ids=tokens).logits.sum().backward()
     np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
+
+
+class AsAnAttribute(Attention):
+    attend = staticmethod(attend_by_another_name)
+
+    def forward(self, x, mask=None):
+        q, k, v = self.heads(x)
+        return self.o(self.attend(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_a_function_that_is_an_attribute_is_observed_and_given_back():
+    model, x = AsAnAttribute(), torch.randn(2, 9, WIDTH)
+    clip = QKClip(model, observe="always")
+    model(x)
+    assert clip.projections[""].max_logits.observed == 1
+    clip.remove()
+    assert AsAnAttribute.attend is host_sdpa
 
 
 class ByAnotherName(Attention):
