@@ -12,18 +12,21 @@ from dataclasses import dataclass
 from torch import nn
 
 from muonclip.torch.attention import QKProjection
-from muonclip.torch.declaration_check import DeclarationCheck
-from muonclip.torch.projection_reader import ProjectionReader, identity
+from muonclip.torch.declaration_check import check_declaration
+from muonclip.torch.places import Places
+from muonclip.torch.projection_reader import ProjectionReader
 from muonclip.torch.rehearsal import Call, Rehearsal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A module that calls attention, how, and the projections of its calls in order; one where all are the same."""
+    """A module that calls attention, how, and the projections of its calls in order; one where all are the same.
+    `calls`: how many it makes in a run; None where that varies."""
 
     module: str
     via: str
     projections: tuple[QKProjection, ...]
+    calls: int | None
 
 
 @dataclass(slots=True, eq=False)
@@ -36,59 +39,58 @@ class Findings:
 
 
 def search(
-    model: nn.Module,
-    rehearsal: Rehearsal,
-    declared: Mapping[str, QKProjection],
-    *,
-    prefix: str = "",
-    clip_gains: bool = False,
+    model: nn.Module, rehearsals: Sequence[Rehearsal], declared: Mapping[str, QKProjection], *, clip_gains: bool
 ) -> Findings:
-    """Read a rehearsal of `model`. `declared`: by module name; checked against what was seen, and taken in the place of
-    what would be found. `prefix`: of the names. Raises ValueError where a declaration is wrong."""
+    """Read rehearsals of `model` and of its parts. `declared`: by module name; checked against what was seen, and taken
+    in the place of what would be found. Raises ValueError where a declaration is wrong."""
     modules = dict(model.named_modules())
-    reader = ProjectionReader(modules, rehearsal.places, rehearsal.calls, clip_gains=clip_gains)
-    check = DeclarationCheck(modules, rehearsal.places)
+    places = Places(modules, {key: place for each in rehearsals for key, place in each.places.items()})
+    calls = [(index, call) for index, rehearsal in enumerate(rehearsals) for call in rehearsal.calls]
+    reader = ProjectionReader(places, [call for _, call in calls], clip_gains=clip_gains)
     findings = Findings({}, [], {})
     known: dict[object, QKProjection] = {}  # attentions of the same rows are one
-    runs: dict[str, dict[int, list[tuple[Call, QKProjection]]]] = {}  # of each module
-    for call in rehearsal.calls:
-        name = _join(prefix, _name_of(call, rehearsal))
-        run = runs.setdefault(call.module, {}).setdefault(call.run, [])
-        declaration = next((d for d in _outwards(_join(prefix, call.module)) if d in declared), None)
+    runs: dict[str, dict[object, list[tuple[Call, QKProjection]]]] = {}  # of each module
+    for index, call in calls:
+        name = _name_of(call, places)
+        run = runs.setdefault(call.module, {}).setdefault((index, call.run), [])
+        declaration = next((d for d in _outwards(call.module) if d in declared), None)
         if declaration is not None:
             projection = declared[declaration]
-            check.check(declaration, projection, call)
+            check_declaration(declaration, projection, call, places)
             findings.projections[declaration] = projection
         else:
             projection = reader.read(call)
             if isinstance(projection, str):
                 findings.problems.setdefault(name, (call, projection))
                 continue
-            rows = tuple(identity([*source.rows, *source.gains]) for source in (call.query, call.key))
+            rows = tuple(
+                places.identity([*source.rows, *source.gains], call.num_heads) for source in (call.query, call.key)
+            )
             projection = known.setdefault(rows if projection.scaled_parts() else (call.module, len(run)), projection)
             if not any(projection is each for each in findings.projections.values()):
-                findings.projections[_free(name, _join(prefix, call.module), findings.projections)] = projection
+                findings.projections[_free(name, call.module, findings.projections)] = projection
         run.append((call, projection))
     for module, of_runs in runs.items():
-        sequence, *others = ([projection for _, projection in run] for run in of_runs.values())
-        if not sequence:
+        seen = [run for run in of_runs.values() if run]
+        if not seen:
             continue
+        call = seen[0][0][0]
+        sequence, *others = ([projection for _, projection in run] for run in seen)
+        calls_per_run = len(sequence) if all(len(other) == len(sequence) for other in others) else None
         if len({id(projection) for each in (sequence, *others) for projection in each}) == 1:
+            calls_per_run = calls_per_run if calls_per_run == 1 else None
             sequence = sequence[:1]
         elif any(list(map(id, other)) != list(map(id, sequence)) for other in others):
-            call = next(iter(of_runs.values()))[0][0]
-            problem = "it calls other attentions in one run than in another"
-            findings.problems.setdefault(_join(prefix, module), (call, problem))
-        via = next(iter(of_runs.values()))[0][0].via
-        findings.sites.append(Site(_join(prefix, module), via, tuple(sequence)))
-    _refuse_queries_of_several(findings, rehearsal, runs)
+            findings.problems.setdefault(module, (call, "it calls other attentions in one run than in another"))
+        findings.sites.append(Site(module, call.via, tuple(sequence), calls_per_run))
+    _refuse_queries_of_several(findings, places, runs)
     return findings
 
 
 def _refuse_queries_of_several(
     findings: Findings,
-    rehearsal: Rehearsal,
-    runs: Mapping[str, Mapping[int, Sequence[tuple[Call, QKProjection]]]],
+    places: Places,
+    runs: Mapping[str, Mapping[object, Sequence[tuple[Call, QKProjection]]]],
 ) -> None:
     """A row behind the queries of two attentions would be scaled for both."""
     names = {id(projection): name for name, projection in findings.projections.items()}
@@ -98,7 +100,7 @@ def _refuse_queries_of_several(
             continue
         for rows in (*call.query.rows, *call.query.gains):
             for row in rows.masks.any(0).nonzero()[:, 0].tolist():
-                first = scaled_for.setdefault((id(rows.parameter), rows.axis, row), projection)
+                first = scaled_for.setdefault((places.parameter(rows), rows.axis, row), projection)
                 if first is not projection:
                     problem = f"its queries also meet the keys of {names[id(first)] or 'the model'}"
                     findings.problems.setdefault(names[id(projection)], (call, problem))
@@ -126,12 +128,11 @@ def refusal(model: nn.Module, problems: Mapping[str, tuple[Call, str]]) -> str:
     return "\n".join(lines)
 
 
-def _name_of(call: Call, rehearsal: Rehearsal) -> str:
+def _name_of(call: Call, places: Places) -> str:
     """The innermost module that holds both the call and the weights of its queries and keys; if that is the whole
     model, the module of the call."""
     rows = [*call.query.rows, *call.key.rows]
-    places = [rehearsal.places[id(each.parameter)][0] for each in rows]
-    paths = [path.split(".") for path in (call.module, *places)]
+    paths = [path.split(".") for path in (call.module, *(places.of(each)[0] for each in rows if places.has(each)))]
     common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join(parts[0] for parts in common) or call.module
 
@@ -140,10 +141,6 @@ def _free(name: str, other: str, taken: Mapping[str, object]) -> str:
     """The first of name, other, other#2, other#3, … that is not taken."""
     candidates = itertools.chain((name, other), (f"{other}#{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}{name}".removesuffix(".")
 
 
 def _outwards(name: str) -> list[str]:

@@ -2,81 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import nn
+from collections.abc import Sequence
 
 from muonclip.torch.attention import HeadRows, QKProjection
-from muonclip.torch.projection_reader import Places
-from muonclip.torch.provenance import Rows
-from muonclip.torch.rehearsal import Call, feeds
+from muonclip.torch.places import Places
+from muonclip.torch.provenance import Rows, feeds
+from muonclip.torch.rehearsal import Call
 
 PerHead = dict[int, list[set[int]]]
 """id of a parameter → the rows of each head."""
 
 
-class DeclarationCheck:
-    """Compares declarations with the calls of one rehearsal. `modules`, `places`: as for `ProjectionReader`."""
+def check_declaration(name: str, projection: QKProjection, call: Call, places: Places) -> None:
+    """Raises ValueError unless the declared rows are the ones that feed each head, and scale it."""
+    heads = call.num_heads
+    if projection.num_heads != heads:
+        raise ValueError(
+            f"QK-Clip: {name} declares {projection.num_heads} heads, but its attention was called with {heads}."
+        )
+    if not projection.scaled_parts():
+        return
+    if call.query.normalised and not _are_gains(projection, call, places):
+        raise ValueError(
+            f"QK-Clip: {name} normalises its queries after the projection (QK-norm): scaling the declared rows would "
+            'change no logit and shrink them for ever. Declare it with a reason, QKProjection(…, reason="QK-norm"), '
+            "and it is observed only."
+        )
+    seen = (*call.query.rows, *call.key.rows)
+    if call.query.problem or call.problem or call.query.normalised or not all(map(places.has, seen)):
+        return  # whoever declares it knows better
+    query = _declared((*projection.query, *projection.query_facing_shared), heads)
+    wrong = _first_difference(query, _found(call.query.rows, heads, places), both=True)
+    if projection.query and call.facing_private:
+        found = _found(call.facing_private, heads, places)
+        wrong = wrong or _first_difference(_declared(projection.query, heads), found, both=True)
+    if projection.key:
+        found = _found(call.key.rows, heads, places, only_own=True)
+        wrong = wrong or _first_difference(_declared(projection.key, heads), found, both=False)
+    if wrong is not None:
+        parameter, head, declared, actual = wrong
+        raise ValueError(
+            f"QK-Clip: the declaration of {name} is wrong. It gives head {head} the rows {_span(declared)} of "
+            f"{_called(parameter, places)}, but its queries or keys are made of the rows {_span(actual)}. Correct the "
+            "number of heads, the start or the stride."
+        )
 
-    def __init__(self, modules: Mapping[str, nn.Module], places: Places) -> None:
-        self.modules, self.places = modules, places
 
-    def check(self, name: str, projection: QKProjection, call: Call) -> None:
-        """Raises ValueError unless the declared rows are the ones that feed each head, and scale it."""
-        heads = call.num_heads
-        if projection.num_heads != heads:
-            raise ValueError(
-                f"QK-Clip: {name} declares {projection.num_heads} heads, but its attention was called with {heads}."
-            )
-        if not projection.scaled_parts():
-            return
-        if call.query.normalised and not self._are_gains(projection, call):
-            raise ValueError(
-                f"QK-Clip: {name} normalises its queries after the projection (QK-norm): scaling the declared rows "
-                'would change no logit and shrink them for ever. Declare it with a reason, QKProjection(…, reason="QK-'
-                'norm"), and it is observed only.'
-            )
-        if call.query.problem or call.problem or call.query.normalised:
-            return  # whoever declares it knows better
-        query = _declared((*projection.query, *projection.query_facing_shared), heads)
-        wrong = _first_difference(query, self._found(call.query.rows, heads), both=True)
-        if projection.query and call.facing_private:
-            found = self._found(call.facing_private, heads)
-            wrong = wrong or _first_difference(_declared(projection.query, heads), found, both=True)
-        if projection.key:
-            found = self._found(call.key.rows, heads, only_own=True)
-            wrong = wrong or _first_difference(_declared(projection.key, heads), found, both=False)
-        if wrong is not None:
-            parameter, head, declared, actual = wrong
-            raise ValueError(
-                f"QK-Clip: the declaration of {name} is wrong. It gives head {head} the rows {_span(declared)} of "
-                f"{self._called(parameter)}, but its queries or keys are made of the rows {_span(actual)}. Correct the "
-                "number of heads, the start or the stride."
-            )
+def _are_gains(projection: QKProjection, call: Call, places: Places) -> bool:
+    gains = {places.parameter(gain) for gain in (*call.query.gains, *call.key.gains) if places.has(gain)}
+    return all(id(next(rows.parameters())[0]) in gains for rows in projection.scaled_parts())
 
-    def _are_gains(self, projection: QKProjection, call: Call) -> bool:
-        gains = {self._parameter(gain) for gain in (*call.query.gains, *call.key.gains)}
-        return all(id(next(rows.parameters())[0]) in gains for rows in projection.scaled_parts())
 
-    def _found(self, rows: Sequence[Rows], heads: int, *, only_own: bool = False) -> PerHead:
-        found: PerHead = {}
-        for each in rows:
-            if each.parameter.ndim > 1:
-                masks = feeds(each.masks, heads)
-                masks = masks & (masks.sum(0) == 1) if only_own else masks
-                found[self._parameter(each)] = [set(mask.nonzero().flatten().tolist()) for mask in masks]
-        return found
+def _found(rows: Sequence[Rows], heads: int, places: Places, *, only_own: bool = False) -> PerHead:
+    found: PerHead = {}
+    for each in rows:
+        if each.parameter.ndim > 1:
+            masks = feeds(each.masks, heads)
+            masks = masks & (masks.sum(0) == 1) if only_own else masks
+            found[places.parameter(each)] = [set(mask.nonzero().flatten().tolist()) for mask in masks]
+    return found
 
-    def _parameter(self, rows: Rows) -> int:
-        name, attribute = self.places[id(rows.parameter)]
-        return id(getattr(self.modules[name], attribute))
 
-    def _called(self, parameter: int) -> str:
-        for name, module in self.modules.items():
-            for attribute, each in module.named_parameters(recurse=False):
-                if id(each) == parameter:
-                    return f"{name}.{attribute}".lstrip(".")
-        return "a weight of another module"
+def _called(parameter: int, places: Places) -> str:
+    for name, module in places.modules.items():
+        for attribute, each in module.named_parameters(recurse=False):
+            if id(each) == parameter:
+                return f"{name}.{attribute}".lstrip(".")
+    return "a weight of another module"
 
 
 def _declared(parts: Sequence[HeadRows], heads: int) -> PerHead:

@@ -18,6 +18,10 @@ from muonclip.torch.interception import flex_door, host_flex, sdpa_door
 from muonclip.torch.sdpa import host_sdpa
 
 
+def _door_to(function: Any) -> Any:
+    return functools.partial(sdpa_door, call=function)
+
+
 class Doors:
     """Open from the first user to the last."""
 
@@ -28,7 +32,8 @@ class Doors:
     def open(cls, model: nn.Module) -> None:
         """Put the doors where `model` will look."""
         cls._users += 1
-        cls._put(F, "scaled_dot_product_attention", sdpa_door)
+        standing = F.scaled_dot_product_attention  # perhaps somebody's own kernel
+        cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))
         cls._put(flex_module, "flex_attention", flex_door)
         kinds = {type(module) for module in model.modules()}
         for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):

@@ -35,7 +35,7 @@ class Listener(Protocol):
 
     only_with_gradients: bool
 
-    def sdpa(self, arguments: dict[str, Any]) -> Tensor: ...
+    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor: ...
 
     def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any: ...
 
@@ -67,22 +67,28 @@ class Observer:
 
     only_with_gradients = True
 
-    def __init__(self, statistics: Sequence[MaxLogits], *, written_out: bool) -> None:
-        self.statistics = list(statistics)
-        self.written_out = written_out
-        self.calls = 0
+    def __init__(self, statistics: Sequence[MaxLogits], *, calls: int | None, written_out: bool) -> None:
+        self.statistics, self.written_out = list(statistics), written_out
+        self.expected, self.calls = calls, 0
 
     def statistic(self) -> MaxLogits:
         """The statistic of the next call."""
-        if len(self.statistics) == 1:
-            return self.statistics[0]
         self.calls += 1
-        if self.calls > len(self.statistics):
-            raise RuntimeError(
-                f"QK-Clip: a module called attention more than the {len(self.statistics)} times that it was seen to. "
-                "Build the optimizer after the model has its final form."
-            )
-        return self.statistics[self.calls - 1]
+        if self.expected is not None and self.calls > self.expected:
+            raise RuntimeError(self._unexpected())
+        return self.statistics[min(self.calls, len(self.statistics)) - 1]
+
+    def check_calls(self) -> None:
+        """Raises RuntimeError at the end of a run whose calls cannot be told apart; one without any is none."""
+        if self.expected is not None and 0 < self.calls < self.expected:
+            raise RuntimeError(self._unexpected())
+
+    def _unexpected(self) -> str:
+        return (
+            f"QK-Clip: a module called attention {self.calls} times where it was seen to call it {self.expected}, "
+            "or one inside it did that was not seen before. Which heads these are is not known: let each attention be "
+            "a module of its own, or give example_inputs that reach all of them."
+        )
 
     def see(self, q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None = None, **mask: Any) -> None:
         """One call: q [..., Tq, d], k [..., Tk, d] with heads in front; `mask`: as `AttentionMask` takes it."""
@@ -90,15 +96,15 @@ class Observer:
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if q.is_meta:
             return
-        q, k = with_heads(q.detach(), k.detach(), statistic.num_heads)
+        if q.is_nested:
+            raise RuntimeError("QK-Clip cannot observe nested tensors. Use padded or packed sequences with a mask.")
         dense = mask.pop("attn_mask", None)
-        if isinstance(dense, Tensor):
-            dense = mask_with_heads(dense.detach(), q, k)
+        q, k, dense = with_heads(q.detach(), k.detach(), dense, statistic.num_heads)
         allowed = AttentionMask(q.shape[-2], k.shape[-2], attn_mask=dense, **mask)
         statistic.observe(q, k, scale=scale, mask=allowed, lse=lse)
 
-    def sdpa(self, arguments: dict[str, Any]) -> Tensor:
-        y, lse = sdpa_with_lse(**arguments)
+    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        y, lse = sdpa_with_lse(**arguments) if call is host_sdpa else (call(**arguments), None)
         q, k, scale = arguments["query"], arguments["key"], arguments["scale"]
         self.see(q, k, scale, lse, attn_mask=arguments["attn_mask"], is_causal=arguments["is_causal"])
         return y
@@ -129,27 +135,23 @@ class Observer:
         return (type(None), ())
 
 
-def with_heads(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """q [B, heads, Tq, d] and k [B, G, Tk, d], whatever stands in front of their last two axes."""
-    if q.ndim == k.ndim == 4 and q.shape[1] == heads:
-        return q, k
-    if q.shape[:-2] != k.shape[:-2]:
-        k = k.expand(*q.shape[:-2], *k.shape[-2:])
-    return q.reshape(-1, heads, *q.shape[-2:]), k.reshape(-1, heads, *k.shape[-2:])
-
-
-def mask_with_heads(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A mask broadcastable to the attention as called, for q [B, H, Tq, d] as `with_heads` gives it."""
-    if mask.ndim <= 2 or (mask.ndim == 4 and all(n in (1, m) for n, m in zip(mask.shape, q.shape[:2], strict=False))):
-        return mask
+def with_heads(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q [B, heads, Tq, d], k [B, G, Tk, d] and a mask broadcastable to [B, heads, Tq, Tk], whatever stands in front of
+    the last two axes of q and k, broadcast as attention does it."""
     lengths = q.shape[-2], k.shape[-2]
-    mask = mask.expand(*mask.shape[:-2], *lengths)
-    leading = mask.shape[:-2].numel()
-    if leading == q.shape[:2].numel():
-        return mask.reshape(*q.shape[:2], *lengths)
-    if leading == q.shape[0]:
-        return mask.reshape(q.shape[0], 1, *lengths)
-    return mask.reshape(-1, *lengths)[:1][None].expand(1, 1, *lengths) if leading == 1 else mask
+    if q.ndim == k.ndim == 4 and q.shape[1] == heads:
+        batch = max(len(q), len(k))
+        q, k = q.expand(batch, -1, -1, -1), k.expand(batch, -1, -1, -1)
+        if mask is not None and mask.ndim > 2:
+            mask = mask.expand(batch, heads, *mask.shape[-2:])
+        return q, k, mask
+    leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    if mask is not None and mask.ndim > 2:
+        apart = mask.ndim - 2 > len(leading)  # [B, heads, Tq, Tk] for queries [B · heads, Tq, d]
+        in_front = (leading.numel() // heads, heads) if apart else leading
+        mask = mask.expand(*in_front, *lengths).reshape(-1, heads, *lengths)
+    q, k = (t.expand(*leading, *t.shape[-2:]).reshape(-1, heads, *t.shape[-2:]) for t in (q, k))
+    return q, k, mask
 
 
 def dense_of(block_mask: BlockMask | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -169,6 +171,8 @@ def sdpa_door(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    call: Callable[..., Tensor] = host_sdpa,
 ) -> Tensor:
     arguments: dict[str, Any] = dict(
         query=query,
@@ -181,7 +185,7 @@ def sdpa_door(
         enable_gqa=enable_gqa,
     )
     who = listener()
-    return host_sdpa(**arguments) if who is None else who.sdpa(arguments)
+    return call(**arguments) if who is None else who.sdpa(call, arguments)
 
 
 def flex_door(
@@ -214,6 +218,39 @@ def flex_door(
     return call(**arguments) if who is None else who.flex(call, arguments)
 
 
+class Unclaimed:
+    """Listens to a whole model: what reaches it was called by no module that is known to call attention."""
+
+    only_with_gradients = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        self.calls += 1
+        return call(**arguments)
+
+    def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        self.calls += 1
+        return call(**arguments)
+
+    def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any:
+        self.calls += 1
+        with listening(None):
+            return call()
+
+
+def begin_listening(who: Listener) -> None:
+    _listeners.append(who)
+
+
+def end_listening(*whom: object) -> None:
+    """Take these off, wherever they stand: an interrupted forward may have left them."""
+    _listeners[:] = [each for each in _listeners if each not in whom]
+    while _trackers and _trackers[-1][0] in whom:
+        _trackers.pop()[1].__exit__(None, None, None)
+
+
 class Hooks:
     """A pair of hooks on any number of modules, under one key in all of them: compiled code asks for a hook's key, so
     with keys of their own layers could not share their code."""
@@ -231,7 +268,12 @@ class Hooks:
         module._forward_hooks[self.key] = self.after
         module._forward_hooks_always_called[self.key] = True
 
+    def observers(self) -> list[Observer]:
+        found = (module.__dict__.get(_OBSERVER) for module in self.modules)
+        return [observer for observer in found if observer is not None]
+
     def take_off(self) -> None:
+        end_listening(*self.observers())
         for module in self.modules:
             for hooks in (
                 module._forward_pre_hooks,
@@ -263,8 +305,7 @@ def enter(module: nn.Module, args: Any) -> None:
     observer = module.__dict__.get(_OBSERVER)
     if observer is None:  # a copy of an observed module
         return
-    if len(observer.statistics) > 1:
-        observer.calls = 0
+    observer.calls = 0
     _listeners.append(observer)
     if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
         tracker = ScoreTracker(observer.written)
@@ -279,3 +320,5 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     _listeners.pop()
     if _trackers and _trackers[-1][0] is observer and not torch.compiler.is_compiling():
         _trackers.pop()[1].__exit__(None, None, None)
+    if output is not None:  # as it is where the module has raised
+        observer.check_calls()

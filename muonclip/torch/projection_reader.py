@@ -11,30 +11,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muonclip.torch.attention import HeadRows, QKProjection
 from muonclip.torch.max_logits import MaxLogits
-from muonclip.torch.provenance import Rows
-from muonclip.torch.rehearsal import Call, feeds
-
-Places = Mapping[int, tuple[str, str]]
+from muonclip.torch.places import Places
+from muonclip.torch.provenance import Rows, feeds
+from muonclip.torch.rehearsal import Call
 
 
 class ProjectionReader:
-    """Reads the calls of one rehearsal as projections of `modules`, by name. `places`: see `Rehearsal`."""
+    """Reads calls as projections, in the light of all `calls` of the model."""
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], places: Places, calls: Sequence[Call], *, clip_gains: bool
-    ) -> None:
-        self.modules, self.places, self.clip_gains = modules, places, clip_gains
-        self.shared_keys = _keys_of_several(calls)
+    def __init__(self, places: Places, calls: Sequence[Call], *, clip_gains: bool) -> None:
+        self.places, self.clip_gains = places, clip_gains
+        self.shared_keys = _keys_of_several(calls, places)
 
     def read(self, call: Call) -> QKProjection | str:
         """The projection of a call, or why there is none."""
         query, key, value, heads = call.query, call.key, call.value, call.num_heads
         if call.problem or query.problem:
             return call.problem or f"its queries {query.problem}"
+        if not all(map(self.places.has, (*query.rows, *query.gains, *key.rows, *key.gains))):
+            return "its weights are not registered: no module of the model has them as parameters"
         if query.normalised:
             return self._normalised(call)
         queries = self._parts(query.rows)
@@ -54,7 +53,7 @@ class ProjectionReader:
         if key.problem or key.normalised or not key.rows:
             kind = "keys normalised" if key.normalised else "keys of no projection"
             return projection(kind, query_facing_shared=queries)
-        private, shared = _divide(key.rows, heads, self.shared_keys)
+        private, shared = _divide(key.rows, heads, self.shared_keys, self.places)
         private_keys, shared_keys = self._parts(private), self._parts(shared) or ()
         if not private:
             groups = max((rows.num_heads for rows in shared_keys), default=1)
@@ -74,7 +73,7 @@ class ProjectionReader:
         norm = "QK-norm: scaling the projection would change nothing"
         own = None if any(bool((rows.masks.sum(0) > 1).any()) for rows in gains) else self._parts(gains)
         if own and self.clip_gains:
-            private, shared = _divide(call.key.gains, heads, {})
+            private, shared = _divide(call.key.gains, heads, {}, self.places)
             keys = self._parts(private)
             if keys and not shared:
                 return QKProjection("qk-norm gains", heads, MaxLogits(heads), query=own, key=keys)
@@ -98,24 +97,26 @@ class ProjectionReader:
             if bool((counts != counts[0]).any()) or not bool(counts[0]):
                 return None
             index = masks.nonzero()[:, 1].view(len(masks), -1)
-            name, attribute = self.places[id(each.parameter)]
+            name, attribute = self.places.of(each)
             bias = ""
             for vector in vectors:
-                where, its_attribute = self.places[id(vector.parameter)]
+                where, its_attribute = self.places.of(vector)
                 if where == name and vector is not each and torch.equal(vector.masks, each.masks):
                     bias = its_attribute
                     with_a_weight.add(id(vector))
                     break
-            parts.append(HeadRows.at(index, self.modules[name], attribute, bias, each.axis))
+            parts.append(HeadRows.at(index, self.places.modules[name], attribute, bias, each.axis))
         return tuple(parts)
 
 
-def _divide(rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor]) -> tuple[list[Rows], list[Rows]]:
+def _divide(
+    rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor], places: Places
+) -> tuple[list[Rows], list[Rows]]:
     """Rows behind keys that a query head has to itself, and rows behind keys that several meet."""
     private, shared = [], []
     for each in rows:
         many = feeds(each.masks, heads).sum(0) > 1
-        others = shared_keys.get((id(each.parameter), each.axis))
+        others = shared_keys.get((places.parameter(each), each.axis))
         many = many if others is None else many | others
         for part, chosen in ((private, ~many), (shared, many)):
             masks = each.masks & chosen
@@ -139,24 +140,20 @@ def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
     )
 
 
-def _keys_of_several(calls: Sequence[Call]) -> dict[object, Tensor]:
+def _keys_of_several(calls: Sequence[Call], places: Places) -> dict[object, Tensor]:
     """(parameter, axis) → the rows behind keys of calls whose queries differ: keys shared between attentions."""
-    seen: dict[object, list[tuple[object, Tensor]]] = {}
+    seen: dict[object, dict[object, Tensor]] = {}
     for call in calls:
-        queries = identity(call.query.rows)
+        if not all(map(places.has, (*call.query.rows, *call.key.rows))):
+            continue
+        queries = places.identity(call.query.rows, call.num_heads)
         for rows in call.key.rows:
-            seen.setdefault((id(rows.parameter), rows.axis), []).append((queries, rows.masks.any(0)))
-    shared = {}
-    for place, uses in seen.items():
-        by_query: dict[object, Tensor] = {}
-        for queries, mask in uses:
+            by_query = seen.setdefault((places.parameter(rows), rows.axis), {})
+            mask = rows.masks.any(0)
             by_query[queries] = by_query[queries] | mask if queries in by_query else mask
+    shared = {}
+    for place, by_query in seen.items():
         count = torch.stack([mask.long() for mask in by_query.values()]).sum(0)
         if bool((count > 1).any()):
             shared[place] = count > 1
     return shared
-
-
-def identity(rows: Sequence[Rows]) -> object:
-    """Equal for the same rows of the same parameters, head by head."""
-    return frozenset((id(r.parameter), r.axis, tuple(r.masks.flatten().nonzero().flatten().tolist())) for r in rows)

@@ -37,6 +37,7 @@ class Product:
     first_row: int = 0
     recompute: Callable[[], Tensor] | None = None
     by_columns: bool = False
+    is_proportional: bool = True  # to its parameters, as far as `entries` has seen
 
     def entries(self, gradient: Tensor) -> list[_Entries]:
         """The entries of parameters behind the places of the output with a gradient."""
@@ -56,12 +57,22 @@ class Product:
             if not parameters:
                 return []
             if self.by_columns:
-                gradient = _any_over_others(gradient != 0, gradient.ndim - 1) * torch.randn_like(output)
-            gradients = torch.autograd.grad(output, parameters, gradient, allow_unused=True)
+                gradient = (
+                    _any_over_others(gradient != 0, gradient.ndim - 1)
+                    * output.detach()
+                    * (0.5 + torch.rand_like(output))
+                )
+            gradients = torch.autograd.grad(output, parameters, gradient, retain_graph=True, allow_unused=True)
+        # The weight may be computed from parameters; those that it is proportional to can be scaled, by the same rule.
+        total = float((gradient * output.detach()).sum())
+        shares = [
+            0.0 if g is None else float((g * p.detach()).sum()) for p, g in zip(parameters, gradients, strict=True)
+        ]
+        self.is_proportional &= abs(sum(shares) - total) <= 0.02 * abs(total)
         return [
             _Entries(parameter, {axis: _any_over_others(g != 0, axis) for axis in range(g.ndim)})
-            for parameter, g in zip(parameters, gradients, strict=True)
-            if g is not None
+            for parameter, g, share in zip(parameters, gradients, shares, strict=True)
+            if g is not None and (abs(share) > 1e-3 * abs(total) or len(parameters) == 1)
         ]
 
 
@@ -161,6 +172,8 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
             source.gains = [] if gains is None else _rows_of([reached[i] for i in sorted(gains)], heads)
         else:
             source.problem = "do not depend linearly on the output of a projection"
+    elif any(not leaves[i].product.is_proportional for i in chosen & products):  # pyright: ignore
+        source.problem = "come from a weight that is computed from its parameters and not proportional to them"
     elif any(not any(reached[index]) for index in chosen):
         source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"
     else:
@@ -178,6 +191,11 @@ def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
         for index, (leaf, gradient) in enumerate(zip(leaves, _gradients(tensor, leaves, probe), strict=True)):
             reached[index].append(_entries_of(leaf, gradient))
     return _rows_of(reached, tensor.shape[1])
+
+
+def feeds(masks: Tensor, heads: int) -> Tensor:
+    """bool [heads, rows]: which of the rows behind each key head, [G, rows], each query head meets."""
+    return masks.repeat_interleave(heads // masks.shape[0], 0)
 
 
 def _proportional_to(

@@ -1,7 +1,7 @@
 """One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
 
 The copy shares the memory of its matrices with the model and has everything else of its own, so a rehearsal leaves no
-trace: no buffer, counter or random number of the model moves. It runs in evaluation mode, where no layer is dropped.
+trace: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped.
 Every product with a weight is cut off from what comes before it (`provenance.py`).
 """
 
@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,10 +21,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from muonclip.torch.doors import Doors
 from muonclip.torch.interception import listening, with_heads
-from muonclip.torch.provenance import Product, Rows, Source, leaves_of, rows_behind, trace
+from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.provenance import Product, Rows, Source, feeds, leaves_of, rows_behind, trace
 from muonclip.torch.scores import ScoreTracker, WrittenOut
 from muonclip.torch.sdpa import host_sdpa
 
@@ -46,12 +51,12 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Rehearsal:
-    """The calls in their order. `places`: where each parameter of the copy stands in the model, by its id: the name of
-    the module and of the attribute. `copies`: of the objects of the model, by their ids."""
+    """The calls in their order. `places`: where each parameter among their rows stands in the model, by its id: names
+    of module and attribute. `statistics`: the copies of the model's, by the ids of the originals."""
 
     calls: list[Call]
     places: dict[int, tuple[str, str]]
-    copies: dict[int, Any]
+    statistics: dict[int, MaxLogits]
 
 
 _rehearsing = False
@@ -69,10 +74,10 @@ def has_a_foreign_forward(module: nn.Module) -> bool:
 
 
 def rehearse(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], known: Collection[str] = ()
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, prefix: str = "", training: bool = False
 ) -> Rehearsal:
-    """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; the model itself is as before. Calls
-    made by the modules named in `known` are left out."""
+    """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
+    `prefix`: of the names. `training`: the mode of the copy."""
     global _rehearsing
     with ExitStack() as stack:
         Doors.open(model)
@@ -83,13 +88,14 @@ def rehearse(
             shadows[id(parameter)] = _shadow(parameter)
         memo = dict(shadows)
         twin = _twin(model, memo)
-        twin.eval()
+        args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
+        twin.train(training)
         _drop_hooks(twin)
         places: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                places.setdefault(id(shadows[id(parameter)]), (name, attribute))
-        recorder = _Recorder(twin, known)
+                places.setdefault(id(shadows[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
+        recorder = _Recorder(twin, prefix)
         _rehearsing = True
         stack.callback(_stop_rehearsing)
         stack.enter_context(torch.enable_grad())
@@ -98,7 +104,13 @@ def rehearse(
         stack.enter_context(listening(recorder))
         with recorder:
             twin(*args, **kwargs)
-        return Rehearsal(recorder.calls, places, {**memo, 0: twin})
+        sources = [source for call in recorder.calls for source in (call.query, call.key, call.value) if source]
+        kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
+        return Rehearsal(
+            recorder.calls,
+            {key: place for key, place in places.items() if key in kept},
+            {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
+        )
 
 
 def _stop_rehearsing() -> None:
@@ -121,14 +133,31 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a module, in which what cannot be copied (a lock, a process group) is shared."""
     if id(module) in memo:
         return memo[id(module)]
+    if isinstance(module, OptimizedModule):
+        twin = memo[id(module)] = _Uncompiled(_twin(module._orig_mod, memo))
+        return twin
     twin = memo[id(module)] = module.__class__.__new__(module.__class__)
-    state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
+    try:
+        state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
+    except RuntimeError:  # parametrized modules refuse
+        state = None
     state = dict(state if isinstance(state, dict) else vars(module))
     if has_a_foreign_forward(module):
-        del state["forward"]
-    inner = {name: each and _twin(each, memo) for name, each in module._modules.items()}
+        state.pop("forward", None)
+    inner = {name: None if each is None else _twin(each, memo) for name, each in module._modules.items()}
     twin.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
     return twin
+
+
+class _Uncompiled(nn.Module):
+    """In the place of what torch.compile wraps around a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -154,8 +183,15 @@ def _drop_hooks(twin: nn.Module) -> None:
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 _PRODUCTS = {
@@ -171,15 +207,15 @@ class _Recorder(ScoreTracker):
 
     only_with_gradients = False
 
-    def __init__(self, twin: nn.Module, known: Collection[str]) -> None:
+    def __init__(self, twin: nn.Module, prefix: str) -> None:
         super().__init__(self.written)
         self.calls: list[Call] = []
-        self._known = known
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
         self._own = set(map(id, twin.parameters()))
         for name, module in twin.named_modules():
-            module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True, with_kwargs=True)
+            path = f"{prefix}{name}".removesuffix(".")
+            module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True, with_kwargs=True)
             module.register_forward_hook(self._leave)
 
     # Modules
@@ -280,10 +316,10 @@ class _Recorder(ScoreTracker):
     def place(self) -> object:
         return list(self._running)
 
-    def sdpa(self, arguments: dict[str, Any]) -> Tensor:
+    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
         self.record("sdpa", arguments["query"], arguments["key"], arguments["value"])
         with torch._C.DisableTorchFunction(), torch.enable_grad():
-            return host_sdpa(**arguments)
+            return call(**arguments)
 
     def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.record("flex", arguments["query"], arguments["key"], arguments["value"])
@@ -315,11 +351,13 @@ class _Recorder(ScoreTracker):
         where: tuple[str, int] | None = None,
     ) -> None:
         module, run = where or self._running[-1]
-        if module in self._known:
-            return
         with torch._C.DisableTorchFunction(), torch.enable_grad():
             heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
-            q, k = with_heads(q, k, heads)
+            if problem or not _heads_repeat(q, heads):
+                problem = problem or "its heads do not stand together behind the sequences of the batch"
+                self.calls.append(Call(module, run, via, heads, Source(heads), Source(heads), None, problem))
+                return
+            q, k, _ = with_heads(q, k, None, heads)
             query, key = trace(q), trace(k)
             value = None
             if v is not None and v.ndim == 4:
@@ -334,11 +372,6 @@ _BY_ANOTHER_WAY = (
     "it calls scaled_dot_product_attention through a reference that QK-Clip cannot reach; call "
     "torch.nn.functional.scaled_dot_product_attention or muonclip.torch.attention"
 )
-
-
-def feeds(masks: Tensor, heads: int) -> Tensor:
-    """bool [heads, rows]: which of the rows behind each key head, [G, rows], each query head meets."""
-    return masks.repeat_interleave(heads // masks.shape[0], 0)
 
 
 def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[Rows]]:
@@ -371,28 +404,43 @@ def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[R
 
 
 def _heads_of(tensor: Tensor) -> int:
-    """How many heads there are in front of the last two axes, [B · heads], by the rows behind each of them."""
+    """How many heads there are in front of the last two axes, [B · heads]: after how many the same columns of the
+    projections come again."""
     slices = tensor.reshape(-1, *tensor.shape[-2:])
-    leaves, _ = leaves_of(slices)
-    first: list[Tensor] | None = None
-    for index in range(len(slices)):
-        probe = torch.zeros_like(slices)
-        probe[index] = torch.randn_like(probe[index])
-        gradients = torch.autograd.grad(slices, leaves, probe, retain_graph=True, allow_unused=True)
-        columns = [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in gradients]
-        if first is None:
-            first = columns
-        elif all(map(torch.equal, columns, first)):
-            return index if len(slices) % index == 0 else 1
+    first = _columns_behind(slices, 0)
+    for index in range(1, len(slices)):
+        if all(map(torch.equal, _columns_behind(slices, index), first)):
+            return index
     return len(slices)
 
 
+def _heads_repeat(tensor: Tensor, heads: int) -> bool:
+    """Whether the slices in front of the last two axes, [B · heads], are the same heads for every sequence."""
+    slices = tensor.reshape(-1, *tensor.shape[-2:])
+    if len(slices) % heads:
+        return False
+    # Of four axes the third is the heads' by contract; a look at the second sequence tells whether it is.
+    looked_at = range(heads, len(slices)) if tensor.ndim != 4 else range(heads, min(heads + 1, len(slices)))
+    of_heads = {index % heads: _columns_behind(slices, index % heads) for index in looked_at}
+    return all(all(map(torch.equal, _columns_behind(slices, index), of_heads[index % heads])) for index in looked_at)
+
+
+def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
+    """Which columns of each product feed one of the slices [N, T, d]."""
+    leaves, _ = leaves_of(slices)
+    probe = torch.zeros_like(slices)
+    probe[index] = torch.randn_like(probe[index])
+    gradients = torch.autograd.grad(slices, leaves, probe, retain_graph=True, allow_unused=True) if leaves else ()
+    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in gradients]
+
+
 def _of_order_one(output: Tensor) -> Tensor:
-    """Where a weight is zero or small yet, the epsilon of a norm behind it would count."""
+    """The values do not matter, but where a weight is zero or small yet, the epsilon of a norm behind it would count;
+    and an overflow of the first forward would hide everything."""
     if output.is_meta or not output.numel():
         return output
     size = output.float().square().mean().sqrt()
-    if not size > 0:
+    if not (0 < size < math.inf):
         return torch.randn_like(output)
     return output / size.to(output.dtype) if size < 1 else output
 

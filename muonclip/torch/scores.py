@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_MASKED = -1e8  # no logit and no bias is so low; masks are −inf, the lowest number of their dtype, or −1e9
+from muonclip.torch.attention_mask import MASKED
+
+_FILLED = -1e8  # no logit is so low; what masked_fill puts there is −inf, the lowest number of the dtype, or −1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Score:
     place: object = None
     capped: bool = False  # by tanh: the number that multiplies it next is the cap, which undoes the division before
     problem: str = ""
+    added: tuple[Tensor, ...] = ()  # masks and biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,15 @@ _PRODUCTS = _functions("matmul", "bmm", "__matmul__", "baddbmm")
 _TIMES = _functions("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
 _OVER = _functions("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
 _PLUS = _functions("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__")
+_MINUS = _functions("sub", "sub_", "__sub__", "__isub__", "__rsub__", "rsub")
+_REVERSED = _functions("__rsub__", "rsub")
+_PLUS = _PLUS | _MINUS
 _SAME = _PLUS | _functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "masked_fill",
     "masked_fill_", "where", "max", "maximum", "clamp", "clamp_min", "nan_to_num", "view", "reshape", "unflatten",
     "squeeze", "unsqueeze",
 )  # fmt: skip
-_SOFTMAX = _functions("softmax")
+_SOFTMAX = _functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
 _TANH = _functions("tanh", "tanh_")
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CONCATENATE = _functions("cat", "concat")
@@ -111,9 +117,12 @@ class ScoreTracker(TorchFunctionMode):
         values = [*args, *kwargs.values()]
         if func in _CONCATENATE and isinstance(values[0], list | tuple):
             values = [*values[0]]
-        score = next((self._scores[id(v)] for v in values if isinstance(v, Tensor) and id(v) in self._scores), None)
-        if score is None:
+        scores = [self._scores[id(v)] for v in values if isinstance(v, Tensor) and id(v) in self._scores]
+        if not scores:
             return
+        score = min(scores, key=lambda each: bool(each.problem))  # a relative bias is a product that was rearranged
+        if func in _PLUS and len(scores) == 2 and not any(each.problem for each in scores):
+            score = replace(score, problem="are a sum of two products")
         if func in _SOFTMAX:
             self.on_attention(_finish(score, args, kwargs))
             self._scores.clear()
@@ -134,8 +143,14 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: T
 
 def _einsum(args: tuple[Any, ...], result: Tensor) -> Score | None:
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2 or "->" not in args[0] or "..." in args[0]:
+    if len(operands) != 2 or min(operand.ndim for operand in operands) < 3:
         return None
+    unknown = Score(
+        result, operands[0], operands[1], 1.0, problem=f"come from an einsum that is not understood, {args[0]}"
+    )
+    if not isinstance(args[0], str) or "->" not in args[0]:
+        return unknown
+    args = (_without_ellipsis(args[0], operands),)
     inputs, output = args[0].replace(" ", "").split("->")
     first, second = inputs.split(",")
     rows, columns = output[-2:-1], output[-1:]
@@ -143,11 +158,11 @@ def _einsum(args: tuple[Any, ...], result: Tensor) -> Score | None:
         first, second, operands = second, first, operands[::-1]
     summed = set(first) & set(second) - set(output)
     if len(summed) != 1 or rows not in first or columns not in second or rows in second or columns in first:
-        return None
+        return unknown
     width = summed.pop()
     shared = output[:-2]
     if set(first) != {*shared, rows, width} or not set(second) <= {*shared, columns, width}:
-        return None
+        return unknown
     q = torch.einsum(f"{first}->{shared}{rows}{width}", operands[0])
     missing = "".join(letter for letter in shared if letter not in second)
     k = torch.einsum(f"{second}->{''.join(x for x in shared if x not in missing)}{columns}{width}", operands[1])
@@ -155,6 +170,14 @@ def _einsum(args: tuple[Any, ...], result: Tensor) -> Score | None:
         if letter in missing:
             k = k.unsqueeze(position)
     return Score(result, q, k, 1.0)
+
+
+def _without_ellipsis(equation: str, operands: Any) -> str:
+    """ "...id,...jd->...ij" with letters in the place of the dots."""
+    letters = [letter for letter in "ABCDEFGHIJKLMNOP" if letter not in equation]
+    inputs, output = equation.replace(" ", "").split("->")
+    axes = max(x.ndim - len(part.replace("...", "")) for part, x in zip(inputs.split(","), operands, strict=True))
+    return f"{inputs}->{output}".replace("...", "".join(letters[:axes]))
 
 
 def _after(func: Any, values: list[Any], score: Score, result: Tensor) -> Score:
@@ -172,6 +195,11 @@ def _after(func: Any, values: list[Any], score: Score, result: Tensor) -> Score:
         return replace(score, scale=score.scale * float(factor) if func in _TIMES else score.scale / float(factor))
     if func in _TANH:
         return replace(score, capped=True)
+    if func in _PLUS:
+        if func in _REVERSED or (func in _MINUS and values[0] is not score.tensor):
+            return replace(score, problem="are subtracted from something")
+        added = tuple(value for value in others if isinstance(value, Tensor) and not value.requires_grad and value.ndim)
+        return replace(score, added=(*score.added, *added))
     if func in _CONCATENATE or (func in _SAME and result.shape[-2:] == score.tensor.shape[-2:]):
         return score
     return replace(score, problem=score.problem or f"pass through {getattr(func, '__name__', func)}")
@@ -189,5 +217,7 @@ def _finish(score: Score, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Writ
     if dimension not in (-1, logits.ndim - 1) or logits.shape[-2] != score.q.shape[-2] or logits.shape[-1] < keys:
         problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
     logits = logits[..., :keys]  # what stands behind is a sink
-    allowed = logits > max(torch.finfo(logits.dtype).min / 2, _MASKED)
+    allowed = logits > max(torch.finfo(logits.dtype).min / 2, _FILLED)
+    for added in score.added:
+        allowed = allowed & (added[..., :keys] if added.shape[-1] > 1 else added).gt(MASKED)
     return WrittenOut(score.q, score.k, score.scale, allowed | logits.isnan(), problem, score.place)

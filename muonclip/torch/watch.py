@@ -11,6 +11,8 @@ import copy
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +22,19 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.attention_search import Site, refusal, search
 from muonclip.torch.doors import Doors
-from muonclip.torch.interception import Hooks, Observer, attach, enter, observers
-from muonclip.torch.rehearsal import has_a_foreign_forward, is_rehearsing, rehearse
+from muonclip.torch.interception import (
+    Hooks,
+    Observer,
+    Unclaimed,
+    attach,
+    begin_listening,
+    end_listening,
+    enter,
+    observers,
+)
+from muonclip.torch.rehearsal import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
 
+_MOST_REHEARSALS = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 
 
@@ -33,12 +45,15 @@ class Watch:
     def __init__(self, model: nn.Module, projections: dict[str, QKProjection], *, clip_gains: bool) -> None:
         self.model, self.projections, self.clip_gains = model, projections, clip_gains
         self.threshold = -math.inf  # of the statistics to come
+        self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
         self.to_come = "the first forward with gradients"
         self.removed = ""
         self.version = 0
-        self._rehearsed: set[str] = set()
+        self._rehearsals: list[Rehearsal] = []
+        self._rehearsed: dict[str, int] = {}  # how often, by the name of the module that a forward began with
         self._depth = 0
+        self._unclaimed = Unclaimed()
         self._replace_others()
         self._open()
 
@@ -58,13 +73,10 @@ class Watch:
         Doors.open(self.model)
         self._end = weakref.finalize(self, _take_down, self._observers, self._root, self._entries)
         self._root.put_on(self.model)
-        if self.to_come:
-            for module in self.model.modules():
-                if module is not self.model:
-                    self._entries.put_on(module)
-        sites, self.sites = self.sites, {}
-        for site in sites.values():
-            self._observe(site)
+        for module in self.model.modules():
+            if module is not self.model:
+                self._entries.put_on(module)
+        self._observe()
 
     def remove(self, why: str) -> None:
         """Take every hook away; the model is as before. `why`: for whoever goes on using the owner."""
@@ -85,40 +97,59 @@ class Watch:
             except Exception as error:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {_first_line(error)})"
                 continue
-            self._take(rehearsal, self.model, "")
+            self._take(rehearsal)
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
-            self._entries.take_off()
             return
 
     def settle(self) -> None:
-        """The forwards of a step are over: the first rehearsals are, too."""
+        """The forwards of a step are over. Raises RuntimeError where attention ran that is not known."""
+        unknown, self._unclaimed.calls = self._unclaimed.calls, 0
+        if unknown:
+            self._rehearsed.clear()  # the next forward shows what it was
+            raise RuntimeError(
+                f"QK-Clip: attention was called {unknown} times in this step by modules that no rehearsal saw call it: "
+                "its heads were neither observed nor clipped. Show the search inputs that reach it, QKClip(model, "
+                "example_inputs=…). The next forward is rehearsed anew."
+            )
         if self._rehearsed:
             self._entries.take_off()
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module begins to run."""
+        if module is self.model:
+            end_listening(self._unclaimed, *self._observers.observers())  # of a forward that was interrupted
+            self._depth = 0
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
+        if module is self.model:
+            begin_listening(self._unclaimed)
         name = next(name for name, each in self.model.named_modules() if each is module)
-        if any(name == done or name.startswith(f"{done}.") or not done for done in self._rehearsed):
+        # The model: each forward of the first step, up to a few. A part that is called by itself: once, if it holds no
+        # attention that is known. (Recomputation under activation checkpointing calls parts, too.)
+        done = self._rehearsed.get(name, 0)
+        holds_a_site = any(f"{site}.".startswith(f"{name}.") for site in self.sites)
+        if done >= (_MOST_REHEARSALS if module is self.model and self._entries.modules else 1):
             return
-        self._rehearsed.add(name)
+        if module is not self.model and holds_a_site:
+            return
+        self._rehearsed[name] = done + 1
         observed = module in self._observers.modules
         self._rehearse(module, name, args, kwargs)
         if module in self._observers.modules and not observed:  # its hooks came too late for this run
             enter(module, args)
 
-    def leave(self) -> None:
-        self._depth -= 1
+    def end(self, module: nn.Module) -> None:
+        """A module has run, or has raised."""
+        self._depth = max(self._depth - 1, 0)
+        if module is self.model:
+            end_listening(self._unclaimed)
 
     def _rehearse(self, module: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         prefix = f"{name}." if name else ""
-        known = {
-            f"{site}.".removeprefix(prefix).removesuffix(".") for site in self.sites if f"{site}.".startswith(prefix)
-        }
         try:
-            rehearsal = rehearse(module, args, kwargs, known)
+            rehearsals = [rehearse(module, args, kwargs, prefix=prefix)]
         except Exception as error:
             if self.projections:
                 self.to_come = f"not rehearsed: {_first_line(error)}"
@@ -128,48 +159,74 @@ class Watch:
                 "inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
-        self._take(rehearsal, module, prefix)
+        if module.training:  # some attention may run in training only; what fails there was seen above
+            with suppress(Exception):
+                rehearsals.append(rehearse(module, args, kwargs, prefix=prefix, training=True))
+        self._take(*rehearsals)
 
-    def _take(self, rehearsal: Any, module: nn.Module, prefix: str) -> None:
-        findings = search(module, rehearsal, self.projections, prefix=prefix, clip_gains=self.clip_gains)
+    def _take(self, *rehearsals: Rehearsal) -> None:
+        """Search all rehearsals so far. What one attention has in common with another may show itself late."""
+        self._rehearsals += rehearsals
+        findings = search(self.model, self._rehearsals, self.declared, clip_gains=self.clip_gains)
         if findings.problems:
+            del self._rehearsals[-len(rehearsals) :]
             raise ValueError(refusal(self.model, findings.problems))
-        for name, projection in findings.projections.items():
-            self.projections.setdefault(name, projection)
+        found = self.declared | {
+            name: _with_statistic_of(self.projections.get(name), projection)
+            for name, projection in findings.projections.items()
+        }
+        names = {id(projection): name for name, projection in findings.projections.items()}
+        sites: dict[str, Site] = {}
         for site in findings.sites:
-            copies = [rehearsal.copies.get(id(projection.max_logits)) for projection in site.projections]
-            if any(copied is not None and bool(copied.observed) for copied in copies):
-                site = Site(site.module, "declared", site.projections)
-            self._observe(site)
-        self.version += bool(findings.sites)
+            via = "declared" if self._fills_itself(site) else site.via
+            sites[site.module] = replace(
+                site, via=via, projections=tuple(found[names[id(p)]] for p in site.projections)
+            )
+        self.version += found.keys() != self.projections.keys() or sites.keys() != self.sites.keys()
+        self.projections.clear()
+        self.projections.update(found)
+        self.sites = sites
         self.to_come = "" if self.projections else NOTHING_FOUND
-
-    def _observe(self, site: Site) -> None:
-        """Let what a site's attention shows go to its statistics; a declared one that calls `attention` does so."""
-        if site.module in self.sites:
-            return
-        self.sites[site.module] = site
-        for projection in site.projections:
+        for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold
-        if site.via == "declared":
-            return
-        module = self.model.get_submodule(site.module)
-        observer = Observer([p.max_logits for p in site.projections], written_out=site.via == "written out")
-        attach(module, observer, self._observers)
+        self._observe()
+
+    def _fills_itself(self, site: Site) -> bool:
+        """Whether the attention is declared, and hands its statistic to `muonclip.torch.attention`."""
+        statistics = [id(projection.max_logits) for projection in site.projections]
+        copies = [rehearsal.statistics.get(key) for rehearsal in self._rehearsals for key in statistics]
+        return any(copied is not None and bool(copied.observed) for copied in copies)
+
+    def _observe(self) -> None:
+        """Let what each site's attention shows go to its statistics."""
+        self._observers.take_off()
+        for site in self.sites.values():
+            if site.via != "declared":
+                statistics = [projection.max_logits for projection in site.projections]
+                observer = Observer(statistics, calls=site.calls, written_out=site.via == "written out")
+                attach(self.model.get_submodule(site.module), observer, self._observers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """A copy of the owner with the model: observed by itself."""
         twin = object.__new__(Watch)
         memo[id(self)] = twin
-        for name in ("projections", "sites", "model"):
+        for name in ("projections", "declared", "sites", "model"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
             setattr(twin, name, getattr(self, name))
-        twin._rehearsed, twin._depth = set(self._rehearsed), 0
+        twin._rehearsals, twin._rehearsed = [], dict(self._rehearsed)
+        twin._depth, twin._unclaimed = 0, Unclaimed()
         for module in twin.model.modules():
             _watched[module] = weakref.ref(twin)
         twin._open()
         return twin
+
+
+def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -> QKProjection:
+    """A projection read anew goes on with the statistic that it had."""
+    if earlier is None or earlier.num_heads != projection.num_heads:
+        return projection
+    return replace(projection, max_logits=earlier.max_logits)
 
 
 class _Entry:
@@ -191,13 +248,13 @@ class _Entry:
                     "gradients before you compile."
                 )
             return
-        watch.enter(module, args, kwargs)
+        watch.begin(module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         watch = self.watch()
         if watch is None or is_rehearsing() or has_a_foreign_forward(module) or torch.compiler.is_compiling():
             return
-        watch.leave()
+        watch.end(module)
 
     def __deepcopy__(self, memo: object) -> _Entry:
         return _Nobody()

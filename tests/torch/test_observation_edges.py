@@ -1,0 +1,457 @@
+"""Where a search or an observer could be misled: branches, strange layouts and masks, other people's patches."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muonclip.torch import QKClip
+from muonclip.torch import interception as interception_module
+from muonclip.torch.sdpa import host_sdpa
+
+# torch.compile looks at the gradients of its inputs, whatever they are.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+WIDTH, HEADS, HEAD = 20, 4, 6
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * HEAD, bias=False) for _ in range(3))
+        with torch.no_grad():
+            self.q.weight.mul_(torch.linspace(1, 9, HEADS).repeat_interleave(HEAD)[:, None])
+
+    def heads(self, x):
+        return [m(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for m in (self.q, self.k, self.v)]
+
+    def forward(self, x, mask=None):
+        return F.scaled_dot_product_attention(*self.heads(x), mask).sum() * x
+
+
+def maxima(layer, x, allowed=None, scale=HEAD**-0.5):
+    with torch.no_grad():
+        q, k, _ = layer.heads(x)
+    scores = scale * q.double() @ k.double().mT
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    return scores.amax((0, 2, 3)).numpy()
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(3, 7, WIDTH)
+
+
+def step(clip, *outputs):
+    sum(output.sum() for output in outputs).backward()
+    clip.step()
+    return clip.report()
+
+
+def check(clip, layer, x, before, tau, name, **options):
+    np.testing.assert_allclose(clip.report().layers[name].max_logits, before, rtol=1e-5)
+    np.testing.assert_allclose(maxima(layer, x, **options), np.minimum(before, tau), rtol=1e-5)
+
+
+# Attention that not every forward reaches
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Attention(), Attention()
+
+    def forward(self, x, which="a"):
+        y = self.a(x) if which[0] == "a" else x
+        if "b" in which or ("training" in which and self.training):
+            y = y + self.b(x)
+        return y
+
+
+def test_attention_that_runs_in_training_only(x):
+    model = Branches()
+    before = maxima(model.b, x)
+    clip = QKClip(model, tau=2.0, observe="always")
+    step(clip, model(x, "a training") + model.a(x))
+    check(clip, model.b, x, before, 2.0, "b")
+
+
+def test_attention_that_another_micro_batch_of_the_first_step_reaches(x):
+    model = Branches()
+    before = maxima(model.b, x)
+    clip = QKClip(model, tau=2.0, observe="always")
+    step(clip, model(x, "a"), model(x, "b"))
+    check(clip, model.b, x, before, 2.0, "b")
+
+
+def test_a_part_that_is_called_by_itself(x):
+    model = Branches()
+    before = maxima(model.b, x)
+    clip = QKClip(model, tau=2.0, observe="always")
+    step(clip, model(x, "a"), model.b(x))
+    check(clip, model.b, x, before, 2.0, "b")
+
+
+def test_attention_that_appears_later_is_an_error_and_then_known(x):
+    model = Branches()
+    clip = QKClip(model, tau=2.0, observe="always")
+    step(clip, model(x, "a"))
+    model(x, "ab").sum().backward()
+    with pytest.raises(
+        RuntimeError, match="attention was called 1 times in this step by modules that no rehearsal saw"
+    ):
+        clip.step()
+    before = maxima(model.b, x)
+    clip.reset()
+    step(clip, model(x, "ab"))
+    check(clip, model.b, x, before, 2.0, "b")
+
+
+class Outer(Attention):
+    """Calls attention itself, and sometimes lets a module inside it do so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, x, deep=False):
+        y = super().forward(x)
+        return y + self.inner(3 * x) if deep else y
+
+
+def test_a_module_inside_another_does_not_speak_for_it(x):
+    model = Outer()
+    clip = QKClip(model, tau=1e4, observe="always")
+    step(clip, model(x))
+    with pytest.raises(RuntimeError, match="called attention 2 times where it was seen to call it 1"):
+        model(x, deep=True)
+
+
+class Several(nn.Module):
+    """Weights in a list, one of which a call uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.ParameterList([nn.Parameter(torch.randn(3 * HEADS * HEAD, WIDTH)) for _ in range(2)])
+
+    def forward(self, x, which=0):
+        q, k, v = F.linear(x, self.w[which]).unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_one_module_with_other_weights_in_another_run_is_refused(x):
+    model = Several()
+    clip = QKClip(model, tau=15.0)
+    model(x, 0)
+    with pytest.raises(ValueError, match="it calls other attentions in one run than in another"):
+        model(x, 1)
+    assert clip.projections
+
+
+def test_what_attentions_share_may_show_itself_late(x):
+    """The guessed inputs reach the first only; the second has the same weights."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Attention(), Attention()
+            self.b.q, self.b.k = self.a.q, self.a.k
+
+        def forward(self, x, y=None):
+            return self.a(x) if y is None else self.a(x) + self.b(y)
+
+    model = Tied()
+    before = np.maximum(maxima(model.a, x), maxima(model.a, 2 * x))
+    clip = QKClip(model, tau=2.0, observe="always")
+    assert list(clip.projections) == ["a"]
+    step(clip, model(x, 2 * x))
+    assert list(clip.projections) == ["a"]
+    np.testing.assert_allclose(maxima(model.a, 2 * x), np.minimum(before, 2.0), rtol=1e-5)
+
+
+# Layouts
+
+
+class HeadsFirst(Attention):
+    """[heads · B, T, d], as in the Set Transformer."""
+
+    def forward(self, x):
+        q, k, v = (torch.cat(m(x).split(HEAD, 2), 0) for m in (self.q, self.k, self.v))
+        return torch.cat(F.scaled_dot_product_attention(q, k, v).split(len(x), 0), 2)
+
+
+class BatchThird(Attention):
+    """[heads, B, T, d]."""
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in self.heads(x)))
+
+
+@pytest.mark.parametrize("kind", [HeadsFirst, BatchThird])
+def test_heads_that_stand_before_the_sequences_are_refused(kind, x):
+    with pytest.raises(ValueError, match="its heads do not stand together behind the sequences of the batch"):
+        QKClip(kind(), example_inputs=x)
+
+
+class BatchedKeys(Attention):
+    """Learned queries, one set for all sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def heads(self, x):
+        q = self.q(self.latents).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+        return q, *super().heads(x)[1:]
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_queries_that_are_broadcast_over_the_batch(x):
+    model = BatchedKeys()
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
+
+
+class Windows(Attention):
+    """[B, windows, heads, t, d], with a mask for each window."""
+
+    def forward(self, x, mask):
+        q, k, v = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in self.heads(F.pad(x, (0, 0, 0, 1))))
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_windows_with_masks_of_their_own(x):
+    model = Windows()
+    mask = torch.rand(2, 1, 4, 4) < 0.7
+    mask |= torch.eye(4, dtype=torch.bool)
+    allowed = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    allowed[..., :4, :4], allowed[..., 4:, 4:] = mask[0], mask[1]
+    padded = F.pad(x, (0, 0, 0, 1))
+    before = maxima(model, padded, allowed)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=(x, mask))
+    step(clip, model(x, mask))
+    check(clip, model, padded, before, 1.0, "", allowed=allowed)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("value", [-math.inf, -1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_what_is_as_good_as_minus_infinity_masks(value, written_out, x):
+    class Masked(Attention):
+        def forward(self, x, mask):
+            q, k, v = self.heads(x)
+            if written_out:
+                return ((q @ k.mT) * HEAD**-0.5 + mask).softmax(-1) @ v
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+    model = Masked()
+    allowed = torch.eye(7, dtype=torch.bool)
+    mask = torch.zeros(7, 7).masked_fill(~allowed, value)
+    before = maxima(model, x, allowed)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=(x, mask))
+    step(clip, model(x, mask))
+    check(clip, model, x, before, 1.0, "", allowed=allowed)
+
+
+@pytest.mark.parametrize("batch", [3, HEADS])
+def test_a_mask_of_three_axes_is_one_for_each_head(batch):
+    torch.manual_seed(0)
+    x, model = torch.randn(batch, 7, WIDTH), Attention()
+    mask = (torch.rand(HEADS, 7, 7) < 0.4) | torch.eye(7, dtype=torch.bool)
+    before = maxima(model, x, mask)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=(x, mask))
+    step(clip, model(x, mask))
+    check(clip, model, x, before, 1.0, "", allowed=mask)
+
+
+# Attention that is written out in other ways
+
+
+def written(function):
+    class Written(Attention):
+        def forward(self, x):
+            return function(*self.heads(x))
+
+    return Written()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: (torch.einsum("...id,...jd->...ij", q, k) * HEAD**-0.5).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT * HEAD**-0.5).log_softmax(-1).exp() @ v,
+        lambda q, k, v: torch.special.softmax(q @ k.mT * HEAD**-0.5, -1) @ v,
+    ],
+)
+def test_other_ways_to_write_it(function, x):
+    model = written(function)
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda q, k, v: (q @ k.mT + q @ v.mT).softmax(-1) @ v, "are a sum of two products"),
+        (lambda q, k, v: (1 - q @ k.mT).softmax(-1) @ v, "are subtracted from something"),
+        (
+            lambda q, k, v: torch.einsum("bhid,bhjd->bijh", q, k).softmax(2).permute(0, 3, 1, 2) @ v,
+            "come from an einsum that is not understood, bhid,bhjd->bijh",
+        ),
+    ],
+)
+def test_ways_to_write_it_that_are_refused(function, reason, x):
+    with pytest.raises(ValueError, match=f"its logits {reason}"):
+        QKClip(written(function), example_inputs=x)
+
+
+# Weights that are computed
+
+
+class Computed(Attention):
+    def heads(self, x):
+        _, k, v = super().heads(x)
+        return self.query(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2), k, v
+
+
+class MaskedWeight(Computed):
+    """Pruned: proportional to its parameter."""
+
+    def query(self, x):
+        return F.linear(x, self.q.weight * (torch.arange(WIDTH) > 3))
+
+
+class NormalisedWeight(Computed):
+    def query(self, x):
+        return F.linear(x, F.normalize(self.q.weight, dim=-1) * 3)
+
+
+class CentredWeight(Computed):
+    def query(self, x):
+        return torch.einsum("bti,oi->bto", x, self.q.weight + 0.5)
+
+
+def test_a_weight_proportional_to_its_parameter_is_clipped(x):
+    model = MaskedWeight()
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
+
+
+@pytest.mark.parametrize("kind", [NormalisedWeight, CentredWeight])
+def test_a_weight_that_is_not_is_refused(kind, x):
+    with pytest.raises(ValueError, match="its queries come from"):
+        QKClip(kind(), example_inputs=x)
+
+
+def test_weight_norm_is_clipped_by_its_magnitude(x):
+    model = Attention()
+    nn.utils.parametrizations.weight_norm(model.q)
+    direction = model.q.parametrizations.weight.original1.clone()
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
+    assert torch.equal(model.q.parametrizations.weight.original1, direction)
+
+
+def test_modules_in_a_plain_list_are_refused_by_name(x):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.first = [Attention()], nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.layers[0](self.first(x))
+
+    with pytest.raises(ValueError, match="its weights are not registered"):
+        QKClip(Hidden(), example_inputs=x)
+
+
+# Leaving things as they are
+
+
+def test_arguments_and_other_generators_are_left_alone(x):
+    class InPlace(Attention):
+        def forward(self, x, seen):
+            seen.append(random.random() + np.random.rand())  # noqa: NPY002
+            x.mul_(2)
+            return super().forward(x)
+
+    model, original, seen = InPlace(), x.clone(), []
+    state = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    clip = QKClip(model, example_inputs=(x, seen))
+    assert torch.equal(x, original)
+    assert not seen
+    assert random.getstate() == state[0]
+    assert (np.random.get_state()[1] == state[1]).all()  # noqa: NPY002
+    assert clip.projections
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(x):
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = written(lambda q, k, v: (q @ k.mT * HEAD**-0.5).softmax(-1) @ v)
+            self.stop = False
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = Interrupted()
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    before = maxima(model.layer, x)
+    model.layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if model.stop else None)
+    model.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.stop = False
+    step(clip, model(x))
+    check(clip, model.layer, x, before, 1.0, "layer")
+    clip.remove()
+    assert not interception_module._listeners
+    assert not interception_module._trackers
+
+
+def test_somebody_else_s_attention_is_called_and_given_back(x, monkeypatch):
+    calls = []
+
+    def mine(*args, **kwargs):
+        calls.append("mine")
+        return host_sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", mine)
+    model = Attention()
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    calls.clear()
+    step(clip, model(x))
+    assert "mine" in calls
+    check(clip, model, x, before, 1.0, "")
+    clip.remove()
+    assert F.scaled_dot_product_attention is mine
+
+
+def test_a_compiled_module_inside(x):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Attention())
+    before = maxima(model[1], model[0](x))
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    clip = QKClip(model, tau=1.0, observe="always")
+    step(clip, model(x))
+    np.testing.assert_allclose(next(iter(clip.report().layers.values())).max_logits, before, rtol=1e-5)
+    torch._dynamo.reset()
