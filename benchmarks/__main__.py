@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ import torch
 
 from benchmarks import summary
 from benchmarks.arms import ARMS, DEFAULT_ARMS, SETTINGS, base_of, parse, with_settings
+from benchmarks.clip_cost import PLANS, QUICK
+from benchmarks.clip_cost import clip_cost as measure_clip_cost
+from benchmarks.clip_cost_models import MODELS
+from benchmarks.clip_cost_page import read_clip_cost, write_into
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
 from benchmarks.evidence import evidence as run_evidence
@@ -96,6 +101,25 @@ def evidence(options: argparse.Namespace) -> None:
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
     corpus.require(model.max_seq_len)
     run_evidence(model, corpus, _execution(options))
+
+
+def clip_cost(options: argparse.Namespace) -> None:
+    """The time of training steps with QK-Clip and without: see `benchmarks.clip_cost`."""
+    written = options.out / f"{options.device}.json"
+    if options.page is not None:
+        if not written.exists():
+            raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
+        write_into(options.page, json.loads(written.read_text()))
+        return
+    plan = QUICK if options.quick else PLANS[options.device]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        result = measure_clip_cost(options.out, models=options.models, device=options.device, plan=plan)
+    finally:
+        torch.set_num_threads(threads)
+    print(read_clip_cost(result))
+    print(f"figures  {written}", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -207,6 +231,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
         )
         command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
+    cost = commands.add_parser(
+        "clip-cost", help="the time of whole training steps with QK-Clip and without: 25 minutes on two cores"
+    )
+    cost.set_defaults(command=clip_cost)
+    cost.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json or cuda.json")
+    cost.add_argument("--models", type=_models, default=tuple(MODELS), metavar="A,B", help=f"of {', '.join(MODELS)}")
+    cost.add_argument("--device", choices=sorted(PLANS), default="cpu", help="default: cpu")
+    cost.add_argument("--threads", type=_count, metavar="N", help="default: what torch takes")
+    cost.add_argument("--quick", action="store_true", help="few steps of tiny models, to see that all of it works")
+    cost.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; write what DIR holds into this page, between its marks",
+    )
+
     again = commands.add_parser(
         "report", help="draw finished runs again, without training; several folders also side by side"
     )
@@ -225,7 +265,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help=f"the page of all folders together (default: ./{COMPARISON} where there are several)",
     )
     again.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard, events for TensorBoard")
-    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long, "report": again}
+    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long, "clip-cost": cost, "report": again}
 
 
 def _arms(text: str) -> tuple[str, ...]:
@@ -234,6 +274,13 @@ def _arms(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return _distinct(tuple(with_settings(base, **settings) for base, settings in parsed))
+
+
+def _models(text: str) -> tuple[str, ...]:
+    models = tuple(text.split(","))
+    if unknown := [model for model in models if model not in MODELS]:
+        raise argparse.ArgumentTypeError(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
+    return _distinct(models)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
