@@ -3,7 +3,8 @@
     softmax(scale · q kᵀ + bias, masked)            logits S = scale · q_i · k_j, over the pairs that are not masked
 
 `ScoreTracker` follows the product through what happens to it before the softmax. A number that multiplies it belongs to
-the scale; what is added is a bias or a mask and does not; a pair is masked where the result is hugely negative.
+the scale; those around a soft cap c·tanh(S/c) undo each other. What is added is a bias or a mask and does not; a pair
+is masked where the mask or the result is hugely negative.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ class Score:
     k: Tensor
     scale: float
     place: object = None
-    capped: bool = False  # by tanh: the number that multiplies it next is the cap, which undoes the division before
     problem: str = ""
     added: tuple[Tensor, ...] = ()  # masks and biases
 
@@ -58,17 +58,15 @@ def _functions(*names: str) -> set[object]:
 _PRODUCTS = _functions("matmul", "bmm", "__matmul__", "baddbmm")
 _TIMES = _functions("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
 _OVER = _functions("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
-_PLUS = _functions("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__")
-_MINUS = _functions("sub", "sub_", "__sub__", "__isub__", "__rsub__", "rsub")
 _REVERSED = _functions("__rsub__", "rsub")
-_PLUS = _PLUS | _MINUS
+_MINUS = _REVERSED | _functions("sub", "sub_", "__sub__", "__isub__")
+_PLUS = _MINUS | _functions("add", "add_", "__add__", "__radd__", "__iadd__")
 _SAME = _PLUS | _functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "masked_fill",
     "masked_fill_", "where", "max", "maximum", "clamp", "clamp_min", "nan_to_num", "view", "reshape", "unflatten",
-    "squeeze", "unsqueeze",
+    "squeeze", "unsqueeze", "tanh", "tanh_",
 )  # fmt: skip
 _SOFTMAX = _functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
-_TANH = _functions("tanh", "tanh_")
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CONCATENATE = _functions("cat", "concat")
 
@@ -187,14 +185,10 @@ def _after(func: Any, values: list[Any], score: Score, result: Tensor) -> Score:
         if isinstance(factor, Tensor) and factor.numel() == 1:
             factor = factor.item()
         if not isinstance(factor, numbers.Real):
-            if isinstance(factor, Tensor) and factor.shape[-2:].numel() == 1 and func in _TIMES and not score.capped:
+            if isinstance(factor, Tensor) and factor.shape[-2:].numel() == 1 and func in _TIMES:
                 return replace(score, q=score.q * factor)
             return replace(score, problem=f"are multiplied by a tensor of shape {_shape(factor)}")
-        if score.capped and score.scale:  # the cap: the next numbers act on what is no logit any more
-            return replace(score, scale=score.scale * float(factor), capped=False, problem=score.problem)
         return replace(score, scale=score.scale * float(factor) if func in _TIMES else score.scale / float(factor))
-    if func in _TANH:
-        return replace(score, capped=True)
     if func in _PLUS:
         if func in _REVERSED or (func in _MINUS and values[0] is not score.tensor):
             return replace(score, problem="are subtracted from something")

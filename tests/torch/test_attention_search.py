@@ -1,5 +1,6 @@
 """Which rows feed which heads, found by watching: in every layout, under any name, or refused with a reason."""
 
+import copy
 import importlib.util
 import math
 import re
@@ -646,6 +647,24 @@ def test_muon_reads_a_found_fused_weight_as_its_matrices():
         assert sorted(line.layout.matrix_shapes(line.shape)) == sorted(
             [(1, 24, 10), (1, 24, 10), (1, 24, 10)] if shapes else [(1, 24, 10), (1, 12, 10), (1, 12, 10)]
         ), line.layout.describe(line.shape)
+
+
+def test_a_fused_weight_found_late_is_updated_as_its_matrices_too():
+    class ByName(Stack):
+        def forward(self, *, x):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = ByName(Blocks), torch.randn(2, LENGTH, WIDTH)
+    twin = copy.deepcopy(model)
+    late = MuonClip(model, lr=0.1, tau=1e3)
+    known = MuonClip(twin, lr=0.1, qk_clip=QKClip(twin, tau=1e3, example_inputs={"x": x}))
+    for each, optimizer in ((model, late), (twin, known)):
+        each(x=x).square().sum().backward()
+        optimizer.step()
+    line = next(line for line in late.plan.parameters if line.name == "layers.0.a.weight")
+    assert [shape[1:] for shape in line.layout.matrix_shapes(line.shape)] == [(24, 10)] * 3
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
 def test_no_attention_and_no_forward_are_errors():
