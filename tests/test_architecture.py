@@ -9,6 +9,7 @@ import pytest
 
 import muonclip
 import muonclip.core
+import muonclip.optax
 import muonclip.torch
 
 ROOT = Path(muonclip.__file__).parent
@@ -20,7 +21,8 @@ DOORS = {
 MAY_IMPORT = {
     "core": {"muonclip.core"},
     "torch": {"muonclip.core", "muonclip.torch", "torch"},
-    "models": {"muonclip.core", "muonclip.torch", "muonclip.models", "torch"},
+    "optax": {"muonclip.core", "muonclip.optax", "jax", "numpy", "optax"},
+    "models": {"muonclip.core", "muonclip.torch", "muonclip.optax", "muonclip.models", "torch", "jax", "numpy"},
 }
 
 
@@ -53,7 +55,7 @@ def test_the_model_configuration_needs_no_framework():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", [muonclip, muonclip.core, muonclip.torch])
+@pytest.mark.parametrize("module", [muonclip, muonclip.core, muonclip.optax, muonclip.torch])
 def test_all_lists_what_exists(module):
     assert sorted(module.__all__) == sorted(set(module.__all__))
     assert all(hasattr(module, name) for name in module.__all__)

@@ -25,14 +25,17 @@ class ClipFactors(NamedTuple):
     """γ^(1−α), for the head's own key part."""
 
 
-def clip_factors(max_logits: Array, tau: float, alpha: float = 0.5, *, xp: Any) -> ClipFactors:
+def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0.5, *, xp: Any) -> ClipFactors:
     """The factors of each head. max_logits: [heads], after the softmax scale; computed and returned in its dtype.
 
     Quiet heads (S ≤ τ, negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
-    +inf becomes NaN: neither is ever a factor to use. Raises ValueError for τ ≤ 0 and α outside [0, 1].
+    +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked: raises
+    ValueError for τ ≤ 0 and α outside [0, 1].
     """
-    check_tau(tau)
-    check_alpha(alpha)
+    if isinstance(tau, int | float):
+        check_tau(tau)
+    if isinstance(alpha, int | float):
+        check_alpha(alpha)
     quiet = max_logits <= tau
     loud = xp.where(quiet, 1.0, xp.where(max_logits < math.inf, max_logits, math.nan))
     one = xp.ones_like(max_logits)

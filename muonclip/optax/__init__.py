@@ -1,0 +1,26 @@
+"""MuonClip for Optax: a chain of transformations like any other, with the extra argument `max_logits`."""
+
+from muonclip.optax.accumulation import AccumulateState, accumulate
+from muonclip.optax.head_rows import HeadRows
+from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
+from muonclip.optax.muon import ScaleByMuonState, muonclip, scale_by_muon
+from muonclip.optax.plan import Plan, PlannedParameter, plan
+from muonclip.optax.qk_clip import QKClipState, QKProjection, qk_clip
+
+__all__ = [
+    "AccumulateState",
+    "HeadRows",
+    "Plan",
+    "PlannedParameter",
+    "QKClipState",
+    "QKProjection",
+    "ScaleByMuonState",
+    "accumulate",
+    "certified_max_logits",
+    "dot_product_attention",
+    "exact_max_logits",
+    "muonclip",
+    "plan",
+    "qk_clip",
+    "scale_by_muon",
+]

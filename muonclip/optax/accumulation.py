@@ -1,0 +1,108 @@
+"""Gradient accumulation that loses no maximum: one inner update per step, on what all its micro-steps saw.
+
+`optax.MultiSteps` calls the inner update in every micro-step and, where it does not emit, throws its state away and the
+extra arguments with it: a maximum seen only there would never be clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muonclip.optax.qk_clip import QKClipState
+
+
+class AccumulateState(NamedTuple):
+    micro_step: jax.Array
+    """int32: micro-steps since the last step."""
+    step: jax.Array
+    """int32: steps taken."""
+    gradients: optax.Updates
+    """Mean since the last step, float32 or wider."""
+    max_logits: Any
+    """Maxima since the last step; −inf where nothing was seen."""
+    inner_state: optax.OptState
+
+
+def accumulate(
+    inner: optax.GradientTransformation, every: int | Callable[[Any], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` once in `every` calls, on the mean gradient and the largest `max_logits` of all of them.
+
+    `every`: a number, or a function of the steps taken so far. In between, updates are zero and `inner` is not touched.
+    `inner` must hold one `qk_clip`; without one `optax.MultiSteps` does. Raises ValueError otherwise, TypeError for an
+    update without `max_logits`.
+    """
+    if not callable(every) and every < 1:
+        raise ValueError(f"every={every} must be at least 1: the micro-steps that make one step.")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> AccumulateState:
+        inner_state = inner.init(params)
+        return AccumulateState(
+            micro_step=jnp.zeros((), jnp.int32),
+            step=jnp.zeros((), jnp.int32),
+            gradients=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params),
+            max_logits=_nothing_seen(inner_state),
+            inner_state=inner_state,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        max_logits: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccumulateState]:
+        if max_logits is None:
+            raise TypeError("accumulate needs max_logits=… in every micro-step: their maximum decides the clip.")
+        wanted, given = jax.tree.structure(state.max_logits), jax.tree.structure(max_logits)
+        if wanted != given:
+            raise ValueError(f"max_logits has the structure {given}; qk_projections has {wanted}.")
+        seen = state.micro_step + 1
+        gradients = jax.tree.map(lambda mean, g: mean + (g.astype(mean.dtype) - mean) / seen, state.gradients, updates)
+        maxima = jax.tree.map(lambda old, new: jnp.maximum(old, new).astype(old.dtype), state.max_logits, max_logits)
+
+        def emit(_: None) -> tuple[optax.Updates, AccumulateState]:
+            mean = jax.tree.map(lambda g, like: g.astype(like.dtype), gradients, updates)
+            new, inner_state = inner.update(mean, state.inner_state, params, max_logits=maxima, **extra_args)
+            return jax.tree.map(lambda u, like: u.astype(like.dtype), new, updates), AccumulateState(
+                micro_step=jnp.zeros_like(state.micro_step),
+                step=jnp.asarray(optax.safe_increment(state.step)),
+                gradients=jax.tree.map(jnp.zeros_like, gradients),
+                max_logits=jax.tree.map(lambda maximum: jnp.full_like(maximum, -jnp.inf), maxima),
+                inner_state=inner_state,
+            )
+
+        def wait(_: None) -> tuple[optax.Updates, AccumulateState]:
+            return jax.tree.map(jnp.zeros_like, updates), state._replace(
+                micro_step=seen, gradients=gradients, max_logits=maxima
+            )
+
+        due = seen >= (every(state.step) if callable(every) else every)
+        return jax.lax.cond(due, emit, wait, None)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(array: Any) -> Any:
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _nothing_seen(inner_state: optax.OptState) -> Any:
+    clips = [
+        leaf
+        for leaf in jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, QKClipState))
+        if isinstance(leaf, QKClipState)
+    ]
+    if len(clips) != 1:
+        raise ValueError(
+            f"accumulate wraps a transformation with one qk_clip; this one has {len(clips)}. "
+            + ("Use optax.MultiSteps, which does without." if not clips else "Clip all attentions in one.")
+        )
+    return jax.tree.map(lambda gamma: jnp.full_like(gamma, -jnp.inf), clips[0].gamma)

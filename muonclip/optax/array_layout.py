@@ -1,0 +1,70 @@
+"""One array of a parameter tree as matrices: Optax's dimension numbers and the core's layouts, read the same way.
+
+An array holds units [count, fan_out, fan_in], each stored whole in it; a unit may hold several logical matrices (fused
+blocks, heads), which `fused` takes apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from optax.contrib import MuonDimensionNumbers
+
+from muonclip.core import MatrixLayout
+
+WeightLayout: TypeAlias = MuonDimensionNumbers | MatrixLayout
+"""Axes of any array (`reduction_axis`, `output_axis`, the rest a batch), or the core's layout of (*batch, out, *in)."""
+
+KERNEL = MatrixLayout(transposed=True)
+"""[in, out], JAX's usual kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """Which axes of an array number matrices, which are rows, which are columns; all of them, each once."""
+
+    batch: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    fused: MatrixLayout
+    """Of the units [count, fan_out, fan_in]."""
+
+    @classmethod
+    def of(cls, layout: WeightLayout, shape: Sequence[int]) -> ArrayLayout:
+        """Raises ValueError for a shape that the layout cannot read."""
+        ndim = len(shape)
+        if isinstance(layout, MatrixLayout):
+            layout.matrix_shapes(shape)
+            first, rest = (layout.batch_ndim,), tuple(range(layout.batch_ndim + 1, ndim))
+            fan_out, fan_in = (rest, first) if layout.transposed else (first, rest)
+            fused = replace(layout, batch_ndim=1, transposed=False)
+            return cls(tuple(range(layout.batch_ndim)), fan_out, fan_in, fused)
+        fan_in, fan_out = (_axes(axes, shape) for axes in (layout.reduction_axis, layout.output_axis))
+        used = (*fan_in, *fan_out)
+        if not fan_in or not fan_out or len(set(used)) < len(used):
+            raise ValueError(f"{layout} does not name different axes of shape {tuple(shape)} for rows and columns.")
+        return cls(tuple(axis for axis in range(ndim) if axis not in used), fan_out, fan_in, MatrixLayout(batch_ndim=1))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes as units have them."""
+        return (*self.batch, *self.fan_out, *self.fan_in)
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        batch, out, into = (math.prod(shape[axis] for axis in axes) for axes in (self.batch, self.fan_out, self.fan_in))
+        return batch, out, into
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """For people: `8 × (128×64)`, fan_out × fan_in."""
+        return self.fused.describe(self.unit_shape(shape))
+
+
+def _axes(axes: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in given:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"axis {axis} of the dimension numbers does not exist in shape {tuple(shape)}.")
+    return tuple(axis % len(shape) for axis in given)

@@ -1,0 +1,129 @@
+"""Which pairs of query and key an attention allows, in the terms of `jax.nn.dot_product_attention`, tile by tile.
+
+Shapes: B batch, T queries, S keys, H query heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Window: TypeAlias = int | tuple[int, int] | None
+SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
+
+MASKED = -9999.0
+"""What a bias adds to a logit to forbid a pair is this or lower: −inf, the lowest number of a dtype, −1e9, −1e4."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMask:
+    """The intersection of what is given, checked, every array with a batch axis."""
+
+    lengths: tuple[int, int]
+    """T, S."""
+    mask: Array | None
+    """bool [B, H, T, S], each axis the whole or 1; True attends."""
+    is_causal: bool
+    """Key j ≤ query i, both counted from their start."""
+    window: tuple[int, int] | None
+    """(left, right): i − left ≤ j ≤ i + right."""
+    query_lengths: Array | None
+    key_lengths: Array | None
+    """int [B]: what stands behind is padding."""
+    segments: tuple[Array, Array] | None
+    """int [B or 1, T], [B or 1, S]: equal numbers attend to each other."""
+
+    @classmethod
+    def read(
+        cls,
+        shape: tuple[int, int, int, int],
+        mask: Array | None,
+        is_causal: bool,
+        query_lengths: Array | None,
+        key_lengths: Array | None,
+        window: Window,
+        segment_ids: SegmentIds,
+    ) -> AttentionMask:
+        """What is given to an attention with logits of shape [B, H, T, S]. Raises ValueError if it does not fit."""
+        batch, _, *lengths = shape
+        for name, each in (("query_seq_lengths", query_lengths), ("key_value_seq_lengths", key_lengths)):
+            if each is not None and jnp.shape(each) != (batch,):
+                raise ValueError(f"{name} has shape {jnp.shape(each)}; give one length per sequence, ({batch},).")
+        return cls(
+            lengths=(lengths[0], lengths[1]),
+            mask=None if mask is None else _checked_mask(mask, shape),
+            is_causal=is_causal,
+            window=(window, window) if isinstance(window, int) else window,
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            segments=None if segment_ids is None else _checked_segments(segment_ids, shape),
+        )
+
+    def tiles(self, height: int, width: int) -> np.ndarray:
+        """int32 [tiles, 2]: first query and first key of the tiles in which causality and window leave a pair.
+
+        The last ones lie within the sequence, over their neighbours: what is seen twice does not change a maximum.
+        """
+        rows, columns = (
+            np.minimum(np.arange(0, length, size), length - size)
+            for length, size in zip(self.lengths, (height, width), strict=True)
+        )
+        row, column = np.meshgrid(rows, columns, indexing="ij")
+        left, right = self.window or (math.inf, math.inf)
+        right = min(right, 0) if self.is_causal else right
+        near = (column <= row + height - 1 + right) & (column + width - 1 >= row - left)
+        return np.stack((row[near], column[near]), -1).astype(np.int32)
+
+    def allowed(self, row: Array, column: Array, height: int, width: int, groups: int) -> Array | None:
+        """bool, broadcastable to [B, G, H / G, height, width]: the pairs of one tile. None: all."""
+        i, j = row + jnp.arange(height)[:, None], column + jnp.arange(width)
+        conditions: list[Array] = []
+        if self.is_causal:
+            conditions.append(j <= i)
+        if self.window is not None:
+            conditions.append((i - self.window[0] <= j) & (j <= i + self.window[1]))
+        if self.query_lengths is not None:
+            conditions.append(i < jnp.reshape(self.query_lengths, (-1, 1, 1, 1, 1)))
+        if self.key_lengths is not None:
+            conditions.append(j < jnp.reshape(self.key_lengths, (-1, 1, 1, 1, 1)))
+        if self.segments is not None:
+            of_queries, of_keys = cut(self.segments[0], 1, row, height), cut(self.segments[1], 1, column, width)
+            conditions.append((of_queries[:, :, None] == of_keys[:, None])[:, None, None])
+        if self.mask is not None:
+            mask = cut(cut(self.mask, 2, row, height), 3, column, width)
+            heads = (groups, mask.shape[1] // groups) if mask.shape[1] > 1 else (1, 1)
+            conditions.append(mask.reshape(mask.shape[0], *heads, *mask.shape[2:]))
+        return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+def cut(x: Array, axis: int, start: Array, size: int) -> Array:
+    """x[start : start + size] along `axis`; x itself where it has one entry for all."""
+    return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
+    if mask.dtype != bool:
+        raise ValueError(f"mask is {mask.dtype}; give a bool one, True where a query may attend.")
+    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in zip(mask.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"mask has shape {mask.shape}; it must be broadcastable to [B, H, T, S], here {shape}.")
+    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def _checked_segments(ids: Array | tuple[Array, Array], shape: tuple[int, int, int, int]) -> tuple[Array, Array]:
+    batch, _, rows, columns = shape
+    of_queries, of_keys = ids if isinstance(ids, tuple) else (ids, ids)
+    for each, length in ((of_queries, rows), (of_keys, columns)):
+        if each.shape not in ((batch, length), (1, length), (length,)):
+            raise ValueError(
+                f"segment_ids has shape {each.shape}; give int [B, {length}], or where keys are not the queries' own "
+                f"a tuple of [B, {rows}] and [B, {columns}]."
+            )
+    return of_queries.reshape(-1, rows), of_keys.reshape(-1, columns)

@@ -1,0 +1,232 @@
+"""The maximum attention logit of every head, in JAX.
+
+    S_h = scale · max over allowed pairs of q_i · k_j          (Kimi K2, arXiv 2507.20534, §2.1)
+
+signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows. What is
+returned is what `muonclip.optax.qk_clip` takes as `max_logits`. Under `jax.jit` the maximum is over the whole batch,
+however it is sharded; inside `jax.shard_map` it is the shard's: take `jax.lax.pmax` of it.
+
+Shapes: B batch (the axis may be absent), T queries, S keys, H query heads, G key heads (G divides H), d head width.
+Arguments have the meaning they have in `jax.nn.dot_product_attention`:
+
+- `mask`: bool, broadcastable to [B, H, T, S]; True attends.
+- `is_causal`: key j ≤ query i, both counted from their start.
+- `query_seq_lengths`, `key_value_seq_lengths`: int [B]; what stands behind is padding.
+- `local_window_size`: (left, right), or one number for both: i − left ≤ j ≤ i + right.
+- `segment_ids` (not in the host's): int [B, T], or a tuple of [B, T] and [B, S]: equal numbers attend to each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from muonclip.core.qk_clip import check_tau
+from muonclip.optax.attention_mask import MASKED, AttentionMask, SegmentIds, Window, cut
+
+
+def exact_max_logits(
+    query: Array,
+    key: Array,
+    *,
+    scale: float | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: Window = None,
+    segment_ids: SegmentIds = None,
+    block_size: int = 256,
+) -> Array:
+    """The exact maxima [H], in float32 (float64 for float64); no gradient passes.
+
+    query: [B, T, H, d], key: [B, S, G, d]. `scale`: from q · k to a logit, None: 1/√d. Logits are held for one tile of
+    `block_size` queries and keys at a time; tiles that `is_causal` and the window exclude are not computed. A head
+    without an allowed pair gives −inf; NaN is kept. Raises ValueError for shapes that do not fit together.
+    """
+    pairs = AttentionMask.read(
+        _logits_shape(query, key), mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
+        segment_ids,
+    )  # fmt: skip
+    return _exact(query, key, scale, pairs, block_size)
+
+
+def certified_max_logits(
+    query: Array,
+    key: Array,
+    tau: float | Array,
+    *,
+    lse: Array | None = None,
+    scale: float | None = None,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: Window = None,
+    segment_ids: SegmentIds = None,
+    block_size: int = 256,
+) -> Array:
+    """`exact_max_logits` where a head may exceed τ; −inf, which is quiet, for all heads where none can.
+
+        S ≤ |scale| · max|q_i| · max|k_j|        S ≤ max LSE_i        (Cauchy–Schwarz; log-sum-exp of a row)
+
+    Whether one of the bounds is at most τ for every head, rounding included, costs no product of queries and keys; a
+    bound is never reported. `lse`: float32 [B, T, H], of the scaled logits under this mask and nothing else: no soft
+    cap, bias or sink. Under `jax.vmap` the choice becomes a select, and the maxima are computed always.
+    Raises ValueError for τ ≤ 0 and for an `lse` narrower than float32.
+    """
+    if isinstance(tau, numbers.Real | np.number):
+        check_tau(float(tau))
+    pairs = AttentionMask.read(
+        _logits_shape(query, key), mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
+        segment_ids,
+    )  # fmt: skip
+    bounds = _norm_bounds(query, key, scale)
+    certified = jnp.isfinite(bounds) & (bounds <= tau)
+    if lse is not None:
+        bounds = _lse_bounds(query, lse, bounds)
+        certified |= jnp.isfinite(bounds) & (bounds <= tau)
+    return jax.lax.cond(
+        certified.all(),
+        lambda: jnp.full_like(bounds, -math.inf),
+        lambda: _exact(query, key, scale, pairs, block_size),
+    )
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    tau: float | Array | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: Window = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> tuple[Array, Array]:
+    """`jax.nn.dot_product_attention`, and beside its output the maxima [H].
+
+    `tau`: None computes every maximum; a number, only where norms do not hold all heads at or below it. (The host's
+    log-sum-exp is left alone: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and under
+    `jax.jit` asking for it changes the output's last bits.)
+    A bias is no part of S, but where it is −9999 or less it is a mask.
+    """
+    masks: dict[str, Any] = dict(
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        scale=scale,
+    )
+    attend = functools.partial(
+        jax.nn.dot_product_attention, query, key, value, bias, mask, implementation=implementation, **masks
+    )
+    allowed = mask
+    if bias is not None:
+        allowed = ~(bias <= MASKED) if mask is None else mask & ~(bias <= MASKED)
+    if tau is None:
+        return attend(), exact_max_logits(query, key, mask=allowed, **masks)
+    return attend(), certified_max_logits(query, key, tau, mask=allowed, **masks)
+
+
+def _exact(query: Array, key: Array, scale: float | None, pairs: AttentionMask, block_size: int) -> Array:
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be a number of positions, at least 1.")
+    query, key = jax.lax.stop_gradient((_batched(query), _batched(key)))
+    dtype = _statistic_dtype(query, key)
+    batch, length, heads, head_width = query.shape
+    groups = key.shape[2]
+    factor = _scale(query, scale).astype(dtype)
+    query = query.reshape(batch, length, groups, heads // groups, head_width)
+    height, width = (min(block_size, each) for each in pairs.lengths)
+    tiles = pairs.tiles(height, width) if batch and height and width else np.empty((0, 2))
+    if not len(tiles):
+        return jnp.full(heads, -math.inf, dtype)
+
+    def maxima(tile: Array) -> Array:
+        row, column = tile
+        q, k = cut(query, 1, row, height).astype(dtype), cut(key, 1, column, width).astype(dtype)
+        # The default precision is bfloat16 on TPU and TF32 on GPU.
+        logits = jnp.einsum("btgrd,bsgd->bgrts", q, k, precision=jax.lax.Precision.HIGHEST) * factor
+        allowed = pairs.allowed(row, column, height, width, groups)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -math.inf)
+        return _max(logits, (0, 3, 4))
+
+    return _max(jax.lax.map(maxima, jnp.asarray(tiles)), 0).reshape(heads)
+
+
+def _norm_bounds(query: Array, key: Array, scale: float | None) -> Array:
+    """[H]: what no logit of a head exceeds, by norms, also as `_exact` rounds it."""
+    query, key = jax.lax.stop_gradient((_batched(query), _batched(key)))
+    dtype = _statistic_dtype(query, key)
+    *_, heads, width = query.shape
+    limits = jnp.finfo(dtype)
+
+    def longest(x: Array) -> Array:  # [B, heads]; squares below `tiny` are lost
+        squares = jnp.sum(jnp.square(x.astype(dtype)), -1) + width * limits.tiny
+        return jnp.sqrt(_max(squares, 1, initial=0.0))
+
+    keys = jnp.repeat(longest(key), heads // key.shape[2], axis=1)
+    margin = 1 + 4 * (width + 4) * float(limits.eps)
+    return _max(longest(query) * keys, 0, initial=0.0) * (abs(_scale(query, scale)) * margin).astype(dtype)
+
+
+def _lse_bounds(query: Array, lse: Array, norm_bounds: Array) -> Array:
+    """[H]: the same by log-sum-exp. The margin allows for the products of a kernel that rounds float32 inputs to
+    bfloat16, as the default precision of a TPU does."""
+    if jnp.finfo(lse.dtype).bits < 32:
+        raise ValueError(
+            f"lse is {lse.dtype}, whose rounding is larger than the margin of a certificate. Ask the kernel for its "
+            "log-sum-exp in float32, or leave lse out."
+        )
+    if lse.shape != query.shape[:-1]:
+        raise ValueError(f"lse has shape {lse.shape}; give [B, T, H], here {query.shape[:-1]}.")
+    top = _max(jax.lax.stop_gradient(lse), tuple(range(lse.ndim - 1))).astype(norm_bounds.dtype)
+    return top + 1e-3 * (1 + abs(top)) + norm_bounds / 128
+
+
+def _max(x: Array, axis: int | tuple[int, ...], initial: float = -math.inf) -> Array:
+    """The maximum, NaN where there is one: XLA's own reduction on the CPU loses some."""
+    return jnp.where(jnp.isnan(x).any(axis), math.nan, x.max(axis, initial=initial))
+
+
+def _logits_shape(query: Array, key: Array) -> tuple[int, int, int, int]:
+    """[B, H, T, S]."""
+    if query.ndim not in (3, 4) or key.ndim != query.ndim:
+        raise ValueError(
+            f"query has shape {query.shape} and key {key.shape}; give [B, length, heads, d] both, or both without B."
+        )
+    batch, rows, heads, width = _batched(query).shape
+    key_batch, columns, groups, key_width = _batched(key).shape
+    if (batch, width) != (key_batch, key_width):
+        raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head width.")
+    if groups < 1 or heads % groups:
+        raise ValueError(
+            f"key has {groups} heads and query {heads}; every key head serves equally many query heads. Give a key "
+            "[B, S, G, d] with G a divisor of H."
+        )
+    return batch, heads, rows, columns
+
+
+def _batched(x: Array) -> Array:
+    return x if x.ndim == 4 else x[None]
+
+
+def _statistic_dtype(query: Array, key: Array) -> Any:
+    return jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+
+
+def _scale(query: Array, scale: float | None) -> Array:
+    return jnp.asarray(1 / math.sqrt(query.shape[-1]) if scale is None else scale)

@@ -1,0 +1,290 @@
+"""QK-Clip as the last transformation of a chain: it corrects `params + updates`.
+
+    γ_h = τ / S_h   where S_h > τ,   else 1            (Kimi K2, arXiv 2507.20534, Algorithm 1; see core/qk_clip.py)
+
+S_h, the maximum attention logit that head h had in the step's forward passes, comes with every update as the extra
+argument `max_logits`; `muonclip.optax.max_logits` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from muonclip.core.qk_clip import check_alpha, check_tau, clip_factors
+from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
+from muonclip.optax.paths import below, is_masked, name_of, named_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class QKProjection:
+    """Which parameters make the queries and keys of one attention (with `layer_axis`: of a stack of them).
+
+    `query` and `key` are private to their heads and take γ^α and γ^(1−α); `query_facing_shared` faces a key that heads
+    share and takes all of γ. `reason`: why nothing is to be scaled (QK-norm, say); its maxima are then only checked.
+    Raises ValueError for parts that do not speak of the same heads.
+    """
+
+    num_heads: int
+    query: tuple[HeadRows, ...] = ()
+    key: tuple[HeadRows, ...] = ()
+    query_facing_shared: tuple[HeadRows, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        for rows in self.parts():
+            if rows.num_heads != self.num_heads:
+                raise ValueError(
+                    f"{rows.path!r} has rows for {rows.num_heads} heads, the attention has {self.num_heads}."
+                )
+        if len({rows.layer_axis is None for rows in self.parts()}) > 1:
+            raise ValueError(
+                "some parts stack layers (layer_axis) and some do not; declare the stack and the rest apart."
+            )
+        if not self.reason and not self.query_facing_shared and not (self.query and self.key):
+            raise ValueError(
+                "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for neither."
+            )
+
+    @classmethod
+    def mha(cls, *, q: str, k: str, num_heads: int, in_axis: int = 0, layer_axis: int | None = None) -> QKProjection:
+        """Multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
+        query, key = (HeadRows(path, num_heads, in_axis=in_axis, layer_axis=layer_axis) for path in (q, k))
+        return cls(num_heads, query=(query,), key=(key,))
+
+    @classmethod
+    def gqa(
+        cls, *, q: str, k: str, num_heads: int, num_kv_heads: int, in_axis: int = 0, layer_axis: int | None = None
+    ) -> QKProjection:
+        """Grouped-query attention (one key head: multi-query). Where each key serves several queries, the query of a
+        loud head takes all of γ, so its quiet neighbours keep their weights."""
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
+        if num_kv_heads == num_heads:
+            return cls.mha(q=q, k=k, num_heads=num_heads, in_axis=in_axis, layer_axis=layer_axis)
+        query = HeadRows(q, num_heads, in_axis=in_axis, layer_axis=layer_axis)
+        return cls(num_heads, query_facing_shared=(query,))
+
+    @classmethod
+    def mla(
+        cls,
+        *,
+        q: str,
+        kv: str,
+        num_heads: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        in_axis: int = 0,
+        layer_axis: int | None = None,
+    ) -> QKProjection:
+        """Multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows per head (the up-projection,
+        or the only one), `kv` holds [k_nope | v] rows per head. The rotary key is shared and never touched."""
+
+        def part(path: str, size: int, start: int, stride: int) -> HeadRows:
+            return HeadRows(path, num_heads, size, start, stride, in_axis, layer_axis)
+
+        q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
+        return cls(
+            num_heads,
+            query=(part(q, qk_nope_head_dim, 0, q_stride),),
+            key=(part(kv, qk_nope_head_dim, 0, kv_stride),),
+            query_facing_shared=(part(q, qk_rope_head_dim, qk_nope_head_dim, q_stride),),
+        )
+
+    def parts(self) -> tuple[HeadRows, ...]:
+        return self.query + self.key + self.query_facing_shared
+
+
+QKProjections: TypeAlias = Any
+"""A tree with a `QKProjection` for each attention, or a function that makes it from the parameters. `max_logits` is a
+tree of the same structure: [heads], or [layers, heads] for a stack."""
+
+
+class QKClipState(NamedTuple):
+    nonfinite: jax.Array
+    """int32 scalar: how many maxima, of all steps, were NaN or +inf and so left their head as it was."""
+    gamma: Any
+    """float32, shaped as the maxima: the factors of the last step; 1 where a head was not clipped."""
+
+
+def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -> optax.GradientTransformationExtraArgs:
+    """Rescale the queries and keys of heads whose maximum attention logit passed τ; the last link of a chain.
+
+        tx.update(grads, state, params, max_logits=…)
+
+    So `optax.apply_updates` ends, for a loud head, at its updated weights times their factor, up to rounding in the
+    parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of quiet heads
+    (S ≤ τ, −inf included) are handed on bit for bit, selected by γ < 1 in float32.
+
+    A NaN or +inf maximum is a ValueError where it can be seen (outside jit) and else counted in `nonfinite`; its head
+    keeps its update. Raises TypeError without `max_logits`, ValueError without `params`, for a `max_logits` of another
+    structure or shape, for paths that do not exist, for τ ≤ 0 and for α outside [0, 1].
+    """
+    _check_if_concrete(tau, check_tau)
+    _check_if_concrete(alpha, check_alpha)
+
+    def init(params: optax.Params) -> QKClipState:
+        leaves = named_leaves(params)
+        projections, treedef = _flatten(qk_projections, params)
+        shapes = shapes_of(leaves)
+        if leaves:  # none where Optax asks for the structure of the state alone
+            _scalings(projections, leaves)
+        gamma = [jnp.ones(_shape(projection, shapes), jnp.float32) for _, projection in projections]
+        return QKClipState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, gamma))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        max_logits: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QKClipState]:
+        del extra_args
+        if max_logits is None:
+            raise TypeError(
+                "qk_clip needs the maximum logits of the step: tx.update(grads, state, params, max_logits=…). A "
+                "wrapper that calls update without them cannot carry QK-Clip: use muonclip.optax.accumulate for "
+                "gradient accumulation, and call tx.update yourself in place of TrainState.apply_gradients."
+            )
+        if params is None:
+            raise ValueError("qk_clip corrects params + updates: call update(grads, state, params, max_logits=…).")
+        leaves = named_leaves(params)
+        projections, treedef = _flatten(qk_projections, params)
+        maxima = _maxima(projections, treedef, max_logits, shapes_of(leaves))
+        loud, nonfinite = zip(*map(_finite, maxima), strict=True) if maxima else ((), ())
+        factors = [clip_factors(maximum, _as(tau, maximum), _as(alpha, maximum), xp=jnp) for maximum in loud]
+        spread: dict[str, jax.Array] = {}
+        for number, side, rows in _scalings(projections, leaves):
+            own = rows.spread(getattr(factors[number], side))
+            spread[rows.name] = own if rows.name not in spread else spread[rows.name] * own
+        clipped = jax.tree_util.tree_map_with_path(
+            lambda path, update, weight: _clipped(update, weight, spread.get(name_of(path))), updates, params
+        )
+        gamma = [factor.gamma.astype(jnp.float32) for factor in factors]
+        count = sum((jnp.sum(each, dtype=jnp.int32) for each in nonfinite), state.nonfinite)
+        return clipped, QKClipState(count, jax.tree.unflatten(treedef, gamma))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """The update that ends at factor · (weight + update)."""
+    if factor is None:
+        return update
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    factor, old = factor.astype(wide), weight.astype(wide)
+    return jnp.where(factor < 1, factor * (old + update.astype(wide)) - old, update).astype(update.dtype)
+
+
+def _finite(maximum: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima, −inf in the place of NaN and +inf, and where those were."""
+    bad = jnp.isnan(maximum) | (maximum == jnp.inf)
+    return jnp.where(bad, -jnp.inf, maximum), bad
+
+
+def _flatten(qk_projections: QKProjections, params: Any) -> tuple[list[tuple[str, QKProjection]], Any]:
+    tree = qk_projections(params) if callable(qk_projections) else qk_projections
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_projection)
+    for path, leaf in leaves:
+        if not _is_projection(leaf):
+            raise ValueError(f"qk_projections holds {leaf!r} at {name_of(path)!r}, which is no QKProjection.")
+    if not leaves:
+        raise ValueError(f"qk_projections={tree!r} declares no attention; leave QK-Clip away, or declare it.")
+    return [(name_of(path), leaf) for path, leaf in leaves], treedef
+
+
+def _is_projection(leaf: Any) -> TypeGuard[QKProjection]:
+    return isinstance(leaf, QKProjection)
+
+
+def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Of the maxima of one attention."""
+    parts = projection.parts()
+    layers = parts[0].num_layers(shapes) if parts and shapes else None
+    return (projection.num_heads,) if layers is None else (layers, projection.num_heads)
+
+
+def _scalings(
+    projections: list[tuple[str, QKProjection]], leaves: Mapping[str, Any]
+) -> list[tuple[int, str, RowsOfArray]]:
+    """(number of the attention, which of its factors, rows) of everything that may be scaled."""
+    found: list[tuple[int, str, RowsOfArray]] = []
+    shapes = shapes_of(leaves)
+    for number, (name, projection) in enumerate(projections):
+        if projection.reason:
+            continue
+        sides = (("query", projection.query), ("key", projection.key), ("gamma", projection.query_facing_shared))
+        masked = [rows.path for rows in projection.parts() if _masked(rows.path, leaves)]
+        own = [
+            (number, side, array)
+            for side, parts in sides
+            for rows in parts
+            if rows.path not in masked
+            for array in rows.arrays(shapes)
+        ]
+        if masked and own:
+            raise ValueError(f"{name}: {', '.join(masked)} is masked and the rest of this attention is not.")
+        found += own
+    by_array: dict[str, list[RowsOfArray]] = {}
+    for _, _, rows in found:
+        by_array.setdefault(rows.name, []).append(rows)
+    for name, parts in by_array.items():
+        if overlapping(parts):
+            raise ValueError(f"two declarations scale the same rows of {name!r}.")
+    return found
+
+
+def _masked(path: str, leaves: Mapping[str, Any]) -> bool:
+    return any(is_masked(leaf) for name, leaf in leaves.items() if below(path, name))
+
+
+def _maxima(
+    projections: list[tuple[str, QKProjection]], treedef: Any, max_logits: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> list[jax.Array]:
+    given, given_treedef = jax.tree.flatten(max_logits)
+    if given_treedef != treedef:
+        raise ValueError(
+            f"max_logits and qk_projections have different structures:\n  max_logits     {given_treedef}\n"
+            f"  qk_projections {treedef}"
+        )
+    maxima: list[jax.Array] = []
+    for (name, projection), maximum in zip(projections, given, strict=True):
+        wanted = _shape(projection, shapes)
+        if jnp.shape(maximum) != wanted:
+            raise ValueError(f"max_logits of {name or 'the attention'} has shape {jnp.shape(maximum)}, not {wanted}.")
+        _check_if_concrete(maximum, lambda value, name=name: _check_finite(name, value))
+        maximum = jnp.asarray(maximum)
+        maxima.append(maximum.astype(jnp.promote_types(maximum.dtype, jnp.float32)))
+    return maxima
+
+
+def _check_finite(name: str, maximum: Any) -> None:
+    values = np.asarray(maximum, dtype=np.float64)
+    bad = np.isnan(values) | (values == np.inf)
+    if bad.any():
+        where = ", ".join(str(tuple(map(int, index))).replace(",)", ")") for index in np.argwhere(bad))
+        raise ValueError(
+            f"max_logits of {name or 'the attention'} is {values[bad][0]} at {where}: the forward pass overflowed. "
+            "Nothing was updated; skip the step."
+        )
+
+
+def _check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
+    """`check` a value that can be looked at: tracers and arrays spread over processes cannot."""
+    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        return
+    check(value)
+
+
+def _as(number: Any, like: jax.Array) -> Any:
+    """τ and α may be traced; they take the dtype of the maxima then."""
+    return number.astype(like.dtype) if isinstance(number, jax.Array) else number

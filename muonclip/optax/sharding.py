@@ -1,0 +1,204 @@
+"""Orthogonalisation on a mesh: whole matrices per device, and back.
+
+Newton–Schulz needs whole matrices. Left alone, the partitioner gathers each of them on every device. Here matrices
+whose rows or columns are sharded are dealt out: with k matrices of one shape on W devices, one all-to-all brings k/W of
+them, whole, to each device, and one brings the results back. What is whole already (experts, scanned layers, heads that
+are matrices of their own, sharded as such) stays where it is.
+
+Under a mesh of explicit axes (`jax.make_mesh`'s default) arrays carry their sharding into `jax.jit`. Under automatic
+axes they do not, and the transformation has to be told: `shardings=jax.tree.map(lambda p: p.sharding, params)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from muonclip.core import MatrixLayout
+from muonclip.optax.array_layout import ArrayLayout
+from muonclip.optax.newton_schulz import NewtonSchulz
+
+MeshAxes: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """One array on its way, as its device sees it: [count, *fan_out, *fan_in].
+
+    `moves`: the axes of it that are spread over mesh axes, and have to be brought together.
+    """
+
+    layout: ArrayLayout
+    fused: MatrixLayout
+    """Of its units, as they are once brought together."""
+    scales: tuple[float, ...]
+    """Of each block."""
+    moves: tuple[tuple[int, MeshAxes], ...] = ()
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        moved = jnp.transpose(x, self.layout.order)
+        return jnp.reshape(moved, (-1, *moved.shape[len(self.layout.batch) :]))
+
+    def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+        order = self.layout.order
+        moved = jnp.reshape(x, tuple(shape[axis] for axis in order))
+        return jnp.transpose(moved, sorted(range(len(shape)), key=order.__getitem__))
+
+
+def orthogonalize_arrays(
+    arrays: Sequence[jax.Array],
+    layouts: Sequence[ArrayLayout],
+    scales: Sequence[tuple[float, ...]],
+    newton_schulz: NewtonSchulz,
+    shardings: Sequence[jax.sharding.Sharding | None],
+) -> list[jax.Array]:
+    """Each logical matrix of the arrays replaced by its polar factor times the scale of its block."""
+    groups: dict[Mesh | AbstractMesh | None, list[int]] = {}
+    placements = [_placement(array, given) for array, given in zip(arrays, shardings, strict=True)]
+    for index, placement in enumerate(placements):
+        groups.setdefault(placement.mesh if placement else None, []).append(index)
+    done: dict[int, jax.Array] = {}
+    for mesh, members in groups.items():
+        plans = [_matrices(arrays[index].shape, layouts[index], scales[index], placements[index]) for index in members]
+
+        def run(*own: jax.Array, plans: list[Matrices] = plans, mesh: Any = mesh) -> tuple[jax.Array, ...]:
+            return _orthogonalize(own, plans, newton_schulz, {} if mesh is None else dict(mesh.shape))
+
+        own = [arrays[index] for index in members]
+        if mesh is not None:
+            specs = tuple(placement.spec for index in members if (placement := placements[index]))
+            results = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)(*own)
+        else:
+            results = run(*own)
+        done.update(zip(members, results, strict=True))
+    return [done[index] for index in range(len(arrays))]
+
+
+def check_visible(params: Any, shardings: Any) -> None:
+    """Raises ValueError where arrays are sharded so that a jitted update cannot see it, and nothing was declared."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if shardings is not None or isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+            continue
+        sharding = leaf.sharding
+        if isinstance(sharding, NamedSharding) and any(sharding.spec):
+            explicit = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+            hidden = {name for name, kind in explicit if kind is not AxisType.Explicit}
+            if hidden & {name for axes in sharding.spec for name in _names(axes)}:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} is sharded over the mesh axes {sorted(hidden)}, which are not "
+                    "explicit: a jitted update cannot see that, and every matrix would be gathered on every device. "
+                    "Pass shardings=jax.tree.map(lambda p: p.sharding, params), or make the mesh with explicit axes."
+                )
+
+
+def _placement(array: jax.Array, given: jax.sharding.Sharding | None) -> NamedSharding | None:
+    """How the array is sharded, if at all: as declared, as its type says, or as it lies there."""
+    sharding = given if given is not None else jax.typeof(array).sharding
+    if given is None and not isinstance(array, Tracer) and isinstance(array, jax.Array):
+        sharding = array.sharding
+    if not isinstance(sharding, NamedSharding) or not any(map(_names, sharding.spec)):
+        return None
+    if any(sharding.mesh.shape[name] > 1 for axes in sharding.spec for name in _names(axes)):
+        return NamedSharding(sharding.mesh, sharding.spec)
+    return None
+
+
+def _matrices(
+    shape: Sequence[int], layout: ArrayLayout, scales: tuple[float, ...], placement: NamedSharding | None
+) -> Matrices:
+    if placement is None:
+        return Matrices(layout, layout.fused, scales)
+    sizes = placement.mesh.shape
+    spec = (*placement.spec, *(None,) * (len(shape) - len(placement.spec)))
+    ways = {axis: math.prod(sizes[name] for name in _names(spec[axis])) for axis in range(len(shape))}
+    inner = (*layout.fan_out, *layout.fan_in)
+    split = [axis for axis in inner if ways[axis] > 1]
+    fused = layout.fused
+    if split == [layout.fan_out[0]] and _aligned(fused, ways[split[0]]):
+        own = replace(
+            fused,
+            heads=tuple(heads // ways[split[0]] for heads in fused.heads),
+            repeats=max(fused.repeats // ways[split[0]], 1),
+            blocks=fused.blocks if fused.repeats > 1 else (),
+        )
+        return Matrices(layout, own, scales)
+    return Matrices(layout, fused, scales, tuple((1 + inner.index(axis), _names(spec[axis])) for axis in split))
+
+
+def _aligned(fused: MatrixLayout, ways: int) -> bool:
+    """Whether each of `ways` equal parts of the rows holds whole logical matrices."""
+    divides = bool(fused.heads) and all(heads % ways == 0 for heads in fused.heads)
+    return divides and (fused.repeats % ways == 0 if fused.repeats > 1 else len(fused.heads) == 1)
+
+
+def _orthogonalize(
+    arrays: Sequence[jax.Array], plans: Sequence[Matrices], newton_schulz: NewtonSchulz, sizes: dict[str, int]
+) -> tuple[jax.Array, ...]:
+    """On one device: its parts of the arrays, brought together, orthogonalised, and back."""
+    spread = [matrices.spread(array) for array, matrices in zip(arrays, plans, strict=True)]
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for index, (x, matrices) in enumerate(zip(spread, plans, strict=True)):
+        # What is whole already needs no stack for the way; equal shapes meet in newton_schulz.
+        key = (matrices.moves, x.shape[1:], x.dtype, matrices.fused, matrices.scales) if matrices.moves else (index,)
+        together.setdefault(key, []).append(index)
+    blocks: list[list[jax.Array]] = []
+    shapes: list[tuple[int, ...]] = []
+    for members in together.values():
+        matrices = plans[members[0]]
+        stack = jnp.concatenate([spread[index] for index in members]) if len(members) > 1 else spread[members[0]]
+        whole = _deal_out(stack, matrices.moves, sizes)
+        shapes.append(whole.shape)
+        blocks.append(matrices.fused.split(jnp.reshape(whole, _unit_shape(matrices, whole.shape)), xp=jnp))
+    flat = iter(newton_schulz([block for each in blocks for block in each]))
+    done: dict[int, jax.Array] = {}
+    for members, own, shape in zip(together.values(), blocks, shapes, strict=True):
+        matrices = plans[members[0]]
+        polar, scales = [next(flat) for _ in own], matrices.scales
+        wide = jnp.promote_types(own[0].dtype, jnp.float32)
+        if len(set(scales)) > 1:
+            polar = [block.astype(wide) * scale for block, scale in zip(polar, scales, strict=True)]
+            scales = (1.0,)
+        units = matrices.fused.join(polar, _unit_shape(matrices, shape), xp=jnp)
+        back = _bring_back(jnp.reshape(units, shape), matrices.moves)
+        counts = [len(spread[index]) for index in members]
+        edges = [sum(counts[:i]) for i in range(1, len(counts))]
+        for index, part in zip(members, jnp.split(back[: sum(counts)], edges), strict=True):
+            done[index] = matrices.array(part.astype(wide) * scales[0], arrays[index].shape)
+    return tuple(done[index] for index in range(len(arrays)))
+
+
+def _unit_shape(matrices: Matrices, shape: Sequence[int]) -> tuple[int, int, int]:
+    """[count, *fan_out, *fan_in] → [count, fan_out, fan_in]."""
+    columns = 1 + len(matrices.layout.fan_out)
+    return shape[0], math.prod(shape[1:columns]), math.prod(shape[columns:])
+
+
+def _deal_out(stack: jax.Array, moves: Sequence[tuple[int, MeshAxes]], sizes: dict[str, int]) -> jax.Array:
+    """[count, …] with axes spread over the mesh → [⌈count/W⌉, …] with whole axes; zero matrices fill the last deal."""
+    ways = math.prod(sizes[name] for _, names in moves for name in names)
+    missing = -len(stack) % ways
+    if missing:
+        stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1))
+    for axis, names in moves:
+        stack = jax.lax.all_to_all(stack, names, split_axis=0, concat_axis=axis, tiled=True)
+    return stack
+
+
+def _bring_back(stack: jax.Array, moves: Sequence[tuple[int, MeshAxes]]) -> jax.Array:
+    for axis, names in reversed(moves):
+        stack = jax.lax.all_to_all(stack, names, split_axis=axis, concat_axis=0, tiled=True)
+    return stack
+
+
+def _names(axes: Any) -> MeshAxes:
+    """Of one entry of a PartitionSpec."""
+    if axes is None or axes is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
