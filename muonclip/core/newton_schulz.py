@@ -83,7 +83,8 @@ def gram_newton_schulz(
     restarts = gram_restarts(ns_coefficients)
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
     gram = products.gram(x)
-    one = xp.zeros_like(gram) + xp.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    device = getattr(x, "device", None)  # JAX: none while it traces
+    one = xp.zeros_like(gram) + xp.eye(x.shape[-2], dtype=x.dtype, device=device)
     q = None
     for step, (a, b, c) in enumerate(coefficients):
         if step in restarts:

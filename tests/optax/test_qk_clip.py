@@ -1,0 +1,284 @@
+"""qk_clip: after it every head's logits are at min(S, τ), in every layout of a kernel; and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muonclip.optax import HeadRows, QKProjection, accumulate, qk_clip
+from muonclip.optax.head_rows import RowsOfArray
+
+D, H, G, W = 10, 6, 2, 4  # model width, query heads, key heads, head width: no two products of them are equal
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def maxima(q, k):
+    """q [T, H, d], k [T, G, d] → [H], dense."""
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    return np.einsum("thd,shd->hts", q, k).max((1, 2)) / np.sqrt(q.shape[-1])
+
+
+def clip(projections, params, updates, max_logits, **options):
+    """The parameters after one step of the clip alone."""
+    tx = qk_clip(projections, **options)
+    clipped, state = jax.jit(lambda u, s, p, m: tx.update(u, s, p, max_logits=m))(
+        updates, tx.init(params), params, max_logits
+    )
+    return optax.apply_updates(params, clipped), state
+
+
+# How a kernel [in, heads, width] of rows is stored → (store, read back, in_axis).
+STORES = {
+    "in_heads_width": (lambda w: w, lambda w, h: w, 0),
+    "in_rows": (lambda w: w.reshape(len(w), -1), lambda w, h: w.reshape(len(w), h, -1), 0),
+    "rows_in": (lambda w: w.reshape(len(w), -1).T, lambda w, h: w.T.reshape(w.shape[1], h, -1), -1),
+    "heads_width_in": (lambda w: w.transpose(1, 2, 0), lambda w, h: w.transpose(2, 0, 1), -1),
+}
+
+
+@settings(max_examples=30)
+@given(
+    kind=st.sampled_from(["mha", "gqa", "mqa"]),
+    store=st.sampled_from(list(STORES)),
+    tau=st.floats(0.3, 60),
+    alpha=st.floats(0, 1),
+    scale=st.floats(0.2, 5),
+    bias=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_every_head_ends_at_min_of_maximum_and_tau(kind, store, tau, alpha, scale, bias, seed):
+    write, read, in_axis = STORES[store]
+    kv = {"mha": H, "gqa": G, "mqa": 1}[kind]
+    x = normal(seed, 7, D)
+    made = {"q": scale * normal(seed + 1, D, H, W), "k": scale * normal(seed + 2, D, kv, W)}
+    biases = {"q": normal(seed + 3, H, W), "k": normal(seed + 4, kv, W)} if bias else {}
+    made["q"][:, 2] *= 1e-5  # one quiet head at least
+    biases and biases["q"].__setitem__(2, 0)
+    params = {
+        name: {"kernel": write(made[name])} | ({"bias": biases[name].reshape(-1)} if bias else {}) for name in made
+    }
+    projection = QKProjection.gqa(q="q", k="k", num_heads=H, num_kv_heads=kv, in_axis=in_axis)
+
+    def measured(p):
+        heads = {"q": H, "k": kv}
+        q, k = (
+            np.einsum("ti,ihd->thd", x, read(np.asarray(p[n]["kernel"]), heads[n]))
+            + (np.asarray(p[n]["bias"]).reshape(heads[n], W) if bias else 0)
+            for n in ("q", "k")
+        )
+        return maxima(q, k)
+
+    before = measured(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    after, state = clip({"attn": projection}, params, zeros, {"attn": jnp.asarray(before)}, tau=tau, alpha=alpha)
+    np.testing.assert_allclose(measured(after), np.minimum(before, tau), rtol=1e-9)
+    np.testing.assert_allclose(state.gamma["attn"], np.minimum(1, tau / np.maximum(before, tau)), rtol=1e-6)
+    quiet = before <= tau
+    assert quiet[2]
+    old, new = (read(np.asarray(p["q"]["kernel"]), H) for p in (params, after))
+    np.testing.assert_array_equal(new[:, quiet], old[:, quiet])
+    if kind != "mha":
+        np.testing.assert_array_equal(after["k"]["kernel"], params["k"]["kernel"])  # the shared key is never touched
+
+
+def test_multi_head_latent_attention():
+    nope, rope, value, rank_q, rank_kv = 4, 2, 3, 5, 7
+    latent_q, latent_kv, k_rope = normal(0, 9, rank_q), normal(1, 9, rank_kv), normal(2, 9, rope)
+    params = {"q_b": {"kernel": normal(3, rank_q, H * (nope + rope))}, "kv_b": normal(4, H * (nope + value), rank_kv)}
+    projection = QKProjection(
+        H,
+        query=(HeadRows("q_b", H, nope, 0, nope + rope),),
+        key=(HeadRows("kv_b", H, nope, 0, nope + value, in_axis=-1),),
+        query_facing_shared=(HeadRows("q_b", H, rope, nope, nope + rope),),
+    )
+    assert projection.query == QKProjection.mla(
+        q="q_b", kv="", num_heads=H, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value
+    ).query
+
+    def measured(p):
+        q = (latent_q @ np.asarray(p["q_b"]["kernel"])).reshape(9, H, nope + rope)
+        kv = (latent_kv @ np.asarray(p["kv_b"]).T).reshape(9, H, nope + value)
+        return maxima(q, np.concatenate([kv[..., :nope], np.broadcast_to(k_rope[:, None], (9, H, rope))], -1))
+
+    before = measured(params)
+    tau = float(np.median(before))
+    after, _ = clip(projection, params, jax.tree.map(jnp.zeros_like, params), jnp.asarray(before), tau=tau)
+    np.testing.assert_allclose(measured(after), np.minimum(before, tau), rtol=1e-9)
+    old, new = (np.asarray(p["kv_b"]).reshape(H, nope + value, rank_kv) for p in (params, after))
+    np.testing.assert_array_equal(new[:, nope:], old[:, nope:])  # values
+    np.testing.assert_array_equal(new[before <= tau], old[before <= tau])
+
+
+@pytest.mark.parametrize("layer_axis", [0, 1])
+def test_scanned_layers_have_a_factor_per_layer_and_head(layer_axis):
+    layers, tau = 3, 8.0
+    kernel, bias = normal(0, layers, D, H, W), normal(1, layers, H, W)
+    stack = {"kernel": np.moveaxis(kernel, 0, layer_axis), "bias": np.moveaxis(bias, 0, layer_axis)}
+    params = {"layers": {"q": stack, "k": {"kernel": np.moveaxis(normal(2, layers, D, H, W), 0, layer_axis)}}}
+    projection = QKProjection.mha(q="layers/q", k="layers/k", num_heads=H, layer_axis=layer_axis)
+    loud = np.full((layers, H), 2.0)
+    loud[0, 1], loud[2, 5] = 32.0, 72.0
+    after, state = clip({"l": projection}, params, jax.tree.map(jnp.zeros_like, params), {"l": jnp.asarray(loud)}, tau=tau)
+    root = np.sqrt(np.minimum(1, tau / loud))
+    for name, old in stack.items():
+        expected = np.moveaxis(old, layer_axis, 0) * root.reshape(layers, *([1] * (name == "kernel")), H, 1)
+        np.testing.assert_allclose(np.moveaxis(np.asarray(after["layers"]["q"][name]), layer_axis, 0), expected)
+    assert state.gamma["l"].shape == (layers, H)
+
+
+def test_fused_weights():
+    """q|k|v one behind the other, and interleaved by head: only the rows of the loud head's q and k change."""
+    for stride, starts in ((W, (0, H * W)), (3 * W, (0, W))):
+        rows = [HeadRows("qkv", H, W, start, stride) for start in starts]
+        params = {"qkv": normal(0, D, 3 * H * W)}
+        loud = np.full(H, 1.0)
+        loud[4] = 400.0
+        after, _ = clip(
+            QKProjection(H, query=(rows[0],), key=(rows[1],)), params, {"qkv": jnp.zeros((D, 3 * H * W))}, jnp.asarray(loud)
+        )
+        factors = np.ones(3 * H * W)
+        for start in starts:
+            factors[start + 4 * stride : start + 4 * stride + W] = 0.5
+        np.testing.assert_allclose(after["qkv"], params["qkv"] * factors, rtol=1e-12)
+
+
+MHA = {"attn": QKProjection.mha(q="q", k="k", num_heads=H)}
+
+
+def params_of(dtype=np.float32):
+    return {name: jnp.asarray(normal(i, D, H, W), dtype) for i, name in enumerate("qkv")}
+
+
+def test_it_corrects_the_sum_of_parameters_and_updates():
+    params = params_of()
+    updates = {name: jnp.asarray(normal(9, D, H, W), jnp.float32) for name in params}
+    after, _ = clip(MHA, params, updates, {"attn": jnp.full(H, 400.0)})
+    for name, factor in (("q", 0.5), ("k", 0.5), ("v", 1.0)):
+        np.testing.assert_allclose(after[name], factor * (params[name] + updates[name]), rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tau", [41.0, 47.0, 55.0, 61.3])
+def test_quiet_heads_hand_their_updates_on_bit_for_bit(tau):
+    params = params_of()
+    updates = {name: jnp.asarray(1e-3 * normal(9, D, H, W), jnp.float32) for name in params}
+    tx = qk_clip(MHA, tau=tau)
+    quiet = jnp.asarray([tau, tau - 1e-3, 0.0, -5.0, -jnp.inf, 2 * tau])
+    clipped, _ = tx.update(updates, tx.init(params), params, max_logits={"attn": quiet})
+    for name in params:
+        np.testing.assert_array_equal(clipped[name][:, :5], updates[name][:, :5])
+        assert (np.asarray(clipped[name][:, 5] != updates[name][:, 5]).all()) == (name != "v")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_maximum_that_is_not_finite(bad):
+    params, zeros = params_of(), jax.tree.map(jnp.zeros_like, params_of())
+    tx = qk_clip(MHA)
+    given = jnp.asarray([1.0, bad, 400.0, 1.0, -np.inf, bad])
+    step = jax.jit(lambda s, given: tx.update(zeros, s, params, max_logits={"attn": given}))
+    clipped, state = step(tx.init(params), given)
+    assert int(state.nonfinite) == 2
+    np.testing.assert_array_equal(state.gamma["attn"], [1, 1, 0.25, 1, 1, 1])
+    assert np.isfinite(clipped["q"]).all()
+    assert not clipped["q"][:, [0, 1, 3, 4, 5]].any()
+    _, state = step(state, given)
+    assert int(state.nonfinite) == 4
+    with pytest.raises(ValueError, match=r"max_logits of attn is (nan|inf) at \(1\), \(5\)"):
+        tx.update(zeros, state, params, max_logits={"attn": given})
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2), (jnp.float16, 1e-3)])
+def test_it_is_exact_to_the_rounding_of_the_parameters(dtype, rtol):
+    params = params_of(dtype)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    loud = np.random.default_rng(0).uniform(100, 1000, H).astype(np.float32)
+    after, _ = clip(MHA, params, zeros, {"attn": jnp.asarray(loud)})
+    for name in "qk":
+        assert after[name].dtype == dtype
+        exact = np.asarray(params[name], np.float64) * np.sqrt(100 / loud.astype(np.float64))[:, None]
+        np.testing.assert_allclose(np.asarray(after[name], np.float64), exact, rtol=rtol)
+
+
+def test_a_reason_only_observes():
+    quiet = QKProjection(H, reason="QK-norm")
+    params = params_of()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    after, state = clip({"a": quiet}, params, zeros, {"a": jnp.full(H, 1e4)})
+    np.testing.assert_array_equal(after["q"], params["q"])
+    assert state.gamma["a"].shape == (H,)
+
+
+def test_projections_may_be_a_function_of_the_parameters():
+    params = params_of()
+    tx = qk_clip(lambda p: {name: QKProjection.mha(q=name, k="k", num_heads=p["q"].shape[1]) for name in ("q",)})
+    assert tx.init(params).gamma["q"].shape == (H,)
+
+
+def update(projections, **arguments):
+    params, tx = params_of(), qk_clip(projections)
+    return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), **{"params": params, **arguments})
+
+
+def test_a_missing_maximum_is_a_type_error():
+    with pytest.raises(TypeError, match="max_logits"):
+        update(MHA)
+
+
+@pytest.mark.parametrize(
+    ("projections", "arguments", "message"),
+    [
+        (MHA, dict(params=None, max_logits={"attn": np.ones(H)}), "params"),
+        (MHA, dict(max_logits={"attention": np.ones(H)}), r"attention.*\n.*attn"),
+        (MHA, dict(max_logits=[np.ones(H)]), r"different structures:\n  max_logits .*\[\*\].*\n  qk_projections .*attn"),
+        (MHA, dict(max_logits={"attn": np.ones(H + 1)}), r"max_logits of attn has shape \(7,\), not \(6,\)"),
+        (MHA, dict(max_logits={"attn": np.ones((2, H))}), r"shape \(2, 6\), not \(6,\)"),
+        ({"attn": QKProjection.mha(q="query", k="k", num_heads=H)}, {}, r"no parameter at 'query'; there are\n  k\n  q\n"),
+        ({"attn": QKProjection.mha(q="q", k="k", num_heads=H - 1)}, {}, r"'q' has 24 rows: 5 heads"),
+        ([MHA["attn"], QKProjection.mha(q="q", k="v", num_heads=H)], {}, "scale the same rows of 'q'"),
+        ({}, {}, "declares no attention"),
+        ({"attn": "q"}, {}, "'q' at 'attn', which is no QKProjection"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(projections, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        update(projections, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: qk_clip(MHA, tau=0.0), "tau=0.0 must be positive"),
+        (lambda: qk_clip(MHA, alpha=1.5), r"alpha=1.5 must lie in \[0, 1\]"),
+        (lambda: QKProjection(H), "needs `query` and `key`"),
+        (lambda: QKProjection(H, query=(HeadRows("q", 3),)), "'q' has rows for 3 heads, the attention has 6"),
+        (lambda: QKProjection.gqa(q="q", k="k", num_heads=6, num_kv_heads=4), "num_kv_heads=4 must divide"),
+        (lambda: HeadRows("q", 2, in_axis=1), "in_axis=1 for 'q'"),
+        (lambda: HeadRows("q", 0), "num_heads"),
+        (
+            lambda: QKProjection(1, query=(HeadRows("q", 1, layer_axis=0),), key=(HeadRows("k", 1),)),
+            "some parts stack layers",
+        ),
+        (lambda: accumulate(optax.sgd(1.0), 0), "every=0 must be at least 1"),
+    ],
+)
+def test_wrong_declarations_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_array_beside_the_kernel_that_is_no_bias_is_refused():
+    params = {"q": {"kernel": jnp.ones((D, H, W)), "lora_a": jnp.ones((D, 3))}, "k": jnp.ones((D, H, W))}
+    with pytest.raises(ValueError, match="'q' holds 'q/lora_a' of shape .*, which is neither the kernel 'q/kernel' nor"):
+        qk_clip(MHA).init(params)
+
+
+def test_factors_spread_over_any_layout():
+    part = RowsOfArray("w", np.array([[1, 2], [4, 5]]), 1, (3, 6), 0)
+    factors = jnp.asarray([[2.0, 3.0], [5.0, 7.0]])  # two layers, two heads
+    spread = np.broadcast_to(part.spread(factors), (3, 2, 6))
+    np.testing.assert_array_equal(spread[0], [[1, 2, 2, 1, 3, 3], [1, 5, 5, 1, 7, 7]])
