@@ -1,4 +1,5 @@
-"""How every test runs: one thread, the CPU, float64 in JAX; in CI the same examples each time, and no skipped test.
+"""How every test runs: one thread, the CPU, float64 and eight devices in JAX; in CI with the same examples each time and
+without skips.
 
 A test may skip itself in CI only for want of a GPU: its reason then says "GPU" or "CUDA".
 """
@@ -13,6 +14,7 @@ IN_CI = os.environ.get("CI") == "true"
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")  # read when a test imports jax
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("muonclip", deadline=None, derandomize=IN_CI)
 hypothesis.settings.load_profile("muonclip")
