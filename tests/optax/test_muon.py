@@ -85,7 +85,9 @@ def test_torch_s_nesterov_differs_from_optax_s_in_the_first_steps_only():
     gradients = [{"w": normal(i, 32, 48)} for i in range(80)]
     differences = [
         np.linalg.norm(one["w"] - other["w"]) / np.linalg.norm(one["w"])
-        for one, other in zip(run(scale_by_muon(), gradients), run(scale_by_muon(nesterov="bias_corrected"), gradients))
+        for one, other in zip(
+            run(scale_by_muon(), gradients), run(scale_by_muon(nesterov="bias_corrected"), gradients), strict=True
+        )
     ]
     assert differences[0] < 1e-9  # both terms point to the first gradient
     assert 0.02 < max(differences[1:4]) < 0.5
@@ -202,9 +204,17 @@ def test_read_only_arrays_are_accepted_and_left_alone():
         ({"beta": 1.0}, (2, 3), r"beta=1.0 must lie in \[0, 1\)"),
         ({"nesterov": "torch"}, (2, 3), "nesterov='torch'; use True, False or 'bias_corrected'"),
         ({"adjust_lr_fn": "rms"}, (2, 3), "adjust_lr_fn='rms'"),
-        ({"weight_dimension_numbers": {"w": MuonDimensionNumbers(0, 0)}}, (2, 3), "'w': .* does not name different axes"),
+        (
+            {"weight_dimension_numbers": {"w": MuonDimensionNumbers(0, 0)}},
+            (2, 3),
+            "'w': .* does not name different axes",
+        ),
         ({"weight_dimension_numbers": {"w": MuonDimensionNumbers(0, 5)}}, (2, 3), "'w': axis 5 .* does not exist"),
-        ({"weight_dimension_numbers": {"w": MatrixLayout(heads=(4,))}}, (6, 3), "'w': 4 heads do not divide the 6 rows"),
+        (
+            {"weight_dimension_numbers": {"w": MatrixLayout(heads=(4,))}},
+            (6, 3),
+            "'w': 4 heads do not divide the 6 rows",
+        ),
         ({"weight_dimension_numbers": {"v": MuonDimensionNumbers()}}, (2, 3), "says nothing of 'w'"),
         ({"weight_dimension_numbers": {"w": 3}}, (2, 3), "has 3 for 'w'"),
     ],

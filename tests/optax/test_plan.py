@@ -12,7 +12,9 @@ from muonclip.optax import QKProjection, muonclip, plan
 
 
 def shapes(tree):
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 def uses(made):
@@ -144,7 +146,7 @@ def test_a_prefix_of_the_tree_is_enough():
     assert uses(plan(shapes(tree), {"a": MatrixLayout(), "b": None})) == {"a/x": "muon", "a/y": "muon", "b": "adamw"}
     with pytest.raises(ValueError, match="says nothing of 'b'"):
         plan(shapes(tree), {"a": MatrixLayout()})
-    with pytest.raises(ValueError, match="'a/x': shape .* has no matrix"):
+    with pytest.raises(ValueError, match=r"'a/x': shape .* has no matrix"):
         plan(shapes(tree), {"a": MatrixLayout(batch_ndim=1), "b": None})
 
 
@@ -156,9 +158,7 @@ def test_the_plan_is_what_muonclip_does():
     updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params, max_logits={"0": jnp.ones(4)})
     after = optax.apply_updates(params, updates)
     made = plan(params, qk_projections=FLAX_ATTENTION)
-    expected = made.tree(
-        params, lambda line: 1 - 0.1 * (0.5 if line.use == "muon" else 0.25) if line.decays else 1.0
-    )
+    expected = made.tree(params, lambda line: 1 - 0.1 * (0.5 if line.use == "muon" else 0.25) if line.decays else 1.0)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, np.full(a.shape, e), rtol=1e-6), after, expected)
 
 

@@ -97,9 +97,12 @@ def test_multi_head_latent_attention():
         key=(HeadRows("kv_b", H, nope, 0, nope + value, in_axis=-1),),
         query_facing_shared=(HeadRows("q_b", H, rope, nope, nope + rope),),
     )
-    assert projection.query == QKProjection.mla(
-        q="q_b", kv="", num_heads=H, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value
-    ).query
+    assert (
+        projection.query
+        == QKProjection.mla(
+            q="q_b", kv="", num_heads=H, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value
+        ).query
+    )
 
     def measured(p):
         q = (latent_q @ np.asarray(p["q_b"]["kernel"])).reshape(9, H, nope + rope)
@@ -124,7 +127,9 @@ def test_scanned_layers_have_a_factor_per_layer_and_head(layer_axis):
     projection = QKProjection.mha(q="layers/q", k="layers/k", num_heads=H, layer_axis=layer_axis)
     loud = np.full((layers, H), 2.0)
     loud[0, 1], loud[2, 5] = 32.0, 72.0
-    after, state = clip({"l": projection}, params, jax.tree.map(jnp.zeros_like, params), {"l": jnp.asarray(loud)}, tau=tau)
+    after, state = clip(
+        {"l": projection}, params, jax.tree.map(jnp.zeros_like, params), {"l": jnp.asarray(loud)}, tau=tau
+    )
     root = np.sqrt(np.minimum(1, tau / loud))
     for name, old in stack.items():
         expected = np.moveaxis(old, layer_axis, 0) * root.reshape(layers, *([1] * (name == "kernel")), H, 1)
@@ -140,7 +145,10 @@ def test_fused_weights():
         loud = np.full(H, 1.0)
         loud[4] = 400.0
         after, _ = clip(
-            QKProjection(H, query=(rows[0],), key=(rows[1],)), params, {"qkv": jnp.zeros((D, 3 * H * W))}, jnp.asarray(loud)
+            QKProjection(H, query=(rows[0],), key=(rows[1],)),
+            params,
+            {"qkv": jnp.zeros((D, 3 * H * W))},
+            jnp.asarray(loud),
         )
         factors = np.ones(3 * H * W)
         for start in starts:
@@ -234,10 +242,18 @@ def test_a_missing_maximum_is_a_type_error():
     [
         (MHA, dict(params=None, max_logits={"attn": np.ones(H)}), "params"),
         (MHA, dict(max_logits={"attention": np.ones(H)}), r"attention.*\n.*attn"),
-        (MHA, dict(max_logits=[np.ones(H)]), r"different structures:\n  max_logits .*\[\*\].*\n  qk_projections .*attn"),
+        (
+            MHA,
+            dict(max_logits=[np.ones(H)]),
+            r"different structures:\n  max_logits .*\[\*\].*\n  qk_projections .*attn",
+        ),
         (MHA, dict(max_logits={"attn": np.ones(H + 1)}), r"max_logits of attn has shape \(7,\), not \(6,\)"),
         (MHA, dict(max_logits={"attn": np.ones((2, H))}), r"shape \(2, 6\), not \(6,\)"),
-        ({"attn": QKProjection.mha(q="query", k="k", num_heads=H)}, {}, r"no parameter at 'query'; there are\n  k\n  q\n"),
+        (
+            {"attn": QKProjection.mha(q="query", k="k", num_heads=H)},
+            {},
+            r"no parameter at 'query'; there are\n  k\n  q\n",
+        ),
         ({"attn": QKProjection.mha(q="q", k="k", num_heads=H - 1)}, {}, r"'q' has 24 rows: 5 heads"),
         ([MHA["attn"], QKProjection.mha(q="q", k="v", num_heads=H)], {}, "scale the same rows of 'q'"),
         ({}, {}, "declares no attention"),
@@ -273,7 +289,9 @@ def test_wrong_declarations_are_named(make, message):
 
 def test_an_array_beside_the_kernel_that_is_no_bias_is_refused():
     params = {"q": {"kernel": jnp.ones((D, H, W)), "lora_a": jnp.ones((D, 3))}, "k": jnp.ones((D, H, W))}
-    with pytest.raises(ValueError, match="'q' holds 'q/lora_a' of shape .*, which is neither the kernel 'q/kernel' nor"):
+    with pytest.raises(
+        ValueError, match=r"'q' holds 'q/lora_a' of shape .*, which is neither the kernel 'q/kernel' nor"
+    ):
         qk_clip(MHA).init(params)
 
 
