@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 from model_zoo import ZOO
@@ -21,6 +22,7 @@ from playwright.sync_api import sync_playwright
 
 import muonclip.core
 import muonclip.models
+import muonclip.optax
 import muonclip.torch
 from benchmarks.__main__ import _parser
 from muonclip.core import COEFFICIENT_SETS
@@ -30,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path != READING)
+SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED))
 SLOW = {"docs/unsupported.md"}  # compiles
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -76,7 +79,7 @@ def run(page):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), jax.enable_x64(False):  # as it is for a reader
             exec(code, names)
         everything += printed.getvalue()
         if block.output is not None:
@@ -192,7 +195,9 @@ def test_what_the_readme_points_at_exists():
 
 
 @pytest.mark.parametrize(
-    "package", [muonclip.core, muonclip.torch, muonclip.models], ids=lambda package: package.__name__
+    "package",
+    [muonclip.core, muonclip.torch, muonclip.optax, muonclip.models],
+    ids=lambda package: package.__name__,
 )
 def test_the_api_page_has_every_public_name_once(package):
     page = ROOT / "docs" / "api" / f"{package.__name__.partition('.')[2]}.md"

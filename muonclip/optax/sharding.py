@@ -103,11 +103,7 @@ def _placement(array: jax.Array, given: jax.sharding.Sharding | None) -> NamedSh
     sharding = given if given is not None else jax.typeof(array).sharding
     if given is None and not isinstance(array, Tracer) and isinstance(array, jax.Array):
         sharding = array.sharding
-    if not isinstance(sharding, NamedSharding) or not any(map(_names, sharding.spec)):
-        return None
-    if any(sharding.mesh.shape[name] > 1 for axes in sharding.spec for name in _names(axes)):
-        return NamedSharding(sharding.mesh, sharding.spec)
-    return None
+    return sharding if isinstance(sharding, NamedSharding) and any(map(_names, sharding.spec)) else None
 
 
 def _matrices(

@@ -96,6 +96,7 @@ SHARDED = {
     "rows and columns": ((24, 16), MuonDimensionNumbers(), dict(x=4, y=2), P("x", "y"), 4),
     "rows over two axes": ((24, 16), MuonDimensionNumbers(), dict(x=4, y=2), P(("x", "y")), 2),
     "an axis of the mesh to spare": ((24, 16), MuonDimensionNumbers(), dict(x=4, y=2), P(None, "x"), 2),
+    "one device": ((24, 16), MuonDimensionNumbers(), dict(x=1), P("x"), 0),
     "replicated": ((24, 16), MuonDimensionNumbers(), dict(x=8), P(), 0),
     "experts": ((8, 24, 16), MuonDimensionNumbers(1, 2), dict(x=8), P("x"), 0),
     "experts and rows": ((8, 24, 16), MuonDimensionNumbers(1, 2), dict(x=4, y=2), P("x", "y"), 2),
