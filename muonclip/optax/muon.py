@@ -7,7 +7,7 @@ O = NewtonSchulz(M, or with Nesterov (1−β) G + β M) · scale(fan_out, fan_in
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -136,16 +136,22 @@ def muonclip(
     becomes of each parameter. `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate
     and decay. The others: see `scale_by_muon` and `qk_clip`.
 
-    Under `optax.inject_hyperparams` name as `static_args` what is a function but no schedule, and integers:
-    `static_args=("qk_projections", "muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps")`.
-    """
-    options = {"learning_rate": learning_rate, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": weight_decay}
-    options |= {"mu_dtype": mu_dtype, "mask": weight_decay_mask or (lambda params: planned(params, "decays"))}
-    options |= adamw or {}
+    Under `optax.inject_hyperparams` name as `static_args` what is a function but no schedule, and numbers that shape
+    the computation:
 
-    def planned(params: Any, field: str) -> Any:
-        lines = plan(params, muon_weight_dimension_numbers, qk_projections)
-        return lines.tree(params, operator.attrgetter(field))
+        static_args=("qk_projections", "muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
+    """
+
+    def planned(field: str) -> Callable[[Any], Any]:
+        def tree(params: Any) -> Any:
+            lines = plan(params, muon_weight_dimension_numbers, qk_projections)
+            return lines.tree(params, operator.attrgetter(field))
+
+        return tree
+
+    options = {"learning_rate": learning_rate, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": weight_decay}
+    options |= {"mu_dtype": mu_dtype, "mask": planned("decays") if weight_decay_mask is None else weight_decay_mask}
+    options |= adamw or {}
 
     muon = optax.chain(
         scale_by_muon(
@@ -156,7 +162,7 @@ def muonclip(
             mu_dtype,
             nesterov=nesterov,
             adjust_lr_fn=adjust_lr_fn,
-            weight_dimension_numbers=lambda params: planned(params, "layout"),
+            weight_dimension_numbers=planned("layout"),
             ns_dtype=ns_dtype,
             ns_form=ns_form,
             shardings=shardings,
@@ -164,10 +170,7 @@ def muonclip(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    update = optax.partition(
-        {"muon": muon, "adamw": optax.adamw(**options)},
-        lambda params: planned(params, "use"),
-    )
+    update = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
     return update if qk_projections is None else optax.chain(update, qk_clip(qk_projections, tau, alpha))
 
 

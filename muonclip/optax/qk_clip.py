@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core.qk_clip import check_alpha, check_tau, clip_factors
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
@@ -263,6 +264,9 @@ def _maxima(
             raise ValueError(f"max_logits of {name or 'the attention'} has shape {jnp.shape(maximum)}, not {wanted}.")
         _check_if_concrete(maximum, lambda value, name=name: _check_finite(name, value))
         maximum = jnp.asarray(maximum)
+        sharding = jax.typeof(maximum).sharding
+        if any(sharding.spec):  # heads of an explicit mesh: every device takes all
+            maximum = jax.sharding.reshard(maximum, NamedSharding(sharding.mesh, PartitionSpec()))
         maxima.append(maximum.astype(jnp.promote_types(maximum.dtype, jnp.float32)))
     return maxima
 

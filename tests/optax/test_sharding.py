@@ -192,13 +192,16 @@ def test_the_clip_on_shards(mode, shape, spec):
     tx = qk_clip(QKProjection.mha(q="q", k="k", num_heads=8), tau=10.0)
     maxima = jnp.asarray([1.0, 40, 90, 3, 1000, -1, 10, 11])
 
-    def step(params):
+    def step(params, maxima):
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=maxima)
         return optax.apply_updates(params, updates)
 
-    program = compiled(step, sharded)
+    program = compiled(step, sharded, maxima)
     assert not collectives(program)[0]  # each device scales what it has
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), program(sharded), jax.jit(step)(whole))
+    expected = jax.jit(step)(whole, maxima)
+    by_head = jax.device_put(maxima, NamedSharding(mesh, P("y")))  # as an attention whose heads are sharded leaves them
+    for after in (program(sharded, maxima), jax.jit(step)(sharded, by_head)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), after, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
