@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip.optax.qk_clip import QKClipState
+from muonclip.optax.qk_clip import QKClipState, check_max_logits
 
 
 class AccumulateState(NamedTuple):
@@ -61,6 +61,7 @@ def accumulate(
     ) -> tuple[optax.Updates, AccumulateState]:
         if max_logits is None:
             raise TypeError("accumulate needs max_logits=… in every micro-step: their maximum decides the clip.")
+        check_max_logits(max_logits)
         wanted, given = jax.tree.structure(state.max_logits), jax.tree.structure(max_logits)
         if wanted != given:
             raise ValueError(f"max_logits has the structure {given}; qk_projections has {wanted}.")

@@ -69,10 +69,10 @@ class HeadRows:
         ]
 
     def num_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """How many layers the arrays stack; None where they stack none."""
+        """How many layers the arrays stack; None where they stack none, or are not there."""
         if self.layer_axis is None:
             return None
-        return next(shape[self.layer_axis] for name, shape in shapes.items() if below(self.path, name))
+        return next((shape[self.layer_axis] for name, shape in shapes.items() if below(self.path, name)), None)
 
     def _without_layer(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.layer_axis is None:

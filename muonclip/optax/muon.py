@@ -20,7 +20,7 @@ from muonclip.core.coefficients import Coefficients, gram_restarts
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.array_layout import KERNEL, ArrayLayout
 from muonclip.optax.newton_schulz import NewtonSchulz
-from muonclip.optax.paths import declared_for, name_of, named_arrays
+from muonclip.optax.paths import declared_for, named_arrays
 from muonclip.optax.plan import plan, weight_layouts
 from muonclip.optax.qk_clip import QKProjections, qk_clip
 from muonclip.optax.sharding import check_visible, orthogonalize_arrays
@@ -89,17 +89,17 @@ def scale_by_muon(
         count = jnp.asarray(optax.safe_increment(state.count))
         mu = jax.tree.map(lambda g, m: _average(g, m, beta), updates, state.mu)
         used = jax.tree.map(lambda g, m: _direction(g, m, beta, nesterov, count), updates, mu)
-        paths, treedef = jax.tree_util.tree_flatten_with_path(used)
-        names, arrays = [name_of(path) for path, _ in paths], [array for _, array in paths]
+        arrays = named_arrays(used)
         done = orthogonalize_arrays(
-            arrays,
-            [layouts[name] for name in names],
-            [_scales(layouts[name], array.shape, adjust_lr_fn) for name, array in zip(names, arrays, strict=True)],
+            list(arrays.values()),
+            [layouts[name] for name in arrays],
+            [_scales(layouts[name], array.shape, adjust_lr_fn) for name, array in arrays.items()],
             newton_schulz,
-            [placed[name] for name in names],
+            [placed[name] for name in arrays],
         )
-        done = [new.astype(old.dtype) for new, old in zip(done, jax.tree.leaves(updates), strict=True)]
-        return jax.tree.unflatten(treedef, done), ScaleByMuonState(count, mu)
+        leaves, treedef = jax.tree.flatten(updates)
+        done = [new.astype(old.dtype) for new, old in zip(done, leaves, strict=True)]
+        return treedef.unflatten(done), ScaleByMuonState(count, mu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -139,7 +139,7 @@ def muonclip(
     Under `optax.inject_hyperparams` name as `static_args` what is a function but no schedule, and numbers that shape
     the computation:
 
-        static_args=("qk_projections", "muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
+        static_args=("muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
     """
 
     def planned(field: str) -> Callable[[Any], Any]:
@@ -184,6 +184,8 @@ def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayou
                 f"{name!r} has shape {array.shape}; Muon needs a matrix [in, out]. Say which axes are rows and columns "
                 "by weight_dimension_numbers=, or leave it to AdamW."
             )
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
         try:
             layouts[name] = ArrayLayout.of(layout or KERNEL, array.shape)
         except ValueError as error:

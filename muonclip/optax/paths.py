@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.tree_util import GetAttrKey, keystr
 from optax import MaskedNode
 
-Path = tuple[Any, ...]
-
 
 def is_masked(leaf: Any) -> bool:
     return isinstance(leaf, MaskedNode)
 
 
-def name_of(path: Path) -> str:
-    """The name of a path. The `value` of a Flax variable is no part of it: Flax hands over trees with and without."""
-    if path and isinstance(path[-1], GetAttrKey) and path[-1].name in ("value", "raw_value"):
-        path = path[:-1]
+def name_of(path: tuple[Any, ...]) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The arrays by name; those that `optax.masked` or `partition` took away are `MaskedNode`s."""
-    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]}
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> dict[str, Any]:
+    """The arrays by name, in order; those that `optax.masked` or `partition` took away are `MaskedNode`s.
+
+    The `value` of a Flax variable is no part of its name: Flax hands over trees with and without.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    children: dict[tuple[Any, ...], set[Any]] = {}
+    for path, _ in leaves:
+        for depth in range(len(path)):
+            children.setdefault(path[:depth], set()).add(path[depth])
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        of_variable = path and isinstance(path[-1], GetAttrKey) and path[-1].name in ("value", "raw_value")
+        named[name_of(path[:-1] if of_variable and len(children[path[:-1]]) == 1 else path)] = leaf
+    assert len(named) == len(leaves), "two arrays of one name"
+    return named
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map`, of a function that gets the name first."""
+    leaves, treedef = jax.tree.flatten(tree)
+    others = (treedef.flatten_up_to(other) for other in rest)
+    return treedef.unflatten(map(function, named_arrays(tree), leaves, *others))
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -38,10 +54,7 @@ def declared_for(arrays: Any, declared: Any, kinds: type | tuple[type, ...], arg
     A declaration is one of `kinds` or None. Raises ValueError, naming the `argument`, where it says nothing.
     """
     tree = declared(arrays) if callable(declared) else declared
-    leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: node is None or is_masked(node) or isinstance(node, kinds)
-    )[0]
-    said = {name_of(path): leaf for path, leaf in leaves}
+    said = named_leaves(tree, lambda node: node is None or is_masked(node) or isinstance(node, kinds))
     found: dict[str, Any] = {}
     for name in named_arrays(arrays):
         above = [prefix for prefix in said if below(prefix, name)]

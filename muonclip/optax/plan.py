@@ -18,7 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip.core import MatrixLayout
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
 from muonclip.optax.head_rows import HeadRows
-from muonclip.optax.paths import below, declared_for, name_of, named_arrays
+from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections
 
 _LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed", "logits_dense", "logits"}
@@ -72,7 +72,7 @@ class Plan:
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """`of` each line, as a tree with the structure of `params`."""
         lines = {line.name: line for line in self.parameters}
-        return jax.tree_util.tree_map_with_path(lambda path, _: of(lines[name_of(path)]), params)
+        return map_named(lambda name, _: of(lines[name]), params)
 
 
 def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKProjections | None = None) -> Plan:
@@ -84,7 +84,7 @@ def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKPr
     if weight_dimension_numbers is not None:
         given = weight_layouts(weight_dimension_numbers, params)
         return Plan(tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items()))
-    stacks, attention = _declared_attention(qk_projections, params, shapes)
+    stacks, attention = _declared_attention(qk_projections, shapes)
     embeddings = {shape: name for name, shape in shapes.items() if _is_embedding(name) and "pos" not in name}
     lines: list[PlannedParameter] = []
     unknown: list[str] = []
@@ -126,6 +126,8 @@ def _as_vector(name: str, shape: tuple[int, ...]) -> PlannedParameter | None:
     path = _path(name)
     if len(shape) < 2:
         reason = "vector"
+    elif 0 in shape:
+        reason = "empty"
     elif _BIAS_NAME.search(path[-1]):
         reason = "biases"
     elif any(map(_NORM_NAME.search, path[-2:])):
@@ -177,16 +179,15 @@ def _as_matrices(
 
 
 def _declared_attention(
-    qk_projections: QKProjections | None, params: Any, shapes: Mapping[str, tuple[int, ...]]
+    qk_projections: QKProjections | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[tuple[str, int]], dict[str, WeightLayout]]:
     """What the declared attentions tell: (path, layer axis) of stacks, and the layouts of their projections.
 
     The value and output projections beside a declared query are read as it is: [in, heads, d] and [heads, d, out].
     """
-    tree = qk_projections(params) if callable(qk_projections) else qk_projections
     stacks: list[tuple[str, int]] = []
     layouts: dict[str, WeightLayout] = {}
-    for projection in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QKProjection)):
+    for projection in jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection)):
         for rows in projection.parts():
             if rows.layer_axis is not None:
                 stacks.append((rows.path, rows.layer_axis))

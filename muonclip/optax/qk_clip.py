@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core.qk_clip import check_alpha, check_tau, clip_factors
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
-from muonclip.optax.paths import below, is_masked, name_of, named_leaves
+from muonclip.optax.paths import below, is_masked, map_named, name_of, named_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ class QKProjection:
 
 
 QKProjections: TypeAlias = Any
-"""A tree with a `QKProjection` for each attention, or a function that makes it from the parameters. `max_logits` is a
-tree of the same structure: [heads], or [layers, heads] for a stack."""
+"""A tree with a `QKProjection` for each attention. `max_logits` is a tree of the same structure: [heads], or
+[layers, heads] for a stack."""
 
 
 class QKClipState(NamedTuple):
@@ -131,10 +132,10 @@ def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -
     """
     _check_if_concrete(tau, check_tau)
     _check_if_concrete(alpha, check_alpha)
+    projections, treedef = _flatten(qk_projections)
 
     def init(params: optax.Params) -> QKClipState:
         leaves = named_leaves(params)
-        projections, treedef = _flatten(qk_projections, params)
         shapes = shapes_of(leaves)
         if leaves:  # none where Optax asks for the structure of the state alone
             _scalings(projections, leaves)
@@ -159,18 +160,21 @@ def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -
         if params is None:
             raise ValueError("qk_clip corrects params + updates: call update(grads, state, params, max_logits=…).")
         leaves = named_leaves(params)
-        projections, treedef = _flatten(qk_projections, params)
+        check_max_logits(max_logits)
         maxima = _maxima(projections, treedef, max_logits, shapes_of(leaves))
         loud, nonfinite = zip(*map(_finite, maxima), strict=True) if maxima else ((), ())
         factors = [clip_factors(maximum, _as(tau, maximum), _as(alpha, maximum), xp=jnp) for maximum in loud]
+        scalings = _scalings(projections, leaves)
         spread: dict[str, jax.Array] = {}
-        for number, side, rows in _scalings(projections, leaves):
+        for number, side, rows in scalings:
             own = rows.spread(getattr(factors[number], side))
             spread[rows.name] = own if rows.name not in spread else spread[rows.name] * own
-        clipped = jax.tree_util.tree_map_with_path(
-            lambda path, update, weight: _clipped(update, weight, spread.get(name_of(path))), updates, params
-        )
-        gamma = [factor.gamma.astype(jnp.float32) for factor in factors]
+        clipped = map_named(lambda name, update, weight: _clipped(update, weight, spread.get(name)), updates, params)
+        scaled = {number for number, _, _ in scalings}
+        gamma = [
+            factors[number].gamma.astype(jnp.float32) if number in scaled else jnp.ones_like(old)
+            for number, old in enumerate(jax.tree.leaves(state.gamma))
+        ]
         count = sum((jnp.sum(each, dtype=jnp.int32) for each in nonfinite), state.nonfinite)
         return clipped, QKClipState(count, jax.tree.unflatten(treedef, gamma))
 
@@ -183,7 +187,8 @@ def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None) -> 
         return update
     wide = jnp.promote_types(weight.dtype, jnp.float32)
     factor, old = factor.astype(wide), weight.astype(wide)
-    return jnp.where(factor < 1, factor * (old + update.astype(wide)) - old, update).astype(update.dtype)
+    loud = (factor < 1) | jnp.zeros_like(update, bool)  # sharded as the update, which a select wants
+    return jnp.where(loud, factor * (old + update.astype(wide)) - old, update).astype(update.dtype)
 
 
 def _finite(maximum: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,14 +197,13 @@ def _finite(maximum: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(bad, -jnp.inf, maximum), bad
 
 
-def _flatten(qk_projections: QKProjections, params: Any) -> tuple[list[tuple[str, QKProjection]], Any]:
-    tree = qk_projections(params) if callable(qk_projections) else qk_projections
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_projection)
+def _flatten(qk_projections: QKProjections) -> tuple[list[tuple[str, QKProjection]], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(qk_projections, is_leaf=_is_projection)
     for path, leaf in leaves:
         if not _is_projection(leaf):
             raise ValueError(f"qk_projections holds {leaf!r} at {name_of(path)!r}, which is no QKProjection.")
     if not leaves:
-        raise ValueError(f"qk_projections={tree!r} declares no attention; leave QK-Clip away, or declare it.")
+        raise ValueError(f"qk_projections={qk_projections!r} declares no attention; leave QK-Clip away, or declare it.")
     return [(name_of(path), leaf) for path, leaf in leaves], treedef
 
 
@@ -224,17 +228,14 @@ def _scalings(
         if projection.reason:
             continue
         sides = (("query", projection.query), ("key", projection.key), ("gamma", projection.query_facing_shared))
-        masked = [rows.path for rows in projection.parts() if _masked(rows.path, leaves)]
-        own = [
-            (number, side, array)
-            for side, parts in sides
-            for rows in parts
-            if rows.path not in masked
-            for array in rows.arrays(shapes)
-        ]
-        if masked and own:
-            raise ValueError(f"{name}: {', '.join(masked)} is masked and the rest of this attention is not.")
-        found += own
+        paths = [rows.path for rows in projection.parts()]
+        own = {leaf: is_masked(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
+        if any(own.values()):
+            if not all(own.values()):
+                masked = ", ".join(leaf for leaf, is_it in own.items() if is_it)
+                raise ValueError(f"{name}: {masked} is masked and the rest of this attention is not.")
+            continue
+        found += [(number, side, array) for side, parts in sides for rows in parts for array in rows.arrays(shapes)]
     by_array: dict[str, list[RowsOfArray]] = {}
     for _, _, rows in found:
         by_array.setdefault(rows.name, []).append(rows)
@@ -244,8 +245,9 @@ def _scalings(
     return found
 
 
-def _masked(path: str, leaves: Mapping[str, Any]) -> bool:
-    return any(is_masked(leaf) for name, leaf in leaves.items() if below(path, name))
+def _meets(name: str, path: str) -> bool:
+    """A mask may be a prefix of the tree: it takes away what is above a path, too."""
+    return below(path, name) or below(name, path)
 
 
 def _maxima(
@@ -259,16 +261,21 @@ def _maxima(
         )
     maxima: list[jax.Array] = []
     for (name, projection), maximum in zip(projections, given, strict=True):
-        wanted = _shape(projection, shapes)
-        if jnp.shape(maximum) != wanted:
-            raise ValueError(f"max_logits of {name or 'the attention'} has shape {jnp.shape(maximum)}, not {wanted}.")
-        _check_if_concrete(maximum, lambda value, name=name: _check_finite(name, value))
-        maximum = jnp.asarray(maximum)
+        maximum, wanted = jnp.asarray(maximum), _shape(projection, shapes)
+        of_masked_stack = len(wanted) == 1 and any(rows.layer_axis is not None for rows in projection.parts())
+        if maximum.shape != wanted and not of_masked_stack:
+            raise ValueError(f"max_logits of {name or 'the attention'} has shape {maximum.shape}, not {wanted}.")
         sharding = jax.typeof(maximum).sharding
         if any(sharding.spec):  # heads of an explicit mesh: every device takes all
             maximum = jax.sharding.reshard(maximum, NamedSharding(sharding.mesh, PartitionSpec()))
         maxima.append(maximum.astype(jnp.promote_types(maximum.dtype, jnp.float32)))
     return maxima
+
+
+def check_max_logits(max_logits: Any) -> None:
+    """Raises ValueError for a maximum that is NaN or +inf, where it can be seen."""
+    for path, maximum in jax.tree_util.tree_flatten_with_path(max_logits)[0]:
+        _check_if_concrete(maximum, partial(_check_finite, name_of(path)))
 
 
 def _check_finite(name: str, maximum: Any) -> None:
@@ -283,8 +290,8 @@ def _check_finite(name: str, maximum: Any) -> None:
 
 
 def _check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
-    """`check` a value that can be looked at: tracers and arrays spread over processes cannot."""
-    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    """`check` a value that can be looked at: not while JAX traces, nor where it is spread over processes."""
+    if isinstance(value, jax.Array) and (isinstance(value + 0, Tracer) or not value.is_fully_addressable):
         return
     check(value)
 

@@ -83,8 +83,10 @@ def orthogonalize_arrays(
 
 def check_visible(params: Any, shardings: Any) -> None:
     """Raises ValueError where arrays are sharded so that a jitted update cannot see it, and nothing was declared."""
+    if shardings is not None:
+        return
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if shardings is not None or isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
             continue
         sharding = leaf.sharding
         if isinstance(sharding, NamedSharding) and any(sharding.spec):
@@ -141,8 +143,10 @@ def _orthogonalize(
     spread = [matrices.spread(array) for array, matrices in zip(arrays, plans, strict=True)]
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, (x, matrices) in enumerate(zip(spread, plans, strict=True)):
+        rows = len(matrices.layout.fan_out)
+        alike = (matrices.moves, x.shape[1:], rows, x.dtype, matrices.fused, matrices.scales)
         # What is whole already needs no stack for the way; equal shapes meet in newton_schulz.
-        key = (matrices.moves, x.shape[1:], x.dtype, matrices.fused, matrices.scales) if matrices.moves else (index,)
+        key = alike if matrices.moves else (index,)
         together.setdefault(key, []).append(index)
     blocks: list[list[jax.Array]] = []
     shapes: list[tuple[int, ...]] = []

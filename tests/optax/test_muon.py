@@ -153,7 +153,7 @@ def test_the_gram_form_and_narrow_products():
     (narrow,) = run(scale_by_muon(ns_dtype=jnp.bfloat16), [gradient])
     assert products(scale_by_muon(ns_form="gram").update, gradient, scale_by_muon().init(gradient)) != 15
     assert 0 < np.abs(gram["w"] - exact["w"]).max() < 1e-4
-    assert 1e-3 < np.linalg.norm(narrow["w"] - exact["w"]) / np.linalg.norm(exact["w"]) < 5e-2
+    assert 1e-3 < np.linalg.norm(narrow["w"] - exact["w"]) / np.linalg.norm(exact["w"]) < 1e-1
     assert narrow["w"].dtype == jnp.float32
 
 
@@ -183,6 +183,18 @@ def test_a_zero_gradient_gives_a_zero_update():
     (update,) = run(scale_by_muon(), [{"w": jnp.zeros((4, 6)), "v": jnp.ones((4, 6))}])
     assert not update["w"].any()
     assert np.isfinite(update["v"]).all()
+
+
+def test_an_empty_array_stays_empty():
+    gradient = {"w": jnp.zeros((0, 6)), "v": jnp.ones((2, 3)), "e": jnp.zeros((0, 3, 4))}
+    numbers = dict.fromkeys(gradient, MuonDimensionNumbers(-2, -1))
+    (update,) = run(scale_by_muon(weight_dimension_numbers=numbers), [gradient])
+    assert [update[name].shape for name in ("w", "e")] == [(0, 6), (0, 3, 4)]
+
+
+def test_complex_arrays_are_refused():
+    with pytest.raises(ValueError, match="'w' is complex"):
+        scale_by_muon().init({"w": jnp.ones((2, 3), jnp.complex64)})
 
 
 def test_read_only_arrays_are_accepted_and_left_alone():

@@ -221,12 +221,6 @@ def test_a_reason_only_observes():
     assert state.gamma["a"].shape == (H,)
 
 
-def test_projections_may_be_a_function_of_the_parameters():
-    params = params_of()
-    tx = qk_clip(lambda p: {name: QKProjection.mha(q=name, k="k", num_heads=p["q"].shape[1]) for name in ("q",)})
-    assert tx.init(params).gamma["q"].shape == (H,)
-
-
 def update(projections, **arguments):
     params, tx = params_of(), qk_clip(projections)
     return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), **{"params": params, **arguments})

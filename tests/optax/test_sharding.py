@@ -157,6 +157,17 @@ def test_different_shardings_in_one_tree():
         np.testing.assert_allclose(updates[name], expected[name], atol=1e-12)
 
 
+def test_one_shape_read_in_two_ways():
+    whole = {"a": normal(0, 8, 3, 5), "b": normal(1, 8, 3, 5)}
+    numbers = {"a": MuonDimensionNumbers(2, (0, 1)), "b": MuonDimensionNumbers((1, 2), 0)}
+    tx = scale_by_muon(weight_dimension_numbers=numbers)
+    sharded = placed(whole, mesh_of("explicit", x=8), dict.fromkeys(whole, P("x")))
+    updates, _ = jax.jit(tx.update)(sharded, tx.init(sharded))
+    expected, _ = jax.jit(tx.update)(whole, tx.init(whole))
+    for name in whole:
+        np.testing.assert_allclose(updates[name], expected[name], atol=1e-12)
+
+
 @pytest.mark.slow  # operation by operation
 def test_outside_jit_arrays_tell_where_they_lie():
     sharded = placed({"a": normal(0, 16, 24)}, mesh_of("auto", x=8), {"a": P("x")})

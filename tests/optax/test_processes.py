@@ -1,0 +1,59 @@
+"""Two processes of two devices each: the same as one process with four, and as one device, while the clip fires."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_jax as tiny
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def run(folder, kind, processes, devices):
+    """What each process ended with."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, SUPPORT / "process_worker.py", folder, address, str(processes)]
+    folder.mkdir()
+    workers = [
+        subprocess.Popen([*command, str(rank), kind], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    try:
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert not any(worker.returncode for worker in workers), "\n".join(error[-3000:] for error in errors)
+    return [dict(np.load(folder / f"{kind}-{rank}.npz")) for rank in range(processes)]
+
+
+def distance(one, other):
+    return max(np.abs(one[name] - other[name]).max() for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_processes_train_as_one(tmp_path, kind):
+    first, second = run(tmp_path / "two", kind, processes=2, devices=2)
+    (alone,) = run(tmp_path / "one", kind, processes=1, devices=4)
+    assert distance(first, second) == 0
+    assert first.pop("clipped").tolist() == alone.pop("clipped").tolist()
+    assert second.pop("clipped").sum() >= 5
+    assert distance(first, alone) < 1e-6
+    params, _ = tiny.train(tiny.optimizer(), tiny.init(), tiny.batches(5))
+    whole = {
+        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    assert distance(first, whole) < 1e-5
