@@ -1,5 +1,5 @@
-"""How every test runs: one thread, the CPU, float64 and eight devices in JAX; in CI with the same examples each time and
-without skips.
+"""How every test runs: one thread, the CPU, float64 and eight devices in JAX; in CI the same examples each time, and no
+skipped test.
 
 A test may skip itself in CI only for want of a GPU: its reason then says "GPU" or "CUDA".
 """
