@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -23,7 +24,7 @@ from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
 from benchmarks.evidence import evidence as run_evidence
 from benchmarks.explosion import Execution, run_panels, train_panels
-from benchmarks.panel import Panel, Training
+from benchmarks.panel import Framework, Panel, Training
 from benchmarks.pilot import choose_rate, pilot_panel
 from benchmarks.precision import PrecisionChoice
 from benchmarks.presets import HOT, OWN_RATE, PRESETS
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def explosion(options: argparse.Namespace) -> None:
     """One panel, by hand."""
     preset = PRESETS[options.preset]
-    device = _device(options.device or preset.device)
+    _check_framework(options)
+    device = _device(options.device or preset.device, options.framework)
     corpus = open_corpus(options.data)
     training = preset.training
     for name in ("steps", "batch_size", "tau"):
@@ -69,8 +71,10 @@ def explosion(options: argparse.Namespace) -> None:
         )
     training = replace(training, lr={arm: rates.get(arm, rates.get("")) for arm in arms})
     model = preset.model(attention=options.attention, vocab_size=corpus.vocab_size)
+    title = "Attention logits" if options.framework == "torch" else "Attention logits, JAX"
     panel = replace(
-        _panel("", "Attention logits", options.arms, options.seeds or preset.seeds, model, training, corpus),
+        _panel("", title, options.arms, options.seeds or preset.seeds, model, training, corpus),
+        framework=options.framework,
         device=device,
     )
     tried = options.pilot or (preset.pilot_rates if options.lr is None else ())
@@ -122,12 +126,35 @@ def clip_cost(options: argparse.Namespace) -> None:
     print(f"figures  {written}", file=sys.stderr)
 
 
+def optax_speed(options: argparse.Namespace) -> None:
+    """Muon's update in JAX beside Optax's own: see `benchmarks.optax_speed`."""
+    _check_jax("optax-speed")
+    from benchmarks.optax_speed import optax_speed as measure_optax_speed
+
+    print(measure_optax_speed(options.out, options.rounds))
+
+
 def report(options: argparse.Namespace) -> None:
     """Pictures and pages of finished runs: see `benchmarks.redraw`."""
     redraw(options.folders, options.out, events=options.tensorboard)
 
 
-def _device(name: str) -> str:
+def _check_framework(options: argparse.Namespace) -> None:
+    if options.framework == "torch":
+        return
+    _check_jax("--framework")
+    if options.precision == "bf16":
+        raise UsageError("--precision", "--framework jax runs in fp32.")
+
+
+def _check_jax(wanted_by: str) -> None:
+    if missing := [package for package in ("jax", "optax") if importlib.util.find_spec(package) is None]:
+        raise UsageError(wanted_by, f'jax needs {" and ".join(missing)}: pip install "muonclip[jax]".')
+
+
+def _device(name: str, framework: Framework) -> str:
+    if name == "cuda" and framework == "jax":
+        raise UsageError("--device", "--framework jax runs on the CPU alone: take --device cpu.")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "--device",
@@ -199,6 +226,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="first train Muon briefly at each of these, and take the lowest at which logits pass 100 "
         "(presets gpu and node do so unless --lr is given)",
     )
+    by_hand.add_argument(
+        "--framework", choices=get_args(Framework), default="torch", help="default: torch; jax: on the CPU, in fp32"
+    )
     by_hand.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
     by_hand.add_argument("--steps", type=_count, metavar="N")
     by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")
@@ -247,6 +277,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="measure nothing; write what DIR holds into this page, between its marks",
     )
 
+    speed = commands.add_parser(
+        "optax-speed", help="Muon's update in JAX beside Optax's own: five minutes on two cores"
+    )
+    speed.set_defaults(command=optax_speed)
+    speed.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json and cpu.md, or gpu")
+    speed.add_argument("--rounds", type=_count, default=31, metavar="N", help="timed calls of each (default: 31)")
+
     again = commands.add_parser(
         "report", help="draw finished runs again, without training; several folders also side by side"
     )
@@ -265,7 +302,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help=f"the page of all folders together (default: ./{COMPARISON} where there are several)",
     )
     again.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard, events for TensorBoard")
-    return parser, {"explosion": by_hand, "reproduce": both, "evidence": long, "clip-cost": cost, "report": again}
+    return parser, {
+        "explosion": by_hand,
+        "reproduce": both,
+        "evidence": long,
+        "clip-cost": cost,
+        "optax-speed": speed,
+        "report": again,
+    }
 
 
 def _arms(text: str) -> tuple[str, ...]:

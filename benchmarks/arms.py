@@ -10,46 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import torch
-from torch import nn
-
-from benchmarks.panel import Panel, Precision, Training
+from benchmarks.panel import Panel, Training
 from muonclip.models import MoEConfig
 from muonclip.models.config import Attention
-from muonclip.torch import MuonClip, QKClip
-
-
-@dataclass(slots=True)
-class Update:
-    """What an arm does after the backward pass. The clip acts from the step `clips_from` on, counted from 0."""
-
-    optimizer: torch.optim.Optimizer
-    qk_clip: QKClip
-    clips_itself: bool  # whether the optimizer's step includes the clip's
-    tau: float = math.inf
-    clips_from: int = 0
-
-    def step(self, done: int) -> None:
-        """The update that follows `done` others."""
-        self.qk_clip.tau = self.tau if done >= self.clips_from else math.inf
-        self.optimizer.step()
-        if not self.clips_itself:
-            self.qk_clip.step()
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`build(model, training, lr, precision)` for the model that `model(config, training)` gives the sizes of.
+    """How an arm updates the model that `model(config, training)` gives the sizes of, in every framework.
 
     Pictures show `label` and `colour` (Okabe–Ito, colour-blind safe).
     """
 
     label: str
     colour: str
-    build: Callable[[nn.Module, Training, float, Precision], Update]
+    optimizer: Literal["adamw", "muon"]
+    clips: bool = False
+    late: bool = False  # whether the clip waits for `Training.rescue_at`
+    per_head: bool = False  # whether each head's rows are a matrix of their own
     model: Callable[[MoEConfig, Training], MoEConfig] = lambda config, training: config
 
 
@@ -60,6 +40,11 @@ class Setup(NamedTuple):
     model: MoEConfig
     training: Training
     lr: float
+
+    def tau(self, done: int) -> float:
+        """The threshold in the update that follows `done` others; infinity measures without clipping."""
+        begin = round(self.training.rescue_at * self.training.steps) if self.arm.late else 0
+        return self.training.tau if self.arm.clips and done >= begin else math.inf
 
 
 class Appearance(NamedTuple):
@@ -170,44 +155,6 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def _adamw(model: nn.Module, training: Training, lr: float, precision: Precision, *, clips: bool = False) -> Update:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=training.betas, eps=1e-8)
-    tau = training.tau if clips else math.inf
-    return Update(optimizer, QKClip(model, tau=tau, observe="always"), clips_itself=False, tau=tau)
-
-
-def _muon(
-    model: nn.Module,
-    training: Training,
-    lr: float,
-    precision: Precision,
-    *,
-    clips: bool = False,
-    per_head: bool = False,
-    late: bool = False,
-) -> Update:
-    tau = training.tau if clips else math.inf
-    optimizer = MuonClip(
-        model,
-        lr=lr,
-        weight_decay=training.weight_decay,
-        momentum=training.momentum,
-        nesterov=training.nesterov,
-        per_head=per_head,
-        qk_clip=QKClip(model, tau=tau, observe="always"),
-        adamw={"betas": training.betas, "eps": 1e-8},
-        ns_dtype=getattr(torch, precision.ns_dtype),
-    )
-    assert optimizer.qk_clip is not None
-    begin = round(training.rescue_at * training.steps) if late else 0
-    return Update(optimizer, optimizer.qk_clip, clips_itself=True, tau=tau, clips_from=begin)
-
-
 def _shade(colour: str, position: int, count: int) -> str:
     """The colour itself for one alone; else from a dark to a light shade of it."""
     if count == 1:
@@ -219,13 +166,13 @@ def _shade(colour: str, position: int, count: int) -> str:
 
 
 ARMS: dict[str, Arm] = {
-    "adamw": Arm("AdamW", "#0072B2", _adamw),
-    "muon": Arm("Muon", "#D55E00", _muon),
-    "muonclip": Arm("MuonClip", "#009E73", partial(_muon, clips=True)),
-    "rescue": Arm("Muon, clip switched on midway", "#8C6BB1", partial(_muon, clips=True, late=True)),
-    "per-head": Arm("MuonClip per head", "#CC79A7", partial(_muon, clips=True, per_head=True)),
-    "adamw-clip": Arm("AdamW + QK-Clip", "#56B4E9", partial(_adamw, clips=True)),
-    "qk-norm": Arm("Muon, QK-norm", "#E69F00", _muon, lambda config, _: replace(config, qk_norm=True)),
-    "softcap": Arm("Muon, soft cap", "#000000", _muon, lambda config, training: replace(config, softcap=training.tau)),
+    "adamw": Arm("AdamW", "#0072B2", "adamw"),
+    "muon": Arm("Muon", "#D55E00", "muon"),
+    "muonclip": Arm("MuonClip", "#009E73", "muon", clips=True),
+    "rescue": Arm("Muon, clip switched on midway", "#8C6BB1", "muon", clips=True, late=True),
+    "per-head": Arm("MuonClip per head", "#CC79A7", "muon", clips=True, per_head=True),
+    "adamw-clip": Arm("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True),
+    "qk-norm": Arm("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
+    "softcap": Arm("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),
 }
 DEFAULT_ARMS = ("adamw", "muon", "muonclip")  # the claim itself; the others are what it is compared with

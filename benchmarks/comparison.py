@@ -14,6 +14,7 @@ from benchmarks.summary import PanelResult
 
 _OWN = ("name", "title", "arms", "data.path", "data.title")  # of each panel, and no setting of a run
 _MADE_WITH = ("python", "torch", "muonclip", "git_commit", "platform", "cpu", "gpu", "cuda")
+_MADE_WITH_JAX = ("jax", "jaxlib", "optax")  # PyTorch's runs have no version of these to differ in
 
 
 def compare(results: Sequence[PanelResult]) -> list[str]:
@@ -23,7 +24,8 @@ def compare(results: Sequence[PanelResult]) -> list[str]:
     settings = [
         {name: value for name, value in flat(result.panel.to_json()).items() if name not in _OWN} for result in results
     ]
-    made = [{name: result.environment.get(name) for name in _MADE_WITH} for result in results]
+    versions_of = _MADE_WITH + _MADE_WITH_JAX * all(result.panel.framework == "jax" for result in results)
+    made = [{name: result.environment.get(name) for name in versions_of} for result in results]
     different = _differences(settings)
     told = [f"The panels differ in {different}." if different else "The panels have the same settings."]
     if versions := _differences(made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -14,14 +15,17 @@ from typing import Any
 import torch
 
 import muonclip
+from benchmarks.panel import Framework
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str, Any]:
     """Versions, machine, commit, date (UTC) and command; `gpu` where that is the device."""
+    packages = ("jax", "jaxlib", "optax") if framework == "jax" else ()
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return gpu | {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in packages},
         "muonclip": muonclip.__version__,
         "platform": platform.platform(),
         "cpu": cpu_model(),

@@ -86,6 +86,6 @@ def _settle(panel: Panel, corpus: Corpus, folder: Path, execution: Execution) ->
         return panel, recorded["environment"]
     decided, measured = precision.choose(panel, corpus, execution.precision)
     panel = replace(panel, precision=decided)
-    recorded = environment(panel.device) | {"precision_probe": measured}
+    recorded = environment(panel.device, panel.framework) | {"precision_probe": measured}
     checkpoint.write_json(config, {"config": panel.to_json(), "environment": recorded})
     return panel, recorded

@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muonclip.models.torch import MoE
@@ -23,31 +25,30 @@ Weights = list[Tensor]
 class Probe:
     """Measures a model on the same few validation windows [windows, T + 1] every time."""
 
-    def __init__(self, model: MoE, windows: Tensor) -> None:
-        self.model = model
-        self.tokens = windows[: max(1, _TOKENS // (windows.shape[1] - 1)), :-1].to(model.lm_head.weight.device)
+    def __init__(self, windows: NDArray[np.int64]) -> None:
+        self.tokens = torch.from_numpy(windows[: max(1, _TOKENS // (windows.shape[1] - 1)), :-1])
 
-    def weights(self) -> Weights:
+    def weights(self, model: MoE) -> Weights:
         """A copy of what `measure` compares with: the matrices of the layers, those that Muon updates."""
-        return [parameter.detach().clone() for parameter in self._matrices()]
+        return [parameter.detach().clone() for parameter in _matrices(model)]
 
     @torch.no_grad()
-    def measure(self, before: Weights, lr: float) -> dict[str, Any]:
+    def measure(self, model: MoE, before: Weights, lr: float) -> dict[str, Any]:
         """The measured fields of a record (see `metrics`), after the update of rate `lr` that began from `before`."""
         query_norms, key_norms = {}, {}
-        for name, attention in self._attentions():
+        for name, attention in _attentions(model):
             projection: QKProjection = attention.declare()
             sides = {side: [rows for of, rows in projection.parts() if of == side] for side in ("query", "key")}
             query_norms[name] = head_norms(sides["query"])
             key_norms[name] = head_norms(sides["key"])
         return {
-            "attention_entropy": self._entropies(),
+            "attention_entropy": self._entropies(model),
             "query_norms": query_norms,
             "key_norms": key_norms,
-            "update_rms": rms(now - then for now, then in zip(self._matrices(), before, strict=True)) / lr,
+            "update_rms": rms(now - then for now, then in zip(_matrices(model), before, strict=True)) / lr,
         }
 
-    def _entropies(self) -> dict[str, list[float]]:
+    def _entropies(self, model: MoE) -> dict[str, list[float]]:
         entropies: dict[str, list[float]] = {}
 
         def observe(name: str) -> Any:
@@ -59,19 +60,13 @@ class Probe:
 
             return hook
 
-        handles = [attention.register_forward_pre_hook(observe(name)) for name, attention in self._attentions()]
+        handles = [attention.register_forward_pre_hook(observe(name)) for name, attention in _attentions(model)]
         try:
-            self.model(self.tokens)
+            model(self.tokens.to(model.lm_head.weight.device))
         finally:
             for handle in handles:
                 handle.remove()
         return entropies
-
-    def _attentions(self) -> list[tuple[str, Any]]:
-        return [(f"layers.{index}.attn", layer.attn) for index, layer in enumerate(self.model.layers)]
-
-    def _matrices(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.layers.parameters() if parameter.ndim >= 2]
 
 
 def causal_entropy(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> list[float]:
@@ -101,3 +96,11 @@ def rms(tensors: Iterable[Tensor]) -> float:
         total += tensor.square().sum().item()
         count += tensor.numel()
     return math.sqrt(total / count)
+
+
+def _attentions(model: MoE) -> list[tuple[str, Any]]:
+    return [(f"layers.{index}.attn", layer.attn) for index, layer in enumerate(model.layers)]
+
+
+def _matrices(model: MoE) -> list[nn.Parameter]:
+    return [parameter for parameter in model.layers.parameters() if parameter.ndim >= 2]

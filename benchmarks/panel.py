@@ -14,6 +14,8 @@ from muonclip.core.schedules import WarmupConstantCosine
 from muonclip.models import MoEConfig
 
 Dtype = Literal["float32", "bfloat16"]
+Framework = Literal["torch", "jax"]
+FRAMEWORKS: dict[Framework, str] = {"torch": "PyTorch", "jax": "JAX"}
 DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -70,6 +72,7 @@ class Panel:
     model: MoEConfig
     training: Training
     data: DataRecord
+    framework: Framework = "torch"
     precision: Precision = Precision()
     device: str = "cpu"
     threads: int = 1  # per run
@@ -114,7 +117,7 @@ class Panel:
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """One line for each value of two JSON configurations that is not the same, by its dotted name."""
-    old, new = flat(recorded), flat(asked)
+    old, new = flat({"framework": "torch"} | dict(recorded)), flat(asked)  # what was recorded when there was no other
     return [
         f"{name}: recorded {old.get(name, 'nothing')}, asked for {new.get(name, 'nothing')}"
         for name in sorted(old.keys() | new.keys())

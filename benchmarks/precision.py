@@ -1,7 +1,7 @@
 """Where bf16 is used: only where this machine is found to be faster with it. Old processors are slower.
 
 Two choices, each by the medians of interleaved timings on the panel's own model and batch: the forward and backward
-pass, and the optimizer's step with its Newton–Schulz products.
+pass, and the optimizer's step with its Newton–Schulz products. JAX's runs have fp32 in both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.data import Corpus
 from benchmarks.panel import DTYPES, Dtype, Panel, Precision
-from benchmarks.train import autocast, build
+from benchmarks.torch_learner import autocast, first_model
 from muonclip.torch import MuonClip
 
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
@@ -27,6 +27,8 @@ def choose(panel: Panel, corpus: Corpus, wanted: PrecisionChoice | Precision) ->
     """The precision, and what was measured: median milliseconds by dtype (nothing unless "auto")."""
     if isinstance(wanted, Precision):
         return wanted, {}
+    if panel.framework == "jax":
+        return Precision(), {}
     if wanted == "auto" and panel.device == "cuda":
         wanted = "bf16"  # tensor cores: nothing to find out
     if wanted != "auto":
@@ -41,7 +43,7 @@ def choose(panel: Panel, corpus: Corpus, wanted: PrecisionChoice | Precision) ->
 
 def _forward_backward(panel: Panel, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
     panel = replace(panel, precision=Precision(dtype, "float32"))
-    model, _ = build(panel, panel.arms[0], seed=0)
+    model = first_model(panel, panel.arms[0], seed=0)
     windows = _windows(panel, corpus)
 
     def run() -> None:
@@ -53,7 +55,7 @@ def _forward_backward(panel: Panel, corpus: Corpus, dtype: Dtype) -> Callable[[]
 
 
 def _update(panel: Panel, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
-    model, _ = build(panel, panel.arms[0], seed=0)
+    model = first_model(panel, panel.arms[0], seed=0)
     windows = _windows(panel, corpus)
     model.loss(windows[:, :-1], windows[:, 1:]).backward()
     return MuonClip(model, lr=0.0, qk_clip=None, ns_dtype=getattr(torch, dtype)).step

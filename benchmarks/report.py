@@ -20,7 +20,7 @@ from benchmarks.arms import appearance, setup
 from benchmarks.charts import Chart, head_maps, line_charts, top_of_logits
 from benchmarks.checkpoint import replacing
 from benchmarks.comparison import compare
-from benchmarks.panel import flat
+from benchmarks.panel import FRAMEWORKS, flat
 from benchmarks.reading import diverged_at, read
 from benchmarks.style import caption
 from benchmarks.summary import PanelResult
@@ -32,6 +32,9 @@ _MADE = {
     "git_commit": "commit",
     "muonclip": "muonclip",
     "torch": "torch",
+    "jax": "jax",
+    "jaxlib": "jaxlib",
+    "optax": "optax",
     "python": "Python",
     "cuda": "CUDA",
     "platform": "system",
@@ -216,7 +219,8 @@ def _made(results: Sequence[PanelResult]) -> str:
         panel, environment = result.panel, result.environment
         if len(results) > 1:
             parts.append(f"<h3>{escape(panel.heading)}</h3>")
-        made = {label: environment[name] for name, label in _MADE.items() if environment.get(name) is not None}
+        made = {"framework": FRAMEWORKS[panel.framework]}
+        made |= {label: environment[name] for name, label in _MADE.items() if environment.get(name) is not None}
         data = panel.data
         made["data"] = f"{data.title}, {data.files} file{'s' if data.files != 1 else ''}, split {data.split}"
         made["data SHA-256"] = data.sha256

@@ -112,6 +112,7 @@ def _start(job: Job, lock: int, checkpoint_seconds: float, events: queue.SimpleQ
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        **(_for_jax(job.panel.threads) if job.panel.framework == "jax" else {}),
     }
     arguments = [str(job.folder), job.arm, str(job.seed), str(checkpoint_seconds)]
     with (folder / "log.txt").open("w") as log:
@@ -127,6 +128,16 @@ def _start(job: Job, lock: int, checkpoint_seconds: float, events: queue.SimpleQ
         )
     threading.Thread(target=_listen, args=(job, process, events), daemon=True).start()
     return process
+
+
+def _for_jax(threads: int) -> dict[str, str]:
+    """XLA takes a thread for every core that it sees, also beside another worker, unless it is told otherwise."""
+    alone = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": str(threads),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + alone,
+    }
 
 
 def _listen(job: Job, process: subprocess.Popen[str], events: queue.SimpleQueue[Any]) -> None:

@@ -56,12 +56,13 @@ def caption(panel: Panel, arm: str) -> str:
 
 def footer(environment: Mapping[str, Any]) -> str:
     """Command, date, versions and machine, of an environment as `benchmarks.environment` records it."""
+    trained = ("jax", "jaxlib", "optax") if "jax" in environment else ("torch",)  # which JAX's runs only measure with
     commit = str(environment.get("git_commit") or "")
     if commit:
         commit = f" (commit {commit[:7]}{' with changes' if commit.endswith('+') else ''})"
     versions = [
         f"muonclip {environment['muonclip']}{commit}" if "muonclip" in environment else "",
-        f"torch {environment['torch']}" if "torch" in environment else "",
+        *(f"{package} {environment[package]}" for package in trained if package in environment),
         f"Python {environment['python']}" if "python" in environment else "",
     ]
     machine = [

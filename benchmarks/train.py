@@ -1,7 +1,7 @@
 """One run: an arm and a seed. Stopped anywhere, it goes on from its checkpoint to the same bits.
 
-Nothing carries over from step to step but the model and the optimizer: batches are a function of (seed, step), rates of
-the step.
+Nothing carries over from step to step but the model and the optimizer, which a `Learner` keeps: batches are a function
+of (seed, step), rates of the step.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks import checkpoint, metrics
-from benchmarks.arms import Setup, Update, setup
+from benchmarks.arms import Setup, setup
 from benchmarks.data import Corpus
+from benchmarks.learner import Learner
 from benchmarks.measure import Probe
 from benchmarks.panel import Panel
-from muonclip.models.torch import MoE
+from benchmarks.torch_learner import TorchLearner, autocast
 
 CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
 
@@ -42,9 +43,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.panel, self.corpus, self.folder, self.arm, self.seed = panel, corpus, folder, arm, seed
         self.setup: Setup = setup(panel, arm)
-        self.model, self.update = build(panel, arm, seed)
-        self.probe = Probe(self.model, self._validation_windows(0))
-        self.rates = [group["lr"] for group in self.update.optimizer.param_groups]
+        self.learner = learner(panel, arm, seed)
+        self.probe = Probe(self._validation_windows(0))
         self.done = 0  # updates
         self.wall_seconds = self.train_seconds = 0.0
         self.last: dict[str, Any] = {}  # record of the last step
@@ -94,13 +94,14 @@ class Run:
         """One update and, where it is due, the validation after it; its record (see `metrics`)."""
         training = self.setup.training
         measures = training.validates_after(self.done + 1)
-        before = self.probe.weights() if measures else None
+        before = self.probe.weights(self.learner.reference()) if measures else None
         begun = time.perf_counter()
-        factor = training.schedule(self.done)
-        for group, rate in zip(self.update.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        record: dict[str, Any] = {"step": self.done + 1, "lr": self.setup.lr * factor}
-        record |= self._update()
+        windows = self.corpus.batch(
+            seed=self.seed, step=self.done, batch_size=training.batch_size, length=self.panel.model.max_seq_len
+        )
+        lr = self.setup.lr * training.schedule(self.done)
+        record: dict[str, Any] = {"step": self.done + 1, "lr": lr}
+        record |= self.learner.step(windows, self.done, lr)
         seconds = time.perf_counter() - begun
         record["tokens_per_second"] = training.batch_size * self.panel.model.max_seq_len / seconds
         self.train_seconds += seconds
@@ -110,52 +111,24 @@ class Run:
         elif before is not None:
             record["val_loss"] = self.validate()
             with autocast(self.panel):
-                record |= self.probe.measure(before, record["lr"])
+                record |= self.probe.measure(self.learner.reference(), before, lr)
         return record
 
-    def _update(self) -> dict[str, Any]:
-        training = self.setup.training
-        windows = self.corpus.batch(
-            seed=self.seed, step=self.done, batch_size=training.batch_size, length=self.panel.model.max_seq_len
-        )
-        loss = self._loss(torch.from_numpy(windows))
-        self.update.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip)
-        measured = {"loss": loss.item(), "grad_norm": norm.item()}
-        if not math.isfinite(measured["loss"] + measured["grad_norm"]):
-            return measured | {"max_logits": {}, "clipped_heads": 0}
-        self.update.step(self.done)
-        report = self.update.qk_clip.report()
-        return measured | {
-            "max_logits": {name: layer.max_logits.tolist() for name, layer in report.layers.items()},
-            "clipped_heads": report.clipped_heads,
-        }
-
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean nats per token of the same validation windows every time."""
-        self.model.eval()
         count = self.setup.training.validation_batches
-        losses = [self._loss(self._validation_windows(index)).item() for index in range(count)]
-        self.model.train()
+        losses = [self.learner.loss(self._validation_windows(index)) for index in range(count)]
         return math.fsum(losses) / len(losses)
 
-    def _validation_windows(self, index: int) -> Tensor:
+    def _validation_windows(self, index: int) -> NDArray[np.int64]:
         size, length = self.setup.training.validation_batch_size, self.panel.model.max_seq_len
-        return torch.from_numpy(self.corpus.validation_batch(index=index, batch_size=size, length=length))
-
-    def _loss(self, windows: Tensor) -> Tensor:
-        windows = windows.to(self.panel.device)
-        with autocast(self.panel):
-            return self.model.loss(windows[:, :-1], windows[:, 1:])
+        return self.corpus.validation_batch(index=index, batch_size=size, length=length)
 
     def save(self) -> None:
         self.log.sync()
         state = {
             "done": self.done,
-            "model": self.model.state_dict(),
-            "optimizer": self.update.optimizer.state_dict(),
+            **self.learner.state(),
             "last": metrics.to_json(self.last),
             "wall_seconds": self.wall_seconds,
             "train_seconds": self.train_seconds,
@@ -163,22 +136,15 @@ class Run:
         checkpoint.save(self.folder / CHECKPOINT, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.update.optimizer.load_state_dict(state["optimizer"])
+        self.learner.restore(state)
         self.last = metrics.from_json(state["last"])
         self.done, self.wall_seconds, self.train_seconds = state["done"], state["wall_seconds"], state["train_seconds"]
 
 
-def build(panel: Panel, arm: str, seed: int) -> tuple[MoE, Update]:
-    """The model, the same for all arms of a seed but for what an arm changes, and what updates it."""
-    torch.manual_seed(seed)
-    own = setup(panel, arm)
-    model = MoE(own.model).to(panel.device)
-    update = own.arm.build(model, own.training, own.lr, panel.precision)
-    update.optimizer.register_step_post_hook(model.step_hook)
-    return model, update
+def learner(panel: Panel, arm: str, seed: int) -> Learner:
+    """What trains that run, in the panel's framework."""
+    if panel.framework == "jax":
+        from benchmarks.jax_learner import JaxLearner  # JAX need not be installed for PyTorch's runs
 
-
-def autocast(panel: Panel) -> torch.autocast:
-    narrow = panel.precision.autocast == "bfloat16"
-    return torch.autocast(panel.device, dtype=torch.bfloat16, enabled=narrow)
+        return JaxLearner(panel, arm, seed)
+    return TorchLearner(panel, arm, seed)

@@ -31,8 +31,8 @@ def test_a_run_follows_its_settings(panel, corpus, tmp_path):
     assert run.finished
     records = metrics.read(tmp_path / METRICS)
     assert [record["lr"] for record in records] == [0.25, 0.5, 0.5, 0.5]
-    assert run.model.config.attention == "gqa"
-    assert {group["weight_decay"] for group in run.update.optimizer.param_groups} == {0.0}
+    assert run.learner.model.config.attention == "gqa"
+    assert {group["weight_decay"] for group in run.learner.optimizer.param_groups} == {0.0}
 
 
 def test_a_threshold_of_its_own(panel, corpus, tmp_path):

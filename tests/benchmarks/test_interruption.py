@@ -31,12 +31,18 @@ def _commands_hear_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def start(out, *more):
+@pytest.fixture(scope="module", params=["torch", "jax"])
+def framework(request):
+    return request.param
+
+
+def start(out, framework, *more):
     options = (
         f"--seeds 0 --steps {STEPS} --batch 2 --tau 0.5 --jobs 2 --precision fp32 --checkpoint-seconds 0.3".split()
     )
+    command = [sys.executable, "-m", "benchmarks", "explosion", "--framework", framework, "--arms", ",".join(ARMS)]
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", "explosion", "--arms", ",".join(ARMS), *options, "--out", out, *more],
+        [*command, *options, "--out", out, *more],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -45,7 +51,7 @@ def start(out, *more):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=180)
+    output, errors = process.communicate(timeout=300)  # XLA compiles first
     assert process.returncode == 0, errors
     return output
 
@@ -84,9 +90,9 @@ def assert_same_bits(first, second):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(framework, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(out))
+    finish(start(out, framework))
     return out
 
 
@@ -105,8 +111,8 @@ def interrupt(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [kill, interrupt])
-def test_stopped_in_the_middle_and_started_again(stop, uninterrupted, tmp_path):
-    process = start(tmp_path)
+def test_stopped_in_the_middle_and_started_again(stop, framework, uninterrupted, tmp_path):
+    process = start(tmp_path, framework)
     wait_for_the_middle(tmp_path, process)
     stop(process)
     with locked(tmp_path):  # free only when no worker is left
@@ -120,7 +126,7 @@ def test_stopped_in_the_middle_and_started_again(stop, uninterrupted, tmp_path):
     assert min(reached) > 0
     assert min(reached) < STEPS
 
-    finish(start(tmp_path))
+    finish(start(tmp_path, framework))
     for arm in ARMS:
         assert numbers(tmp_path, arm) == numbers(uninterrupted, arm)
         states = [checkpoint.load(out / "runs" / f"{arm}-0" / CHECKPOINT, "cpu") for out in (tmp_path, uninterrupted)]
@@ -169,12 +175,12 @@ def test_summary(uninterrupted):
 
 
 @pytest.mark.slow
-def test_a_finished_command_only_draws_again_and_another_one_is_refused(uninterrupted):
+def test_a_finished_command_only_draws_again_and_another_one_is_refused(framework, uninterrupted):
     before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "runs").rglob("*") if path.is_file()}
-    assert "MuonClip" in finish(start(uninterrupted))
+    assert "MuonClip" in finish(start(uninterrupted, framework))
     assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "runs").rglob("*") if path.is_file()}
 
-    process = start(uninterrupted, "--tau", "7")
+    process = start(uninterrupted, framework, "--tau", "7")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "argument --out:" in errors

@@ -38,7 +38,7 @@ def test_entropy_of_even_and_of_single_attention():
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
 def test_norms_are_those_of_the_rows_of_each_head(panel, corpus, tmp_path, attention):
     run = Run(replace(panel, model=replace(panel.model, attention=attention)), corpus, tmp_path, "muon", 0)
-    config, attn = run.model.config, run.model.layers[1].attn
+    config, attn = run.learner.model.config, run.learner.model.layers[1].attn
     parts = {side: [rows for of, rows in attn.declare().parts() if of == side] for side in ("query", "key")}
     if attention == "mla":
         q = attn.q_b_proj.weight.detach().numpy().reshape(config.num_heads, config.qk_head_dim, -1)
@@ -76,6 +76,6 @@ def test_measuring_changes_nothing(panel, corpus, tmp_path):
         often = replace(panel, training=replace(panel.training, validate_every=every))
         run = Run(often, corpus, tmp_path / str(every), "muonclip", 0)
         run.train(lambda record: None)
-        weights[every] = run.model.state_dict()
+        weights[every] = run.learner.model.state_dict()
     for name, weight in weights[1].items():
         assert torch.equal(weights[8][name], weight)

@@ -37,8 +37,8 @@ def test_stopped_and_resumed_is_uninterrupted(every_arm, corpus, tmp_path, arm):
 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == panel.training.steps
-    for name, weight in whole.model.state_dict().items():
-        torch.testing.assert_close(parts.model.state_dict()[name], weight, rtol=0, atol=0)
+    for name, weight in whole.learner.model.state_dict().items():
+        torch.testing.assert_close(parts.learner.model.state_dict()[name], weight, rtol=0, atol=0)
     first, second = (json.loads((tmp_path / name / RESULT).read_text()) for name in ("whole", "parts"))
     assert first["final_val_loss"] == second["final_val_loss"]
     assert second["wall_seconds"] > second["train_seconds"] > 0
@@ -73,7 +73,7 @@ def test_per_head_orthogonalizes_the_heads_alone(every_arm, corpus, tmp_path):
     layouts = {}
     for arm in ("muonclip", "per-head"):
         run = Run(every_arm, corpus, tmp_path / arm, arm, 0)
-        layouts[arm] = {row.name: row.layout for row in run.update.optimizer.plan.parameters}
+        layouts[arm] = {row.name: row.layout for row in run.learner.optimizer.plan.parameters}
     different = {name for name, layout in layouts["per-head"].items() if layout != layouts["muonclip"][name]}
     assert different == {f"layers.{i}.attn.{name}.weight" for i in (0, 1) for name in ("q_b_proj", "kv_b_proj")}
 
@@ -82,8 +82,8 @@ def test_per_head_orthogonalizes_the_heads_alone(every_arm, corpus, tmp_path):
 def test_arms_that_change_the_model_share_its_weights(every_arm, corpus, tmp_path, arm, changes):
     assert model_changes(every_arm, arm) == changes
     plain, changed = (Run(every_arm, corpus, tmp_path / name, name, 3) for name in ("muon", arm))
-    assert asdict(changed.model.config) == asdict(plain.model.config) | changes
-    weights, shared = changed.model.state_dict(), plain.model.state_dict()
+    assert asdict(changed.learner.model.config) == asdict(plain.learner.model.config) | changes
+    weights, shared = changed.learner.model.state_dict(), plain.learner.model.state_dict()
     for name, weight in shared.items():
         assert torch.equal(weights[name], weight)
     assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in weights.keys() - shared.keys())
@@ -111,22 +111,22 @@ def test_clipped_heads_are_those_above_tau(every_arm, corpus, tmp_path, arm):
 
 def test_adamw_decays_matrices_and_embeddings_alone(panel, corpus, tmp_path):
     run = Run(panel, corpus, tmp_path, "adamw", 0)
-    decays = {id(p): group["weight_decay"] for group in run.update.optimizer.param_groups for p in group["params"]}
-    expected = {name: panel.training.weight_decay * (p.ndim > 1) for name, p in run.model.named_parameters()}
-    assert {name: decays[id(p)] for name, p in run.model.named_parameters()} == expected
+    decays = {id(p): group["weight_decay"] for group in run.learner.optimizer.param_groups for p in group["params"]}
+    expected = {name: panel.training.weight_decay * (p.ndim > 1) for name, p in run.learner.model.named_parameters()}
+    assert {name: decays[id(p)] for name, p in run.learner.model.named_parameters()} == expected
 
 
 def test_rates_follow_the_schedule(panel, corpus, tmp_path):
     run = train(Run(panel, corpus, tmp_path, "muonclip", 0))
     assert [record["lr"] for record in metrics.read(tmp_path / METRICS)] == [0.015] + [0.03] * 7
-    assert {group["lr"] for group in run.update.optimizer.param_groups} == {0.03}
+    assert {group["lr"] for group in run.learner.optimizer.param_groups} == {0.03}
 
 
 def test_a_run_that_diverges_ends_there(panel, corpus, tmp_path):
     run = Run(panel, corpus, tmp_path, "muon", 0)
     train(run, stop_after=2)
     with torch.no_grad():
-        run.model.norm.weight.fill_(math.inf)
+        run.learner.model.norm.weight.fill_(math.inf)
     run.save()
     train(Run(panel, corpus, tmp_path, "muon", 0))
     again = Run(panel, corpus, tmp_path, "muon", 0)
