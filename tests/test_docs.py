@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -11,8 +12,9 @@ import sys
 import textwrap
 import tomllib
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from pathlib import Path
+from statistics import fmean
 
 import jax
 import pytest
@@ -34,7 +36,7 @@ EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED))
-SLOW = {"docs/unsupported.md"}  # compiles
+SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 LANGUAGES = {"", "python", "sh", "text", "{ .text .wrap }"}
@@ -206,7 +208,7 @@ def test_the_api_page_has_every_public_name_once(package):
     public = {name: getattr(package, name) for name in package.__all__}
     for path in described:
         module, _, name = path.rpartition(".")
-        if package is not muonclip.models or name != "MoE":  # the model's package imports no framework
+        if package is not muonclip.models or name not in ("MoE", "jax"):  # the package imports no framework
             assert getattr(importlib.import_module(module), name) is public.pop(name), path
     assert not public
 
@@ -235,6 +237,27 @@ def test_the_table_of_supported_models_is_the_one_that_is_tested():
     assert {name for name, _ in rows} == set(ZOO)
     for name, clip in rows:
         assert clip.startswith("observed" if ZOO[name].kind == "qk-norm" else "exact"), name
+
+
+def test_the_figures_of_the_two_frameworks_are_those_recorded():
+    text = (ROOT / "docs" / "optax.md").read_text(encoding="utf-8")
+    runs = {}
+    for path in (ROOT / "docs" / "frameworks").glob("*.json"):
+        for arm, seeds in json.loads(path.read_text(encoding="utf-8"))["arms"].items():
+            runs |= {(path.name.partition("-")[0], arm, int(seed)): run for seed, run in seeds.items()}
+    apart, seeds_apart = [], []
+    for arm, label in (("adamw", "AdamW"), ("muon", "Muon"), ("muonclip", "MuonClip")):
+        for framework, name in (("torch", "PyTorch"), ("jax", "JAX")):
+            cells = [
+                " ".join(f"{runs[framework, arm, seed][key]:.{digits}f}" for seed in range(4))
+                for key, digits in (("final_val_loss", 3), ("max_logit_peak", 0), ("max_logit_median_last_quarter", 1))
+            ]
+            assert f"| {label} | {name} | {' | '.join(cells)} |" in text
+        torch_, jax_ = ([runs[f, arm, seed]["final_val_loss"] for seed in range(4)] for f in ("torch", "jax"))
+        apart.append(fmean(abs(a - b) for a, b in zip(torch_, jax_, strict=True)))
+        seeds_apart.append(fmean(abs(a - b) for a, b in combinations(torch_, 2)))
+    words = "lie {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) nats apart on average, those of two PyTorch seeds "
+    assert words.format(*apart) + "{:.3f}, {:.3f} and {:.3f}".format(*seeds_apart) in " ".join(text.split())
 
 
 @pytest.fixture(scope="module")

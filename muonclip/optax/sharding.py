@@ -43,8 +43,8 @@ class Matrices:
     moves: tuple[tuple[int, MeshAxes], ...] = ()
 
     def spread(self, x: jax.Array) -> jax.Array:
-        moved = jnp.transpose(x, self.layout.order)
-        return jnp.reshape(moved, (-1, *moved.shape[len(self.layout.batch) :]))
+        moved, axes = jnp.transpose(x, self.layout.order), len(self.layout.batch)
+        return jnp.reshape(moved, (math.prod(moved.shape[:axes]), *moved.shape[axes:]))
 
     def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
         order = self.layout.order

@@ -73,6 +73,7 @@ SAME_PROGRAMS = ("adamw", "adamw-clip", "muon", "muonclip", "rescue")  # two of 
 OTHERS = [*(arm for arm in ARMS if arm not in SAME_PROGRAMS), "muonclip@attention=gqa", "per-head@attention=mha"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [*SAME_PROGRAMS, *(pytest.param(arm, marks=pytest.mark.slow) for arm in OTHERS)])
 def test_it_trains_as_pytorch_does(every_arm, in_jax, corpus, tmp_path, arm):
     short = {"steps": 4, "validate_every": 2}
@@ -106,6 +107,7 @@ def assert_close(own, their, rtol):
         np.testing.assert_allclose(own, their, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["adamw-clip", "rescue", pytest.param("qk-norm", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_uninterrupted(in_jax, corpus, tmp_path, arm):
     whole = train(Run(in_jax, corpus, tmp_path / "whole", arm, 3))
@@ -174,6 +176,7 @@ def test_a_checkpoint_is_read_without_pickle_and_its_model_by_pytorch(in_jax, co
     assert run.learner.loss(windows) == pytest.approx(model.loss(tokens[:, :-1], tokens[:, 1:]).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_rescue_is_muon_until_it_clips(in_jax, corpus, tmp_path):
     for arm in ("muon", "rescue"):
         train(Run(in_jax, corpus, tmp_path / arm, arm, 0), stop_after=6)
@@ -184,6 +187,7 @@ def test_rescue_is_muon_until_it_clips(in_jax, corpus, tmp_path):
     assert rescue[5]["max_logits"] != muon[5]["max_logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [("muon", "muonclip"), ("adamw", "adamw-clip")])
 def test_a_clip_that_has_nothing_to_do_changes_no_bit(in_jax, corpus, tmp_path, pair):
     quiet = replace(in_jax, training=replace(in_jax.training, tau=1e9))
@@ -200,6 +204,7 @@ def test_no_step_is_compiled_again(in_jax, corpus, tmp_path):
     assert run.learner._validation_loss._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_worker_computes_with_the_threads_of_its_panel(threads, monkeypatch):
@@ -222,6 +227,7 @@ def test_a_step_uses_its_arrays_up(in_jax, corpus, tmp_path):
         assert all(array.is_deleted() for array in jax.tree.leaves(arrays))
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(in_jax, corpus, tmp_path):
     weights = {}
     for every in (1, 8):
@@ -239,6 +245,7 @@ def test_the_probe_sees_the_weights_of_now(in_jax, corpus, tmp_path):
     assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_there(in_jax, corpus, tmp_path):
     run = train(Run(in_jax, corpus, tmp_path, "muon", 0), stop_after=2)
     params = run.learner.now.params
@@ -324,6 +331,7 @@ def test_what_jax_is_not_made_for(options, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_pytorchs_runs_do_not_import_jax():
     code = (
         "import sys, benchmarks.__main__, benchmarks.worker; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"

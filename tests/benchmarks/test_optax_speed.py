@@ -16,6 +16,7 @@ def small(monkeypatch):
     monkeypatch.setattr(optax_speed, "MODEL_SIZES", {"num_layers": 1, "num_dense_layers": 0, "num_experts": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: optax_speed._matrices(3, 8, 12), lambda: optax_speed._model()])
 def test_candidates_do_the_same_work(small, make):
     """The first step, where the Nesterov conventions agree."""

@@ -327,6 +327,7 @@ def check_names(config):
     assert {**params, **buffers}.keys() == model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_first_values_have_the_distribution_of_torch():
     config = MoEConfig.cpu(num_layers=2)
     for name, parameter in jax_moe.init(config, jax.random.key(0)).items():
@@ -341,6 +342,7 @@ def test_first_values_have_the_distribution_of_torch():
     assert not any(bias.any() for bias in jax_moe.init_buffers(config).values())
 
 
+@pytest.mark.slow
 def test_first_values_depend_on_key_and_name_alone():
     config, more = small_config(), small_config(num_experts_per_tok=3, num_shared_experts=0, vocab_size=32)
     key = jax.random.key(3)
@@ -400,6 +402,7 @@ def test_converters_make_copies(dtype):
 # Precision, options, errors
 
 
+@pytest.mark.slow
 def test_float32_and_bfloat16_stay_near_float64():
     config = small_config()
     params, buffers = random_parameters(config)
@@ -422,6 +425,7 @@ def test_float32_and_bfloat16_stay_near_float64():
                 assert np.linalg.norm(difference) < gradient_error * np.linalg.norm(exact_gradients[name]), name
 
 
+@pytest.mark.slow
 def test_rematerialised_layers_give_the_same():
     config = small_config("gqa")
     params, buffers = random_parameters(config)
@@ -436,6 +440,7 @@ def test_rematerialised_layers_give_the_same():
     assert sum("prevent_cse" in equation.params for equation in jaxpr.eqns) == config.num_layers
 
 
+@pytest.mark.slow
 def test_an_evaluation_need_not_measure():
     config = small_config()
     params, buffers = random_parameters(config)

@@ -81,6 +81,7 @@ def test_the_second_step_compiles_nothing_and_the_state_keeps_its_form(name):
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 @every_transform
 def test_jit_changes_nothing(name):
     tx, params = TRANSFORMS[name](), parameters()
@@ -88,6 +89,7 @@ def test_jit_changes_nothing(name):
     close(step(tx)(params, state, params), jax.jit(step(tx))(params, state, params), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_transform
 def test_vmap_runs_problems_side_by_side(name):
     tx = TRANSFORMS[name]()
@@ -99,6 +101,7 @@ def test_vmap_runs_problems_side_by_side(name):
         close(jax.tree.map(lambda x, index=index: x[index], together), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_transform
 def test_it_scans(name):
     tx, params = TRANSFORMS[name](), parameters()

@@ -17,6 +17,8 @@ from orbax_worker import named, run
 
 from muonclip.optax import accumulate, muonclip
 
+pytestmark = pytest.mark.slow  # compiles much
+
 BATCHES = tiny.batches(4)
 SUPPORT = Path(__file__).parents[1] / "support"
 

@@ -14,6 +14,8 @@ from tiny_jax import HEAD, HEADS, WIDTH, dense_max_logits, distance
 
 from muonclip.optax import QKProjection, muonclip, plan, qk_clip
 
+pytestmark = pytest.mark.slow  # compiles much
+
 ENVIRONMENTS = pytest.mark.parametrize("environment", [linen, nnx_list, equinox, haiku])
 
 

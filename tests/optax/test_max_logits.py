@@ -103,6 +103,7 @@ def equations(jaxpr, into_branches=True):
 # Exact
 
 
+@pytest.mark.slow
 @given(attention=attentions(), block_size=st.sampled_from([1, 4, 7, 256]), scale=st.sampled_from([None, 0.3, -0.7]))
 @settings(max_examples=60)
 def test_the_maxima_are_those_of_the_dense_logits(attention, block_size, scale):

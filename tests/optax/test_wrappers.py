@@ -12,6 +12,8 @@ from flax.training.train_state import TrainState
 
 from muonclip.optax import QKProjection, muonclip, plan, qk_clip
 
+pytestmark = pytest.mark.slow  # compiles much
+
 BATCHES = tiny.batches(4)
 STATIC = ("muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
 OPTIONS = {"qk_projections": tiny.PROJECTIONS, "tau": tiny.TAU, "adamw": {"eps": 1e-3}}
