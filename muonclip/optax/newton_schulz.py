@@ -57,11 +57,8 @@ class NewtonSchulz:
         """Batches [count, m, n] of any shapes → their polar factors, same shapes, in the dtype of the products."""
         shapes: dict[tuple[Any, ...], list[int]] = {}
         for index, batch in enumerate(batches):
-            if batch.size:
-                shapes.setdefault((*sorted(batch.shape[1:]), batch.dtype), []).append(index)
-        results: dict[int, list[jax.Array]] = {
-            index: [] if batch.size else [batch] for index, batch in enumerate(batches)
-        }
+            shapes.setdefault((*sorted(batch.shape[1:]), batch.dtype), []).append(index)
+        results: dict[int, list[jax.Array]] = {index: [] for index in range(len(batches))}
         for (m, n, dtype), members in shapes.items():
             for stack in _stacks([batches[index].shape[0] for index in members], self._stack_size(m, n, dtype)):
                 pieces = [batches[members[member]][start:stop] for member, start, stop in stack]

@@ -62,9 +62,10 @@ def orthogonalize_arrays(
     """Each logical matrix of the arrays replaced by its polar factor times the scale of its block."""
     groups: dict[Mesh | AbstractMesh | None, list[int]] = {}
     placements = [_placement(array, given) for array, given in zip(arrays, shardings, strict=True)]
+    done = {index: array for index, array in enumerate(arrays) if not array.size}
     for index, placement in enumerate(placements):
-        groups.setdefault(placement.mesh if placement else None, []).append(index)
-    done: dict[int, jax.Array] = {}
+        if index not in done:
+            groups.setdefault(placement.mesh if placement else None, []).append(index)
     for mesh, members in groups.items():
         plans = [_matrices(arrays[index].shape, layouts[index], scales[index], placements[index]) for index in members]
 
