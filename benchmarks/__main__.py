@@ -149,7 +149,7 @@ def _check_framework(options: argparse.Namespace) -> None:
 
 def _check_jax(wanted_by: str) -> None:
     if missing := [package for package in ("jax", "optax") if importlib.util.find_spec(package) is None]:
-        raise UsageError(wanted_by, f'jax needs {" and ".join(missing)}: pip install "muonclip[jax]".')
+        raise UsageError(wanted_by, f'jax needs {" and ".join(missing)}: pip install ".[jax]".')
 
 
 def _device(name: str, framework: Framework) -> str:
@@ -278,7 +278,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
 
     speed = commands.add_parser(
-        "optax-speed", help="Muon's update in JAX beside Optax's own: five minutes on two cores"
+        "optax-speed", help="Muon's update in JAX beside Optax's own: three minutes on two cores"
     )
     speed.set_defaults(command=optax_speed)
     speed.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json and cpu.md, or gpu")

@@ -53,7 +53,7 @@ class HeadRows:
         if len(out) > 1:
             out = out[1:] if self.in_axis == 0 else out[:-1]
         rows = math.prod(out)
-        index = self._index(rows)
+        index = self.index(rows)
         others = sorted(name for name in found if name != kernel)
         for name in others:
             if math.prod(found[name]) != rows:
@@ -82,7 +82,8 @@ class HeadRows:
         axis = self.layer_axis % len(shape)
         return shape[:axis] + shape[axis + 1 :]
 
-    def _index(self, rows: int) -> np.ndarray:
+    def index(self, rows: int) -> np.ndarray:
+        """[heads, size]: which of the `rows` of an array are whose. Raises ValueError where they do not fit."""
         stride = self.stride or self.size or rows // self.num_heads
         size = stride - self.start if self.size is None else self.size
         # The whole block must divide evenly; a part of fused rows need only fit.

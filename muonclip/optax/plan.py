@@ -7,12 +7,15 @@ where names, the declared attentions and the shape leave that open, it has to be
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
@@ -84,13 +87,19 @@ def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKPr
     if weight_dimension_numbers is not None:
         given = weight_layouts(weight_dimension_numbers, params)
         return Plan(tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items()))
-    stacks, attention = _declared_attention(qk_projections, shapes)
+    projections = jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection))
+    layer_axes = _layer_axes(projections, shapes)
+    attention = _attention_layouts(projections, {n: shape for n, shape in shapes.items() if not _as_vector(n, shape)})
     embeddings = {shape: name for name, shape in shapes.items() if _is_embedding(name) and "pos" not in name}
     lines: list[PlannedParameter] = []
     unknown: list[str] = []
     for name, shape in shapes.items():
         line = _as_vector(name, shape) or _as_embedding_or_head(name, shape, embeddings)
-        line = line or _as_matrices(name, shape, attention.get(name), _layer_axis(name, shape, stacks))
+        if line is None and name in attention:
+            layout = attention[name]
+            line = layout and PlannedParameter(name, shape, "muon", "attention projection", layout)
+        elif line is None:
+            line = _as_matrices(name, shape, layer_axes.get(name))
         if line is None:
             unknown.append(f"{name} {shape}")
         else:
@@ -152,53 +161,100 @@ def _as_embedding_or_head(
     return None
 
 
-def _as_matrices(
-    name: str, shape: tuple[int, ...], layout: WeightLayout | None, layer_axis: int | None
-) -> PlannedParameter | None:
-    """A line for what can be read as matrices; `layout`: as the declared attention says; None where nothing says."""
-    if layout is not None:
-        return PlannedParameter(name, shape, "muon", "attention projection", layout)
+def _as_matrices(name: str, shape: tuple[int, ...], layer_axis: int | None) -> PlannedParameter | None:
+    """A line for what name and shape tell; None where they do not."""
     path = _path(name)
-    stored_out_first = path[-1] == "weight"  # PyTorch's and Equinox's name goes with their order
-    if layer_axis is None and len(shape) == 2:
-        fused = _module(path) in _GATE_UP_NAMES
-        rows = shape[0] if stored_out_first else shape[1]
-        blocks = (rows // 2, rows // 2) if fused else ()
-        reason = "fused gate|up" if fused else "hidden matrix"
-        return PlannedParameter(name, shape, "muon", reason, MatrixLayout(0, not stored_out_first, blocks))
+    out_first = path[-1] == "weight"  # PyTorch's and Equinox's name goes with their order
+    batch = [] if layer_axis is None else [layer_axis]
     axes = [axis for axis in range(len(shape)) if axis != layer_axis]
-    reason = "hidden matrix" if layer_axis is None else f"hidden matrix, stacked over {shape[layer_axis]} layers"
+    if len(axes) < 2:
+        return PlannedParameter(name, shape, "adamw", "vectors, stacked over layers", decays=False)
+    what, stacked = "hidden matrix", "" if layer_axis is None else f", stacked over {shape[layer_axis]} layers"
     if any("expert" in part for part in path) and len(axes) >= 3:
-        axes, reason = axes[1:], reason.replace("hidden matrix", "experts")
+        batch, axes, what = [*batch, axes[0]], axes[1:], "experts"
     if len(axes) == 2:
-        return PlannedParameter(name, shape, "muon", reason, MuonDimensionNumbers(axes[0], axes[1]))
-    if any("conv" in part.lower() for part in path) and layer_axis is None:
-        layout = MatrixLayout() if stored_out_first else MuonDimensionNumbers(tuple(axes[:-1]), axes[-1])
+        out, into = axes if out_first else axes[::-1]
+        if _module(path) not in _GATE_UP_NAMES or shape[out] % 2:
+            layout = MuonDimensionNumbers(into, out) if batch else MatrixLayout(transposed=not out_first)
+        elif batch == list(range(len(batch))):
+            layout, what = MatrixLayout(len(batch), not out_first, (shape[out] // 2,) * 2), "fused gate|up"
+        else:
+            return None  # no layout has its batch behind the rows
+        return PlannedParameter(name, shape, "muon", what + stacked, layout)
+    if any("conv" in part.lower() for part in path) and not batch:
+        layout = MatrixLayout() if out_first else MuonDimensionNumbers(tuple(axes[:-1]), axes[-1])
         return PlannedParameter(name, shape, "muon", "convolution, window flattened", layout)
     return None
 
 
-def _declared_attention(
-    qk_projections: QKProjections | None, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[list[tuple[str, int]], dict[str, WeightLayout]]:
-    """What the declared attentions tell: (path, layer axis) of stacks, and the layouts of their projections.
+def _attention_layouts(
+    projections: Sequence[QKProjection], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, WeightLayout | None]:
+    """Of the arrays of which the declared attentions tell; None where they tell only a part.
 
     The value and output projections beside a declared query are read as it is: [in, heads, d] and [heads, d, out].
     """
-    stacks: list[tuple[str, int]] = []
-    layouts: dict[str, WeightLayout] = {}
-    for projection in jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection)):
+    layouts: dict[str, WeightLayout | None] = {}
+    for projection in projections:
+        queries = (*projection.query, *projection.query_facing_shared)
+        for name, shape in shapes.items():
+            query, key = ([rows for rows in side if below(rows.path, name)] for side in (queries, projection.key))
+            if query or key:
+                layouts[name] = _fused_layout(query, key, shape)
         for rows in projection.parts():
-            if rows.layer_axis is not None:
-                stacks.append((rows.path, rows.layer_axis))
-            beside = [name for name in shapes if not below(rows.path, name) and below(_parent(rows.path), name)]
-            for name in (name for name in shapes if below(rows.path, name)):
-                layouts[name] = _projection_layout(rows, shapes[name], reverse=False)
-            for name in beside:
-                known = _module(_path(name)) in _QUERY_KEY_VALUE_NAMES, _module(_path(name)) in _OUTPUT_NAMES
-                if any(known) and len(shapes[name]) - (rows.layer_axis is not None) >= 3:
-                    layouts.setdefault(name, _projection_layout(rows, shapes[name], reverse=known[1]))
-    return stacks, layouts
+            stacked = rows.layer_axis is not None
+            for name, shape in shapes.items():
+                leaf = _module(_path(name))
+                known = leaf in _QUERY_KEY_VALUE_NAMES or leaf in _OUTPUT_NAMES
+                if known and below(_parent(rows.path), name) and len(shape) - stacked >= 3:
+                    layouts.setdefault(name, _projection_layout(rows, shape, reverse=leaf in _OUTPUT_NAMES))
+    return layouts
+
+
+def _fused_layout(query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tuple[int, ...]) -> WeightLayout | None:
+    """Of an array with these parts. One of queries, or of keys (and the values of MLA), is one matrix; queries and keys
+    in one array are matrices of their own, and so is what follows them. None where the parts do not tell."""
+    first = (*query, *key)[0]
+    plain = _projection_layout(first, shape, reverse=False)
+    assert isinstance(plain, MuonDimensionNumbers)
+    axes = plain.output_axis if isinstance(plain.output_axis, tuple) else (plain.output_axis,)
+    rows = math.prod(shape[axis] for axis in axes)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    indices = [part.index(rows) for part in (*query, *key)]
+    covered = len(np.unique(np.concatenate([index.ravel() for index in indices]))) == rows
+    if not query or (covered and not key):
+        return plain
+    readable = first.layer_axis in (None, 0) and (first.in_axis == 0 or len(axes) == 1)
+    if not key or not readable:
+        return None
+    heads = first.num_heads
+    one_after_another = all(index.ravel().tolist() == list(range(index[0, 0], index[-1, -1] + 1)) for index in indices)
+    by_head = all(
+        len(index) == heads and rows % heads == 0 and (np.diff(index[:, 0]) == rows // heads).all() for index in indices
+    )
+    if not one_after_another and not by_head:
+        return None
+    repeats = 1 if one_after_another else heads
+    last = -1 if one_after_another else 0
+    edges = sorted(
+        {0, rows // repeats, *(int(edge) for index in indices for edge in (index[0, 0], index[last, -1] + 1))}
+    )
+    blocks = tuple(end - start for start, end in itertools.pairwise(edges))
+    return MatrixLayout(int(first.layer_axis is not None), first.in_axis == 0, blocks, (), repeats)
+
+
+def _layer_axes(projections: Sequence[QKProjection], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Array → the axis that numbers its layers: in the largest module around a declared stack in which all have one."""
+    found: dict[str, int] = {}
+    for rows in (rows for projection in projections for rows in projection.parts()):
+        axis, layers, parts = rows.layer_axis, rows.num_layers(shapes), rows.path.split("/")
+        if axis is None or layers is None:
+            continue
+        for depth in range(len(parts) + 1):
+            inside = {n: shape for n, shape in shapes.items() if below("/".join(parts[:depth]), n)}
+            if all(-len(shape) <= axis < len(shape) and shape[axis] == layers for shape in inside.values()):
+                found |= {name: axis % len(shape) for name, shape in inside.items()}
+                break
+    return found
 
 
 def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -> WeightLayout:
@@ -209,19 +265,6 @@ def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -
     first = (rows.in_axis == 0) != reverse
     single, several = (axes[0], tuple(axes[1:])) if first else (axes[-1], tuple(axes[:-1]))
     return MuonDimensionNumbers(several, single) if reverse else MuonDimensionNumbers(single, several)
-
-
-def _layer_axis(name: str, shape: tuple[int, ...], stacks: Sequence[tuple[str, int]]) -> int | None:
-    """The layer axis of the stack that the array stands in: the one whose path it shares more of than the root."""
-    for path, axis in stacks:
-        shared = 0
-        for one, other in zip(path.split("/"), name.split("/"), strict=False):
-            if one != other:
-                break
-            shared += 1
-        if shared and len(shape) > 2 and axis < len(shape):
-            return axis % len(shape)
-    return None
 
 
 def _is_embedding(name: str) -> bool:

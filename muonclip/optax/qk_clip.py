@@ -213,9 +213,11 @@ def _is_projection(leaf: Any) -> TypeGuard[QKProjection]:
 
 def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Of the maxima of one attention."""
-    parts = projection.parts()
-    layers = parts[0].num_layers(shapes) if parts and shapes else None
-    return (projection.num_heads,) if layers is None else (layers, projection.num_heads)
+    layers = {rows.num_layers(shapes) for rows in projection.parts()} if shapes else set()
+    if len(layers) > 1:
+        raise ValueError(f"the queries and keys of one attention stack different numbers of layers: {layers}.")
+    count = next(iter(layers), None)
+    return (projection.num_heads,) if count is None else (count, projection.num_heads)
 
 
 def _scalings(

@@ -311,7 +311,7 @@ def test_jax_that_is_not_installed(missing, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["explosion", "--framework", "jax", "--out", str(tmp_path / "out")])
     assert exit_.value.code == 2
-    assert f'argument --framework: jax needs {missing}: pip install "muonclip[jax]".' in capsys.readouterr().err
+    assert f'argument --framework: jax needs {missing}: pip install ".[jax]".' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

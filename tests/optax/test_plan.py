@@ -8,7 +8,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
-from muonclip.optax import QKProjection, muonclip, plan
+from muonclip.optax import HeadRows, QKProjection, muonclip, plan
 
 
 def shapes(tree):
@@ -82,6 +82,64 @@ def test_scanned_layers_are_batches_and_their_stacked_biases_no_matrices():
     assert made["decoder/layers/attention/query/kernel"].layout == MuonDimensionNumbers(1, (2, 3))
     assert made["decoder/layers/mlp/wi/kernel"].layout == MuonDimensionNumbers(1, 2)
     assert made["decoder/layers/mlp/experts/wo"].layout == MuonDimensionNumbers(2, 3)
+
+
+def test_a_stack_reaches_as_far_as_every_array_has_its_layers():
+    """What only shares the root with it is no stack, whatever its shape; stacked vectors are no matrices."""
+    tree = {"model": {**SCANNED, "decoder": {**SCANNED["decoder"], "last": {"query": {"kernel": (12, 4, 5)}}}}}
+    tree["model"]["decoder"]["layers"]["dt"] = (3, 12)
+    attention = QKProjection.mha(
+        q="model/decoder/layers/attention/query", k="model/decoder/layers/attention/key", num_heads=4, layer_axis=0
+    )
+    with pytest.raises(ValueError, match=r"not known:\n  model/decoder/last/query/kernel \(12, 4, 5\)\nSay so"):
+        plan(shapes(tree), qk_projections=[attention])
+    del tree["model"]["decoder"]["last"]
+    made = {line.name: line for line in plan(shapes(tree), qk_projections=[attention]).parameters}
+    assert made["model/decoder/layers/dt"].reason == "vectors, stacked over layers"
+    assert made["model/decoder/layers/mlp/wi/kernel"].layout == MuonDimensionNumbers(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "layout"),
+    [
+        ((10, 72), [(0, 6), (24, 6)], MatrixLayout(transposed=True, blocks=(24, 24, 24))),
+        ((10, 3, 4, 6), [(0, 6), (24, 6)], MatrixLayout(transposed=True, blocks=(24, 24, 24))),
+        ((10, 72), [(0, 18), (6, 18)], MatrixLayout(transposed=True, blocks=(6, 6, 6), repeats=4)),
+        ((10, 48), [(0, 6), (24, 6)], MatrixLayout(transposed=True, blocks=(24, 24))),
+        ((10, 72), [(0, 6), (12, 18)], None),
+    ],
+)
+def test_queries_and_keys_of_one_array_are_matrices_of_their_own(shape, parts, layout):
+    query, key = (HeadRows("qkv/kernel", 4, 6, start, stride) for start, stride in parts)
+    fused = QKProjection(4, query=(query,), key=(key,))
+    if layout is None:
+        with pytest.raises(ValueError, match="qkv/kernel"):
+            plan(shapes({"qkv": {"kernel": shape}}), qk_projections=fused)
+        return
+    (line,) = plan(shapes({"qkv": {"kernel": shape}}), qk_projections=fused).parameters
+    assert line.layout == layout
+
+
+def test_queries_in_an_array_that_holds_more_have_to_be_declared():
+    query = HeadRows("qkv", 4, 6, 0, 6)
+    with pytest.raises(ValueError, match=r"not known:\n  qkv \(10, 48\)"):
+        plan(shapes({"qkv": (10, 48)}), qk_projections=QKProjection(4, query_facing_shared=(query,)))
+
+
+def test_the_latent_projections_are_one_matrix_each():
+    latent = QKProjection.mla(q="q", kv="kv", num_heads=4, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=5)
+    made = plan(shapes({"q": (10, 32), "kv": (7, 44)}), qk_projections=latent)
+    assert [line.layout for line in made.parameters] == [MuonDimensionNumbers(0, (1,))] * 2
+
+
+def test_fused_gate_and_up_of_experts_are_two_matrices_each():
+    made = plan(
+        shapes({"experts": {"gate_up_proj": {"kernel": (8, 12, 40)}}, "experts_b": {"w13": {"weight": (8, 40, 12)}}})
+    )
+    assert [line.layout for line in made.parameters] == [
+        MatrixLayout(1, True, (20, 20)),
+        MatrixLayout(1, False, (20, 20)),
+    ]
 
 
 def test_what_is_not_known_is_asked_for():
