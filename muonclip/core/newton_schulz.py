@@ -97,14 +97,16 @@ def gram_newton_schulz(
     return q @ x
 
 
-def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0) -> Array:
+def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total: Array = None) -> Array:
     """x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64); a zero matrix stays zero.
+
+    `total`: Σ|x|, shape (..., 1, 1); given where x is a shard, of which the sum does not tell it.
 
     Dividing by Σ|x| first keeps the squares from under- and overflowing, so that no floor is needed for small inputs.
     (`torch.optim.Muon` has one at 1e-7 and so swallows smaller gradients.)
     """
     x = x if x.dtype == xp.float64 else xp.asarray(x, dtype=xp.float32)
-    total = xp.sum(abs(x), axis=(-2, -1), keepdims=True)
+    total = xp.sum(abs(x), axis=(-2, -1), keepdims=True) if total is None else total
     scale = xp.where(total > 0, total, 1.0)
     x = x / scale
     norm = products.sum_squares(x) ** 0.5

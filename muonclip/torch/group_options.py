@@ -10,8 +10,9 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
 from muonclip.core.coefficients import gram_restarts
+from muonclip.torch.distribution import Iteration
 from muonclip.torch.param_groups import PlannedParameter, default_layout, plan_named
-from muonclip.torch.products import choose_products
+from muonclip.torch.products import choose_products, iteration_dtype
 
 Group: TypeAlias = dict[str, Any]
 
@@ -90,6 +91,28 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
         for group in groups:  # torch wants names for all or for none
             group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
     return groups
+
+
+def iteration_of(group: Group, parameter: Tensor) -> Iteration:
+    """How the matrices of a parameter of this group are iterated."""
+    momentum_dtype = group["momentum_dtype"] or parameter.dtype
+    return Iteration(
+        iteration_dtype(parameter.device.type, momentum_dtype, group["ns_dtype"]),
+        _hashable(group["ns_coefficients"]),
+        group["ns_steps"],
+        group["ns_form"] or "standard",
+        group["eps"] if group["eps_given"] else 0.0,
+        group["products"],
+        str(parameter.device),
+    )
+
+
+def _hashable(coefficients: Any) -> Any:
+    return (
+        tuple(map(_hashable, coefficients))
+        if isinstance(coefficients, Sequence) and not isinstance(coefficients, str)
+        else coefficients
+    )
 
 
 def adamw_options(given: Mapping[str, Any], *, lr: float, weight_decay: float, capturable: bool) -> Group:

@@ -1,23 +1,26 @@
 """`Muon`, a superset of `torch.optim.Muon`, and `MuonClip`: Muon for matrices, AdamW for the rest, then QK-Clip.
 
-The mathematics is in `muonclip.core` and `matrix_update.py`; here are groups, state and the order of a step.
+The mathematics is in `muonclip.core`, how matrices get to it in `distributed.py`; here are groups, state and the order
+of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw as adamw_functional
 
-from muonclip.core import MatrixLayout, resolve_coefficients
+from muonclip.core import MatrixLayout
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.adamw import adamw_update, make_adamw_state
 from muonclip.torch.attention import QKProjection, declared_qk_projections
+from muonclip.torch.distributed import DEFAULT_WORKSPACE_BYTES, Distribution, Placed, Work, execute
+from muonclip.torch.distributed import plan as plan_matrices
 from muonclip.torch.group_options import (
     DEFAULT_EPS,
     DEFAULT_STEPS,
@@ -28,13 +31,14 @@ from muonclip.torch.group_options import (
     check_muon_options,
     given_groups,
     groups_of,
+    iteration_of,
     layouts_of,
     name_of,
     plain_options,
 )
-from muonclip.torch.matrix_update import MatrixUpdate
 from muonclip.torch.param_groups import SPLIT_REASON, Plan, PlannedParameter, plan_module, projection_layouts
 from muonclip.torch.qk_clip import QKClip
+from muonclip.torch.topology import Topology, check_engine, check_parameter, local_gradient, local_part
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -50,7 +54,9 @@ class _MatrixOptimizer(Optimizer):
         if workspace_bytes is not None and not (isinstance(workspace_bytes, int) and workspace_bytes > 0):
             raise ValueError(f"workspace_bytes={workspace_bytes} must be a whole number of bytes, or None.")
         self._options = options
-        self._workspace_bytes = workspace_bytes
+        self._workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        self._topology = Topology()
+        self._distribution: Distribution | None = None
         self._layouts: list[list[MatrixLayout | None]] = []
         common = ("lr", "weight_decay", "momentum") if "adamw" in options else options["muon"]
         super().__init__(groups, {name: options["muon"][name] for name in common})
@@ -101,6 +107,8 @@ class _MatrixOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_topology", Topology())
+        self.__dict__.setdefault("_distribution", None)
         for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options
             options = self._options[group.setdefault("use", "muon")]
             for name, value in (plain_options(options) if group["use"] == "muon" else options).items():
@@ -117,38 +125,72 @@ class _MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        self._check_parameters()
         self._update()
         return loss
 
-    def _update(self) -> None:
-        matrices = MatrixUpdate(self._workspace_bytes)
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            if group["use"] == "adamw":
-                _adamw_update(group, self.state)
-                continue
-            options = {
-                **group,
-                "coefficients": resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
-                "floor": group["eps"] if group["eps_given"] else 0.0,
-            }
-            for parameter, layout in zip(group["params"], layouts, strict=True):
-                if parameter.grad is None or not parameter.numel():
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    dtype = group["momentum_dtype"] or parameter.dtype
-                    state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
-                assert layout is not None
-                matrices.add(parameter, parameter.grad, state["momentum_buffer"], layout, options)
-        matrices.finish()
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; every trainable parameter has its state, whether or not it has had a gradient here."""
+        self._make_state()
+        return super().state_dict()
 
-    def _check_gradients(self) -> None:
+    @torch.no_grad()
+    def _make_state(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad or parameter.grad is not None:
+                    if group["use"] == "adamw":
+                        make_adamw_state(self.state[parameter], parameter, group)
+                    elif "momentum_buffer" not in self.state[parameter]:
+                        dtype = group["momentum_dtype"] or parameter.dtype
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+
+    def _update(self) -> None:
+        self._make_state()
+        self._settle()
+        assert self._distribution is not None
+        works = [
+            Work(
+                local_part(parameter),
+                local_gradient(parameter),
+                local_part(self.state[parameter]["momentum_buffer"]),
+                layout,
+                group,
+            )
+            for _, parameter, layout, group in self._matrices()
+        ]
+        for group in self.param_groups:
+            if group["use"] == "adamw":
+                adamw_update(group, self.state)
+        execute(self._distribution, works, self._topology.by_mesh())
+
+    def _settle(self) -> None:
+        """Plan who iterates which matrix, unless the plan there is still holds."""
+        placed = [
+            Placed(
+                name,
+                tuple(parameter.shape),
+                layout,
+                iteration_of(group, parameter),
+                self._topology.of(parameter).mesh,
+                self._topology.placements(parameter),
+            )
+            for name, parameter, layout, group in self._matrices()
+        ]
+        if self._distribution is None or list(self._distribution.parameters) != placed:
+            self._distribution = plan_matrices(placed, self._workspace_bytes)
+
+    def _matrices(self) -> Iterator[tuple[str, Tensor, MatrixLayout, Group]]:
+        """Muon's parameters that may move."""
+        for index, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                if layout is not None and parameter.numel() and (parameter.requires_grad or parameter.grad is not None):
+                    yield name_of(group, index, position), parameter, layout, group
+
+    def _check_parameters(self) -> None:
         for index, group in enumerate(self.param_groups):
             for position, parameter in enumerate(group["params"]):
-                if hasattr(parameter, "placements"):
-                    name = name_of(group, index, position)
-                    raise ValueError(f"{name} is a sharded DTensor; this version updates whole tensors only.")
+                check_parameter(name_of(group, index, position), parameter)
                 if group.get("capturable") and parameter.device.type == "cpu":
                     name = name_of(group, index, position)
                     raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
@@ -281,6 +323,7 @@ class MuonClip(_MatrixOptimizer):
             freeze_unused=freeze_unused,
         )
         options_of_adamw = adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
+        check_engine(model)
         self.qk_clip = _find_clip(model, qk_clip, tau)
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
         if self.qk_clip is not None:
@@ -302,6 +345,9 @@ class MuonClip(_MatrixOptimizer):
         super().__init__(groups, {"muon": muon_options, "adamw": options_of_adamw}, workspace_bytes)
         if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
             raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
+        if isinstance(model, nn.Module):
+            self._topology.watch(model)
+        self._settle()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
@@ -329,6 +375,10 @@ class MuonClip(_MatrixOptimizer):
                 for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
             ]  # fmt: skip
         self.plan = replace(self.plan, parameters=(*self.plan.parameters, *planned))
+
+    def _settle(self) -> None:
+        super()._settle()
+        self.plan = replace(self.plan, distribution=self._distribution)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
@@ -382,32 +432,3 @@ def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, t
             "MuonClip(model, …), or give qk_clip=QKClip(model), or switch the clip off with qk_clip=None."
         )
     return QKClip(model, tau)
-
-
-def _adamw_update(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """The host's AdamW, with the host's state names."""
-    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-    for parameter in parameters:
-        if not state[parameter]:
-            on_device = group["capturable"] or group["fused"]
-            state[parameter]["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
-            state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-            state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-    beta1, beta2 = group["betas"]
-    adamw_functional(
-        parameters,
-        [parameter.grad for parameter in parameters],
-        [state[parameter]["exp_avg"] for parameter in parameters],
-        [state[parameter]["exp_avg_sq"] for parameter in parameters],
-        [],
-        [state[parameter]["step"] for parameter in parameters],
-        fused=group["fused"],
-        capturable=group["capturable"],
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )

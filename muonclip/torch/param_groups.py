@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.attention import HeadRows, QKProjection, out_axis
+from muonclip.torch.distribution import Distribution
+from muonclip.torch.table import table
 
 if TYPE_CHECKING:
     from muonclip.torch.qk_clip import QKClip
@@ -55,6 +57,8 @@ class Plan:
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
     qk_clip: QKClip | None = None
+    distribution: Distribution | None = None
+    """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "update", "matrices", "reason")
@@ -68,7 +72,7 @@ class Plan:
             )
             for row in self.parameters
         ]
-        table = _table(rows)
+        parameters = table(rows)
         attentions = [("attention", "kind", "heads", "clip", "maximum from")] + [
             (
                 name or "(model)",
@@ -79,13 +83,16 @@ class Plan:
             )
             for name, projection in self.attentions.items()
         ]
-        found = _table(attentions) if self.attentions else ""
+        found = table(attentions) if self.attentions else ""
         if self.qk_clip is None:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
         elif self.qk_clip.to_come:
             found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.to_come}"
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
-        parts = [table, found, options]
+        over_ranks = ""
+        if self.distribution is not None and len(self.distribution.ranks) > 1:
+            over_ranks = str(self.distribution)
+        parts = [parameters, over_ranks, found, options]
         return "\n\n".join(filter(None, parts))
 
 
@@ -300,9 +307,3 @@ def _is_embedding(name: str, owner: nn.Module | None) -> bool:
 
 def _leaf(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -20,9 +20,12 @@ def group_over(mesh: DeviceMesh, dims: Sequence[int]) -> dist.ProcessGroup | Non
     wide = [dim for dim in dims if mesh.size(dim) > 1]
     if not wide:
         return None
+    ranks = ranks_along(mesh, wide)
     if len(wide) == 1:
-        return mesh.get_group(wide[0])
-    return group_of(ranks_along(mesh, wide))
+        group = mesh.get_group(wide[0])
+        if dist.get_process_group_ranks(group) == ranks:
+            return group
+    return group_of(ranks)
 
 
 def ranks_along(mesh: DeviceMesh, dims: Sequence[int]) -> list[int]:

@@ -37,14 +37,14 @@ def choose_products(name: str | None) -> Products:
     return PRODUCTS[name or "baddbmm"]
 
 
-def iteration_dtype(tensor: torch.Tensor, ns_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the products: bf16 where the device multiplies it faster, float32 elsewhere; float64 stays;
-    `ns_dtype` overrides."""
+def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the products on matrices of `dtype`: bf16 where the device multiplies it faster, float32 elsewhere;
+    float64 stays; `ns_dtype` overrides."""
     if ns_dtype is not None:
         return ns_dtype
-    if tensor.dtype == torch.float64:
+    if dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if _multiplies_bf16_faster(tensor.device.type) else torch.float32
+    return torch.bfloat16 if _multiplies_bf16_faster(device_type) else torch.float32
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon
-from muonclip.torch import matrix_update as matrix_update_module
+from muonclip.torch import distributed as distributed_module
 from muonclip.torch import products as products_module
 
 
@@ -97,9 +97,9 @@ def test_the_heavy_ball_of_the_paper_gives_the_same_update_as_torch_s_average():
 def test_products_are_in_bf16_where_the_device_is_faster_at_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     products_module._multiplies_bf16_faster.cache_clear()
-    assert products_module.iteration_dtype(torch.zeros(1), None) == dtype
-    assert products_module.iteration_dtype(torch.zeros(1, dtype=torch.float64), None) == torch.float64
-    assert products_module.iteration_dtype(torch.zeros(1), torch.float16) == torch.float16
+    assert products_module.iteration_dtype("cpu", torch.float32, None) == dtype
+    assert products_module.iteration_dtype("cpu", torch.float64, None) == torch.float64
+    assert products_module.iteration_dtype("cpu", torch.float32, torch.float16) == torch.float16
     products_module._multiplies_bf16_faster.cache_clear()
 
 
@@ -118,9 +118,9 @@ def test_batching_is_invisible(order, workspace_bytes):
 
 def test_same_shapes_share_one_iteration(monkeypatch):
     shapes = []
-    iterate = matrix_update_module.iterate
+    iterate = distributed_module.iterate
     monkeypatch.setattr(
-        matrix_update_module, "iterate", lambda x, *a, **k: shapes.append(tuple(x.shape)) or iterate(x, *a, **k)
+        distributed_module, "iterate", lambda x, *a, **k: shapes.append(tuple(x.shape)) or iterate(x, *a, **k)
     )
     params = parameters((4, 6), (6, 4), (3, 4, 6), (5, 5))
     set_gradients(params, 0)
@@ -373,17 +373,14 @@ def test_empty_parameters_are_left_alone():
     optimizer.step()
 
 
-def test_many_small_matrices_are_queued_in_linear_time():
-    """Counted, not timed: the queue must not look at what it holds for every matrix it takes."""
-    update = matrix_update_module.MatrixUpdate(workspace_bytes=40 * 6 * 4)
-    options = {**Muon(parameters((2, 3))).param_groups[0], "coefficients": ((2.0, -1.5, 0.5),), "floor": 0.0}
+def test_no_batch_is_larger_than_the_workspace(monkeypatch):
     sizes = []
-    for p in parameters(*[(2, 3)] * 100):
-        with torch.no_grad():
-            update.add(p, torch.ones_like(p), torch.zeros_like(p), MatrixLayout(), options)
-        sizes.append((len(next(iter(update._buckets.values()))), next(iter(update._counts.values()))))
-    assert all(count == held for held, count in sizes)
-    assert max(count for _, count in sizes) == 40
+    iterate = distributed_module.iterate
+    monkeypatch.setattr(distributed_module, "iterate", lambda x, *a, **k: sizes.append(len(x)) or iterate(x, *a, **k))
+    params = parameters(*[(2, 3)] * 60, (40, 2, 3))
+    set_gradients(params, 0)
+    Muon(params, workspace_bytes=40 * 6 * 4).step()
+    assert sizes == [40, 40, 20]
 
 
 def test_a_resumed_optimizer_still_has_no_floor():
@@ -421,19 +418,23 @@ def test_the_gram_form_gives_the_same_update(ns_dtype):
         assert (p - q).norm() <= tolerance * (q - before).norm()
 
 
-def test_sharded_parameters_are_refused_before_anything_moves():
+def test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves():
     import torch.distributed as dist
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+    from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        sharded = nn.Parameter(distribute_tensor(torch.randn(6, 9), DeviceMesh("cpu", [0]), [Shard(0)]))
+        mesh = DeviceMesh("cpu", [0])
         (p,) = parameters((6, 9))
         before = p.detach().clone()
         set_gradients([p], 0)
-        sharded.grad = torch.zeros_like(sharded)
-        with pytest.raises(ValueError, match="w is a sharded DTensor"):
-            Muon([("p", p), ("w", sharded)]).step()
+        summed = nn.Parameter(DTensor.from_local(torch.randn(6, 9), mesh, [Partial()]))
+        summed.grad = torch.zeros_like(summed)
+        gathered = nn.Parameter(distribute_tensor(torch.randn(6, 9), mesh, [Shard(0)]))
+        gathered.grad = distribute_tensor(torch.randn(6, 9), mesh, [Replicate()])
+        for sharded, message in ((summed, "w is placed as .*Partial"), (gathered, "its gradient as")):
+            with pytest.raises(ValueError, match=message):
+                Muon([("p", p), ("w", sharded)]).step()
         assert torch.equal(p, before)
     finally:
         dist.destroy_process_group()
