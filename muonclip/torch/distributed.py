@@ -27,12 +27,23 @@ from muonclip.torch.distribution import (
     Placed,
     plan,
 )
+from muonclip.torch.gradient_norm import clip_grad_norm_
 from muonclip.torch.local_matrices import editing, local_matrices
 from muonclip.torch.matrix_shards import Slab, length
 from muonclip.torch.products import choose_products
 from muonclip.torch.topology import Place
 
-__all__ = ["DEFAULT_WORKSPACE_BYTES", "Distribution", "Iteration", "Mesh", "Placed", "Work", "execute", "plan"]
+__all__ = [
+    "DEFAULT_WORKSPACE_BYTES",
+    "Distribution",
+    "Iteration",
+    "Mesh",
+    "Placed",
+    "Work",
+    "clip_grad_norm_",
+    "execute",
+    "plan",
+]
 
 
 @dataclass(slots=True, eq=False)

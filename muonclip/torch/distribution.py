@@ -187,7 +187,8 @@ class Chunk:
                     add("all-to-all back", rank, owned[at] * (sum(sizes) - sizes[at]) * back)
                 if self.method == "gram":
                     grams = bucket.iteration.gram_products(bucket.m, bucket.n) * bucket.m**2 * back
-                    add("sum of Gram matrices", rank, mine * 2 * (1 - 1 / len(ranks)) * grams)
+                    norms = 2 * max(4, back)  # Σ|x| and Σx², in float32 at least
+                    add("sum of Gram matrices", rank, mine * 2 * (1 - 1 / len(ranks)) * (grams + norms))
                 add("updates to replicas", rank, mine * sizes[at] * (bucket.num_replicas - 1) * back)
         return sent
 

@@ -27,10 +27,10 @@ def editing(tensor: Tensor, layout: MatrixLayout, slab: Slab, position: int) -> 
     stack, is_view = _stack(by_axes, heads)
     yield stack
     if not is_view:
-        by_axes.index_copy_(1, _index(heads, tensor.device), stack.reshape(len(by_axes), -1, by_axes.shape[-1]))
+        rows = stack.reshape(len(by_axes), len(heads) * length(heads[0]), by_axes.shape[-1])
+        by_axes.index_copy_(1, _index(heads, tensor.device), rows)
     if not in_place:
-        rows = by_axes.mT if layout.transposed else by_axes
-        tensor.copy_(rows.reshape(tensor.shape))
+        tensor.copy_((by_axes.mT if layout.transposed else by_axes).reshape(tensor.shape))
 
 
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:

@@ -1,0 +1,50 @@
+"""The global norm of gradients that lie on several meshes, to clip them by before the momentum takes them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Replicate
+
+from muonclip.torch.process_groups import group_over
+from muonclip.torch.topology import local_part
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` (2-norm) for DTensors on any meshes, and plain tensors, together: experts over
+    one mesh, dense layers over another. Returns the norm before, fp32 [], the same on every rank.
+
+    One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it. Raises
+    ValueError for gradients whose sum over ranks is still to be taken.
+    """
+    gradients = [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+    by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    for gradient in gradients:
+        key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
+        if isinstance(gradient, DTensor):
+            if any(isinstance(placement, Partial) for placement in gradient.placements):
+                raise ValueError(
+                    f"a gradient is placed as {gradient.placements}; redistribute it before it is clipped."
+                )
+            sharded = (dim for dim, placement in enumerate(gradient.placements) if not isinstance(placement, Replicate))
+            key = gradient.device_mesh, tuple(sharded)
+        by_sharding.setdefault(key, []).append(local_part(gradient))
+    total = torch.zeros((), device=local_part(gradients[0]).device) if gradients else torch.zeros(())
+    for (mesh, dims), parts in by_sharding.items():
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
+        squares = norms.square().sum()
+        group = None if mesh is None else group_over(mesh, dims)
+        if group is not None:
+            dist.all_reduce(squares, group=group)
+        total += squares
+    norm = total.sqrt()
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for parts in by_sharding.values():
+        torch._foreach_mul_(parts, factor)
+    return norm
