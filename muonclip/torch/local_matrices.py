@@ -42,6 +42,8 @@ def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
 
 def _stack(by_axes: Tensor, heads: tuple[Runs, ...]) -> tuple[Tensor, bool]:
     """(batch, out, in) → (batch · heads, rows, in), and whether it is a view."""
+    if heads == (((0, by_axes.shape[1]),),):  # one matrix of all rows, as most are
+        return by_axes, True
     size = length(heads[0])
     start = heads[0][0][0] if size else 0
     flat = len(by_axes) * len(heads), size, by_axes.shape[-1]
