@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
@@ -37,7 +38,21 @@ def plain_options(group: Group) -> Group:
     if isinstance(steps, TorchSteps):
         is_triple = not isinstance(coefficients, str) and not any(isinstance(item, Sequence) for item in coefficients)
         steps = int(steps) if is_triple else None
-    return {**group, "eps": float(eps), "eps_given": not isinstance(eps, TorchEps), "ns_steps": steps}
+    dtypes = {name: dtype_name(group[name]) for name in ("ns_dtype", "momentum_dtype")}
+    return {**group, **dtypes, "eps": float(eps), "eps_given": not isinstance(eps, TorchEps), "ns_steps": steps}
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """`torch.float32` → "float32": what every checkpoint format can hold."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def dtype_named(name: torch.dtype | str | None) -> torch.dtype | None:
+    return getattr(torch, name) if isinstance(name, str) else name
+
+
+def momentum_dtype(group: Group, parameter: Tensor) -> torch.dtype:
+    return dtype_named(group["momentum_dtype"]) or parameter.dtype
 
 
 def check_loadable(saved: Group, own: Group, index: int) -> None:
@@ -95,9 +110,8 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
 
 def iteration_of(group: Group, parameter: Tensor) -> Iteration:
     """How the matrices of a parameter of this group are iterated."""
-    momentum_dtype = group["momentum_dtype"] or parameter.dtype
     return Iteration(
-        iteration_dtype(parameter.device.type, momentum_dtype, group["ns_dtype"]),
+        iteration_dtype(parameter.device.type, momentum_dtype(group, parameter), dtype_named(group["ns_dtype"])),
         _hashable(group["ns_coefficients"]),
         group["ns_steps"],
         group["ns_form"] or "standard",

@@ -33,6 +33,7 @@ from muonclip.torch.group_options import (
     groups_of,
     iteration_of,
     layouts_of,
+    momentum_dtype,
     name_of,
     plain_options,
 )
@@ -96,7 +97,7 @@ class _MatrixOptimizer(Optimizer):
             if group["use"] == "muon":
                 for index, parameter in zip(saved["params"], group["params"], strict=True):
                     buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-                    dtype = group["momentum_dtype"] or parameter.dtype
+                    dtype = momentum_dtype(group, parameter)
                     if buffer is not None and dtype != parameter.dtype:
                         buffer = buffer.detach().to(device=parameter.device, dtype=dtype, copy=True)
                         self.state[parameter]["momentum_buffer"] = buffer
@@ -142,7 +143,7 @@ class _MatrixOptimizer(Optimizer):
                     if group["use"] == "adamw":
                         make_adamw_state(self.state[parameter], parameter, group)
                     elif "momentum_buffer" not in self.state[parameter]:
-                        dtype = group["momentum_dtype"] or parameter.dtype
+                        dtype = momentum_dtype(group, parameter)
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
 
     def _update(self) -> None:
