@@ -275,3 +275,53 @@ def test_the_bytes_are_the_plan_s_and_at_the_floor(results, world):
     for name in ("aligned heads", "aligned experts"):
         assert all(rank[name]["sent"] == [0, 0, 0] for rank in ranks)
         assert ranks[0][name]["calls"] == []
+
+
+FAKE = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from muonclip.core import MatrixLayout
+from muonclip.torch import Muon
+from sent_bytes import SentBytes
+
+dist.init_process_group("fake", store=FakeStore(), rank=137, world_size=512)
+flat = init_device_mesh("cpu", (512,), mesh_dim_names=("shards",))
+hybrid = init_device_mesh("cpu", (64, 8), mesh_dim_names=("replicas", "shards"))
+experts = init_device_mesh("cpu", (32, 16), mesh_dim_names=("experts", "shards"))
+# As many as there are ranks: the fake back end takes no all-to-all that sends nothing and receives something.
+specifications = [((512, 16), flat, [Shard(0)]), ((64, 32), hybrid, [Replicate(), Shard(0)])] * 512
+specifications += [((64, 128, 256), experts, [Shard(0), Shard(1)])] * 8
+parameters = []
+for shape, mesh, placements in specifications:
+    whole = torch.empty(shape, device="meta")
+    local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
+    make = lambda: DTensor.from_local(torch.randn(local), mesh, placements, shape=whole.shape, stride=whole.stride())
+    p = nn.Parameter(make())
+    p.grad = make()
+    parameters.append(p)
+optimizer = Muon(parameters, ns_dtype=torch.float32)
+with SentBytes(512) as counted:
+    optimizer.step()
+planned = sum(by_rank.get(137, 0) for by_rank in optimizer._distribution.sent().values())
+assert counted.total == planned > 0, (counted.total, planned)
+print(optimizer._distribution)
+"""
+
+
+def test_one_of_512_ranks_sends_what_the_plan_says():
+    """Every collective of a step is issued, on torch's fake back end, which moves nothing: volumes, not numbers."""
+    support = str(WORKER.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", FAKE],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": support},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "512 × (16×512)" in done.stdout
