@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -40,6 +41,7 @@ SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 LANGUAGES = {"", "python", "sh", "text", "{ .text .wrap }"}
+LAUNCHED = re.compile(r"# torchrun --nproc-per-node (\d+) (\w+\.py)\n")  # first line of a script for several ranks
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -77,7 +79,7 @@ def run(page):
     torch.manual_seed(0)
     names, everything = {"__name__": page.stem}, ""
     for block in blocks_of(page):
-        if block.language != "python":
+        if block.language != "python" or LAUNCHED.match(block.code):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
@@ -110,6 +112,27 @@ def _elsewhere(tmp_path, monkeypatch):
 )
 def test_every_block_runs_and_prints_what_the_page_says(page):
     run(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(LAUNCHED.match(block.code) for block in blocks_of(page))], ids=name_of
+)
+def test_every_script_for_several_ranks_runs_and_prints_what_the_page_says(page, tmp_path):
+    for block in blocks_of(page):
+        if launch := LAUNCHED.match(block.code):
+            (tmp_path / launch[2]).write_text(block.code, encoding="utf-8")
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", launch[1]]
+            done = subprocess.run(
+                [*torchrun, launch[2]],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout == block.output
 
 
 def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped():

@@ -12,7 +12,7 @@ from svd_oracle import muon_step, svd_polynomial
 from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
-from muonclip.torch import Muon
+from muonclip.torch import Muon, MuonClip
 from muonclip.torch import distributed as distributed_module
 from muonclip.torch import products as products_module
 
@@ -416,6 +416,24 @@ def test_the_gram_form_gives_the_same_update(ns_dtype):
             Muon([parameter], lr=1.0, weight_decay=0.0, ns_form=form, ns_dtype=ns_dtype).step()
         tolerance = 0.04 if ns_dtype == torch.bfloat16 else 1e-9
         assert (p - q).norm() <= tolerance * (q - before).norm()
+
+
+def test_engines_that_flatten_matrices_are_refused():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Flattened(FullyShardedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Identity())
+    model[1] = Flattened()
+    with pytest.raises(ValueError, match="FSDP1.*fully_shard"):
+        MuonClip(model, qk_clip=None)
+    (p,) = parameters((6, 9))
+    p.ds_id = 3
+    set_gradients([p], 0)
+    with pytest.raises(ValueError, match="w is sharded by DeepSpeed ZeRO-3"):
+        Muon([("w", p)]).step()
 
 
 def test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves():
