@@ -5,13 +5,15 @@ Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from muonclip.torch.local_heads import QueryHeads, check_placements, head_of_rows, local_rows
 from muonclip.torch.max_logits import MaxLogits
 
 
@@ -66,21 +68,35 @@ class HeadRows:
 
     def of(self, parameter: Tensor, axis: int) -> Tensor:
         """The parameter with `axis` counting heads and a last axis counting the rows of each; a view, but for rows
-        given by `index`."""
+        given by `index`. Of a DTensor, what this rank has; raises ValueError where `axis` is cut."""
+        if isinstance(parameter, DTensor):
+            whole = parameter.shape[axis]
+            parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
+            if runs != [(0, whole)]:
+                raise ValueError(
+                    f"{self.weight} has its {whole} rows on several ranks, this one has {runs}: its heads cannot be "
+                    "read here. Read the whole weight, parameter.full_tensor()."
+                )
         if self.index is not None:
             chosen = parameter.index_select(axis, self.rows(parameter.device).flatten())
             return chosen.unflatten(axis, (self.num_heads, self.size)).movedim(axis + 1, -1)
         length = (self.num_heads - 1) * self.step + self.size
         return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
 
+    def name_of(self, parameter: Tensor) -> str:
+        """For errors: the attribute and its module."""
+        attribute = self.weight if getattr(self.module, self.weight) is parameter else self.bias
+        return f"{attribute} of {type(self.module).__name__}"
+
     def check(self, name: str) -> None:
-        """Raises ValueError where the weight does not have these rows."""
+        """Raises ValueError where the weight does not have these rows, or is placed so that nobody knows where."""
         weight = getattr(self.module, self.weight)
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
                 "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
             )
+        check_placements(f"{name}: {self.name_of(weight)}", weight)
         rows = weight.shape[self.axis]
         if self.index is not None:
             index = self.index
@@ -135,6 +151,21 @@ class QKProjection:
             raise ValueError(
                 "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for none."
             )
+        self._tell_the_statistic()
+
+    def _tell_the_statistic(self) -> None:
+        """Whose queries these are: under tensor parallelism a forward shows some of the heads."""
+        for rows in (*self.query, *self.query_facing_shared):
+            self.max_logits.query_heads = QueryHeads.of(rows)
+            return
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        self._tell_the_statistic()
 
     @classmethod
     def mha(
@@ -265,17 +296,23 @@ def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
 
 @torch.no_grad()
 def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
-    """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone."""
-    if rows.index is None:
+    """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone.
+
+    Of a DTensor each rank scales the rows that it has, without communication.
+    """
+    size = parameter.shape[axis]
+    parameter, runs = local_rows(rows.name_of(parameter), parameter, axis)
+    if not runs:
+        return
+    if rows.index is None and runs == [(0, size)]:
         heads = rows.of(parameter, axis)
         shape = [1] * heads.ndim
         shape[axis] = rows.num_heads
         factors = factors.view(shape)
         heads.copy_(torch.where(factors < 1, heads * factors, heads))
         return
-    index = rows.rows(parameter.device).flatten()
     shape = [1] * parameter.ndim
     shape[axis] = -1
-    factors = factors.repeat_interleave(rows.size).view(shape)
-    old = parameter.index_select(axis, index)
-    parameter.index_copy_(axis, index, torch.where(factors < 1, (old * factors).to(old.dtype), old))
+    one = torch.ones_like(factors[:1])  # for rows of no head
+    factors = torch.cat([factors, one])[head_of_rows(rows, size, runs, factors.device)].view(shape)
+    parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))

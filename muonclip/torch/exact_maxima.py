@@ -39,16 +39,24 @@ def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMas
 
 @torch.no_grad()
 def observe(
-    q: Tensor, k: Tensor, packed: Tensor, *, scale: float, threshold: float, mask: AttentionMask, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    packed: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    mask: AttentionMask,
+    lse: Tensor | None,
+    first: int = 0,
 ) -> None:
     """Take one forward into the statistic `packed` (see `MaxLogits`), in place.
 
     q: [B, H, Tq, d], k: [B, G, Tk, d]. Heads whose bound is at most `threshold` are certified only; −inf measures every
-    maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else.
+    maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else. `first`: which head of the
+    statistic head 0 of `q` is; the statistic may count more.
     """
-    heads = q.shape[1]
-    maximum, bound, observed = packed[:heads], packed[heads : 2 * heads], packed[-1:]
-    observed.fill_(1.0)
+    maximum, bound, nonfinite = (part[first : first + q.shape[1]] for part in packed[:-1].chunk(3))
+    packed[-1:].fill_(1.0)
     floor = maximum.clamp(min=threshold)
     if q.device.type != "cpu":
         seen, rest = _settle_on_device(q, k, floor, scale, mask)
@@ -59,7 +67,7 @@ def observe(
             torch.maximum(bound, top, out=bound)
             return
         seen, rest = _settle(q, k, floor, scale, mask, bounds, ordered=lse is not None)
-    seen, rest, nonfinite = seen.float(), rest.float(), packed[2 * heads : -1]
+    seen, rest = seen.float(), rest.float()
     bad = seen.isnan() | (seen == math.inf)
     seen = seen.masked_fill(bad, -math.inf)
     torch.maximum(maximum, seen, out=maximum)
@@ -68,12 +76,20 @@ def observe(
 
 
 def observe_opaquely(
-    q: Tensor, k: Tensor, packed: Tensor, *, scale: float, threshold: float, mask: AttentionMask, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    packed: Tensor,
+    *,
+    scale: float,
+    threshold: float,
+    mask: AttentionMask,
+    lse: Tensor | None,
+    first: int = 0,
 ) -> None:
     """`observe` as one operator, for `torch.compile`, which would trace its branches and unroll its tiles."""
     _observe_operator(
         q.detach(), k.detach(), packed, scale, threshold, mask.is_causal, mask.window, mask.document_ids,
-        None if mask.attn_mask is None else mask.attn_mask.detach(), None if lse is None else lse.detach(),
+        None if mask.attn_mask is None else mask.attn_mask.detach(), None if lse is None else lse.detach(), first,
     )  # fmt: skip
 
 
@@ -89,9 +105,10 @@ def _observe_operator(
     document_ids: Tensor | None,
     attn_mask: Tensor | None,
     lse: Tensor | None,
+    first: int,
 ) -> None:
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
-    observe(q, k, packed, scale=scale, threshold=threshold, mask=mask, lse=lse)
+    observe(q, k, packed, scale=scale, threshold=threshold, mask=mask, lse=lse, first=first)
 
 
 @_observe_operator.register_fake

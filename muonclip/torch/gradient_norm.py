@@ -37,8 +37,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         by_sharding.setdefault(key, []).append(local_part(gradient))
     total = torch.zeros((), device=local_part(gradients[0]).device) if gradients else torch.zeros(())
     for (mesh, dims), parts in by_sharding.items():
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts)])
-        squares = norms.square().sum()
+        squares = torch.nn.utils.get_total_norm(parts).float().square()
         group = None if mesh is None else group_over(mesh, dims)
         if group is not None:
             dist.all_reduce(squares, group=group)
@@ -46,5 +45,6 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     norm = total.sqrt()
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for parts in by_sharding.values():
-        torch._foreach_mul_(parts, factor)
+        for part in parts:
+            part.mul_(factor)
     return norm

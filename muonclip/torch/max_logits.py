@@ -8,14 +8,19 @@ Shapes: B batch, H query heads, G key heads (G divides H), T positions, d head w
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from muonclip.torch.attention_mask import AttentionMask
 from muonclip.torch.exact_maxima import observe, observe_opaquely
+from muonclip.torch.local_attention import on_local_heads
+from muonclip.torch.local_heads import QueryHeads
 from muonclip.torch.sdpa import sdpa_with_lse
 
 
@@ -29,6 +34,9 @@ class MaxLogits:
     Set it as a plain attribute of the attention module and hand it to `attention`. It is not a buffer on purpose:
     DistributedDataParallel overwrites registered buffers with rank 0's at every forward. It is written in place, and
     follows the device of the queries.
+
+    Under tensor parallelism a forward has this rank's heads only. Which ones, `query_heads` says, which a
+    `QKProjection` sets; the others stay −inf here, and `QKClip` takes the maximum over the ranks.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -36,6 +44,7 @@ class MaxLogits:
             raise ValueError(f"num_heads={num_heads} must be at least 1.")
         self.num_heads = num_heads
         self.threshold = -math.inf
+        self.query_heads: QueryHeads | None = None
         self.packed = torch.empty(3 * num_heads + 1, dtype=torch.float32, device="cpu")
         self.reset()
 
@@ -64,31 +73,63 @@ class MaxLogits:
         self.packed.zero_()
         self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
+    def first_of(self, count: int, seen: str = "") -> int:
+        """Which head the first one of a forward with `count` query heads is. Raises ValueError if that is not known.
+        `seen`: in what they were seen, for the error."""
+        if count == self.num_heads:
+            return 0
+        if self.query_heads is None or count > self.num_heads:
+            raise ValueError(
+                f"max_logits counts {self.num_heads} heads, but {seen or 'attention'} has {count} query heads. Make "
+                "MaxLogits(num_heads) count the heads of all ranks; if this rank has some of them (tensor "
+                "parallelism), build QKClip(model), or the QKProjection of this attention, before the forward: it says "
+                "which heads these are."
+            )
+        return self.query_heads.first(count)
+
+    def heads_in(self, q: Tensor) -> int:
+        """How many heads there are in queries [..., Tq, d] of one forward."""
+        if self.query_heads is None or (q.ndim == 4 and q.shape[1] == self.num_heads) or not self.query_heads.sharded:
+            return self.num_heads
+        return q.shape[1] if q.ndim == 4 else self.query_heads.count()
+
     @torch.no_grad()
     def update(self, maxima: Tensor) -> None:
-        """Take in one forward's maxima [heads] (of any dtype and source, as long as they are exact)."""
-        if maxima.shape != (self.num_heads,):
+        """Take in one forward's maxima [heads], or those of this rank's heads (of any dtype and source, as long as
+        they are exact)."""
+        if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
+        first = self.first_of(len(maxima))
         self.follow(maxima)
         maxima = maxima.float()
         bad = maxima.isnan() | (maxima == math.inf)
         maxima = maxima.masked_fill(bad, -math.inf)
-        self.maximum.copy_(torch.maximum(self.maximum, maxima))
-        self.bound.copy_(torch.maximum(self.bound, maxima))
-        self.nonfinite.copy_(torch.maximum(self.nonfinite, bad.float()))
+        for part, value in ((self.maximum, maxima), (self.bound, maxima), (self.nonfinite, bad.float())):
+            own = part[first : first + len(maxima)]
+            own.copy_(torch.maximum(own, value))
         self.observed.fill_(1.0)
 
     def observe(self, q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, lse: Tensor | None = None) -> None:
         """Take in one forward from its queries [B, heads, Tq, d] and keys [B, G, Tk, d]: exactly, or certified where
-        `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known."""
+        `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known.
+        `heads` are all of them, or this rank's."""
+        first = self.first_of(q.shape[1])
         self.follow(q)
         take = observe_opaquely if torch.compiler.is_compiling() else observe
-        take(q, k, self.packed, scale=scale, threshold=self.threshold, mask=mask, lse=lse)
+        take(q, k, self.packed, scale=scale, threshold=self.threshold, mask=mask, lse=lse, first=first)
 
     def follow(self, tensor: Tensor) -> None:
         """Move to the device of a tensor."""
         if self.packed.device != tensor.device:
             self.packed = self.packed.to(tensor.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "query_heads": None}  # the projection sets it again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaxLogits:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def __repr__(self) -> str:
         return f"MaxLogits({self.maximum.tolist()})"
@@ -112,8 +153,12 @@ def attention(
     q: [B, H, Tq, d], k: [B, G, Tk, d], v: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
     Masks: see `AttentionMask`. `softcap` c: the logits become c·tanh(S/c), computed densely; S is taken before it.
     With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected.
+    Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
     Raises ValueError for shapes that do not fit.
     """
+    if isinstance(q, DTensor):
+        masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
+        return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
@@ -159,5 +204,5 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None)
         raise ValueError(f"{shapes}: attention needs q [B, H, Tq, d], k [B, G, Tk, d] and v [B, G, Tk, dv].")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
-    if max_logits is not None and max_logits.num_heads != q.shape[1]:
-        raise ValueError(f"max_logits counts {max_logits.num_heads} heads, but {shapes} has {q.shape[1]} query heads.")
+    if max_logits is not None:
+        max_logits.first_of(q.shape[1], shapes)

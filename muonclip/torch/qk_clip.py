@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.attention import HeadRows, QKProjection, declared_qk_projections, scale_heads
+from muonclip.torch.clip_ranks import ClipRanks
+from muonclip.torch.joint_maxima import UNKNOWN_ATTENTION, JointMaxima, constant, has_gradient, note_of
 from muonclip.torch.max_logits import MaxLogits
 from muonclip.torch.qk_clip_report import LayerReport, QKClipReport
 from muonclip.torch.watch import NOTHING_FOUND, Watch
@@ -39,7 +42,9 @@ class QKClip:
     found. `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; to
     find its attentions now, which `torch.compile` needs. `clip_gains`: after a QK-norm with a gain per head, scale the
     gain. `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or
-    None; both are scaled.
+    None; both are scaled. `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the
+    ranks of the largest mesh on which its parameters lie, else those of its DistributedDataParallel, else all. Every
+    one of them must take each step.
 
     A second QKClip on a model takes the place of the first. Raises ValueError for wrong arguments and for attention
     that is not understood, here or in the first forward.
@@ -56,6 +61,7 @@ class QKClip:
         example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         clip_gains: bool = False,
         master_of: Callable[[Tensor], Tensor | None] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._tau = check_tau(tau)
         self.alpha = check_alpha(alpha)
@@ -67,15 +73,19 @@ class QKClip:
         self._watch: Watch | None = None
         self._steps = torch.zeros(2, dtype=torch.int64, device="cpu")  # taken; and the last that rescaled a head
         self._last: dict[str, LayerReport] = {}
-        # [attentions, 2]: unobserved, non-finite; kept on a device that must not be waited for, a copy on its way here.
-        self._errors = self._errors_on_host = torch.zeros(0, 2, device="cpu")
+        # [attentions, 3]: unobserved, non-finite, unknown; kept on a device that must not be waited for, a copy on its
+        # way here.
+        self._errors = self._errors_on_host = torch.zeros(0, 3, device="cpu")
+        self._errors_copied: torch.cuda.Event | None = None
+        self._ranks = ClipRanks(process_group)
         if not isinstance(model_or_projections, nn.Module):
             if declare or example_inputs is not None:
                 raise ValueError("declare and example_inputs go with a model, but QKClip was given projections.")
             self.projections = _named_projections(model_or_projections)
             self.tau = tau
             return
-        model = _unwrapped(model_or_projections)
+        model, replicas = _unwrapped(model_or_projections)
+        self._ranks = ClipRanks(process_group, replicas)
         self.projections.update(declared_qk_projections(model))
         for name, projection in (declare or {}).items():
             if name not in dict(model.named_modules()):
@@ -141,17 +151,21 @@ class QKClip:
         """
         self.apply(self.measure())
 
+    @torch.no_grad()
     def measure(self, *, before_update: bool = False) -> dict[str, ClipFactors]:
         """The factors of this step by attention, from the maxima of all ranks. No weight is touched.
 
         `before_update`: the optimizer's step is still to come, with the gradients that it will use; an attention that
         has none will not move and may be unobserved, as long as another one is observed.
         """
-        self.raise_deferred(wait=False)
+        self._show_shards()
+        group, device = self._group(), self._device()
+        self.raise_deferred(wait=False, alike=group is not None)
+        unknown = ""
         if self._watch is not None:
             if self._watch.removed:
                 raise RuntimeError(f"QK-Clip observes nothing any more: {self._watch.removed}.")
-            self._watch.settle()
+            unknown = self._watch.settle()
         if not self.projections:
             if self.to_come == NOTHING_FOUND:
                 raise RuntimeError(NOTHING_FOUND)
@@ -159,13 +173,16 @@ class QKClip:
                 f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
                 "was given, or a part of it, with gradients enabled before each step."
             )
-        _reduce_over_ranks(self._states(), self._device())
-        self._check(before_update)
         # All heads of all attentions in one vector: many small layers would cost many small operations.
-        states, device = self._states(), self._device()
-        sizes = [state.num_heads for state in states]
-        seen = torch.cat([state.maximum.to(device) for state in states])
-        bound = torch.maximum(torch.cat([state.bound.to(device) for state in states]), seen)
+        maxima = JointMaxima.of(self._states(), device)
+        if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
+            notes = torch.full_like(maxima.observed, UNKNOWN_ATTENTION) if unknown else self._notes()
+            maxima = maxima.over(group, notes)
+        if unknown:
+            raise RuntimeError(unknown)
+        self._check(maxima, before_update)
+        sizes = maxima.sizes
+        seen, bound = maxima.maximum, torch.maximum(maxima.bound, maxima.maximum)
         exact = bound <= seen
         if _may_wait_for(device) and bool((bound > torch.clamp(seen, min=self.tau)).any()):
             raise RuntimeError(
@@ -177,7 +194,7 @@ class QKClip:
             not _clips(projection) for projection in self.projections.values() for _ in range(projection.num_heads)
         ]
         if any(keeps):
-            left_alone = torch.tensor(keeps).to(device, non_blocking=True)
+            left_alone = constant(tuple(keeps), torch.bool, device)
             factors = ClipFactors(*(factor.masked_fill(left_alone, 1.0) for factor in factors))
         seen = torch.where(exact, seen, math.nan)
         each = zip(*(vector.split(sizes) for vector in (seen, factors.gamma, exact, bound)), strict=True)
@@ -185,8 +202,11 @@ class QKClip:
         split = zip(*(vector.split(sizes) for vector in factors), strict=True)
         return {name: ClipFactors(*layer) for name, layer in zip(self.projections, split, strict=True)}
 
+    @torch.no_grad()
     def apply(self, factors: Mapping[str, ClipFactors]) -> None:
-        """Scale the rows by the factors that `measure()` gave, and forget the observation."""
+        """Scale the rows by the factors that `measure()` gave, and forget the observation. Each rank scales the rows
+        that it has, without communication."""
+        self._show_shards()
         device = self._device()
         gamma = torch.cat([factor.gamma.to(device) for factor in factors.values()])
         self._count((gamma < 1).any())
@@ -221,8 +241,11 @@ class QKClip:
         self.raise_deferred(wait=True)
         return QKClipReport(self.tau, dict(self._last), *self._steps.tolist())
 
-    def raise_deferred(self, *, wait: bool) -> None:
-        """Raise what an accelerator's step could not; without `wait`, only what has reached the host by now."""
+    def raise_deferred(self, *, wait: bool, alike: bool = False) -> None:
+        """Raise what an accelerator's step could not; without `wait`, only what has reached the host by now. `alike`:
+        what the last step has copied, so that all ranks raise at the same time."""
+        if alike and self._errors_copied is not None and not torch.cuda.is_current_stream_capturing():
+            self._errors_copied.synchronize()
         errors = (self._errors.cpu() if wait else self._errors_on_host).clone()
         if bool(errors.any()):
             self._errors.zero_()
@@ -237,27 +260,50 @@ class QKClip:
                     scale_heads(rows, weight, axis, factors.to(weight.device))
 
     def has_nothing_to_do(self) -> bool:
-        """Whether nothing was observed, or no query or key has a gradient other than zero; waits for the device."""
+        """Whether nothing was observed, or no query or key has a gradient other than zero, on no rank; waits for the
+        device. All ranks must call it."""
         if self._watch is not None and self._watch.removed:
             return False
-        if not any(bool(projection.max_logits.observed) for projection in self.projections.values()):
-            return True
+        self._show_shards()
         parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
-        return bool(parameters) and not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+        observed = any(bool(state.observed) for state in self._states())
+        moves = any(map(has_gradient, parameters)) or not parameters
+        group = self._group()
+        if group is not None:
+            both = torch.tensor([observed, moves], dtype=torch.float32, device="cpu").to(self._device())
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+            observed, moves = map(bool, both.tolist())
+        return not (observed and moves)
 
-    def _check(self, before_update: bool) -> None:
-        projections, states, device = list(self.projections.values()), self._states(), self._device()
-        observed = torch.stack([state.observed.to(device) for state in states]) > 0
-        nonfinite = torch.cat([state.nonfinite.to(device) for state in states]).any()
-        if _may_wait_for(device) and bool(observed.all()) and not bool(nonfinite):
-            return
-        errors = torch.stack([_errors(projection).to(device) for projection in projections])
-        if before_update:
-            moves = [any(p.grad is not None for p in projection.qk_parameters()) for projection in projections]
-            errors[:, 0] *= ~observed.any() | torch.tensor(moves).to(device, non_blocking=True)
+    def _show_shards(self) -> None:
+        """After a forward FSDP may still have whole weights in the place of the shards that the optimizer updates."""
+        if self._watch is not None:
+            for module in self._watch.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Of the ranks that clip together; None for this one alone."""
+        if self._watch is not None:
+            return self._ranks.group(self._watch.model.parameters())
+        parts = [rows for projection in self.projections.values() for _, rows in projection.parts()]
+        return self._ranks.group(parameter for rows in parts for parameter in rows.module.parameters())
+
+    def _notes(self) -> Tensor:
+        return torch.stack([note_of(projection, self._device()) for projection in self.projections.values()])
+
+    def _check(self, maxima: JointMaxima, before_update: bool) -> None:
+        """Raise, on all ranks alike, or leave for later what an accelerator must not be waited for."""
+        fine = maxima.observed.all() & ~maxima.nonfinite.any()
+        if maxima.notes is None:
+            if _may_wait_for(maxima.maximum.device) and bool(fine):
+                return
+            maxima = maxima.with_notes(self._notes())
+        trains = [projection.trains() for projection in self.projections.values()]
+        errors = maxima.errors(trains, before_update=before_update)
         if _may_wait_for(errors.device):
             if bool(errors.any()):
-                self._raise(errors)
+                self._raise(errors, maxima.nonfinite)
             return
         if self._errors_on_host is self._errors or self._errors.shape != errors.shape:
             self._errors = torch.zeros_like(errors, device="cpu")
@@ -265,14 +311,25 @@ class QKClip:
             self._errors_on_host = torch.zeros_like(errors, device="cpu", pin_memory=errors.device.type == "cuda")
         self._errors.copy_(torch.maximum(self._errors, errors))
         self._errors_on_host.copy_(self._errors, non_blocking=True)
+        if errors.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._errors_copied = torch.cuda.Event()
+            self._errors_copied.record()
 
-    def _raise(self, errors: Tensor) -> None:
-        unobserved = [name for name, seen in zip(self.projections, errors[:, 0].tolist(), strict=True) if seen]
-        nonfinite = [name for name, seen in zip(self.projections, errors[:, 1].tolist(), strict=True) if seen]
+    def _raise(self, errors: Tensor, nonfinite_heads: Tensor | None = None) -> None:
+        unobserved, nonfinite, unknown = (
+            [name for name, wrong in zip(self.projections, column, strict=True) if wrong]
+            for column in errors.T.tolist()
+        )
+        if unknown:
+            raise RuntimeError(
+                "QK-Clip: on another rank attention was called by modules that no rehearsal saw call it; see there."
+            )
         if nonfinite:
-            heads = {
-                name: self.projections[name].max_logits.nonfinite.nonzero().flatten().tolist() for name in nonfinite
-            }
+            states = self._states()
+            if nonfinite_heads is None:
+                nonfinite_heads = torch.cat([state.nonfinite.to(errors.device) for state in states])
+            each = nonfinite_heads.split([state.num_heads for state in states])
+            heads = {name: own.nonzero().flatten().tolist() for name, own in zip(self.projections, each, strict=True)}
             where = ", ".join(
                 (name or "the model") + (f" (heads {heads[name]})" if heads[name] else "") for name in nonfinite
             )
@@ -312,44 +369,17 @@ def _may_wait_for(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _errors(projection: QKProjection) -> Tensor:
-    """fp32 [2]: whether a needed observation is missing, and whether a non-finite logit was seen in this step.
-
-    A GradScaler skips the step when the gradients are not finite, and a non-finite logit makes them so. One seen
-    beside finite gradients is therefore left from a step that was skipped, and no error of this one.
-    """
-    state = projection.max_logits
-    missing = state.observed == 0 if projection.trains() else torch.zeros_like(state.observed, dtype=torch.bool)
-    nonfinite = state.nonfinite.any()
-    if not _may_wait_for(nonfinite.device) or bool(nonfinite):
-        nonfinite = nonfinite & ~_gradients_are_finite(projection).to(nonfinite.device)
-    return torch.stack((missing, nonfinite)).float()
-
-
-def _gradients_are_finite(projection: QKProjection) -> Tensor:
-    parameters = projection.qk_parameters()
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:  # there is nothing to scale, or nobody has asked for gradients yet
-        return torch.tensor(not parameters)
-    return torch.stack([gradient.sum(dtype=torch.float32).isfinite() for gradient in gradients]).all()
-
-
-def _reduce_over_ranks(states: list[MaxLogits], device: torch.device) -> None:
-    """One packed MAX all-reduce over all ranks; a maximum of maxima is exact, so order and repetition do not matter."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    packed = torch.cat([state.packed.to(device) for state in states])
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    for state, reduced in zip(states, packed.split([state.packed.numel() for state in states]), strict=True):
-        state.packed = state.packed.to(device)
-        state.packed.copy_(reduced)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside what torch wraps around a whole model."""
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
+    """The module inside what torch wraps around a whole model, and the process group of its replicas."""
+    replicas: dist.ProcessGroup | None = None
     while isinstance(model, DistributedDataParallel | OptimizedModule):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
+        if isinstance(model, DistributedDataParallel):
+            group = model.process_group
+            replicas = group if isinstance(group, dist.ProcessGroup) else replicas
+            model = model.module
+        else:
+            model = model._orig_mod
+    return model, replicas
 
 
 def _arguments(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
 
 The copy shares the memory of its matrices with the model and has everything else of its own, so a rehearsal leaves no
-trace: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped.
+trace: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped. Of a sharded
+model the copy is whole, with other values (`unsharded.py`); no rank waits for another.
 Every product with a weight is cut off from what comes before it (`provenance.py`).
 """
 
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.doors import Doors
 from muonclip.torch.interception import listening, with_heads
@@ -29,6 +32,7 @@ from muonclip.torch.max_logits import MaxLogits
 from muonclip.torch.provenance import Product, Rows, Source, feeds, leaves_of, rows_behind, trace
 from muonclip.torch.scores import ScoreTracker, WrittenOut
 from muonclip.torch.sdpa import host_sdpa
+from muonclip.torch.unsharded import StandIns, check_size, plain_class, without_engine
 
 
 @dataclass(slots=True, eq=False)
@@ -83,14 +87,18 @@ def rehearse(
         Doors.open(model)
         stack.callback(Doors.close)
         stack.enter_context(_random_state_kept())
+        check_size(model.parameters())
+        stand_ins = StandIns()
         shadows: dict[int, Any] = {}
         for parameter in model.parameters():
-            shadows[id(parameter)] = _shadow(parameter)
+            shadows[id(parameter)] = _shadow(parameter, stand_ins)
         memo = dict(shadows)
+        for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
+            if isinstance(tensor, DTensor):
+                memo[id(tensor)] = stand_ins.of(tensor)
         twin = _twin(model, memo)
         args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
         twin.train(training)
-        _drop_hooks(twin)
         places: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -118,12 +126,12 @@ def _stop_rehearsing() -> None:
     _rehearsing = False
 
 
-def _shadow(parameter: nn.Parameter) -> Any:
+def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
     """A parameter for the copy: the same memory, but for vectors, which are moved a little: a bias that is still zero
     could not be told from a gain."""
     if not parameter.is_floating_point():
-        return parameter
-    data = parameter.detach()
+        return stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter
+    data = stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter.detach()
     if data.ndim <= 1 and not data.is_meta:
         data = data + 0.05 * torch.rand_like(data) + 0.02
     return nn.Parameter(data, requires_grad=True)
@@ -136,12 +144,13 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if isinstance(module, OptimizedModule):
         twin = memo[id(module)] = _Uncompiled(_twin(module._orig_mod, memo))
         return twin
-    twin = memo[id(module)] = module.__class__.__new__(module.__class__)
+    kind = plain_class(module)
+    twin = memo[id(module)] = kind.__new__(kind)
     try:
         state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
     except RuntimeError:  # parametrized modules refuse
         state = None
-    state = dict(state if isinstance(state, dict) else vars(module))
+    state = without_engine(state if isinstance(state, dict) else vars(module))
     if has_a_foreign_forward(module):
         state.pop("forward", None)
     inner = {name: None if each is None else _twin(each, memo) for name, each in module._modules.items()}
@@ -169,15 +178,6 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         if type(value) in (list, tuple):
             return type(value)(_copied(item, memo) for item in value)
         return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
-
-
-def _drop_hooks(twin: nn.Module) -> None:
-    """Whoever listens to the model need not hear its rehearsal; torch's own, as of weight norm, are part of it."""
-    for module in twin.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch."):
-                    del hooks[key]
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from muonclip.torch.attention_search import Site, refusal, search
 from muonclip.torch.doors import Doors
 from muonclip.torch.interception import (
     Hooks,
-    Observer,
     Unclaimed,
     attach,
     begin_listening,
@@ -32,7 +31,9 @@ from muonclip.torch.interception import (
     enter,
     observers,
 )
+from muonclip.torch.local_observer import LocalObserver
 from muonclip.torch.rehearsal import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
+from muonclip.torch.unsharded import TooLarge
 
 _MOST_REHEARSALS = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
@@ -94,6 +95,8 @@ class Watch:
             args = kwargs.pop("args", ())
             try:
                 rehearsal = rehearse(self.model, args, kwargs)
+            except TooLarge:
+                raise
             except Exception as error:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {_first_line(error)})"
                 continue
@@ -102,18 +105,19 @@ class Watch:
                 raise ValueError(NOTHING_FOUND)
             return
 
-    def settle(self) -> None:
-        """The forwards of a step are over. Raises RuntimeError where attention ran that is not known."""
+    def settle(self) -> str:
+        """The forwards of a step are over. Returns what is wrong where attention ran that is not known, or ""."""
         unknown, self._unclaimed.calls = self._unclaimed.calls, 0
         if unknown:
             self._rehearsed.clear()  # the next forward shows what it was
-            raise RuntimeError(
+            return (
                 f"QK-Clip: attention was called {unknown} times in this step by modules that no rehearsal saw call it: "
                 "its heads were neither observed nor clipped. Show the search inputs that reach it, QKClip(model, "
                 "example_inputs=…). The next forward is rehearsed anew."
             )
         if self._rehearsed:
             self._entries.take_off()
+        return ""
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module begins to run."""
@@ -154,6 +158,8 @@ class Watch:
             if self.projections:
                 self.to_come = f"not rehearsed: {_first_line(error)}"
                 return
+            if isinstance(error, TooLarge):
+                raise
             raise RuntimeError(
                 f"QK-Clip could not rehearse {name or 'the model'} to find its attention: {_first_line(error)}. Give "
                 "inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
@@ -203,7 +209,7 @@ class Watch:
         for site in self.sites.values():
             if site.via != "declared":
                 statistics = [projection.max_logits for projection in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.via == "written out")
+                observer = LocalObserver(statistics, calls=site.calls, written_out=site.via == "written out")
                 attach(self.model.get_submodule(site.module), observer, self._observers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:

@@ -427,7 +427,7 @@ def test_engines_that_flatten_matrices_are_refused():
 
     model = nn.Sequential(nn.Linear(4, 6), nn.Identity())
     model[1] = Flattened()
-    with pytest.raises(ValueError, match="FSDP1.*fully_shard"):
+    with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
         MuonClip(model, qk_clip=None)
     (p,) = parameters((6, 9))
     p.ds_id = 3

@@ -1,0 +1,48 @@
+"""Attention of DTensors: every rank attends to its own sequences and heads, which needs nothing of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+
+
+def on_local_heads(attend: Callable[..., Tensor], q: DTensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`attend(q, k, v, **options)` of the local parts as a DTensor placed as q [B, H, Tq, d]. Masks may be DTensors.
+
+    Raises ValueError unless all are sharded alike on their sequences of the batch and their heads.
+    """
+    local_q, local_k, local_v = local_queries_and_keys(q, k, v)
+    local = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in options.items()}
+    y = attend(local_q, local_k, local_v, **local)
+    return DTensor.from_local(y, q.device_mesh, q.placements, run_check=False)
+
+
+def local_queries_and_keys(q: DTensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The local parts of queries [B, H, Tq, d] and of keys and values [B, G, Tk, d]."""
+    _check(q.placements, all(isinstance(p, Replicate) or p in (Shard(0), Shard(1)) for p in q.placements))
+    local = [q.to_local()]
+    for other in others:
+        if not isinstance(other, DTensor):
+            raise ValueError("attention got queries that are a DTensor, but a key or value that is none.")
+        _check(q.placements, other.device_mesh == q.device_mesh, other.placements)
+        gradients: list[Placement] = []
+        for wanted, has in zip(q.placements, other.placements, strict=True):
+            shared = other.shape[1] == 1 and wanted == Shard(1) and isinstance(has, Replicate)
+            _check(q.placements, shared or wanted == has, other.placements)
+            gradients.append(Partial() if shared else has)  # each rank's heads add their part to a shared key
+        local.append(other.to_local(grad_placements=gradients))
+    return tuple(local)
+
+
+def _check(q: tuple[Placement, ...], good: bool, other: tuple[Placement, ...] | None = None) -> None:
+    if not good:
+        raise ValueError(
+            f"attention got queries placed as {q}"
+            + ("" if other is None else f" and keys or values placed as {other}")
+            + "; it takes DTensors that are all sharded alike on the axes of batch and heads, Shard(0) and Shard(1), "
+            "or replicated. Redistribute them before."
+        )

@@ -1,0 +1,368 @@
+"""QK-Clip on sharded models: the maxima of all ranks, and every rank its own rows, with one collective."""
+
+import copy
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_attention import TinyAttention, TinyModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Partial, _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
+from muonclip.torch.attention import scale_heads
+from muonclip.torch.clip_ranks import ClipRanks
+from muonclip.torch.local_heads import QueryHeads
+from muonclip.torch.local_observer import LocalObserver
+from muonclip.torch.shard_indices import local_indices
+
+WORKER = Path(__file__).parents[1] / "support" / "sharded_clip_worker.py"
+
+
+# Pure: one process, a back end that sends nothing
+
+
+_meshes = itertools.count()
+
+
+class Ranks:
+    """The ranks of a mesh one after the other. No name of a dimension comes twice: DTensor remembers equal meshes, and
+    with them the rank."""
+
+    def __init__(self, shape):
+        self.shape, self.size = shape, torch.Size(shape).numel()
+
+    def __iter__(self):
+        for rank in range(self.size):
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=self.size)
+            try:
+                mesh, number = torch.arange(self.size).view(self.shape), next(_meshes)
+                yield DeviceMesh("cpu", mesh, mesh_dim_names=tuple(f"{i}th of {number}" for i in range(mesh.ndim)))
+            finally:
+                dist.destroy_process_group()
+
+
+MESHES = st.sampled_from([(1,), (2,), (3,), (5,), (2, 2), (2, 3), (3, 2)])
+
+
+def placements(draw, mesh_shape, axes):
+    axis = st.integers(0, axes - 1)
+    strided = st.builds(lambda d, n: _StridedShard(d, split_factor=n), axis, st.integers(2, 3))
+    return tuple(draw(st.one_of(st.just(Replicate()), st.builds(Shard, axis), strided)) for _ in mesh_shape)
+
+
+@given(st.data())
+def test_indices_are_those_of_dtensor(data):
+    mesh_shape = data.draw(MESHES)
+    placed = placements(data.draw, mesh_shape, 2)
+    shape = data.draw(st.integers(0, 13)), data.draw(st.integers(1, 13))
+    for mesh in Ranks(mesh_shape):
+        for axis, size in enumerate(shape):
+            numbers = torch.arange(size).view((-1, 1) if axis == 0 else (1, -1)).expand(shape)
+            local = distribute_tensor(numbers.contiguous(), mesh, placed, src_data_rank=None).to_local()
+            runs = local_indices(size, axis, placed, mesh_shape, mesh.get_coordinate())
+            expected = [i for start, stop in runs for i in range(start, stop)]
+            if local.numel():
+                assert local.select(1 - axis, 0).tolist() == expected
+
+
+@given(size=st.integers(0, 40), ways=st.integers(1, 7))
+def test_indices_are_those_of_chunk(size, ways):
+    chunks = torch.arange(size).chunk(ways) if size else ()
+    for at in range(ways):
+        expected = chunks[at].tolist() if at < len(chunks) else []
+        runs = local_indices(size, 0, (Shard(0),), (ways,), (at,))
+        assert [i for start, stop in runs for i in range(start, stop)] == expected
+
+
+ROWS = [
+    dict(size=3),
+    dict(size=3, start=2),
+    dict(size=2, start=1, stride=5),
+    dict(size=3, axis=1),
+    dict(size=2, index=torch.tensor([[0, 7], [4, 3], [9, 11], [12, 2]])),
+]
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_each_rank_scales_its_own_rows_and_no_others(data):
+    """On every rank the shard of the scaled weight is the scaled shard, to the bit."""
+    mesh_shape = data.draw(MESHES)
+    options = data.draw(st.sampled_from(ROWS))
+    axis = options.get("axis", 0)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    module = nn.Module()
+    weight = torch.randn((5, 19) if axis else (19, 5), generator=generator)
+    weight[3], weight[4, 4] = -0.0, torch.nan
+    rows = HeadRows(module, 4, **options)
+    factors = torch.tensor([1.0, 0.3, 1.0, 0.7])
+    placed = [(placements(data.draw, mesh_shape, 2), axis), (placements(data.draw, mesh_shape, 1), 0)]
+    for mesh in Ranks(mesh_shape):
+        for (where, along), whole in zip(placed, (weight, torch.arange(19.0)), strict=True):
+            module.weight = nn.Parameter(distribute_tensor(whole, mesh, where, src_data_rank=None))
+            module.bias = None
+            scaled = nn.Parameter(whole.clone())
+            reference = HeadRows(nn.Module(), 4, **{**options, "axis": along})
+            reference.module.weight = scaled
+            scale_heads(reference, scaled, along, factors)
+            local = module.weight.to_local()
+            scale_heads(rows, module.weight, along, factors)
+            expected = distribute_tensor(scaled.detach(), mesh, where, src_data_rank=None).to_local()
+            assert torch.equal(local.detach().view(torch.int32), expected.view(torch.int32))
+
+
+def on(mesh, module, placement, names=("weight", "bias")):
+    for name in names:
+        whole = getattr(module, name).detach()
+        setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [placement], src_data_rank=None)))
+    return module
+
+
+def test_heads_of_a_tensor_parallel_forward_go_to_their_places():
+    q, k, v = (torch.randn(2, 2, 5, 6) for _ in range(3))
+    for rank, mesh in enumerate(Ranks((2,))):
+        layer = TinyAttention("mha")
+        copied, unpickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        for each in (layer, copied, unpickled):
+            each.qk_projection()
+            on(mesh, each.q, Shard(0))
+            attention(q, k, v, max_logits=each.max_logits)
+            whole = MaxLogits(2)
+            attention(q, k, v, max_logits=whole)
+            own, others = each.max_logits.maximum.view(2, 2)[[rank, 1 - rank]]
+            assert torch.equal(own, whole.maximum)
+            assert (others == -torch.inf).all()
+            each.max_logits.reset()
+            each.max_logits.update(whole.maximum)
+            assert torch.equal(each.max_logits.bound.view(2, 2)[rank], whole.maximum)
+            assert (each.max_logits.bound.view(2, 2)[1 - rank] == -torch.inf).all()
+        observer = LocalObserver([layer.max_logits], calls=None, written_out=False)
+        of_all = [DTensor.from_local(each, mesh, [Shard(1)], run_check=False) for each in (q, k)]
+        for seen in ((q, k), of_all, [each.flatten(0, 1) for each in (q, k)]):
+            layer.max_logits.reset()
+            observer.see(*seen, scale=None)
+            torch.testing.assert_close(layer.max_logits.maximum.view(2, 2)[rank], whole.maximum)
+            assert (layer.max_logits.maximum.view(2, 2)[1 - rank] == -torch.inf).all()
+        with pytest.raises(ValueError, match=r"called with 3 query heads.*this rank has all rows of the heads \["):
+            layer.max_logits.first_of(3)
+
+
+def test_errors_say_which_weight_and_what_to_do():
+    for mesh in Ranks((2,)):
+        layer = TinyAttention("mha")
+        layer.q.weight = nn.Parameter(DTensor.from_local(torch.randn(24, 10), mesh, [Partial()]))
+        with pytest.raises(ValueError, match=r"query: weight of Linear is placed as \(Partial.*Redistribute it"):
+            layer.qk_projection()
+        layer = TinyAttention("mha")
+        projection = layer.qk_projection()
+        rows = projection.query[0]
+        layer.q.weight = nn.Parameter(DTensor.from_local(torch.randn(24, 10), mesh, [Partial()]))
+        with pytest.raises(ValueError, match="weight of Linear is placed as"):
+            scale_heads(rows, layer.q.weight, 0, torch.full((4,), 0.5))
+        on(mesh, layer.q, Replicate(), ["bias"])
+        assert rows.of(layer.q.bias, 0).shape == (4, 6)
+        on(mesh, layer.k, Shard(0))
+        with pytest.raises(ValueError, match="has its 24 rows on several ranks"):
+            projection.key[0].of(layer.k.weight, 0)
+    with pytest.raises(ValueError, match=r"counts 4 heads, but q .* has 2 query heads.*build QKClip\(model\)"):
+        attention(*(torch.randn(1, 2, 3, 4) for _ in range(3)), max_logits=MaxLogits(4))
+    layer = TinyAttention("mha")
+    layer.qk_projection()
+    with pytest.raises(ValueError, match="is no DTensor that would say which heads"):
+        layer.max_logits.first_of(2)
+
+
+def test_copies_know_their_own_queries():
+    model = TinyModel()
+    optimizer = MuonClip(model)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    again, again_optimizer = pickle.loads(pickle.dumps((model, [*optimizer.qk_clip.projections.values()])))
+    for copied, projections in ((twin, twin_optimizer.qk_clip.projections.values()), (again, again_optimizer)):
+        for layer, projection in zip(copied.layers, projections, strict=True):
+            assert projection.max_logits is layer.max_logits
+            assert layer.max_logits.query_heads.module() is layer.q
+    assert model.layers[0].max_logits.query_heads.module() is model.layers[0].q
+    del model.layers[0].q  # it is held weakly
+    assert isinstance(twin.layers[0].max_logits.query_heads, QueryHeads)
+
+
+def test_the_group_is_that_of_the_largest_mesh():
+    for mesh in Ranks((2, 2)):
+        weights = [torch.randn(4, 4)]
+        assert ClipRanks().group(weights) is dist.group.WORLD
+        first, second = mesh.mesh_dim_names
+        for part in (mesh[second], mesh):
+            weights.append(distribute_tensor(torch.randn(4, 4), part, [Shard(0)] * part.ndim, src_data_rank=None))
+            group = ClipRanks().group(weights)
+            assert dist.get_process_group_ranks(group) == sorted(part.mesh.flatten().tolist())
+        given = dist.new_group([0, 1, 2, 3])
+        assert ClipRanks(given).group(weights) is given
+        assert ClipRanks(dist.new_group([dist.get_rank()])).group(weights) is None
+        across = [
+            distribute_tensor(torch.randn(4, 4), mesh[name], [Shard(0)], src_data_rank=None) for name in (first, second)
+        ]
+        with pytest.raises(ValueError, match="process_group="):
+            ClipRanks().group(across)
+        with pytest.raises(ValueError, match="process_group="):
+            ClipRanks(replicas=mesh.get_group(first)).group(across[1:])
+        ranks = copy.deepcopy(ClipRanks(given))
+        assert ranks.group(weights) is given
+        assert pickle.loads(pickle.dumps(ranks)).group([]) is dist.group.WORLD
+    with pytest.raises(ValueError, match=r"process_group=3 is no torch\.distributed\.ProcessGroup"):
+        QKClip(TinyModel(), process_group=3)
+    assert ClipRanks().group([]) is None
+
+
+def test_a_model_too_large_to_copy_is_refused(monkeypatch):
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(10, 24), nn.Linear(10, 24)
+
+        def forward(self, x):
+            q, k = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (self.q, self.k))
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    monkeypatch.setattr(unsharded, "_MOST_BYTES", 1000)
+    for mesh in Ranks((2,)):
+        model = Bare()
+        on(mesh, on(mesh, model, Shard(0), []).q, Shard(0))
+        with pytest.raises(ValueError, match=r"Build the clip before it is sharded.*qk_clip=clip"):
+            QKClip(model)
+        projection = QKProjection.mha(q=model.q, k=model.k, num_heads=4, max_logits=MaxLogits(4))
+        assert QKClip(model, declare={"": projection}).projections[""] is projection
+
+
+# On ranks
+
+
+def ranks_of(world, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    """Scenario → what each rank saw."""
+    return ranks_of(request.param, tmp_path_factory.mktemp("sharded_clip"))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("sharded_clip")
+class TestOnRanks:
+    def test_shards_are_clipped_as_the_whole_model_is(self, results):
+        steps = {name: ranks for name, ranks in results.items() if "beyond tau" in ranks[0]}
+        assert len(steps) > 15
+        for name, ranks in steps.items():
+            for each in ranks:
+                assert 0 < each["clipped"] < each["heads"], name
+                assert each["error"] < 1e-9, name
+                assert each["seen"] < 1e-6, name
+                assert each["beyond tau"] < 1e-5, name
+                assert each["untouched"], name
+
+    def test_one_collective_and_nothing_else(self, results):
+        for name, ranks in results.items():
+            for each in ranks:
+                if "beyond tau" in each:
+                    assert each["calls"] == ["allreduce_"], name
+                    assert each["bytes"] == each["expected bytes"], name
+
+    def test_replicas_stay_the_same_to_the_bit_while_the_clip_fires(self, results):
+        runs = {name: ranks for name, ranks in results.items() if name.startswith("50 steps")}
+        assert len(runs) == 4
+        shared = 0
+        for name, ranks in runs.items():
+            digests = {}
+            assert len({each["fired"] for each in ranks}) == 1, name
+            assert ranks[0]["fired"] > 20, name
+            for each in ranks:
+                for parameter, digest in each["digests"].items():
+                    shared += parameter in digests
+                    assert digests.setdefault(parameter, digest) == digest, f"{name}: {parameter}"
+        assert shared
+
+    def test_a_rank_that_saw_nothing_takes_part(self, results):
+        first, *others = results["only_one_rank_observes"]
+        assert first["clipped"]
+        assert first["error"] < 1e-9
+        assert all(each == first for each in others)
+
+    def test_what_is_wrong_on_one_rank_is_raised_on_all(self, results):
+        *others, last = results["a_rank_in_trouble"]
+        for each in (*others, last):
+            assert "non-finite attention logits in layers.0" in each["non-finite"]
+            assert each["skipped step"] == each["seen elsewhere"] == "no error"
+        assert "attention was called 1 times" in last["unknown attention"]
+        assert all("on another rank attention was called" in each["unknown attention"] for each in others)
+
+    def test_a_gradient_on_one_rank_counts_for_all(self, results):
+        for each in results["gradients_on_one_rank"]:
+            assert each["nobody"] == "no error"
+            assert "observed no forward of layers.1" in each["the last rank"]
+
+    def test_all_ranks_know_alike_whether_there_is_something_to_do(self, results):
+        assert all(each == {"before": True, "after": False} for each in results["idle"])
+
+    @pytest.mark.parametrize("how", ["", ", ddp", ", given"])
+    def test_pipeline_stages_do_not_wait_for_each_other(self, results, how):
+        ranks = results["stages" + how]
+        half = len(ranks) // 2
+        assert [each["layers"] for each in ranks] == [1] * half + [2] * half
+        assert [each["steps"] for each in ranks] == [1] * half + [4] * half
+        assert all(each["seen"] == ranks[0]["seen"] for each in ranks[:half])
+        assert all(each["seen"] == ranks[-1]["seen"] for each in ranks[half:])
+
+    def test_attentions_are_found_and_checked_in_the_first_forward(self, results):
+        for each in results["found_in_the_first_forward"]:
+            assert len(each) >= 6
+            for name, run in each.items():
+                assert run["found"] == ["layers.0", "layers.1"], name
+                assert run["clipped"], name
+                assert run["error"] < 1e-9, name
+
+    def test_attention_takes_dtensors(self, results):
+        for each in results["attention_of_dtensors"]:
+            for groups in ("4", "1"):
+                assert each[groups]["maxima"] < 1e-6
+                assert max(each[groups]["output"], each[groups]["gradients"]) < 1e-9
+            assert "keys or values placed as (Replicate(),)" in each["message"]
+
+    def test_a_model_of_transformers_is_found_before_and_after_it_is_sharded(self, results):
+        if "llama" not in results:
+            return  # at two ranks only
+        for each in results["llama"]:
+            assert each["calls"] == [], "nothing is gathered to find it"
+            for order in ("before", "after"):
+                run = each[order]
+                assert run["found"] == {f"model.layers.{i}.self_attn": "gqa" for i in (0, 1)}
+                assert run["clipped"]
+                assert run["error"] < 1e-9
+
+    def test_meshes_that_do_not_say_who_belongs_together_are_refused(self, results):
+        if "ambiguous_meshes" not in results:
+            return  # at four ranks only
+        assert all("process_group=" in each["message"] for each in results["ambiguous_meshes"])
