@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonclip.models.config import MoEConfig
+from muonclip.models.shards import fill_normal, local, local_gate_up
 from muonclip.torch import MaxLogits, QKProjection, attention
 
 
@@ -28,7 +30,7 @@ class MoE(nn.Module):
     """A decoder-only mixture-of-experts language model.
 
     `optimizer.register_step_post_hook(model.step_hook)` balances the load of the experts. Built on the meta device, it
-    is filled by `to_empty(device=…)` and `reset_parameters()`.
+    is filled by `to_empty(device=…)` and `reset_parameters()`. `muonclip.models.parallel` spreads it over ranks.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -68,7 +70,9 @@ class MoE(nn.Module):
                 parameter.fill_(1.0)
                 continue
             writes_residual = "o_proj" in name or "down_proj" in name
-            parameter.normal_(0, self.config.init_std / math.sqrt(2 * self.config.num_layers if writes_residual else 1))
+            fill_normal(
+                parameter, self.config.init_std / math.sqrt(2 * self.config.num_layers if writes_residual else 1)
+            )
         for router in self._routers():
             router.correction_bias.zero_()
 
@@ -117,8 +121,14 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotary, document_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attend(x, rotary, document_ids)
+        return x + self.transform(x)
+
+    def attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+        return self.attn(self.attn_norm(x), rotary, document_ids)
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.mlp(self.mlp_norm(x))
 
 
 class Attention(nn.Module, ABC):
@@ -192,10 +202,11 @@ class LatentAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
-        kv = self.kv_b_proj(self.kv_a_norm(self.kv_a_proj(x))).unflatten(-1, (c.num_heads, -1))
+        kv = self.kv_b_proj(self.kv_a_norm(self.kv_a_proj(x)))
+        kv = kv.unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))  # by width: a rank may have some of the heads
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
-        k_rope = self.k_rope_proj(x)[:, :, None].expand(-1, -1, c.num_heads, -1)
-        return q.unflatten(-1, (c.num_heads, -1)), torch.cat((k_nope, k_rope), -1), v
+        k_rope = self.k_rope_proj(x)[:, :, None].expand(-1, -1, kv.shape[2], -1)
+        return q.unflatten(-1, (-1, c.qk_head_dim)), torch.cat((k_nope, k_rope), -1), v
 
     def declare(self) -> QKProjection:
         return QKProjection.mla(
@@ -299,10 +310,17 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLUs in two stacked weights; tokens are sorted by expert and multiplied group by group."""
+    """E SwiGLUs in two stacked weights; tokens are sorted by expert and multiplied group by group.
+
+    `exchange`, where experts lie on several ranks: rows sorted by expert and the experts' ends → the rows for this
+    rank's experts, their ends, and what sends results back.
+    """
+
+    exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] | None = None
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        self.num_experts = config.num_experts
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         for name, size in (("hidden_size", hidden), ("moe_intermediate_size", width)):
             if size % 8:
@@ -316,13 +334,19 @@ class Experts(nn.Module):
         """x [N, D], chosen and weights [N, K] → [N, D]: `Σ_k weights_k · expert_k(x)`."""
         n, k = chosen.shape
         by_expert, order = chosen.flatten().sort(stable=True)
-        experts = torch.arange(len(self.down_proj), device=x.device)
+        experts = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(
             by_expert, experts, right=True, out_int32=True
         )  # [E]: where the rows of each expert end
         # A permutation there and one back: its gradient is a permutation too, so sums have one order on every device.
         rows = x[:, None].expand(n, k, -1).reshape(n * k, -1).index_select(0, order)
-        rows = grouped_linear(swiglu(grouped_linear(rows, self.gate_up_proj, ends)), self.down_proj, ends)
+        back = None
+        if self.exchange is not None:
+            rows, ends, back = self.exchange(rows, ends)
+        rows = swiglu(grouped_linear(rows, local_gate_up(self.gate_up_proj), ends))
+        rows = grouped_linear(rows, local(self.down_proj), ends)
+        if back is not None:
+            rows = back(rows)
         y = rows.index_select(0, order.argsort()).view(n, k, -1)
         return (y * weights[..., None]).sum(1).to(x.dtype)
 
@@ -332,7 +356,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_up_proj = linear(hidden, 2 * width)
+        self.gate_up_proj = GateUp(hidden, 2 * width, bias=False)
         self.down_proj = linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -343,11 +367,26 @@ class RMSNorm(nn.RMSNorm):
     """In the dtype of the gain or wider, whatever autocast made of the input; the input's dtype comes back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        gain = local(self.weight)
+        return F.rms_norm(x.to(gain.dtype), self.normalized_shape, gain, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """With the rows or columns of the weight that this rank has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, local(self.weight))
+
+
+class GateUp(nn.Linear):
+    """The rows of gate, then of up, that this rank computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, local_gate_up(self.weight))
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
-    return nn.Linear(fan_in, fan_out, bias=False)
+    return Linear(fan_in, fan_out, bias=False)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
