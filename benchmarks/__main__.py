@@ -14,7 +14,7 @@ from typing import TypeVar, get_args
 
 import torch
 
-from benchmarks import summary
+from benchmarks import nodes, summary
 from benchmarks.arms import ARMS, DEFAULT_ARMS, SETTINGS, base_of, parse, with_settings
 from benchmarks.clip_cost import PLANS, QUICK
 from benchmarks.clip_cost import clip_cost as measure_clip_cost
@@ -22,27 +22,34 @@ from benchmarks.clip_cost_models import MODELS
 from benchmarks.clip_cost_page import read_clip_cost, write_into
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
-from benchmarks.evidence import evidence as run_evidence
 from benchmarks.explosion import Execution, run_panels, train_panels
+from benchmarks.nodes_run import Nodes
 from benchmarks.panel import Framework, Panel, Training
 from benchmarks.pilot import choose_rate, pilot_panel
 from benchmarks.precision import PrecisionChoice
 from benchmarks.presets import HOT, OWN_RATE, PRESETS
-from benchmarks.redraw import COMPARISON, redraw
 from benchmarks.runner import RunFailed
+from benchmarks.sharded_learner import Layout
+from benchmarks.stored import COMPARISON
+from benchmarks.train import Checkpoints
 from muonclip.models import MoEConfig
 from muonclip.models.config import Attention
+from muonclip.models.parallel import Parallelism
 
 T = TypeVar("T")
+ONLY_RANKS = ("shards", "replicas", "experts", "tensor", "accumulate", "recompute", "async_checkpoints")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 a wrong option, 130 interrupted."""
     parser, commands = _parser()
     options = parser.parse_args(arguments)
+    options.ranks = None  # of torchrun
     try:
-        options.command(options)
+        _run_command(options)
     except UsageError as error:
+        if options.ranks is not None and not options.ranks.first:
+            return 2  # the first rank says it
         commands[options.name].error(str(error))
     except RunFailed as error:
         print(error, file=sys.stderr)
@@ -51,6 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _run_command(options: argparse.Namespace) -> None:
+    """Alone, or as one of the ranks that torchrun started. What only they understand is asked of nobody else."""
+    if not nodes.launched():
+        if options.name == "explosion" and (given := [name for name in ONLY_RANKS if getattr(options, name)]):
+            option = "--" + given[0].replace("_", "-")
+            raise UsageError(option, f"is for several processes: torchrun --nproc-per-node N -m benchmarks … {option}.")
+        options.command(options)
+        return
+    if options.name not in ("explosion", "scaling"):
+        raise UsageError("command", f"{options.name} runs alone; explosion and scaling run under torchrun.")
+    if options.name == "explosion" and options.framework == "jax":
+        raise UsageError("--framework", "jax runs alone; take torchrun away, or --framework torch.")
+    wanted = options.device or PRESETS[options.preset].device
+    with nodes.joined(_device(wanted, "torch"), options.collective_timeout) as options.ranks:
+        options.command(options)
 
 
 def explosion(options: argparse.Namespace) -> None:
@@ -81,8 +105,9 @@ def explosion(options: argparse.Namespace) -> None:
     piloted = [arm for arm in arms if not arm.startswith("adamw")]
     if tried and piloted:
         pilots = train_panels([pilot_panel(panel, tried)], corpus, _execution(options))
-        rate, reason = choose_rate(pilots[0])
-        print(reason, file=sys.stderr)
+        rate, reason = _on_first(options, lambda: choose_rate(pilots[0]))
+        if pilots:
+            print(reason, file=sys.stderr)
         lr = {arm: rate if arm in piloted else panel.training.lr[arm] for arm in arms}
         panel = replace(panel, training=replace(panel.training, lr=lr))
     _run([panel], corpus, options)
@@ -101,6 +126,8 @@ def reproduce(options: argparse.Namespace) -> None:
 
 def evidence(options: argparse.Namespace) -> None:
     """The long version: see `benchmarks.evidence`."""
+    from benchmarks.evidence import evidence as run_evidence
+
     corpus = open_corpus(options.data)
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
     corpus.require(model.max_seq_len)
@@ -134,8 +161,21 @@ def optax_speed(options: argparse.Namespace) -> None:
     print(measure_optax_speed(options.out, options.rounds))
 
 
+def scaling(options: argparse.Namespace) -> None:
+    """Training steps on more and more ranks: see `benchmarks.scaling`."""
+    from benchmarks import scaling as measurement
+
+    plan = measurement.Plan(options.arms, options.preset, options.batch_size, options.rounds)
+    if options.ranks is not None:
+        measurement.measure_ranks(plan, options.ranks, options.data, options.device, options.out)
+        return
+    print(measurement.scaling(plan, options.processes, options.data, options.device, options.out))
+
+
 def report(options: argparse.Namespace) -> None:
     """Pictures and pages of finished runs: see `benchmarks.redraw`."""
+    from benchmarks.redraw import redraw
+
     redraw(options.folders, options.out, events=options.tensorboard)
 
 
@@ -187,8 +227,15 @@ def _panel(
     )
 
 
+def _on_first(options: argparse.Namespace, decide: Callable[[], T]) -> T:
+    return decide() if options.ranks is None else options.ranks.on_first(decide)
+
+
 def _run(panels: list[Panel], corpus: Corpus, options: argparse.Namespace) -> None:
-    for result in run_panels(panels, corpus, _execution(options)):
+    results = run_panels(panels, corpus, _execution(options))
+    if options.ranks is not None and not options.ranks.first:
+        return
+    for result in results:
         print(f"\n{result.panel.heading}\n{result.panel.subject}\n\n{summary.table(result)}")
     print(f"\npage     {options.out / 'report.html'}")
     print(f"pictures {options.out / 'curves.png'}, {options.out / 'heads.png'}")
@@ -197,7 +244,26 @@ def _run(panels: list[Panel], corpus: Corpus, options: argparse.Namespace) -> No
 
 
 def _execution(options: argparse.Namespace) -> Execution:
-    return Execution(options.out, options.jobs, options.precision, options.checkpoint_seconds)
+    checkpoints = Checkpoints(options.checkpoint_seconds, options.checkpoint_every)
+    together = None
+    if options.ranks is not None:
+        layout = Layout(_parallelism(options, options.ranks.size), options.accumulate or 1, options.recompute)
+        together = Nodes(options.ranks, layout, options.async_checkpoints)
+    return Execution(options.out, options.jobs, options.precision, checkpoints, together)
+
+
+def _parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
+    """By default every rank that is no replica and no part of a tensor is a shard."""
+    others = (options.replicas or 1) * (options.tensor or 1)
+    if options.shards is None and world_size % others:
+        name = "--replicas" if options.replicas else "--tensor"
+        raise UsageError(name, f"replicas · tensor = {others} must divide the {world_size} processes.")
+    return Parallelism(
+        shards=options.shards or world_size // others,
+        replicas=options.replicas or 1,
+        experts=options.experts or 1,
+        tensor=options.tensor or 1,
+    )
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -233,6 +299,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     by_hand.add_argument("--steps", type=_count, metavar="N")
     by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")
 
+    _add_rank_options(by_hand)
+
     both = commands.add_parser(
         "reproduce", help="the README's figures: logits under a hot rate and under each one's own"
     )
@@ -261,6 +329,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
         )
         command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
+        command.add_argument(
+            "--checkpoint-every", type=_count, metavar="STEPS", help="by steps and not by seconds, whatever the time"
+        )
     cost = commands.add_parser(
         "clip-cost", help="the time of whole training steps with QK-Clip and without: 25 minutes on two cores"
     )
@@ -283,6 +354,31 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     speed.set_defaults(command=optax_speed)
     speed.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json and cpu.md, or gpu")
     speed.add_argument("--rounds", type=_count, default=31, metavar="N", help="timed calls of each (default: 31)")
+
+    more = commands.add_parser(
+        "scaling", help="time training steps on more and more processes: alone for --processes, or under torchrun"
+    )
+    more.set_defaults(command=scaling)
+    more.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets scaling.json and scaling.md")
+    more.add_argument(
+        "--processes", type=_counts, default=(1, 2, 4), metavar="N,M", help="of this machine (default: 1,2,4)"
+    )
+    more.add_argument(
+        "--arms", type=_arms, default=("adamw", "muonclip"), metavar="A,B", help="default: adamw,muonclip"
+    )
+    more.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="the model (default: cpu)")
+    more.add_argument(
+        "--batch",
+        type=_count,
+        dest="batch_size",
+        default=8,
+        metavar="WINDOWS",
+        help="per process (weak scaling), or per step for each process of the most (strong scaling) (default: 8)",
+    )
+    more.add_argument("--rounds", type=_count, default=15, metavar="N", help="timed steps (default: 15)")
+    more.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
+    more.add_argument("--data", type=Path, metavar="PATH", help="default: the sources of this Python's library")
+    more.add_argument("--collective-timeout", type=_positive, default=nodes.DEFAULT_TIMEOUT, metavar="S")
 
     again = commands.add_parser(
         "report", help="draw finished runs again, without training; several folders also side by side"
@@ -308,8 +404,28 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "evidence": long,
         "clip-cost": cost,
         "optax-speed": speed,
+        "scaling": more,
         "report": again,
     }
+
+
+def _add_rank_options(command: argparse.ArgumentParser) -> None:
+    """Options that need torchrun, but for the last."""
+    degrees = command.add_argument_group("under torchrun, which trains one run after the other on all processes")
+    degrees.add_argument("--shards", type=_count, metavar="N", help="FSDP (default: all processes)")
+    degrees.add_argument("--replicas", type=_count, metavar="N", help="HSDP: copies of the shards (default: 1)")
+    degrees.add_argument("--experts", type=_count, metavar="N", help="ranks that share the experts out (default: 1)")
+    degrees.add_argument("--tensor", type=_count, metavar="N", help="ranks that share heads and widths (default: 1)")
+    degrees.add_argument("--accumulate", type=_count, metavar="N", help="micro-batches per step (default: 1)")
+    degrees.add_argument("--recompute", action="store_true", help="activations are computed again, not kept")
+    degrees.add_argument("--async-checkpoints", action="store_true", help="written beside the training")
+    degrees.add_argument(
+        "--collective-timeout",
+        type=_positive,
+        default=nodes.DEFAULT_TIMEOUT,
+        metavar="S",
+        help=f"a rank that waits longer for others ends (default: {nodes.DEFAULT_TIMEOUT:g})",
+    )
 
 
 def _arms(text: str) -> tuple[str, ...]:
@@ -335,6 +451,10 @@ def _seeds(text: str) -> tuple[int, ...]:
     if min(seeds) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers from 0, such as 0,1")
     return _distinct(seeds)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return _distinct(tuple(_count(part) for part in text.split(",")))
 
 
 def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:

@@ -37,10 +37,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

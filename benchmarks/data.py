@@ -59,13 +59,18 @@ class Corpus:
         self.names: list[str] = []
         self._digest = hashlib.sha256()
 
-    def batch(self, *, seed: int, step: int, batch_size: int, length: int) -> NDArray[np.int64]:
-        """[batch_size, length + 1] windows of the train text; inputs are [:, :-1], targets [:, 1:]."""
-        return _windows(self.train, f"train/{seed}/{step}", batch_size, length)
+    def batch(
+        self, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
+    ) -> NDArray[np.int64]:
+        """[batch_size, length + 1] windows of the train text; inputs are [:, :-1], targets [:, 1:]. `rows`: these
+        windows of the batch only."""
+        return _windows(self.train, f"train/{seed}/{step}", rows or range(batch_size), length)
 
-    def validation_batch(self, *, index: int, batch_size: int, length: int) -> NDArray[np.int64]:
+    def validation_batch(
+        self, *, index: int, batch_size: int, length: int, rows: range | None = None
+    ) -> NDArray[np.int64]:
         """The same windows for every arm, seed and step."""
-        return _windows(self.validation, f"validation/{index}", batch_size, length)
+        return _windows(self.validation, f"validation/{index}", rows or range(batch_size), length)
 
     @cached_property
     def sha256(self) -> str:
@@ -189,10 +194,9 @@ def _frame(name: str, size: int) -> bytes:
     return f"{name}\0{size}\0".encode()
 
 
-def _windows(part: NDArray[Any], key: str, batch_size: int, length: int) -> NDArray[np.int64]:
+def _windows(part: NDArray[Any], key: str, rows: range, length: int) -> NDArray[np.int64]:
     """Windows at offsets that a hash of the key draws: no generator state, the same on every platform and version."""
     offsets = (
-        int.from_bytes(hashlib.sha256(f"{key}/{row}".encode()).digest()[:8]) % (len(part) - length)
-        for row in range(batch_size)
+        int.from_bytes(hashlib.sha256(f"{key}/{row}".encode()).digest()[:8]) % (len(part) - length) for row in rows
     )
     return np.stack([part[offset : offset + length + 1] for offset in offsets]).astype(np.int64)

@@ -16,6 +16,13 @@ Windows = NDArray[np.int64]  # [B, T + 1]: tokens, and one position later their 
 class Learner(ABC):
     """One arm and seed of a panel. Every framework begins from the weights that PyTorch draws for the seed."""
 
+    measurable: bool = True
+    """Whether `reference()` can be had: not of a model too large for one device."""
+
+    def rows(self, batch_size: int) -> range:
+        """Which windows of a batch `step` and `loss` are to be given: all, but where ranks share them out."""
+        return range(batch_size)
+
     @abstractmethod
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
         """The update that follows `done` others: `loss`, `grad_norm`, `max_logits` and `clipped_heads` of its record.

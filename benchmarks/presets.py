@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.panel import Training
+from muonclip.core.schedules import WarmupConstantCosine
 from muonclip.models import MoEConfig
 
 
@@ -41,6 +42,8 @@ OWN_RATE = Training(
 """Each optimizer at the rate that serves it best, and a decay to a tenth, which serves them all. `make evidence` finds
 the rates: docs/evidence/sweep.json, of three seeds."""
 
+_K2 = WarmupConstantCosine.k2()
+
 PRESETS = {
     "cpu": Preset(MoEConfig.cpu, HOT),
     "gpu": Preset(
@@ -65,6 +68,41 @@ PRESETS = {
         seeds=(0,),
         pilot_rates=(5e-3, 1e-2, 2e-2),
     ),
+    "cluster": Preset(
+        MoEConfig.k2,
+        Training(
+            steps=_K2.total_steps,
+            batch_size=16_384,
+            lr=rates(adamw=2e-4, muon=2e-4),
+            warmup_steps=_K2.warmup,
+            decay_share=_K2.decay / _K2.total_steps,
+            final_factor=_K2.final,
+            tau=100.0,
+            validate_every=500,
+            validation_batches=1,
+            validation_batch_size=256,
+        ),
+        device="cuda",
+        seeds=(0,),
+    ),
+    "cluster-moonlight": Preset(
+        MoEConfig.moonlight,
+        Training(
+            steps=20_000,
+            batch_size=2048,
+            lr=rates(adamw=4.2e-4, muon=4.2e-4),
+            warmup_steps=500,
+            decay_share=_K2.decay / _K2.total_steps,
+            final_factor=_K2.final,
+            tau=100.0,
+            validate_every=500,
+            validation_batches=1,
+            validation_batch_size=64,
+        ),
+        device="cuda",
+        seeds=(0,),
+    ),
 }
-"""`gpu` is sized for ten minutes on one H200-class card, `node` for eight; neither was measured. `node` runs on one
-card until the harness runs under torchrun."""
+"""`gpu` is sized for ten minutes on one H200-class card, `node` for as long on eight (torchrun).
+`cluster` is Kimi K2 by its report's recipe (67M tokens a step, 15.5T in all), `cluster-moonlight` Moonlight at its peak
+rate by the same recipe (17M tokens a step); `benchmarks/launch` starts them. None of these was measured."""

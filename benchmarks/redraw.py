@@ -10,9 +10,8 @@ from pathlib import Path
 from benchmarks import heads, plot, report, stored, tensorboard
 from benchmarks.arms import label
 from benchmarks.errors import UsageError
+from benchmarks.stored import COMPARISON
 from benchmarks.summary import PanelResult
-
-COMPARISON = Path("comparison")  # in the current folder: a comparison belongs to none of the folders it compares
 
 
 def redraw(folders: Sequence[Path], out: Path | None = None, *, events: bool = False) -> None:

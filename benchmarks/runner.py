@@ -25,7 +25,7 @@ from benchmarks.errors import UsageError
 from benchmarks.metrics import from_json
 from benchmarks.panel import Panel
 from benchmarks.progress import Progress
-from benchmarks.train import RESULT
+from benchmarks.train import RESULT, Checkpoints
 from benchmarks.worker import run_folder
 
 _GRACE_SECONDS = 20.0  # for a worker to finish its step and save
@@ -75,7 +75,7 @@ def locked(folder: Path, patience: float = 10.0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoint_seconds: float) -> None:
+def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Checkpoints) -> None:
     """Run what is not finished yet, `workers` at a time. Raises RunFailed, KeyboardInterrupt (also for SIGTERM)."""
     waiting = [job for job in jobs if not job.finished]
     events: queue.SimpleQueue[tuple[Job, dict[str, Any] | None]] = queue.SimpleQueue()
@@ -89,7 +89,7 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoint_seconds:
         while waiting or processes:
             while waiting and len(processes) < workers:
                 job = waiting.pop(0)
-                processes[job] = _start(job, lock, checkpoint_seconds, events)
+                processes[job] = _start(job, lock, checkpoints, events)
             job, message = events.get()
             if message is not None:
                 progress.update(job.title, job.steps, from_json(message))
@@ -103,7 +103,7 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoint_seconds:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, lock: int, checkpoint_seconds: float, events: queue.SimpleQueue[Any]) -> subprocess.Popen[str]:
+def _start(job: Job, lock: int, checkpoints: Checkpoints, events: queue.SimpleQueue[Any]) -> subprocess.Popen[str]:
     folder = run_folder(job.folder, job.arm, job.seed)
     folder.mkdir(parents=True, exist_ok=True)
     source = str(Path(__file__).resolve().parent.parent)
@@ -114,7 +114,7 @@ def _start(job: Job, lock: int, checkpoint_seconds: float, events: queue.SimpleQ
         "MKL_NUM_THREADS": threads,
         **(_for_jax(job.panel.threads) if job.panel.framework == "jax" else {}),
     }
-    arguments = [str(job.folder), job.arm, str(job.seed), str(checkpoint_seconds)]
+    arguments = [str(job.folder), job.arm, str(job.seed), str(checkpoints.seconds), str(checkpoints.steps or 0)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],

@@ -10,6 +10,8 @@ from benchmarks.panel import Panel
 from benchmarks.summary import PanelResult, collect
 from benchmarks.worker import CONFIG
 
+COMPARISON = Path("comparison")  # in the current folder: a comparison belongs to none of the folders it compares
+
 
 def read_folder(folder: Path) -> list[PanelResult]:
     """The panel of a folder, or those of its sub-folders, with the runs that are finished; panels without any are left

@@ -21,7 +21,7 @@ class TorchLearner(Learner):
     def __init__(self, panel: Panel, arm: str, seed: int) -> None:
         self.panel, self.setup = panel, setup(panel, arm)
         self.model = first_model(panel, arm, seed)
-        self.optimizer, self.qk_clip = _update(self.model, self.setup, panel.precision)
+        self.optimizer, self.qk_clip = make_optimizer(self.model, self.setup, panel.precision)
         self.optimizer.register_step_post_hook(self.model.step_hook)
 
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
@@ -78,7 +78,11 @@ def autocast(panel: Panel) -> torch.autocast:
     return torch.autocast(panel.device, dtype=torch.bfloat16, enabled=narrow)
 
 
-def _update(model: nn.Module, own: Setup, precision: Precision) -> tuple[torch.optim.Optimizer, QKClip]:
+def make_optimizer(
+    model: nn.Module, own: Setup, precision: Precision, *, foreach: bool | None = None
+) -> tuple[torch.optim.Optimizer, QKClip]:
+    """What updates the model, and the clip: within MuonClip's step, to be called after AdamW's. `foreach`: of AdamW
+    alone; it cannot take parameters of several meshes at once."""
     training = own.training
     qk_clip = QKClip(model, tau=training.tau if own.arm.clips else math.inf, observe="always")
     if own.arm.optimizer == "adamw":
@@ -87,7 +91,7 @@ def _update(model: nn.Module, own: Setup, precision: Precision) -> tuple[torch.o
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=own.lr, betas=training.betas, eps=1e-8), qk_clip
+        return torch.optim.AdamW(groups, lr=own.lr, betas=training.betas, eps=1e-8, foreach=foreach), qk_clip
     muon = MuonClip(
         model,
         lr=own.lr,

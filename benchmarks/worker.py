@@ -20,13 +20,13 @@ import torch
 from benchmarks.data import open_corpus
 from benchmarks.metrics import to_json
 from benchmarks.panel import Panel
-from benchmarks.train import Run
+from benchmarks.train import Checkpoints, Run
 
 CONFIG = "config.json"
 _REPORT_SECONDS = 0.2
 
 
-def main(folder: Path, arm: str, seed: int, checkpoint_seconds: float) -> int:
+def main(folder: Path, arm: str, seed: int, checkpoints: Checkpoints) -> int:
     """Exit status: 0 the run is finished, 1 it was told to stop."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     stop = threading.Event()
@@ -46,7 +46,7 @@ def main(folder: Path, arm: str, seed: int, checkpoint_seconds: float) -> int:
             logits = [logit for heads in record["max_logits"].values() for logit in heads]
             _tell({"step": record["step"], "loss": record["loss"], "max_logit": max(logits, default=float("nan"))})
 
-    run.train(on_step, stop.is_set, checkpoint_seconds)
+    run.train(on_step, stop.is_set, checkpoints)
     return 0 if run.finished else 1
 
 
@@ -65,4 +65,5 @@ def _leave_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+    every = Checkpoints(float(sys.argv[4]), int(sys.argv[5]) or None)
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), every))

@@ -1,0 +1,96 @@
+"""How long collectives take, and how much of that the host waits: measured around the calls of `torch.distributed`.
+
+    blocked     seconds in which this rank's Python thread stood in a collective: inside synchronous calls, and in
+                `wait()` of asynchronous ones, issuing them included
+    in flight   seconds between the issue of a collective and its completion, which for asynchronous ones a callback on
+                their future notes, for synchronous ones their return; collectives that are in flight together count once
+
+    communication share = blocked / step        what the step would lose if collectives took no time at all
+    compute share       = 1 − communication share
+    overlap share       = 1 − blocked / in flight    of the time that collectives took, how much was computed beside
+
+Completion includes waiting for ranks that come late: imbalance counts as communication. On an accelerator `wait()` does
+not hold the host, and none of this means anything: only whole steps are timed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch.distributed as dist
+
+_WRAPPED = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
+
+
+@dataclass
+class CollectiveTimes:
+    blocked: float = 0.0
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def in_flight(self) -> float:
+        """The length of the union of the intervals."""
+        total, end = 0.0, float("-inf")
+        for begun, ended in sorted(self.intervals):
+            total += max(0.0, ended - max(begun, end))
+            end = max(end, ended)
+        return total
+
+
+@contextlib.contextmanager
+def collective_times() -> Iterator[CollectiveTimes]:
+    """Of the collectives that are issued inside by name, as `dist.all_reduce(…)`. FSDP's are not: they are C++ calls of
+    the process group."""
+    times = CollectiveTimes()
+    originals = {name: getattr(dist, name) for name in _WRAPPED}
+    try:
+        for name, original in originals.items():
+            setattr(dist, name, _timed(original, times))
+        yield times
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _timed(collective: Callable[..., Any], times: CollectiveTimes) -> Callable[..., Any]:
+    @wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        work = collective(*args, **kwargs)
+        returned = time.perf_counter()
+        times.blocked += returned - begun
+        if work is None:
+            times.intervals.append((begun, returned))
+            return None
+        work.get_future().add_done_callback(lambda _: times.intervals.append((begun, time.perf_counter())))
+        return _Waited(work, times)
+
+    return call
+
+
+class _Waited:
+    """A collective under way whose `wait()` is timed."""
+
+    def __init__(self, work: Any, times: CollectiveTimes) -> None:
+        self._work, self._times = work, times
+
+    def wait(self, *args: Any) -> Any:
+        begun = time.perf_counter()
+        result = self._work.wait(*args)
+        self._times.blocked += time.perf_counter() - begun
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
