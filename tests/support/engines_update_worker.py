@@ -12,18 +12,25 @@ from parallel_training import make_model, make_optimizer, shard, train
 from sent_bytes import SentBytes
 from torch.distributed.tensor import DTensor
 
+from muonclip.models.parallel import Parallelism, parallelize
+
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 results = {}
-for engine in ("ddp", "ddp, inner model given", "fsdp", "hsdp"):
-    if engine == "hsdp" and world < 4:
+for engine in ("ddp", "ddp, inner model given", "fsdp", "hsdp", "three ways"):
+    if engine in ("hsdp", "three ways") and world < 4:
         continue
     model = make_model()
-    wrapped = shard(model, engine.partition(",")[0])
+    wrapped, ranks, mine = model, world, rank
+    if engine == "three ways":
+        meshes = parallelize(model, Parallelism(shards=world // 2, experts=2, tensor=2))
+        ranks, mine = meshes.data_size, meshes.data_rank
+    else:
+        wrapped = shard(model, engine.partition(",")[0])
     optimizer = make_optimizer(wrapped if engine == "ddp" else model)
-    losses, norms, clipped = train(wrapped, optimizer, 20, ranks=world, rank=rank)
-    share = torch.randint(40, (1, 25), generator=torch.Generator().manual_seed(rank))
+    losses, norms, clipped = train(wrapped, optimizer, 20, ranks=ranks, rank=mine)
+    share = torch.randint(40, (1, 25), generator=torch.Generator().manual_seed(mine))
     wrapped(share[:, :-1]).sum().backward()
     with SentBytes(world) as counted:
         optimizer.step()

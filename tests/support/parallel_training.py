@@ -59,6 +59,7 @@ def train(model, optimizer, steps, *, ranks=1, rank=0, max_norm=1.0, first=0, lo
         mean = loss.detach().clone()
         if ranks > 1:
             dist.all_reduce(mean)
-        losses.append(mean.item() / ranks)
+            mean /= dist.get_world_size()
+        losses.append(mean.item())
         clipped.append(optimizer.qk_clip.report().clipped_heads if optimizer.qk_clip else 0)
     return losses, norms, clipped
