@@ -3,7 +3,7 @@
     blocked     seconds in which this rank's Python thread stood in a collective: inside synchronous calls, and in
                 `wait()` of asynchronous ones, issuing them included
     in flight   seconds between the issue of a collective and its completion, which for asynchronous ones a callback on
-                their future notes, for synchronous ones their return; collectives that are in flight together count once
+                their future notes, for synchronous ones their return; those in flight together count once
 
     communication share = blocked / step        what the step would lose if collectives took no time at all
     compute share       = 1 − communication share
@@ -16,6 +16,7 @@ not hold the host, and none of this means anything: only whole steps are timed t
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,13 +38,13 @@ _WRAPPED = (
 @dataclass
 class CollectiveTimes:
     blocked: float = 0.0
-    intervals: list[tuple[float, float]] = field(default_factory=list)
+    intervals: list[list[float]] = field(default_factory=list)  # issue, completion; infinity until then
 
     @property
     def in_flight(self) -> float:
         """The length of the union of the intervals."""
         total, end = 0.0, float("-inf")
-        for begun, ended in sorted(self.intervals):
+        for begun, ended in sorted(interval for interval in self.intervals if interval[1] < math.inf):
             total += max(0.0, ended - max(begun, end))
             end = max(end, ended)
         return total
@@ -72,24 +73,30 @@ def _timed(collective: Callable[..., Any], times: CollectiveTimes) -> Callable[.
         returned = time.perf_counter()
         times.blocked += returned - begun
         if work is None:
-            times.intervals.append((begun, returned))
+            times.intervals.append([begun, returned])
             return None
-        work.get_future().add_done_callback(lambda _: times.intervals.append((begun, time.perf_counter())))
-        return _Waited(work, times)
+        times.intervals.append(interval := [begun, math.inf])
+        work.get_future().add_done_callback(lambda _: _end(interval))
+        return _Waited(work, times, interval)
 
     return call
+
+
+def _end(interval: list[float]) -> None:
+    interval[1] = min(interval[1], time.perf_counter())
 
 
 class _Waited:
     """A collective under way whose `wait()` is timed."""
 
-    def __init__(self, work: Any, times: CollectiveTimes) -> None:
-        self._work, self._times = work, times
+    def __init__(self, work: Any, times: CollectiveTimes, interval: list[float]) -> None:
+        self._work, self._times, self._interval = work, times, interval
 
     def wait(self, *args: Any) -> Any:
         begun = time.perf_counter()
         result = self._work.wait(*args)
         self._times.blocked += time.perf_counter() - begun
+        _end(self._interval)  # the callback may come later than this thread goes on
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -126,9 +126,9 @@ def _measure(panel: Panel, arm: str, case: str, corpus: Corpus, ranks: Ranks, ro
             learner.step(windows, step, panel.training.schedule(step) * next(iter(panel.training.lr.values())))
         _settle(panel.device)
         took = time.perf_counter() - begun
-        mine = (took, optimizer.seconds, optimizer.blocked, optimizer.in_flight)
-        steps.append(max(ranks.gathered(mine), key=lambda times: times[1]) if host else mine)
-        steps[-1] = (max(each[0] for each in ranks.gathered(mine)), *steps[-1][1:])
+        everyone = ranks.gathered((took, optimizer.seconds, optimizer.blocked, optimizer.in_flight))
+        slowest = max(everyone, key=lambda times: times[1])
+        steps.append((max(times[0] for times in everyone), *slowest[1:]))
     whole, update, blocked, in_flight = (statistics.median(column) for column in zip(*steps[WARM_UP:], strict=True))
     row = {
         "arm": arm,

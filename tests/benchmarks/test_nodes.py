@@ -1,0 +1,202 @@
+"""The harness under torchrun: the curves of one process, the options, and the files that start it on nodes."""
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kill_trials
+from benchmarks.__main__ import _parallelism, _parser, main
+from benchmarks.data import open_corpus
+from benchmarks.errors import UsageError
+from benchmarks.presets import PRESETS
+from benchmarks.sharded_learner import Layout
+from benchmarks.stored import read_folder
+from muonclip.models.parallel import Parallelism
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "benchmarks" / "launch"
+STEPS = 50
+
+
+def command(out, text):
+    options = f"--preset cpu --arms adamw,muonclip --seeds 0 --steps {STEPS} --batch 8 --tau 1 --precision fp32"
+    return ["-m", "benchmarks", "explosion", *options.split(), "--data", str(text), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Real: what two modules of the standard library say."""
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_bytes(b"".join(Path(module.__file__).read_bytes() for module in (subprocess, argparse)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, *command(out, text)], cwd=ROOT, check=True, timeout=600)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (2, "--accumulate 2"),
+        (2, "--tensor 2"),
+        (4, "--replicas 2 --shards 2 --experts 2 --recompute"),
+        (8, "--shards 4 --tensor 2 --experts 4"),
+        (8, "--async-checkpoints --checkpoint-every 7"),
+    ],
+)
+def test_the_curves_of_one_process(processes, layout, alone, text, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*torchrun, *command(tmp_path, text), *layout.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MuonClip") == 1, "the first rank alone prints"
+    for arm in ("adamw", "muonclip"):
+        whole, parts = (kill_trials.records(out, arm) for out in (alone, tmp_path))
+        assert len(whole) == len(parts) == STEPS
+        for one, many in zip(whole, parts, strict=True):
+            assert many.keys() == one.keys()
+            assert many["loss"] == pytest.approx(one["loss"], abs=1e-3)
+            assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.02)
+            assert many["max_logits"].keys() == one["max_logits"].keys()
+            for attention, heads in one["max_logits"].items():
+                assert many["max_logits"][attention] == pytest.approx(heads, rel=0.01, abs=1e-3)
+        last = whole[-1]
+        for name in ("val_loss", "update_rms"):
+            assert parts[-1][name] == pytest.approx(last[name], rel=2e-3)
+        assert any(record["clipped_heads"] for record in parts) == (arm == "muonclip")
+    (drawn,) = read_folder(tmp_path)
+    assert drawn.environment["world_size"] == processes
+    assert (tmp_path / "report.html").exists()
+    # Under another number of ranks the folder is the same: all is finished, so it only draws.
+    main([*command(tmp_path, text)[2:]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "2"], "argument --shards: is for several processes: torchrun --nproc-per-node N"),
+        (["--async-checkpoints"], "argument --async-checkpoints: is for several processes"),
+        (["--tensor", "0"], "argument --tensor: '0' is not an integer of at least 1"),
+        (["--checkpoint-every", "x"], "argument --checkpoint-every: 'x' is not an integer"),
+    ],
+)
+def test_wrong_options_alone(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["explosion", "--out", str(tmp_path / "out"), *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "option", "words"),
+    [
+        (Layout(Parallelism(shards=3)), 4, "--replicas", "but there are 4"),
+        (Layout(Parallelism(shards=4, experts=3)), 4, "--experts", "must divide replicas · shards = 4"),
+        (Layout(Parallelism(tensor=3)), 3, "--tensor", "must divide num_heads=4"),
+        (
+            Layout(Parallelism(shards=2), accumulate=3),
+            2,
+            "--batch",
+            "4 windows cannot be divided over 2 data ranks × 3",
+        ),
+        (Layout(Parallelism(shards=4)), 4, "--shards", "4 data ranks do not divide the 3 windows of a validation"),
+    ],
+)
+def test_layouts_that_do_not_fit(layout, ranks, option, words, panel):
+    panel = replace(panel, training=replace(panel.training, batch_size=4))
+    with pytest.raises(UsageError) as raised:
+        layout.check(panel, ranks)
+    assert raised.value.option == option
+    assert words in str(raised.value)
+
+
+def test_a_single_process_leaves_runs_of_torchrun_alone(tmp_path, text, capsys):
+    (tmp_path / "runs" / "adamw-0" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(command(tmp_path, text)[2:])
+    assert "is of a run under torchrun that is not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.s*")))
+def test_launch_files_are_shell(file):
+    subprocess.run(["bash", "-n", LAUNCH / file], check=True)
+
+
+def launched(tmp_path, nodes, script=LAUNCH / "torchrun.sh", **variables):
+    """The words after `torchrun` that the script would start."""
+    for name, body in {
+        "torchrun": 'printf "%s\\n" "$@"',
+        "scontrol": "printf 'head-node\\nother\\n'",
+        "srun": 'shift; exec "$@"',
+    }.items():
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/sh\n{body}\n")
+        tool.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": str(nodes)} | variables
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.split("\n")[:-1], done.stderr
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 32])
+@pytest.mark.parametrize("slurm", [False, True])
+def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, panel):
+    tokens = tmp_path / "tokens.u32"
+    tokens.write_bytes(bytes(4 * 100_000))
+    variables = {"DATA": str(tokens), "OUT": "/shared/out"}
+    if slurm:
+        variables |= {
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "head-node,other",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+        }
+    script = LAUNCH / ("slurm.sbatch" if slurm else "torchrun.sh")
+    status, words, errors = launched(tmp_path, nodes, script, **variables)
+    assert status == 0, errors
+    launcher, arguments = words[: words.index("-m")], words[words.index("-m") + 2 :]
+    assert launcher[launcher.index("--nnodes") + 1] == str(nodes)
+    assert launcher[launcher.index("--rdzv-endpoint") + 1] == ("head-node:29400" if slurm else "localhost:29400")
+    options = _parser()[0].parse_args(arguments)
+    preset, ranks = PRESETS[options.preset], 8 * nodes
+    model = preset.model(vocab_size=open_corpus(tokens).vocab_size)
+    on_nodes = replace(panel, arms=options.arms, model=model, training=preset.training, device="cuda")
+    layout = Layout(_parallelism(options, ranks), options.accumulate, options.recompute)
+    layout.check(on_nodes, ranks)
+    per_rank = 12 * model.num_parameters() / (ranks // layout.parallelism.replicas)
+    assert per_rank < 50e9, "weights, momentum and gradients in fp32 beside what training needs, of 80 GB"
+    windows = preset.training.batch_size // (layout.parallelism.data * layout.accumulate)
+    assert windows == 1
+
+
+def test_other_numbers_of_nodes_are_refused(tmp_path):
+    status, _, errors = launched(tmp_path, 3, DATA="d", OUT="o")
+    assert status == 2
+    assert "NODES=3: sizes are worked out for 1, 4 and 32 nodes" in errors
+
+
+def test_recipe_of_the_cluster():
+    """Kimi K2's report, section 2.5."""
+    training = PRESETS["cluster"].training
+    assert (training.tau, training.weight_decay, training.lr["muonclip"]) == (100.0, 0.1, 2e-4)
+    schedule = training.schedule
+    assert schedule(499) == 1.0
+    assert schedule(training.steps) == pytest.approx(0.1)
+    tokens = training.batch_size * PRESETS["cluster"].model().max_seq_len
+    assert tokens == pytest.approx(67e6, rel=0.01)
+    assert (schedule.warmup + schedule.constant) * tokens == pytest.approx(10e12, rel=0.01)
+    assert schedule.decay * tokens == pytest.approx(5.5e12, rel=0.01)
