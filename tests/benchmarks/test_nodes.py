@@ -22,8 +22,8 @@ LAUNCH = ROOT / "benchmarks" / "launch"
 STEPS = 50
 
 
-# The preset as it is; and Muon's own rate with a clip that acts in every step. A clip that acts at the hot rate would show
-# nothing: there one process that is given the same windows in another order is 8e-3 away after 50 steps.
+# The preset as it is; and Muon's own rate with a clip that acts in every step. A clip that acts at the hot rate would
+# show nothing: there one process that is given the same windows in another order is 8e-3 away after 50 steps.
 ARMS = ("adamw", "muonclip", "muonclip@lr=0.005@tau=1")
 
 
