@@ -17,7 +17,6 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout, Products, iterate, normalize, update_scale
 from muonclip.torch.distribution import (
-    DEFAULT_WORKSPACE_BYTES,
     Bucket,
     Chunk,
     Distribution,
@@ -34,7 +33,6 @@ from muonclip.torch.products import choose_products
 from muonclip.torch.topology import Place
 
 __all__ = [
-    "DEFAULT_WORKSPACE_BYTES",
     "Distribution",
     "Iteration",
     "Mesh",

@@ -23,7 +23,7 @@ from muonclip.torch.matrix_shards import Runs, Slab, length, slabs_of
 from muonclip.torch.table import table
 
 Method = Literal["in place", "owner", "gram"]
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+_WORKSPACE_BYTES = 256 * 2**20
 _RESULT_BUFFERS = 4  # of a workspace each: what may be on its way back at once
 
 
@@ -280,12 +280,12 @@ class Distribution:
         return "\n".join(lines)
 
 
-def plan(parameters: Sequence[Placed], workspace_bytes: int = DEFAULT_WORKSPACE_BYTES) -> Distribution:
+def plan(parameters: Sequence[Placed], workspace_bytes: int | None = None) -> Distribution:
     """Divide the matrices of these parameters, in this order, over the ranks of their meshes; the same on every rank.
 
     In each bucket every owner gets the same number; the rest goes to those that have the least to do. Owners iterate
-    at most `workspace_bytes`, counted in float32, at once. Raises ValueError, naming the parameter, for placements that
-    are neither `Replicate` nor a shard.
+    at most `workspace_bytes` (None: 256 MiB), counted in float32, at once. Raises ValueError, naming the parameter, for
+    placements that are neither `Replicate` nor a shard.
     """
     buckets: dict[Bucket, list[Piece]] = {}
     for index, parameter in enumerate(parameters):
@@ -301,7 +301,7 @@ def plan(parameters: Sequence[Placed], workspace_bytes: int = DEFAULT_WORKSPACE_
         family = (bucket.mesh, bucket.active, bucket.replicas, bucket.m, bucket.n, bucket.iteration)
         chunks = families.setdefault(family, {}).setdefault(bucket.fixed, [])
         load = loads.setdefault(bucket.mesh, dict.fromkeys(bucket.mesh.ranks, 0))
-        chunks += _chunks(bucket, pieces, load, workspace_bytes)
+        chunks += _chunks(bucket, pieces, load, workspace_bytes or _WORKSPACE_BYTES)
     slots = 0
     in_order: list[Chunk] = []
     for islands in families.values():

@@ -19,7 +19,7 @@ from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.adamw import adamw_update, make_adamw_state
 from muonclip.torch.attention import QKProjection, declared_qk_projections
-from muonclip.torch.distributed import DEFAULT_WORKSPACE_BYTES, Distribution, Placed, Work, execute
+from muonclip.torch.distributed import Distribution, Placed, Work, execute
 from muonclip.torch.distributed import plan as plan_matrices
 from muonclip.torch.group_options import (
     DEFAULT_EPS,
@@ -55,7 +55,7 @@ class _MatrixOptimizer(Optimizer):
         if workspace_bytes is not None and not (isinstance(workspace_bytes, int) and workspace_bytes > 0):
             raise ValueError(f"workspace_bytes={workspace_bytes} must be a whole number of bytes, or None.")
         self._options = options
-        self._workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        self._workspace_bytes = workspace_bytes
         self._topology = Topology()
         self._distribution: Distribution | None = None
         self._layouts: list[list[MatrixLayout | None]] = []

@@ -427,7 +427,8 @@ def test_a_skipped_step_clips_nothing_and_the_next_one_does(accelerated, logits_
     assert not accelerated or wrapped.step_was_skipped
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not optimizer.state
+    for state in optimizer.state.values():  # accelerate asks for it when it wraps the optimizer
+        assert not any(value.any() for value in state.values())
     assert optimizer.qk_clip.report().steps == 0
 
     optimizer.zero_grad()
