@@ -16,6 +16,7 @@ from torch.nn.attention import flex_attention as flex_module
 
 from muonclip.torch.interception import flex_door, host_flex, sdpa_door
 from muonclip.torch.sdpa import host_sdpa
+from muonclip.torch.unsharded import plain_class
 
 
 def _door_to(function: Any) -> Any:
@@ -35,7 +36,7 @@ class Doors:
         standing = F.scaled_dot_product_attention  # perhaps somebody's own kernel
         cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))
         cls._put(flex_module, "flex_attention", flex_door)
-        kinds = {type(module) for module in model.modules()}
+        kinds = {plain_class(module) for module in model.modules()}
         for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):
             if holder is not None:
                 cls._put_in_place_of_imports(holder)

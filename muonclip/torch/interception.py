@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
 
 from muonclip.torch.attention_mask import AttentionMask
+from muonclip.torch.local_attention import local_queries_and_keys
 from muonclip.torch.max_logits import MaxLogits
 from muonclip.torch.scores import ScoreTracker, WrittenOut
 from muonclip.torch.sdpa import host_sdpa, sdpa_with_lse
@@ -91,21 +93,26 @@ class Observer:
         )
 
     def see(self, q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None = None, **mask: Any) -> None:
-        """One call: q [..., Tq, d], k [..., Tk, d] with heads in front; `mask`: as `AttentionMask` takes it."""
+        """One call: q [..., Tq, d], k [..., Tk, d] with heads in front, this rank's or, as DTensors, all of them;
+        `mask`: as `AttentionMask` takes it."""
         statistic = self.statistic()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if q.is_meta:
             return
         if q.is_nested:
             raise RuntimeError("QK-Clip cannot observe nested tensors. Use padded or packed sequences with a mask.")
-        dense = mask.pop("attn_mask", None)
-        q, k, dense = with_heads(q.detach(), k.detach(), dense, statistic.num_heads)
+        q, k = q.detach(), k.detach()
+        if isinstance(q, DTensor):
+            q, k = local_queries_and_keys(q, k)
+        mask = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in mask.items()}
+        q, k, dense = with_heads(q, k, mask.pop("attn_mask", None), statistic.heads_in(q))
         allowed = AttentionMask(q.shape[-2], k.shape[-2], attn_mask=dense, **mask)
         statistic.observe(q, k, scale=scale, mask=allowed, lse=lse)
 
     def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        y, lse = sdpa_with_lse(**arguments) if call is host_sdpa else (call(**arguments), None)
         q, k, scale = arguments["query"], arguments["key"], arguments["scale"]
+        with_lse = call is host_sdpa and not isinstance(q, DTensor)
+        y, lse = sdpa_with_lse(**arguments) if with_lse else (call(**arguments), None)
         self.see(q, k, scale, lse, attn_mask=arguments["attn_mask"], is_causal=arguments["is_causal"])
         return y
 

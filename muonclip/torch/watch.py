@@ -24,6 +24,7 @@ from muonclip.torch.attention_search import Site, refusal, search
 from muonclip.torch.doors import Doors
 from muonclip.torch.interception import (
     Hooks,
+    Observer,
     Unclaimed,
     attach,
     begin_listening,
@@ -31,7 +32,6 @@ from muonclip.torch.interception import (
     enter,
     observers,
 )
-from muonclip.torch.local_observer import LocalObserver
 from muonclip.torch.rehearsal import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
 from muonclip.torch.unsharded import TooLarge
 
@@ -209,7 +209,7 @@ class Watch:
         for site in self.sites.values():
             if site.via != "declared":
                 statistics = [projection.max_logits for projection in site.projections]
-                observer = LocalObserver(statistics, calls=site.calls, written_out=site.via == "written out")
+                observer = Observer(statistics, calls=site.calls, written_out=site.via == "written out")
                 attach(self.model.get_submodule(site.module), observer, self._observers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:

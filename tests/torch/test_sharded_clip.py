@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from tiny_attention import TinyAttention, TinyModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
+from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
 from muonclip.torch.attention import scale_heads
 from muonclip.torch.clip_ranks import ClipRanks
+from muonclip.torch.interception import Observer
 from muonclip.torch.local_heads import QueryHeads
-from muonclip.torch.local_observer import LocalObserver
 from muonclip.torch.shard_indices import local_indices
 
 WORKER = Path(__file__).parents[1] / "support" / "sharded_clip_worker.py"
@@ -149,7 +151,7 @@ def test_heads_of_a_tensor_parallel_forward_go_to_their_places():
             each.max_logits.update(whole.maximum)
             assert torch.equal(each.max_logits.bound.view(2, 2)[rank], whole.maximum)
             assert (each.max_logits.bound.view(2, 2)[1 - rank] == -torch.inf).all()
-        observer = LocalObserver([layer.max_logits], calls=None, written_out=False)
+        observer = Observer([layer.max_logits], calls=None, written_out=False)
         of_all = [DTensor.from_local(each, mesh, [Shard(1)], run_check=False) for each in (q, k)]
         for seen in ((q, k), of_all, [each.flatten(0, 1) for each in (q, k)]):
             layer.max_logits.reset()
@@ -244,6 +246,29 @@ def test_a_model_too_large_to_copy_is_refused(monkeypatch):
             QKClip(model)
         projection = QKProjection.mha(q=model.q, k=model.k, num_heads=4, max_logits=MaxLogits(4))
         assert QKClip(model, declare={"": projection}).projections[""] is projection
+
+
+class ByAnotherName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(12, 24, bias=False), nn.Linear(12, 24, bias=False)
+
+    def forward(self, x):
+        q, k = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (self.q, self.k))
+        return attend_by_another_name(q, k, k)
+
+
+def test_a_function_imported_by_name_is_observed_after_fully_shard():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(nn.Sequential(fully_shard(ByAnotherName())))
+        clip = QKClip(model, example_inputs=torch.randn(2, 5, 12), observe="always")
+        model(torch.randn(2, 5, 12))
+        assert clip.projections["0"].max_logits.observed == 1
+        clip.remove()
+    finally:
+        dist.destroy_process_group()
+    assert attend_by_another_name is nn.functional.scaled_dot_product_attention
 
 
 # On ranks
