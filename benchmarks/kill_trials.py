@@ -2,7 +2,7 @@
 
 Each trial starts a tiny run under torchrun, kills one rank with SIGKILL, drawn at random: after a step, or while a
 checkpoint is being written. torchrun starts all ranks again, and what the run ends with is compared with what it ends
-with undisturbed, bit for bit: every record but its speed. One JSON line per trial:
+with undisturbed, bit for bit: every record but its speed. After a line of the environment, one JSON line per trial:
 
     trial, arm, processes, rank        which rank was killed
     what, step, seen                   "after step" or "during save"; the step drawn, and the last one recorded by then
@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import metrics
+from benchmarks.environment import environment
 from benchmarks.nodes import PIDS
 from benchmarks.nodes_run import STARTS
 from benchmarks.train import METRICS
@@ -57,17 +59,13 @@ class Missed(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 every trial ended as the undisturbed run, 1 one did not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_trials", description="Does a run survive kill -9?")
-    parser.add_argument("--trials", type=int, default=20, metavar="N")
-    parser.add_argument("--processes", type=int, default=4, metavar="N")
-    parser.add_argument("--arm", default="muonclip")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, options.out.open("w") as log:
         lines = kill_trials(Path(scratch), options.trials, options.processes, options.arm, options.seed)
         equal = []
+        made = environment() | {"command": shlex.join(["python", "-m", "benchmarks.kill_trials", *sys.argv[1:]])}
+        log.write(json.dumps({"environment": made}) + "\n")
         for line in lines:
             equal.append(line["equal"])
             log.write(json.dumps(line) + "\n")
@@ -75,6 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(line), flush=True)
     print(f"{sum(equal)} of {len(equal)} trials ended as the undisturbed run, bit for bit.")
     return 0 if all(equal) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill_trials", description="Does a run survive kill -9?"
+    )
+    options.add_argument("--trials", type=int, default=20, metavar="N")
+    options.add_argument("--processes", type=int, default=4, metavar="N")
+    options.add_argument("--arm", default="muonclip")
+    options.add_argument("--seed", type=int, default=0, help="of the draws")
+    options.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    return options
 
 
 def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int) -> Any:

@@ -127,7 +127,7 @@ def joined(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
 def _store_of_this_start(ranks: Ranks, store: distributed_c10d.Store) -> distributed_c10d.Store:
     """A part of torchrun's store that no earlier start has written to.
 
-    torchrun keeps one store over its restarts (torch 2.13, pytorch issue 167288), and a rank that reads the address of
+    torchrun keeps one store over its restarts (torch 2.13, pytorch issue 135712), and a rank that reads the address of
     a dead one there waits for it in vain. The number of the restart does not tell starts apart: nodes may differ in it.
     So every rank shows the first one a name of its own, and is told the name of this start.
     """

@@ -22,11 +22,13 @@ import pytest
 import torch
 from model_zoo import ZOO
 from playwright.sync_api import sync_playwright
+from torch.distributed import run as distributed_run
 
 import muonclip.core
 import muonclip.models
 import muonclip.optax
 import muonclip.torch
+from benchmarks import kill_trials
 from benchmarks.__main__ import _parser
 from muonclip.core import COEFFICIENT_SETS
 from muonclip.torch import distributed, group_options, optimizer
@@ -36,7 +38,8 @@ README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED))
+SCALING = ROOT / "docs" / "scaling" / "cpu.md"  # of docs/parallel/harness.md
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED, SCALING))
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -155,13 +158,16 @@ def test_no_block_escapes_by_its_language(page):
     assert page.read_text(encoding="utf-8").count("```") == 2 * len(list(blocks_of(page)))
 
 
+COMMANDS = "(?:make|python -m|pip|torchrun)"
+
+
 def commands_of(page):
     """Commands in blocks for the shell, in indented blocks and in `code`, without those cut short by an ellipsis."""
     text = page.read_text(encoding="utf-8")
     lines = [line for block in blocks_of(page) if block.language == "sh" for line in block.code.splitlines()]
     prose = FENCE.sub("", text)
-    lines += re.findall(r"^    ((?:make|python -m|pip) .*)$", prose, re.MULTILINE)
-    lines += re.findall(r"`((?:make|python -m|pip) [^`]*)`", prose)
+    lines += re.findall(rf"^    ({COMMANDS} .*)$", prose, re.MULTILINE)
+    lines += re.findall(rf"`({COMMANDS} [^`]*)`", prose)
     return [shlex.split(line) for line in lines if line.strip()]
 
 
@@ -183,6 +189,12 @@ def check_command(words):
     elif words[:3] == ["python", "-m", "benchmarks"]:
         if len(words) > 3:
             assert accepts(words[3:]), words
+    elif words[:3] == ["python", "-m", "benchmarks.kill_trials"]:
+        kill_trials.parser().parse_args(words[3:])
+    elif words[0] == "torchrun":
+        launch = distributed_run.get_args_parser().parse_args(words[1:])
+        if launch.module:
+            check_command(["python", "-m", launch.training_script, *launch.training_script_args])
     elif words[:2] == ["pip", "install"]:
         extras = re.search(r"\[(.*)\]", words[2])[1].split(",")
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -204,7 +216,14 @@ def test_commands_are_found_wherever_they_stand():
 
 
 @pytest.mark.parametrize(
-    "command", ["make nothing", "make test NOTHING=1", "python -m benchmarks explosion --preset huge", "rm -rf /"]
+    "command",
+    [
+        "make nothing",
+        "make test NOTHING=1",
+        "python -m benchmarks explosion --preset huge",
+        "torchrun --nproc-per-node 2 -m benchmarks explosion --preset huge",
+        "rm -rf /",
+    ],
 )
 def test_commands_that_do_not_exist_are_found_out(command, capsys):
     with pytest.raises(AssertionError):
