@@ -6,7 +6,6 @@ the record are of the whole batch, on every rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,12 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.arms import setup
 from benchmarks.errors import UsageError
-from benchmarks.learner import Learner, Windows
+from benchmarks.learner import Windows
 from benchmarks.panel import Panel
-from benchmarks.torch_learner import first_model, make_optimizer
+from benchmarks.torch_learner import TorchLearner, first_model, make_optimizer
 from muonclip.models.parallel import Parallelism, parallelize
 from muonclip.models.torch import MoE
-from muonclip.torch import MuonClip
 from muonclip.torch.distributed import clip_grad_norm_
 
 LARGEST_MEASURED = 10**9
@@ -68,7 +66,7 @@ class Layout:
         return {**asdict(self.parallelism), "accumulate": self.accumulate, "recompute": self.recompute}
 
 
-class ShardedLearner(Learner):
+class ShardedLearner(TorchLearner):
     def __init__(self, panel: Panel, arm: str, seed: int, layout: Layout) -> None:
         self.panel, self.setup, self.layout = panel, setup(panel, arm), layout
         size = self.setup.model.num_parameters()
@@ -100,28 +98,14 @@ class ShardedLearner(Learner):
         each = batch_size // self.meshes.data_size
         return range(self.meshes.data_rank * each, (self.meshes.data_rank + 1) * each)
 
-    def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad()
+    def _gradients(self, windows: Windows) -> tuple[float, float]:
         total = torch.zeros((), device=self.panel.device)
         for tokens in self._on_device(windows).chunk(self.layout.accumulate):
             loss = self.model.loss(tokens[:, :-1], tokens[:, 1:]) / self.layout.accumulate
             loss.backward()
             total += loss.detach()
         norm = clip_grad_norm_(self.parameters.values(), self.setup.training.grad_clip)
-        measured = {"loss": self._mean(total), "grad_norm": norm.item()}
-        if not math.isfinite(measured["loss"] + measured["grad_norm"]):
-            return measured | {"max_logits": {}, "clipped_heads": 0}
-        self.qk_clip.tau = self.setup.tau(done)
-        self.optimizer.step()
-        if not isinstance(self.optimizer, MuonClip):
-            self.qk_clip.step()
-        report = self.qk_clip.report()
-        return measured | {
-            "max_logits": {name: layer.max_logits.tolist() for name, layer in report.layers.items()},
-            "clipped_heads": report.clipped_heads,
-        }
+        return self._mean(total), norm.item()
 
     @torch.no_grad()
     def loss(self, windows: Windows) -> float:

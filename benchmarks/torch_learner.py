@@ -27,12 +27,10 @@ class TorchLearner(Learner):
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(windows)
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.training.grad_clip)
-        measured = {"loss": loss.item(), "grad_norm": norm.item()}
-        if not math.isfinite(measured["loss"] + measured["grad_norm"]):
+        loss, norm = self._gradients(windows)
+        measured = {"loss": loss, "grad_norm": norm}
+        if not math.isfinite(loss + norm):
             return measured | {"max_logits": {}, "clipped_heads": 0}
         self.qk_clip.tau = self.setup.tau(done)
         self.optimizer.step()
@@ -43,6 +41,13 @@ class TorchLearner(Learner):
             "max_logits": {name: layer.max_logits.tolist() for name, layer in report.layers.items()},
             "clipped_heads": report.clipped_heads,
         }
+
+    def _gradients(self, windows: Windows) -> tuple[float, float]:
+        """The backward pass of the batch and the clipping of its gradients; its loss, and their norm before."""
+        loss = self._loss(windows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.training.grad_clip)
+        return loss.item(), norm.item()
 
     @torch.no_grad()
     def loss(self, windows: Windows) -> float:

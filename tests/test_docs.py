@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ import torch
 from model_zoo import ZOO
 from playwright.sync_api import sync_playwright
 from torch.distributed import run as distributed_run
+from torchrun import torchrun
 
 import muonclip.core
 import muonclip.models
@@ -125,17 +125,8 @@ def test_every_script_for_several_ranks_runs_and_prints_what_the_page_says(page,
     for block in blocks_of(page):
         if launch := LAUNCHED.match(block.code):
             (tmp_path / launch[2]).write_text(block.code, encoding="utf-8")
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", launch[1]]
-            done = subprocess.run(
-                [*torchrun, launch[2]],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=300,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            assert done.stdout == block.output
+            printed = torchrun(launch[1], tmp_path / launch[2], cwd=tmp_path)
+            assert printed == block.output
 
 
 def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped():

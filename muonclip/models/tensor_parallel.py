@@ -28,7 +28,7 @@ def place(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[P
     part = whole.detach()
     for axis, size in enumerate(whole.shape):
         runs = local_indices(size, axis, placements, mesh.shape, coordinate)
-        if runs != [(0, size)]:
+        if runs != ((0, size),):
             part = torch.cat([part.narrow(axis, start, stop - start) for start, stop in runs], axis)
     placed = DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
     module.register_parameter(name, nn.Parameter(placed, requires_grad=whole.requires_grad))

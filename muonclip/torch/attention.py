@@ -72,7 +72,7 @@ class HeadRows:
         if isinstance(parameter, DTensor):
             whole = parameter.shape[axis]
             parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
-            if runs != [(0, whole)]:
+            if runs != ((0, whole),):
                 raise ValueError(
                     f"{self.weight} has its {whole} rows on several ranks, this one has {runs}: its heads cannot be "
                     "read here. Read the whole weight, parameter.full_tensor()."
@@ -304,7 +304,7 @@ def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -
     parameter, runs = local_rows(rows.name_of(parameter), parameter, axis)
     if not runs:
         return
-    if rows.index is None and runs == [(0, size)]:
+    if rows.index is None and runs == ((0, size),):
         heads = rows.of(parameter, axis)
         shape = [1] * heads.ndim
         shape[axis] = rows.num_heads

@@ -28,8 +28,9 @@ from muonclip.torch.distribution import (
 )
 from muonclip.torch.gradient_norm import clip_grad_norm_
 from muonclip.torch.local_matrices import editing, local_matrices
-from muonclip.torch.matrix_shards import Slab, length
+from muonclip.torch.matrix_shards import Slab
 from muonclip.torch.products import choose_products
+from muonclip.torch.runs import length
 from muonclip.torch.topology import Place
 
 __all__ = [

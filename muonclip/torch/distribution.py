@@ -19,7 +19,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from muonclip.core import MatrixLayout
 from muonclip.core.coefficients import Coefficients, gram_restarts, resolve_coefficients
-from muonclip.torch.matrix_shards import Runs, Slab, length, slabs_of
+from muonclip.torch.matrix_shards import Slab, slabs_of
+from muonclip.torch.runs import Runs, length
 from muonclip.torch.table import table
 
 Method = Literal["in place", "owner", "gram"]

@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
+from muonclip.torch.runs import Runs
 from muonclip.torch.shard_indices import local_indices
 
 if TYPE_CHECKING:
     from muonclip.torch.attention import HeadRows
-
-Runs = list[tuple[int, int]]
 
 
 def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, Runs]:
     """What this rank has of a parameter, to read and write in place, and which of the rows along `axis` these are, in
     order. `name`: for the error. Raises ValueError for placements that do not say where a row is."""
     if not isinstance(parameter, DTensor):
-        return parameter, [(0, parameter.shape[axis])]
+        return parameter, ((0, parameter.shape[axis]),)
     check_placements(name, parameter)
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     if coordinate is None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.matrix_shards import Runs, Slab, length
+from muonclip.torch.matrix_shards import Slab
+from muonclip.torch.runs import Runs, length
 
 
 def local_matrices(tensor: Tensor, layout: MatrixLayout, slab: Slab, position: int) -> Tensor:

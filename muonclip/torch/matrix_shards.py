@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,9 +16,8 @@ from typing import NamedTuple
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from muonclip.core import MatrixLayout
+from muonclip.torch.runs import Runs, length, merged, sliced
 from muonclip.torch.shard_indices import local_indices
-
-Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,6 @@ class Slab:
         return self.fan_out > self.fan_in
 
 
-def length(runs: Runs) -> int:
-    return sum(stop - start for start, stop in runs)
-
-
 @lru_cache(maxsize=4096)
 def slabs_of(
     shape: tuple[int, ...], layout: MatrixLayout, placements: tuple[Placement, ...], mesh_shape: tuple[int, ...]
@@ -82,10 +77,7 @@ def slabs_of(
         coordinate = [0] * len(mesh_shape)
         for dim, index in zip(mesh_dims, at, strict=True):
             coordinate[dim] = index
-        each = [
-            tuple(local_indices(shape[dim], dim, tuple(placements), tuple(mesh_shape), tuple(coordinate)))
-            for dim in tensor_dims
-        ]
+        each = [local_indices(shape[dim], dim, placements, mesh_shape, coordinate) for dim in tensor_dims]
         return _flattened([shape[dim] for dim in tensor_dims], each)
 
     batch_dims, out_dims, in_dims = dims_of(axes.batch), dims_of(axes.out), dims_of(axes.into)
@@ -172,20 +164,9 @@ def _rows_of_heads(layout: MatrixLayout, fan_out: int) -> list[list[Runs]]:
     for size, count in zip(blocks, heads, strict=True):
         repeated = tuple((n * period + begin, n * period + begin + size) for n in range(layout.repeats))
         rows = size * layout.repeats // count
-        result.append([_slice(repeated, head * rows, (head + 1) * rows) for head in range(count)])
+        result.append([sliced(repeated, head * rows, (head + 1) * rows) for head in range(count)])
         begin += size
     return result
-
-
-def _slice(runs: Runs, start: int, stop: int) -> Runs:
-    """The entries of the concatenated runs from `start` to `stop`."""
-    parts, passed = [], 0
-    for first, last in runs:
-        low, high = max(start - passed, 0), min(stop - passed, last - first)
-        if low < high:
-            parts.append((first + low, first + high))
-        passed += last - first
-    return _merged(parts)
 
 
 def _intersect(wanted: Runs, there: Runs) -> tuple[Runs, Runs]:
@@ -204,17 +185,7 @@ def _intersect(wanted: Runs, there: Runs) -> tuple[Runs, Runs]:
             ours.append(run)
             theirs.append((passed + low - start, passed + low - start + size))
         passed += stop - start
-    return tuple(_merged(ours)), tuple(_merged(theirs))
-
-
-def _merged(runs: Iterable[tuple[int, int]]) -> Runs:
-    merged: list[tuple[int, int]] = []
-    for start, stop in runs:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
+    return merged(ours), merged(theirs)
 
 
 def _flattened(sizes: Sequence[int], each: Sequence[Runs]) -> Runs:
@@ -225,9 +196,9 @@ def _flattened(sizes: Sequence[int], each: Sequence[Runs]) -> Runs:
     inner = math.prod(sizes[1:])
     within = _flattened(sizes[1:], rest)
     if within == ((0, inner),):
-        return _merged((start * inner, stop * inner) for start, stop in runs)
+        return merged((start * inner, stop * inner) for start, stop in runs)
     indices = (index for start, stop in runs for index in range(start, stop))
-    return _merged((index * inner + start, index * inner + stop) for index in indices for start, stop in within)
+    return merged((index * inner + start, index * inner + stop) for index in indices for start, stop in within)
 
 
 def _coordinates(mesh_shape: Sequence[int], dims: Sequence[int]) -> list[tuple[int, ...]]:

@@ -7,23 +7,23 @@ from functools import lru_cache
 
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-Runs = tuple[tuple[int, int], ...]
+from muonclip.torch.runs import Runs, merged, sliced
 
 
 def local_indices(
     size: int, tensor_dim: int, placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]
-) -> list[tuple[int, int]]:
+) -> Runs:
     """Runs (start, stop) of the global indices 0 … size−1 along `tensor_dim`, in the order of the local tensor.
 
     `placements`, `mesh_shape`, `coordinate`: by mesh dimension; placements name non-negative axes. What is not sharded
-    along the axis is whole; nothing: an empty list.
+    along the axis is whole; () where there is nothing.
     """
     cuts = tuple(
         (ways, at, placement.split_factor if isinstance(placement, _StridedShard) else 1)
         for placement, ways, at in zip(placements, mesh_shape, coordinate, strict=True)
         if isinstance(placement, Shard | _StridedShard) and placement.dim == tensor_dim
     )
-    return list(_cut(size, cuts))
+    return _cut(size, cuts)
 
 
 @lru_cache(maxsize=65536)
@@ -35,8 +35,8 @@ def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> Runs:
         for start, stop in _chunks(0, total, factor):
             chunks = _chunks(start, stop, ways)
             if at < len(chunks):
-                pieces += _slice(runs, *chunks[at])
-        runs = _merged(pieces)
+                pieces += sliced(runs, *chunks[at])
+        runs = merged(pieces)
     return runs
 
 
@@ -44,23 +44,3 @@ def _chunks(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """As `torch.chunk`: of equal size, rounded up; the last ones may be shorter or missing."""
     size = max(1, -(-(stop - start) // count))
     return [(low, min(low + size, stop)) for low in range(start, stop, size)]
-
-
-def _slice(runs: Runs, start: int, stop: int) -> list[tuple[int, int]]:
-    parts, passed = [], 0
-    for first, last in runs:
-        low, high = max(start - passed, 0), min(stop - passed, last - first)
-        if low < high:
-            parts.append((first + low, first + high))
-        passed += last - first
-    return parts
-
-
-def _merged(runs: Sequence[tuple[int, int]]) -> Runs:
-    merged: list[tuple[int, int]] = []
-    for start, stop in runs:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return tuple(merged)

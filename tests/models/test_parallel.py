@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun import torchrun
 
 from muonclip.models import MoEConfig
 from muonclip.models.parallel import Parallelism
@@ -84,16 +82,7 @@ def results(tmp_path_factory):
         if ranks not in made:
             made[ranks] = {}  # of a failure, not to try again
             folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            done = subprocess.run(
-                [*command, str(WORKER), str(folder), json.dumps(CASES[ranks])],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-5000:]
+            torchrun(ranks, WORKER, folder, json.dumps(CASES[ranks]))
             made[ranks] = json.loads((folder / "0.json").read_text())
         return made[ranks][case]
 

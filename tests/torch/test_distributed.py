@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
+from torchrun import torchrun
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.distributed import Iteration, Mesh, Placed, plan
@@ -221,16 +222,7 @@ def results(tmp_path_factory):
     def of(world):
         if world not in found:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-            done = subprocess.run(
-                [*command, str(WORKER), str(folder)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-5000:]
+            torchrun(world, WORKER, folder)
             found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
         return found[world]
 

@@ -5,9 +5,6 @@ Wherever an engine only adds its loop, its weights are compared with those of a 
 
 import copy
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -20,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_llama import HEAD, HEADS, LAYERS, Probe, attentions_of, tiny_llama, tiny_tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrun import torchrun
 from transformers.optimization import Adafactor
 
 from muonclip.torch import MuonClip, QKClip
@@ -592,16 +590,7 @@ def test_lightning_resumes_to_the_bit(tmp_path, whole):
     ],
 )
 def test_replicas_of_an_engine_stay_the_same_to_the_bit_while_the_clip_fires(tmp_path, engine):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(WORKER), engine, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, WORKER, engine, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["clipped"] == second["clipped"]
     assert sum(first["clipped"]) > 4

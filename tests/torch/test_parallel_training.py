@@ -1,13 +1,11 @@
 """Twenty steps of the reference model, the clip firing, under torch's engines: the single process' curve."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from parallel_training import make_model, make_optimizer, train
+from torchrun import torchrun
 
 WORKER = Path(__file__).parents[1] / "support" / "engines_update_worker.py"
 pytestmark = pytest.mark.slow
@@ -22,16 +20,7 @@ def alone():
 @pytest.fixture(scope="module", params=[2, 4, 8])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(request.param, WORKER, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

@@ -3,10 +3,7 @@
 import copy
 import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchrun import torchrun
 
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
 from muonclip.torch.attention import scale_heads
@@ -275,16 +273,7 @@ def test_a_function_imported_by_name_is_observed_after_fully_shard():
 
 
 def ranks_of(world, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(world, WORKER, folder)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 

@@ -1,28 +1,17 @@
 """A checkpoint of torch.distributed.checkpoint, saved on four ranks, goes on at any number of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun import torchrun
 
 WORKER = Path(__file__).parents[1] / "support" / "dcp_worker.py"
 pytestmark = pytest.mark.slow
 
 
 def run(ranks, mode, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(WORKER), mode, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(ranks, WORKER, mode, folder)
     return json.loads((folder / f"{mode}-{ranks}.json").read_text())
 
 
