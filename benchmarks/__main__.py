@@ -82,7 +82,8 @@ def explosion(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     _check_framework(options)
     device = _device(options.device or preset.device, options.framework)
-    corpus = open_corpus(options.data)
+    ranks = options.ranks
+    corpus = open_corpus(options.data) if ranks is None else ranks.on_each(lambda: open_corpus(options.data))
     training = preset.training
     for name in ("steps", "batch_size", "tau"):
         if getattr(options, name) is not None:

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, options.out.open("w") as log:
-        lines = kill_trials(Path(scratch), options.trials, options.processes, options.arm, options.seed)
+        more = ["--async-checkpoints"] if options.async_checkpoints else []
+        lines = kill_trials(Path(scratch), options.trials, options.processes, options.arm, options.seed, *more)
         equal = []
         made = environment() | {"command": shlex.join(["python", "-m", "benchmarks.kill_trials", *sys.argv[1:]])}
         log.write(json.dumps({"environment": made}) + "\n")
@@ -81,17 +82,18 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--trials", type=int, default=20, metavar="N")
     options.add_argument("--processes", type=int, default=4, metavar="N")
+    options.add_argument("--async-checkpoints", action="store_true", help="written beside the training")
     options.add_argument("--arm", default="muonclip")
     options.add_argument("--seed", type=int, default=0, help="of the draws")
     options.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     return options
 
 
-def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int) -> Any:
-    """Yields the line of each trial; every third kills during a save."""
+def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> Any:
+    """Yields the line of each trial; every third kills during a save. `more`: options of the runs."""
     draws = random.Random(seed)
     reference = scratch / "undisturbed"
-    finish(start(scratch, reference, processes, arm))
+    finish(start(scratch, reference, processes, arm, *more))
     expected = records(reference, arm)
     for number in range(trials):
         during_save = number % 3 == 2
@@ -100,7 +102,7 @@ def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int)
         trial = Trial(draws.randrange(processes), step, files)
         begun = time.monotonic()
         out = scratch / str(number)
-        process = start(scratch, out, processes, arm)
+        process = start(scratch, out, processes, arm, *more)
         told, failure = {}, {}
         try:
             told = kill_at(trial, out, process, arm)
@@ -185,7 +187,10 @@ def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -
         saved = trial.files and (len(written) >= trial.files or complete.exists())  # over between two looks, perhaps
         if saved or (not trial.files and _recorded(folder) >= trial.step):
             pid = json.loads((out / PIDS / f"{trial.rank}.json").read_text())["pid"]
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                raise Missed(f"rank {trial.rank} had ended before {trial}") from None
             return {"seen": _recorded(folder), **({"folder": written} if trial.files else {})}
         time.sleep(_POLL)
     raise Missed(f"{trial} did not come within {_PATIENCE:g} s")

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.errors import UsageError
@@ -71,6 +72,18 @@ class Ranks:
         if answer[1] is not None:
             raise UsageError(*answer[1])
         return answer[0]
+
+    def on_each(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; the UsageError that it raises on any of them, on all."""
+        made, wrong = None, None
+        try:
+            made = make()
+        except UsageError as error:
+            wrong = (error.option, error.message)
+        for rank, problem in enumerate(self.gathered(wrong)):
+            if problem is not None:
+                raise UsageError(problem[0], f"{problem[1]} (rank {rank})")
+        return cast(T, made)
 
     def any_of(self, *flags: bool) -> list[bool]:
         """Each flag, whether any rank has raised it."""
@@ -164,7 +177,10 @@ def ending(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
         dist.destroy_process_group()
         raise
-    except Exception as error:  # also of a library: whatever it is, the other ranks wait for this one
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # whatever it is, the others wait
         if (message := lost_message(error, ranks)) is None:
             traceback.print_exc()
             message = f"rank {ranks.rank} of {ranks.size}: failed as above; the other ranks will miss it and end."

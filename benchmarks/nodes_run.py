@@ -116,7 +116,8 @@ class NodesRun(Run):
             self.wall_seconds, self.train_seconds = state["wall_seconds"], state["train_seconds"]
             self._say(f"goes on from {found}")
         elif found is not None:
-            self._say(f"starts from the beginning: {found} is whole, but the records up to it are not")
+            self.checkpoints.put_aside()
+            self._say(f"starts from the beginning: {found} is whole, but the records up to it are not; it is put aside")
         else:
             self._say("starts from the beginning" + (": no checkpoint is left" if problems else ""))
         self._record_start(problems)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -73,7 +74,7 @@ class ShardedCheckpoints:
             try:
                 future.result()
                 self._complete(temporary)
-            except Exception as error:  # nobody joins a thread of a rank that hangs
+            except (Exception, CheckpointException) as error:  # nobody joins a thread of a rank that hangs
                 end(lost_message(error, self.ranks) or f"rank {self.ranks.rank}: the checkpoint failed: {error!r}")
 
         self._saving = threading.Thread(target=finish, daemon=True)
@@ -95,10 +96,15 @@ class ShardedCheckpoints:
                 return folder, problems
             problems += found
             if self.ranks.first:
-                aside = folder.with_name(folder.name + ".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(folder, aside)
+                _rename(folder, ".damaged")
         return None, problems
+
+    def put_aside(self) -> None:
+        """All of them: what follows has records of its own."""
+        if self.ranks.first:
+            for folder in self._complete_ones():
+                _rename(folder, ".unused")
+        dist.barrier(group=self._group)
 
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Into these tensors, in place, each as it lies on this rank's meshes."""
@@ -164,6 +170,12 @@ class ShardedCheckpoints:
 
 def _name(done: int) -> str:
     return f"step-{done:09d}"
+
+
+def _rename(folder: Path, ending: str) -> None:
+    aside = folder.with_name(folder.name + ending)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from muonclip.torch.distributed import clip_grad_norm_
 LARGEST_MEASURED = 10**9
 """Parameters. Larger models are not gathered to measure entropies, head norms and update sizes."""
 LARGEST_COPIED = 8 * 10**9
-"""Parameters. Larger models never are whole on one device: every rank draws its shards, on GPUs by DTensor's generator,
-and so from other random numbers than one process would."""
+"""Parameters. Larger models never are whole on one device: every rank draws its shards, and so the first weights depend
+on the layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,12 @@ class ShardedLearner(TorchLearner):
     def loss(self, windows: Windows) -> float:
         self.model.eval()
         tokens = self._on_device(windows)
-        loss = self._mean(self.model.loss(tokens[:, :-1], tokens[:, 1:]))
+        training = self.setup.training
+        at_once = training.batch_size // (self.meshes.data_size * self.layout.accumulate)  # as many as in training
+        total = torch.zeros((), device=self.panel.device)
+        for some in tokens.split(at_once):
+            total += self.model.loss(some[:, :-1], some[:, 1:]) * (len(some) / len(tokens))
+        loss = self._mean(total)
         self.model.train()
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # without a backward pass FSDP leaves the root's parameters gathered

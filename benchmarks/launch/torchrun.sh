@@ -25,13 +25,12 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7}
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 # shellcheck disable=SC2086 # the words of $parallelism are options
 exec torchrun \
-    --nnodes "$NODES" --nproc-per-node 8 --max-restarts "$RESTARTS" \
+    --nnodes "$NODES" --nproc-per-node 8 --max-restarts "$RESTARTS" --shutdown-timeout 900 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN_ID" \
     -m benchmarks explosion --preset "$preset" $parallelism --arms muonclip --seeds 0 \
     --recompute --precision bf16 --async-checkpoints --checkpoint-seconds 900 --collective-timeout 600 \

@@ -98,14 +98,15 @@ def _round(chunk: Chunk, works: Sequence[Work], place: Place) -> Generator[None]
     for step in steps:
         update = step.advance(max(start - passed, 0), max(stop - passed, 0), cut)
         updates.append((update.mT if step.tall else update).to(bucket.iteration.sent))
+        del update
         passed += step.count
-    stack = updates[0] if len(updates) == 1 else torch.cat(updates) if updates else None
-    if stack is None:
+    if not updates:
         return
+    updates = [torch.cat(updates) if len(updates) > 1 else updates[0]]  # held by nobody else: several rounds may wait
     if cut is not None and chunk.method == "owner":
-        result = yield from _by_owners(stack, bucket, chunk.counts[replica], position, cut)
+        result = yield from _by_owners(updates.pop(), bucket, chunk.counts[replica], position, cut)
     else:
-        result = _iterated(stack, bucket.iteration, cut)
+        result = _iterated(updates.pop(), bucket.iteration, cut)
     if replicas is not None:
         result = yield from _to_replicas(result, shares, replica, replicas)
     done = 0
@@ -209,18 +210,21 @@ def _by_owners(
     yield
     if arriving is not None:
         arriving.wait()
+    shape = parts.shape
     whole = parts.new_empty(here, bucket.m, bucket.n)
     for inside, part in _corners(whole, received, bucket, theirs):
         inside.copy_(part)
+    del parts, received
     update = _iterated(whole, bucket.iteration) if here else whole.to(bucket.iteration.dtype)
     outgoing, back = update.new_empty(sum(theirs)), update.new_empty(sum(mine))
     for inside, part in _corners(update, outgoing, bucket, theirs):
         part.copy_(inside)
+    del whole, update
     returning = _exchange(back, outgoing, mine, theirs, cut) if count else None
     yield
     if returning is not None:
         returning.wait()
-    return back.view(parts.shape)
+    return back.view(shape)
 
 
 def _corners(whole: Tensor, packed: Tensor, bucket: Bucket, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

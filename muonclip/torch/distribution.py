@@ -196,7 +196,6 @@ class Chunk:
     def flops(self) -> dict[int, int]:
         """Of the iteration, by rank."""
         bucket = self.bucket
-        each = bucket.iteration.flops(bucket.m, bucket.n)
         divided = len(bucket.small) if self.method == "gram" else 1
         each = bucket.iteration.flops(bucket.m, bucket.n // divided)
         flops: dict[int, int] = {}
@@ -298,7 +297,7 @@ def plan(parameters: Sequence[Placed], workspace_bytes: int | None = None) -> Di
             buckets.setdefault(_bucket(parameter, slab), []).append(Piece(index, slab, 0, slab.count))
     loads: dict[Mesh, dict[int, int]] = {}
     families: dict[object, dict[object, list[Chunk]]] = {}
-    for bucket, pieces in sorted(buckets.items(), key=lambda item: -item[0].iteration.flops(item[0].m, item[0].n)):
+    for bucket, pieces in sorted(buckets.items(), key=_order):
         family = (bucket.mesh, bucket.active, bucket.replicas, bucket.m, bucket.n, bucket.iteration)
         chunks = families.setdefault(family, {}).setdefault(bucket.fixed, [])
         load = loads.setdefault(bucket.mesh, dict.fromkeys(bucket.mesh.ranks, 0))
@@ -310,6 +309,12 @@ def plan(parameters: Sequence[Placed], workspace_bytes: int | None = None) -> Di
             in_order += [replace(chunk, slot=slots + index) for index, chunk in enumerate(chunks)]
         slots += max(map(len, islands.values()))
     return Distribution(tuple(parameters), tuple(sorted(in_order, key=lambda chunk: chunk.slot)))
+
+
+def _order(item: tuple[Bucket, object]) -> tuple[bool, float]:
+    """What ranks share first, for they may differ in the rest; then the most expensive."""
+    bucket = item[0]
+    return not (bucket.active or bucket.replicas), -bucket.iteration.flops(bucket.m, bucket.n)
 
 
 def _bucket(parameter: Placed, slab: Slab) -> Bucket:

@@ -20,24 +20,28 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     """`torch.nn.utils.clip_grad_norm_` (2-norm) for DTensors on any meshes, and plain tensors, together: experts over
     one mesh, dense layers over another. Returns the norm before, fp32 [], the same on every rank.
 
-    One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it. Raises
-    ValueError for gradients whose sum over ranks is still to be taken.
+    One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
+    same parameters, and need not agree on which have a gradient. Raises ValueError for gradients whose sum over ranks
+    is still to be taken.
     """
-    gradients = [p.grad for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = given[0].device if given else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
-    for gradient in gradients:
+    for parameter in given:
+        # Without a gradient the parameter says where others have one: all ranks must come to the same sums.
+        tensor = parameter if parameter.grad is None else parameter.grad
         key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
-        if isinstance(gradient, DTensor):
-            if any(isinstance(placement, Partial) for placement in gradient.placements):
-                raise ValueError(
-                    f"a gradient is placed as {gradient.placements}; redistribute it before it is clipped."
-                )
-            sharded = (dim for dim, placement in enumerate(gradient.placements) if not isinstance(placement, Replicate))
-            key = gradient.device_mesh, tuple(sharded)
-        by_sharding.setdefault(key, []).append(local_part(gradient))
-    total = torch.zeros((), device=local_part(gradients[0]).device) if gradients else torch.zeros(())
+        if isinstance(tensor, DTensor):
+            if any(isinstance(placement, Partial) for placement in tensor.placements):
+                raise ValueError(f"a gradient is placed as {tensor.placements}; redistribute it before it is clipped.")
+            sharded = (dim for dim, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate))
+            key = tensor.device_mesh, tuple(sharded)
+        parts = by_sharding.setdefault(key, [])
+        if parameter.grad is not None:
+            parts.append(local_part(parameter.grad))
+    total = torch.zeros((), device=device)
     for (mesh, dims), parts in by_sharding.items():
-        squares = torch.nn.utils.get_total_norm(parts).float().square()
+        squares = torch.nn.utils.get_total_norm(parts).to(device, torch.float32).square()
         group = None if mesh is None else group_over(mesh, dims)
         if group is not None:
             dist.all_reduce(squares, group=group)

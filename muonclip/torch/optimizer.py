@@ -39,7 +39,7 @@ from muonclip.torch.group_options import (
 )
 from muonclip.torch.param_groups import SPLIT_REASON, Plan, PlannedParameter, plan_module, projection_layouts
 from muonclip.torch.qk_clip import QKClip
-from muonclip.torch.topology import Topology, check_engine, check_parameter, local_gradient, local_part
+from muonclip.torch.topology import Topology, check_engine, check_parameter, check_state, local_gradient, local_part
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -92,6 +92,9 @@ class _MatrixOptimizer(Optimizer):
         float32 buffer to the dtype of a bf16 parameter."""
         for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
             check_loadable(saved, group, index)
+            for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
+                for part, value in state_dict["state"].get(key, {}).items():
+                    check_state(name_of(group, index, position), part, value, parameter)
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if group["use"] == "muon":

@@ -77,6 +77,7 @@ class QKClip:
         # way here.
         self._errors = self._errors_on_host = torch.zeros(0, 3, device="cpu")
         self._errors_copied: torch.cuda.Event | None = None
+        self._unknown = ""
         self._ranks = ClipRanks(process_group)
         if not isinstance(model_or_projections, nn.Module):
             if declare or example_inputs is not None:
@@ -178,8 +179,9 @@ class QKClip:
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
             notes = torch.full_like(maxima.observed, UNKNOWN_ATTENTION) if unknown else self._notes()
             maxima = maxima.over(group, notes)
-        if unknown:
+        if unknown and (group is None or _may_wait_for(device)):
             raise RuntimeError(unknown)
+        self._unknown = unknown  # raised with what the other ranks raise
         self._check(maxima, before_update)
         sizes = maxima.sizes
         seen, bound = maxima.maximum, torch.maximum(maxima.bound, maxima.maximum)
@@ -219,6 +221,9 @@ class QKClip:
                 self._scale(projection.key, factor.key)
                 self._scale(projection.query_facing_shared, factor.gamma)
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_errors_copied": None}  # an event of the device; the errors themselves are there
 
     def _count(self, clipped: Tensor) -> None:
         """In place and without waiting, so that a replayed CUDA graph counts as well."""
@@ -322,7 +327,8 @@ class QKClip:
         )
         if unknown:
             raise RuntimeError(
-                "QK-Clip: on another rank attention was called by modules that no rehearsal saw call it; see there."
+                self._unknown
+                or "QK-Clip: on another rank attention was called by modules that no rehearsal saw call it; see there."
             )
         if nonfinite:
             states = self._states()
@@ -355,6 +361,9 @@ class QKClip:
     def _device(self) -> torch.device:
         for projection in self.projections.values():
             for parameter in projection.qk_parameters():
+                return parameter.device
+        if self._watch is not None:  # that has found no attention yet
+            for parameter in self._watch.model.parameters():
                 return parameter.device
         return torch.device("cpu")
 

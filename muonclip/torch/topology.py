@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from muonclip.torch.distribution import Bucket, Mesh
@@ -76,21 +78,14 @@ class Topology:
                 self._replicated[parameter] = group
 
     def watch(self, model: nn.Module) -> None:
-        """Find out, at the first forward, whether the model runs inside DistributedDataParallel."""
+        """Find out, at its forwards, whether the model runs inside DistributedDataParallel."""
+        while isinstance(model, OptimizedModule):
+            model = model._orig_mod
         if isinstance(model, DistributedDataParallel):
             self.replicated_by(model)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            me = weakref.ref(self)
-
-            def look(module: nn.Module, args: Any) -> None:
-                if torch.compiler.is_compiling():
-                    return
-                handle.remove()
-                around, topology = DistributedDataParallel._active_ddp_module, me()
-                if topology is not None and isinstance(around, DistributedDataParallel):
-                    topology.replicated_by(around)
-
-            handle = model.register_forward_pre_hook(look)
+            look = _LookAround(self)
+            look.handle = model.register_forward_pre_hook(look)
 
     def of(self, parameter: Tensor) -> Place:
         key = parameter.device_mesh if isinstance(parameter, DTensor) else self._replicated.get(parameter)
@@ -111,6 +106,28 @@ class Topology:
         return {place.mesh: place for place in places}
 
 
+class _LookAround:
+    """A hook that stays until a forward inside DistributedDataParallel; on copies of the model it does nothing."""
+
+    handle: RemovableHandle | None = None
+
+    def __init__(self, topology: Topology | None = None) -> None:
+        self._topology = None if topology is None else weakref.ref(topology)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        topology = None if self._topology is None or torch.compiler.is_compiling() else self._topology()
+        around = DistributedDataParallel._active_ddp_module
+        if topology is not None and self.handle is not None and isinstance(around, DistributedDataParallel):
+            topology.replicated_by(around)
+            self.handle.remove()
+
+    def __deepcopy__(self, memo: object) -> _LookAround:
+        return _LookAround()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_LookAround, ())
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of it; writing there writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -125,6 +142,23 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     if gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)
     return gradient.to_local()
+
+
+def check_state(name: str, part: str, value: Any, parameter: Tensor) -> None:
+    """Raises ValueError for a tensor of a saved state that does not lie as its parameter does."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return
+
+    def lies(tensor: Tensor) -> tuple[Any, ...]:
+        where = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ("a plain tensor",)
+        return (tuple(tensor.shape), *where)
+
+    if lies(value) != lies(parameter):
+        raise ValueError(
+            f"{part} of {name} in the checkpoint is {lies(value)}, the parameter {lies(parameter)}. Nothing was "
+            "loaded. Load states of other meshes by torch.distributed.checkpoint (set_optimizer_state_dict), "
+            "which shards them as the parameters are."
+        )
 
 
 def check_engine(model: Any) -> None:

@@ -181,6 +181,8 @@ class Watch:
             name: _with_statistic_of(self.projections.get(name), projection)
             for name, projection in findings.projections.items()
         }
+        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
+        found = dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))  # on all ranks
         names = {id(projection): name for name, projection in findings.projections.items()}
         sites: dict[str, Site] = {}
         for site in findings.sites:

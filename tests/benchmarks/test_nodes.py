@@ -131,7 +131,7 @@ def launched(tmp_path, nodes, script=LAUNCH / "torchrun.sh", **variables):
     for name, body in {
         "torchrun": 'printf "%s\\n" "$@"',
         "scontrol": "printf 'head-node\\nother\\n'",
-        "srun": 'shift; exec "$@"',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     }.items():
         tool = tmp_path / name
         tool.write_text(f"#!/bin/sh\n{body}\n")
@@ -151,6 +151,7 @@ def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, panel):
         variables |= {
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "64",
             "SLURM_JOB_NODELIST": "head-node,other",
             "SLURM_SUBMIT_DIR": str(ROOT),
         }

@@ -115,6 +115,21 @@ def test_a_damaged_manifest(alone, folder, harm, said):
     assert ["manifest.json cannot be read" in problem for problem in problems] == [True] * said
 
 
+def test_an_asynchronous_save_that_fails_ends_the_rank(alone, folder, monkeypatch):
+    ended = []
+    monkeypatch.setattr(sharded_checkpoint, "end", ended.append)
+    checkpoints = ShardedCheckpoints(folder, alone, asynchronous=True)
+    save(checkpoints, 2)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    save(checkpoints, 4)
+    assert "No space left on device" in ended[0]
+    assert loaded(checkpoints) == (2, [])
+
+
 def test_what_was_left_half_written_is_no_checkpoint(alone, folder):
     checkpoints = ShardedCheckpoints(folder, alone)
     save(checkpoints, 2)
@@ -163,6 +178,18 @@ def test_without_a_whole_checkpoint_it_starts_again_and_says_so(alone, panel, co
     assert "starts from the beginning: no checkpoint is left" in capsys.readouterr().err
 
 
+def test_without_its_records_a_checkpoint_is_put_aside(alone, panel, corpus, tmp_path, capsys):
+    train(panel, corpus, tmp_path, "adamw", alone, until=4)
+    whole = records(tmp_path)
+    (tmp_path / METRICS).write_text("")
+    train(panel, corpus, tmp_path, "adamw", alone, until=2)
+    assert "is put aside" in capsys.readouterr().err
+    train(panel, corpus, tmp_path, "adamw", alone, until=4)
+    assert records(tmp_path) == whole
+    starts = [json.loads(line)["resumed_from"] for line in (tmp_path / STARTS).read_text().splitlines()]
+    assert starts == [0, 0, 2]
+
+
 def test_one_rank_trains_as_one_process(alone, panel, corpus, tmp_path):
     train(panel, corpus, tmp_path / "rank", "muonclip", alone)
     run = Run(panel, corpus, tmp_path / "process", "muonclip", 3)
@@ -200,8 +227,9 @@ def test_messages_of_lost_ranks():
 
 
 @pytest.mark.slow
-def test_kill_trials(tmp_path):
-    lines = list(kill_trials.kill_trials(tmp_path, trials=3, processes=2, arm="muonclip", seed=1))
+@pytest.mark.parametrize("more", [(), ("--async-checkpoints",)], ids=["", "asynchronous"])
+def test_kill_trials(tmp_path, more):
+    lines = list(kill_trials.kill_trials(tmp_path, 3, 2, "muonclip", 1, *more))
     for line in lines:
         assert line["equal"], line
         assert line["restarts"] == 1
