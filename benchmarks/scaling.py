@@ -65,7 +65,9 @@ def scaling(plan: Plan, processes: Sequence[int], data: Path | None, device: str
         done = subprocess.run([*torchrun, "-m", "benchmarks", "scaling", *options], env=variables, check=False)
         if done.returncode:
             raise UsageError("--processes", f"{count} ended with status {done.returncode}; it said why above.")
-        rows += json.loads((out / f"ranks-{count}.json").read_text())["rows"]
+        part = out / f"ranks-{count}.json"
+        rows += json.loads(part.read_text())["rows"]
+        part.unlink()
     used = device or PRESETS[plan.preset].device
     result = {"environment": environment(used), "notes": notes(processes, used), "rows": with_efficiency(rows)}
     checkpoint.write_json(out / "scaling.json", result)

@@ -28,7 +28,7 @@ import muonclip.core
 import muonclip.models
 import muonclip.optax
 import muonclip.torch
-from benchmarks import kill_trials
+from benchmarks import kill_trials, scaling
 from benchmarks.__main__ import _parser
 from muonclip.core import COEFFICIENT_SETS
 from muonclip.torch import distributed, group_options, optimizer
@@ -38,7 +38,7 @@ README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
-SCALING = ROOT / "docs" / "scaling" / "cpu.md"  # of docs/parallel/harness.md
+SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED, SCALING))
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -265,6 +265,30 @@ def test_the_coefficient_sets_are_listed_with_their_sources():
     text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE))
     assert rows == {name: each.source for name, each in COEFFICIENT_SETS.items()}
+
+
+def test_the_trials_are_those_of_the_log():
+    lines = (ROOT / "docs" / "recovery" / "kill-trials.jsonl").read_text(encoding="utf-8").splitlines()
+    made, *trials = map(json.loads, lines)
+    kinds = [trial["what"] for trial in trials]
+    assert all(trial["equal"] and trial["restarts"] == 1 for trial in trials)
+    assert {trial["final_loss"] for trial in trials} == {trials[0]["final_loss"]}
+    text = " ".join((ROOT / "docs" / "parallel" / "recovery.md").read_text(encoding="utf-8").split())
+    assert f"All {len(trials)} trials ended bit for bit" in text
+    assert f"{kinds.count('after step')} kills after a step, {kinds.count('during save')} during a save" in text
+    machine = made["environment"]
+    for said in (
+        machine["date"][:10],
+        f"{machine['cores']} cores of an {machine['cpu']}",
+        machine["torch"].split("+")[0],
+    ):
+        assert said in text
+
+
+def test_the_table_of_scaling_is_that_of_its_figures():
+    figures = json.loads(SCALING.with_suffix(".json").read_text(encoding="utf-8"))
+    assert SCALING.read_text(encoding="utf-8") == scaling.table(figures) + "\n"
+    assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
 
 
 def test_the_reading_is_included_without_its_title():

@@ -14,10 +14,10 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.topology import local_part
 
 NO_GRADIENT, FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 0.0, 1.0, 2.0, 3.0
 """Notes of a rank about an attention. The last is about the whole model: attention ran that nobody observed. The
@@ -91,13 +91,13 @@ def note_of(projection: QKProjection, device: torch.device) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:  # there is nothing to scale, or nobody has asked for gradients yet
         return torch.full((), NO_GRADIENT if parameters else FINITE_GRADIENT, device=device)
-    sums = torch.stack([_local(gradient).sum(dtype=torch.float32).to(device) for gradient in gradients])
+    sums = torch.stack([local_part(gradient).sum(dtype=torch.float32).to(device) for gradient in gradients])
     return torch.where(sums.isfinite().all(), FINITE_GRADIENT, NONFINITE_GRADIENT)
 
 
 def has_gradient(parameter: Tensor) -> bool:
     """Whether this rank has a gradient of it other than zero; waits for the device."""
-    return parameter.grad is not None and bool(_local(parameter.grad).any())
+    return parameter.grad is not None and bool(local_part(parameter.grad).any())
 
 
 @lru_cache(maxsize=256)
@@ -110,8 +110,3 @@ def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [heads of all]: the number of the attention of each head."""
     owners = tuple(number for number, size in enumerate(sizes) for _ in range(size))
     return constant(owners, torch.int64, device)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """What this rank has of it; of a sum that is still to be taken over ranks, its part."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

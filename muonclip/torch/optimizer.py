@@ -402,6 +402,7 @@ class MuonClip(_MatrixOptimizer):
         if idle and self.qk_clip.has_nothing_to_do():  # checkpoint libraries make the state by such a step
             super()._update()
             return
+        self.qk_clip.show_shards()
         self._take_findings(self.qk_clip)
         factors = self.qk_clip.measure(before_update=True)
         super()._update()

@@ -159,7 +159,7 @@ class QKClip:
         `before_update`: the optimizer's step is still to come, with the gradients that it will use; an attention that
         has none will not move and may be unobserved, as long as another one is observed.
         """
-        self._show_shards()
+        self.show_shards()
         group, device = self._group(), self._device()
         self.raise_deferred(wait=False, alike=group is not None)
         unknown = ""
@@ -208,7 +208,7 @@ class QKClip:
     def apply(self, factors: Mapping[str, ClipFactors]) -> None:
         """Scale the rows by the factors that `measure()` gave, and forget the observation. Each rank scales the rows
         that it has, without communication."""
-        self._show_shards()
+        self.show_shards()
         device = self._device()
         gamma = torch.cat([factor.gamma.to(device) for factor in factors.values()])
         self._count((gamma < 1).any())
@@ -269,7 +269,7 @@ class QKClip:
         device. All ranks must call it."""
         if self._watch is not None and self._watch.removed:
             return False
-        self._show_shards()
+        self.show_shards()
         parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
         observed = any(bool(state.observed) for state in self._states())
         moves = any(map(has_gradient, parameters)) or not parameters
@@ -280,7 +280,7 @@ class QKClip:
             observed, moves = map(bool, both.tolist())
         return not (observed and moves)
 
-    def _show_shards(self) -> None:
+    def show_shards(self) -> None:
         """After a forward FSDP may still have whole weights in the place of the shards that the optimizer updates."""
         if self._watch is not None:
             for module in self._watch.model.modules():
