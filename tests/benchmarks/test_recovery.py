@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import kill_trials, metrics, nodes, sharded_checkpoint, sharded_learner
+from benchmarks.errors import UsageError
 from benchmarks.nodes import PIDS, Ranks
 from benchmarks.nodes_run import LOG, STARTS, Nodes, NodesRun
 from benchmarks.sharded_checkpoint import MANIFEST, STATE, ShardedCheckpoints
@@ -210,6 +211,18 @@ def test_large_models_are_not_gathered(alone, panel, corpus, tmp_path, monkeypat
     assert "val_loss" in last
     assert "update_rms" not in last
     assert last["loss"] < records(tmp_path)[0]["loss"]
+
+
+def test_what_is_wrong_on_one_rank_is_told_on_all(alone, monkeypatch):
+    def missing():
+        raise UsageError("--data", "tokens.u32 does not exist.")
+
+    assert alone.on_each(lambda: 3) == 3
+    with pytest.raises(UsageError, match=r"does not exist\. \(rank 0\)"):
+        alone.on_each(missing)
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value, ("--data", "no such file.")])
+    with pytest.raises(UsageError, match=r"no such file\. \(rank 1\)"):
+        alone.on_each(lambda: 3)
 
 
 def test_messages_of_lost_ranks():
