@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import flex_attention as flex_module
 
 from muonclip.torch.interception import flex_door, host_flex, sdpa_door
+from muonclip.torch.local_attention import PARTS_OF_SEQUENCES
 from muonclip.torch.sdpa import host_sdpa
 from muonclip.torch.unsharded import plain_class
 
@@ -32,8 +33,10 @@ class Doors:
     @classmethod
     def open(cls, model: nn.Module) -> None:
         """Put the doors where `model` will look."""
-        cls._users += 1
         standing = F.scaled_dot_product_attention  # perhaps somebody's own kernel
+        if (standing.__module__ or "").startswith("torch.distributed"):
+            raise ValueError(PARTS_OF_SEQUENCES)
+        cls._users += 1
         cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))
         cls._put(flex_module, "flex_attention", flex_door)
         kinds = {plain_class(module) for module in model.modules()}

@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
+PARTS_OF_SEQUENCES = (
+    "attention got queries and keys that are parts of sequences: torch's context_parallel lets the keys of other ranks "
+    "pass in a ring, where their logits cannot be seen. Divide FlexAttention along the sequence instead, which gathers "
+    "the keys, or share out the heads."
+)
+
 
 def on_local_heads(attend: Callable[..., Tensor], q: DTensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`attend(q, k, v, **options)` of the local parts as a DTensor placed as q [B, H, Tq, d]. Masks may be DTensors.
@@ -39,6 +45,8 @@ def local_queries_and_keys(q: DTensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q: tuple[Placement, ...], good: bool, other: tuple[Placement, ...] | None = None) -> None:
+    if Shard(2) in q:
+        raise ValueError(PARTS_OF_SEQUENCES)
     if not good:
         raise ValueError(
             f"attention got queries placed as {q}"

@@ -19,7 +19,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import _context_parallel as experimental
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.torch import HeadRows, MaxLogits, QKClip, QKProjection, attention
@@ -469,6 +471,63 @@ def by_single_layers(model):
     return mesh["dp"].get_local_rank()
 
 
+class FlexCore(nn.Module):
+    def forward(self, q, k, v, block_mask):
+        return flex_attention.flex_attention(q, k, v, block_mask=block_mask)
+
+
+class FlexModel(nn.Module):
+    """Two layers whose attention torch divides along the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(HEADS * HEAD, 3 * HEADS * HEAD).double() for _ in range(2))
+        self.cores = nn.ModuleList(FlexCore() for _ in range(2))
+
+    def forward(self, x, block_mask):
+        for qkv, core in zip(self.layers, self.cores, strict=True):
+            q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in qkv(x).chunk(3, -1))
+            x = x + core(q, k, v, block_mask).transpose(1, 2).flatten(2)
+        return x
+
+
+def context_parallel(alone):
+    """Each rank has a part of every sequence; FlexAttention gathers the keys, the ranks' maxima are joined."""
+    world = dist.get_world_size()
+    length = 256 * world  # two blocks of the mask for each rank
+    flex_attention._validate_device = lambda *_: None  # which refuses gradients on the CPU, though they are right
+    mask = flex_attention.create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+    x = torch.randn(2, length, HEADS * HEAD, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole, model = FlexModel(), FlexModel()
+    reference = QKClip(whole, tau=0.5, observe="always", process_group=alone)
+    mesh = init_device_mesh("cpu", (world,))
+    flex = experimental._ContextParallel(2, experimental._ContextParallel.AttentionType.FLEX)
+    for core in model.cores:
+        parallelize_module(core, mesh, flex)
+    clip = QKClip(model, tau=0.5, observe="always")
+    balance = experimental._HeadTailLoadBalancer(length, world, "cpu")
+    own = experimental._context_parallel_shard(mesh, [x.clone(), mask], [1, 2], balance)
+    whole(x, mask)
+    model(*own)
+    seen = [each.max_logits.maximum.clone() for each in clip.projections.values()]
+    expected = [each.max_logits.maximum.clone() for each in reference.projections.values()]
+    clip.step()
+    reference.step()
+    return {
+        "length": len(own[0][0]),
+        "lower alone": any((one < other - 1e-3).any().item() for one, other in zip(seen, expected, strict=True)),
+        "clipped": reference.report().clipped_heads,
+        "seen": max(
+            (clip.report().layers[name].max_logits - layer.max_logits).abs().max().item()
+            for name, layer in reference.report().layers.items()
+        ),
+        "error": max(
+            (one - other).abs().max().item() for one, other in zip(model.parameters(), whole.parameters(), strict=True)
+        ),
+    }
+
+
 def attention_of_dtensors(alone):
     """Queries that are DTensors, sharded on their heads."""
     results = {}
@@ -547,7 +606,7 @@ if __name__ == "__main__":
         for name, shard, kind, heads in scenarios(world)
     }
     others = [only_one_rank_observes, a_rank_in_trouble, gradients_on_one_rank, idle, stages, undeclared_heads]
-    others += [found_in_the_first_forward, attention_of_dtensors]
+    others += [found_in_the_first_forward, attention_of_dtensors, context_parallel]
     others += [llama] if world == 2 else [ambiguous_meshes]
     work |= {each.__name__: (lambda each=each: each(alone)) for each in others}
     work |= {f"stages, {how}": (lambda how=how: stages(alone, how)) for how in ("ddp", "given")}

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -269,6 +270,23 @@ def test_a_function_imported_by_name_is_observed_after_fully_shard():
     assert attend_by_another_name is nn.functional.scaled_dot_product_attention
 
 
+def test_parts_of_sequences_without_all_keys_are_refused():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = DeviceMesh("cpu", range(2))
+        q = DTensor.from_local(torch.randn(2, 4, 5, 6), mesh, [Shard(2)], run_check=False)
+        with pytest.raises(ValueError, match="parts of sequences"):
+            Observer([MaxLogits(4)], calls=None, written_out=False).see(q, q, None, is_causal=True)
+        ring = context_parallel(mesh, buffers=[torch.zeros(8, 12)], buffer_seq_dims=[0])
+        with ring, pytest.raises(ValueError, match="parts of sequences"):
+            QKClip(ByAnotherName())
+    finally:
+        dist.destroy_process_group()
+    clip = QKClip(ByAnotherName())
+    clip.remove()
+    assert nn.functional.scaled_dot_product_attention is attend_by_another_name
+
+
 # On ranks
 
 
@@ -357,6 +375,15 @@ class TestOnRanks:
                 assert run["found"] == ["layers.0", "layers.1"], name
                 assert run["clipped"], name
                 assert run["error"] < 1e-9, name
+
+    def test_parts_of_sequences_give_the_maxima_of_whole_ones(self, results):
+        ranks = results["context_parallel"]
+        assert any(each["lower alone"] for each in ranks)
+        for each in ranks:
+            assert each["length"] == 256
+            assert each["clipped"]
+            assert each["seen"] < 1e-6
+            assert each["error"] < 1e-9
 
     def test_attention_takes_dtensors(self, results):
         for each in results["attention_of_dtensors"]:
