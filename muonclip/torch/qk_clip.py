@@ -20,6 +20,7 @@ from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.attention import HeadRows, QKProjection, declared_qk_projections, scale_heads
 from muonclip.torch.clip_ranks import ClipRanks
+from muonclip.torch.deferred_errors import DeferredErrors
 from muonclip.torch.joint_maxima import UNKNOWN_ATTENTION, JointMaxima, constant, has_gradient, note_of
 from muonclip.torch.max_logits import MaxLogits
 from muonclip.torch.qk_clip_report import LayerReport, QKClipReport
@@ -73,10 +74,7 @@ class QKClip:
         self._watch: Watch | None = None
         self._steps = torch.zeros(2, dtype=torch.int64, device="cpu")  # taken; and the last that rescaled a head
         self._last: dict[str, LayerReport] = {}
-        # [attentions, 3]: unobserved, non-finite, unknown; kept on a device that must not be waited for, a copy on its
-        # way here.
-        self._errors = self._errors_on_host = torch.zeros(0, 3, device="cpu")
-        self._errors_copied: torch.cuda.Event | None = None
+        self._deferred = DeferredErrors()  # [attentions, 3]: unobserved, non-finite, unknown
         self._unknown = ""
         self._ranks = ClipRanks(process_group)
         if not isinstance(model_or_projections, nn.Module):
@@ -222,9 +220,6 @@ class QKClip:
                 self._scale(projection.query_facing_shared, factor.gamma)
         self.reset()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_errors_copied": None}  # an event of the device; the errors themselves are there
-
     def _count(self, clipped: Tensor) -> None:
         """In place and without waiting, so that a replayed CUDA graph counts as well."""
         if self._steps.device != clipped.device:
@@ -249,12 +244,8 @@ class QKClip:
     def raise_deferred(self, *, wait: bool, alike: bool = False) -> None:
         """Raise what an accelerator's step could not; without `wait`, only what has reached the host by now. `alike`:
         what the last step has copied, so that all ranks raise at the same time."""
-        if alike and self._errors_copied is not None and not torch.cuda.is_current_stream_capturing():
-            self._errors_copied.synchronize()
-        errors = (self._errors.cpu() if wait else self._errors_on_host).clone()
-        if bool(errors.any()):
-            self._errors.zero_()
-            self._errors_on_host.zero_()
+        errors = self._deferred.take(wait=wait, alike=alike)
+        if errors is not None:
             self._raise(errors)
 
     def _scale(self, parts: tuple[HeadRows, ...], factors: Tensor) -> None:
@@ -306,19 +297,10 @@ class QKClip:
             maxima = maxima.with_notes(self._notes())
         trains = [projection.trains() for projection in self.projections.values()]
         errors = maxima.errors(trains, before_update=before_update)
-        if _may_wait_for(errors.device):
-            if bool(errors.any()):
-                self._raise(errors, maxima.nonfinite)
-            return
-        if self._errors_on_host is self._errors or self._errors.shape != errors.shape:
-            self._errors = torch.zeros_like(errors, device="cpu")
-            self._errors = self._errors.to(errors.device)
-            self._errors_on_host = torch.zeros_like(errors, device="cpu", pin_memory=errors.device.type == "cuda")
-        self._errors.copy_(torch.maximum(self._errors, errors))
-        self._errors_on_host.copy_(self._errors, non_blocking=True)
-        if errors.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self._errors_copied = torch.cuda.Event()
-            self._errors_copied.record()
+        if not _may_wait_for(errors.device):
+            self._deferred.add(errors)
+        elif bool(errors.any()):
+            self._raise(errors, maxima.nonfinite)
 
     def _raise(self, errors: Tensor, nonfinite_heads: Tensor | None = None) -> None:
         unobserved, nonfinite, unknown = (

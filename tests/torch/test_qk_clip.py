@@ -420,7 +420,8 @@ def test_an_error_that_is_waiting_survives_a_clean_step(monkeypatch):
     qk_clip = QKClip({"attn": layer.qk_projection()}, 1e-3)
     layer.max_logits.update(torch.tensor([1.0, 1.0, math.nan, 1.0]))
     qk_clip.step()
-    monkeypatch.setattr(qk_clip, "_errors_on_host", torch.zeros_like(qk_clip._errors))  # the copy is still on its way
+    on_its_way = torch.zeros_like(qk_clip._deferred.found)
+    monkeypatch.setattr(qk_clip._deferred, "on_host", on_its_way)
     layer(x)
     qk_clip.step()
     with pytest.raises(RuntimeError, match="non-finite"):
