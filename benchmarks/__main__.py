@@ -5,35 +5,30 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 
 from benchmarks import nodes, summary
-from benchmarks.arms import ARMS, DEFAULT_ARMS, SETTINGS, base_of, parse, with_settings
+from benchmarks.arms import DEFAULT_ARMS, base_of, parse
 from benchmarks.clip_cost import PLANS, QUICK
 from benchmarks.clip_cost import clip_cost as measure_clip_cost
-from benchmarks.clip_cost_models import MODELS
 from benchmarks.clip_cost_page import read_clip_cost, write_into
 from benchmarks.data import Corpus, open_corpus
 from benchmarks.errors import UsageError
 from benchmarks.explosion import Execution, run_panels, train_panels
 from benchmarks.nodes_run import Nodes
+from benchmarks.options import make_parser
 from benchmarks.panel import Framework, Panel, Training
 from benchmarks.pilot import choose_rate, pilot_panel
-from benchmarks.precision import PrecisionChoice
 from benchmarks.presets import HOT, OWN_RATE, PRESETS
 from benchmarks.runner import RunFailed
 from benchmarks.sharded_learner import Layout
-from benchmarks.stored import COMPARISON
 from benchmarks.train import Checkpoints
 from muonclip.models import MoEConfig
-from muonclip.models.config import Attention
 from muonclip.models.parallel import Parallelism
 
 T = TypeVar("T")
@@ -42,7 +37,7 @@ ONLY_RANKS = ("shards", "replicas", "experts", "tensor", "accumulate", "recomput
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 a wrong option, 130 interrupted."""
-    parser, commands = _parser()
+    parser, commands = make_parser()
     options = parser.parse_args(arguments)
     options.ranks = None  # of torchrun
     try:
@@ -66,7 +61,7 @@ def _run_command(options: argparse.Namespace) -> None:
         if options.name == "explosion" and (given := [name for name in ONLY_RANKS if getattr(options, name)]):
             option = "--" + given[0].replace("_", "-")
             raise UsageError(option, f"is for several processes: torchrun --nproc-per-node N -m benchmarks … {option}.")
-        options.command(options)
+        COMMANDS[options.name](options)
         return
     if options.name not in ("explosion", "scaling"):
         raise UsageError("command", f"{options.name} runs alone; explosion and scaling run under torchrun.")
@@ -74,7 +69,7 @@ def _run_command(options: argparse.Namespace) -> None:
         raise UsageError("--framework", "jax runs alone; take torchrun away, or --framework torch.")
     wanted = options.device or PRESETS[options.preset].device
     with nodes.joined(_device(wanted, "torch"), options.collective_timeout) as options.ranks:
-        options.command(options)
+        COMMANDS[options.name](options)
 
 
 def explosion(options: argparse.Namespace) -> None:
@@ -267,244 +262,15 @@ def _parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
     )
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Evidence on real text, by one command.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-
-    by_hand = commands.add_parser("explosion", help="train arms side by side and draw their attention logits")
-    by_hand.set_defaults(command=explosion)
-    by_hand.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="model and training (default: cpu)")
-    by_hand.add_argument(
-        "--arms",
-        type=_arms,
-        default=DEFAULT_ARMS,
-        metavar="A,B",
-        help=f"of {', '.join(ARMS)}; qk-norm and softcap also change the model (default: {','.join(DEFAULT_ARMS)}). "
-        f"An arm may have settings of its own, as in muonclip@tau=10@weight_decay=0: {', '.join(SETTINGS)}",
-    )
-    by_hand.add_argument("--seeds", type=_seeds, metavar="N,M", help="default: 0,1; presets gpu and node: 0")
-    by_hand.add_argument("--attention", choices=get_args(Attention), default="mla", help="default: mla")
-    by_hand.add_argument("--tau", type=_positive, metavar="LOGIT", help="threshold of the clip, and the soft cap")
-    by_hand.add_argument("--lr", type=_rates, metavar="RATE", help="one rate for all arms, or arm=rate,arm=rate")
-    by_hand.add_argument(
-        "--pilot",
-        type=_pilot_rates,
-        metavar="RATE,RATE",
-        help="first train Muon briefly at each of these, and take the lowest at which logits pass 100 "
-        "(presets gpu and node do so unless --lr is given)",
-    )
-    by_hand.add_argument(
-        "--framework", choices=get_args(Framework), default="torch", help="default: torch; jax: on the CPU, in fp32"
-    )
-    by_hand.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
-    by_hand.add_argument("--steps", type=_count, metavar="N")
-    by_hand.add_argument("--batch", type=_count, dest="batch_size", metavar="WINDOWS", help="windows per step")
-
-    _add_rank_options(by_hand)
-
-    both = commands.add_parser(
-        "reproduce", help="the README's figures: logits under a hot rate and under each one's own"
-    )
-    both.set_defaults(command=reproduce)
-
-    long = commands.add_parser(
-        "evidence", help="rate sweep, token efficiency, the cost of clipping, all arms: 40 minutes on two cores at most"
-    )
-    long.set_defaults(command=evidence)
-
-    for command in (by_hand, both, long):
-        command.add_argument(
-            "--data",
-            type=Path,
-            metavar="PATH",
-            help="text file, folder, or token file (.bin and .u16: uint16, .u32: uint32; little-endian); "
-            "default: the sources of this Python's standard library",
-        )
-        command.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="results; an interrupted command goes on there"
-        )
-        command.add_argument(
-            "--jobs", type=_count, metavar="N", help="runs side by side (default: one per core; on a GPU one)"
-        )
-        command.add_argument(
-            "--precision", choices=get_args(PrecisionChoice), default="auto", help="default: bf16 where measured faster"
-        )
-        command.add_argument("--checkpoint-seconds", type=_seconds, default=20.0, metavar="S", help="default: 20")
-        command.add_argument(
-            "--checkpoint-every", type=_count, metavar="STEPS", help="by steps and not by seconds, whatever the time"
-        )
-    cost = commands.add_parser(
-        "clip-cost", help="the time of whole training steps with QK-Clip and without: 25 minutes on two cores"
-    )
-    cost.set_defaults(command=clip_cost)
-    cost.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json or cuda.json")
-    cost.add_argument("--models", type=_models, default=tuple(MODELS), metavar="A,B", help=f"of {', '.join(MODELS)}")
-    cost.add_argument("--device", choices=sorted(PLANS), default="cpu", help="default: cpu")
-    cost.add_argument("--threads", type=_count, metavar="N", help="default: what torch takes")
-    cost.add_argument("--quick", action="store_true", help="few steps of tiny models, to see that all of it works")
-    cost.add_argument(
-        "--page",
-        type=Path,
-        metavar="FILE",
-        help="measure nothing; write what DIR holds into this page, between its marks",
-    )
-
-    speed = commands.add_parser(
-        "optax-speed", help="Muon's update in JAX beside Optax's own: three minutes on two cores"
-    )
-    speed.set_defaults(command=optax_speed)
-    speed.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets cpu.json and cpu.md, or gpu")
-    speed.add_argument("--rounds", type=_count, default=31, metavar="N", help="timed calls of each (default: 31)")
-
-    more = commands.add_parser(
-        "scaling", help="time training steps on more and more processes: alone for --processes, or under torchrun"
-    )
-    more.set_defaults(command=scaling)
-    more.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets scaling.json and scaling.md")
-    more.add_argument(
-        "--processes", type=_counts, default=(1, 2, 4), metavar="N,M", help="of this machine (default: 1,2,4)"
-    )
-    more.add_argument(
-        "--arms", type=_arms, default=("adamw", "muonclip"), metavar="A,B", help="default: adamw,muonclip"
-    )
-    more.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="the model (default: cpu)")
-    more.add_argument(
-        "--batch",
-        type=_count,
-        dest="batch_size",
-        default=8,
-        metavar="WINDOWS",
-        help="per process (weak scaling), or per step for each process of the most (strong scaling) (default: 8)",
-    )
-    more.add_argument("--rounds", type=_count, default=15, metavar="N", help="timed steps (default: 15)")
-    more.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
-    more.add_argument("--data", type=Path, metavar="PATH", help="default: the sources of this Python's library")
-    more.add_argument("--collective-timeout", type=_positive, default=nodes.DEFAULT_TIMEOUT, metavar="S")
-
-    again = commands.add_parser(
-        "report", help="draw finished runs again, without training; several folders also side by side"
-    )
-    again.set_defaults(command=report)
-    again.add_argument(
-        "folders",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="the --out of an earlier command, finished or still running",
-    )
-    again.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help=f"the page of all folders together (default: ./{COMPARISON} where there are several)",
-    )
-    again.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard, events for TensorBoard")
-    return parser, {
-        "explosion": by_hand,
-        "reproduce": both,
-        "evidence": long,
-        "clip-cost": cost,
-        "optax-speed": speed,
-        "scaling": more,
-        "report": again,
-    }
-
-
-def _add_rank_options(command: argparse.ArgumentParser) -> None:
-    """Options that need torchrun, but for the last."""
-    degrees = command.add_argument_group("under torchrun, which trains one run after the other on all processes")
-    degrees.add_argument("--shards", type=_count, metavar="N", help="FSDP (default: all processes)")
-    degrees.add_argument("--replicas", type=_count, metavar="N", help="HSDP: copies of the shards (default: 1)")
-    degrees.add_argument("--experts", type=_count, metavar="N", help="ranks that share the experts out (default: 1)")
-    degrees.add_argument("--tensor", type=_count, metavar="N", help="ranks that share heads and widths (default: 1)")
-    degrees.add_argument("--accumulate", type=_count, metavar="N", help="micro-batches per step (default: 1)")
-    degrees.add_argument("--recompute", action="store_true", help="activations are computed again, not kept")
-    degrees.add_argument("--async-checkpoints", action="store_true", help="written beside the training")
-    degrees.add_argument(
-        "--collective-timeout",
-        type=_positive,
-        default=nodes.DEFAULT_TIMEOUT,
-        metavar="S",
-        help=f"a rank that waits longer for others ends (default: {nodes.DEFAULT_TIMEOUT:g})",
-    )
-
-
-def _arms(text: str) -> tuple[str, ...]:
-    try:
-        parsed = [parse(name) for name in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return _distinct(tuple(with_settings(base, **settings) for base, settings in parsed))
-
-
-def _models(text: str) -> tuple[str, ...]:
-    models = tuple(text.split(","))
-    if unknown := [model for model in models if model not in MODELS]:
-        raise argparse.ArgumentTypeError(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}")
-    return _distinct(models)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        seeds = (-1,)
-    if min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers from 0, such as 0,1")
-    return _distinct(seeds)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return _distinct(tuple(_count(part) for part in text.split(",")))
-
-
-def _distinct(items: tuple[T, ...]) -> tuple[T, ...]:
-    if len(set(items)) < len(items):
-        raise argparse.ArgumentTypeError(f"{','.join(map(str, items))} names something twice")
-    return items
-
-
-def _pilot_rates(text: str) -> tuple[float, ...]:
-    return _distinct(tuple(_positive(part) for part in text.split(",")))
-
-
-def _rates(text: str) -> dict[str, float]:
-    """By arm; under "" the rate for all."""
-    if "=" not in text:
-        return {"": _positive(text)}
-    rates: dict[str, float] = {}
-    for part in text.split(","):
-        arm, equals, rate = part.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither one rate nor arm=rate,arm=rate")
-        if arm not in ARMS:
-            raise argparse.ArgumentTypeError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
-        if arm in rates:
-            raise argparse.ArgumentTypeError(f"{arm} has two rates in {text!r}")
-        rates[arm] = _positive(rate)
-    return rates
-
-
-def _positive(text: str) -> float:
-    return _number(text, float, lambda x: 0 < x < math.inf, "a positive number")
-
-
-def _seconds(text: str) -> float:
-    return _number(text, float, lambda x: 0 <= x < math.inf, "a number of seconds, zero or more")
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, lambda x: x >= 1, "an integer of at least 1"))
-
-
-def _number(text: str, kind: Callable[[str], float], holds: Callable[[float], bool], meaning: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not holds(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
-    return value
+COMMANDS = {
+    "explosion": explosion,
+    "reproduce": reproduce,
+    "evidence": evidence,
+    "clip-cost": clip_cost,
+    "optax-speed": optax_speed,
+    "scaling": scaling,
+    "report": report,
+}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import muonclip.models
 import muonclip.optax
 import muonclip.torch
 from benchmarks import kill_trials, scaling
-from benchmarks.__main__ import _parser
+from benchmarks.options import make_parser
 from muonclip.core import COEFFICIENT_SETS
 from muonclip.torch import distributed, group_options, optimizer
 
@@ -163,7 +163,7 @@ def commands_of(page):
 
 
 def accepts(arguments):
-    parser, _ = _parser()
+    parser, _ = make_parser()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             parser.parse_args(arguments)

@@ -10,9 +10,10 @@ import pytest
 from torchrun import torchrun
 
 from benchmarks import kill_trials
-from benchmarks.__main__ import _parallelism, _parser, main
+from benchmarks.__main__ import _parallelism, main
 from benchmarks.data import open_corpus
 from benchmarks.errors import UsageError
+from benchmarks.options import make_parser
 from benchmarks.presets import PRESETS
 from benchmarks.sharded_learner import Layout
 from benchmarks.stored import read_folder
@@ -161,7 +162,7 @@ def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, panel):
     launcher, arguments = words[: words.index("-m")], words[words.index("-m") + 2 :]
     assert launcher[launcher.index("--nnodes") + 1] == str(nodes)
     assert launcher[launcher.index("--rdzv-endpoint") + 1] == ("head-node:29400" if slurm else "localhost:29400")
-    options = _parser()[0].parse_args(arguments)
+    options = make_parser()[0].parse_args(arguments)
     preset, ranks = PRESETS[options.preset], 8 * nodes
     model = preset.model(vocab_size=open_corpus(tokens).vocab_size)
     on_nodes = replace(panel, arms=options.arms, model=model, training=preset.training, device="cuda")
