@@ -15,7 +15,8 @@ from muonclip.torch.attention import QKProjection
 from muonclip.torch.declaration_check import check_declaration
 from muonclip.torch.places import Places
 from muonclip.torch.projection_reader import ProjectionReader
-from muonclip.torch.rehearsal import Call, Rehearsal
+from muonclip.torch.recorder import Call
+from muonclip.torch.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True, slots=True, eq=False)

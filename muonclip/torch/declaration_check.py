@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from muonclip.torch.attention import HeadRows, QKProjection
 from muonclip.torch.places import Places
 from muonclip.torch.provenance import Rows, feeds
-from muonclip.torch.rehearsal import Call
+from muonclip.torch.recorder import Call
 
 PerHead = dict[int, list[set[int]]]
 """id of a parameter → the rows of each head."""

@@ -17,7 +17,7 @@ from muonclip.torch.attention import HeadRows, QKProjection
 from muonclip.torch.max_logits import MaxLogits
 from muonclip.torch.places import Places
 from muonclip.torch.provenance import Rows, feeds
-from muonclip.torch.rehearsal import Call
+from muonclip.torch.recorder import Call
 
 
 class ProjectionReader:
