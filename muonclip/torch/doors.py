@@ -1,27 +1,40 @@
 """Putting the doors of `interception.py` where models look, and taking them away.
 
 They stand in torch's own modules, in the sources and classes of a model that imported a function by name, and in the
-attention interface of Hugging Face, while somebody uses them.
+attention interface of Hugging Face, while somebody uses them. In torch's pipelines one keeps a stage's first run, which
+is for the shapes alone, from being observed.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.pipelining.stage import PipelineStage
 from torch.nn.attention import flex_attention as flex_module
 
 from muonclip.torch.interception import flex_door, host_flex, sdpa_door
 from muonclip.torch.local_attention import PARTS_OF_SEQUENCES
+from muonclip.torch.max_logits import unobserved
 from muonclip.torch.sdpa import host_sdpa
 from muonclip.torch.unsharded import plain_class
 
 
 def _door_to(function: Any) -> Any:
     return functools.partial(sdpa_door, call=function)
+
+
+def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with unobserved():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Doors:
@@ -39,6 +52,8 @@ class Doors:
         cls._users += 1
         cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))
         cls._put(flex_module, "flex_attention", flex_door)
+        if hasattr(PipelineStage, "_compute_outputs"):  # with gradients, on memory that nobody has written to
+            cls._put(PipelineStage, "_compute_outputs", _unobserved(vars(PipelineStage)["_compute_outputs"]))
         kinds = {plain_class(module) for module in model.modules()}
         for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):
             if holder is not None:

@@ -16,13 +16,15 @@ from muonclip.torch.topology import local_part
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, *, stages: dist.ProcessGroup | None = None
+) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` (2-norm) for DTensors on any meshes, and plain tensors, together: experts over
     one mesh, dense layers over another. Returns the norm before, fp32 [], the same on every rank.
 
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
-    same parameters, and need not agree on which have a gradient. Raises ValueError for gradients whose sum over ranks
-    is still to be taken.
+    same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
+    parameters are others and count as well. Raises ValueError for gradients whose sum over ranks is still to be taken.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
@@ -46,6 +48,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         if group is not None:
             dist.all_reduce(squares, group=group)
         total += squares
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
     norm = total.sqrt()
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for parts in by_sharding.values():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,24 @@ from muonclip.torch.exact_maxima import observe, observe_opaquely
 from muonclip.torch.local_attention import on_local_heads
 from muonclip.torch.local_heads import QueryHeads
 from muonclip.torch.sdpa import sdpa_with_lse
+
+_unobserved = False
+
+
+def is_unobserved() -> bool:
+    """Whether what runs is no forward of the training, but an engine's trial for shapes alone."""
+    return _unobserved
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """No statistic takes in what runs within."""
+    global _unobserved
+    before, _unobserved = _unobserved, True
+    try:
+        yield
+    finally:
+        _unobserved = before
 
 
 class MaxLogits:
@@ -100,6 +120,8 @@ class MaxLogits:
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
         first = self.first_of(len(maxima))
+        if _unobserved:
+            return
         self.follow(maxima)
         maxima = maxima.float()
         bad = maxima.isnan() | (maxima == math.inf)
@@ -114,6 +136,8 @@ class MaxLogits:
         `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known.
         `heads` are all of them, or this rank's."""
         first = self.first_of(q.shape[1])
+        if _unobserved:
+            return
         self.follow(q)
         take = observe_opaquely if torch.compiler.is_compiling() else observe
         take(q, k, self.packed, scale=scale, threshold=self.threshold, mask=mask, lse=lse, first=first)

@@ -44,8 +44,9 @@ class QKClip:
     find its attentions now, which `torch.compile` needs. `clip_gains`: after a QK-norm with a gain per head, scale the
     gain. `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or
     None; both are scaled. `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the
-    ranks of the largest mesh on which its parameters lie, else those of its DistributedDataParallel, else all. Every
-    one of them must take each step.
+    ranks of the largest mesh on which its parameters lie, else those of its DistributedDataParallel, else all that have
+    the same attentions with the same weights, which all ranks of the job compare at the first step. Every one of them
+    must take each step.
 
     A second QKClip on a model takes the place of the first. Raises ValueError for wrong arguments and for attention
     that is not understood, here or in the first forward.
@@ -91,7 +92,7 @@ class QKClip:
                 raise ValueError(f"declare names {name!r}, which is no module of the model.")
             self.projections[name] = projection
         declared = bool(self.projections)
-        self._watch = Watch(model, self.projections, clip_gains=clip_gains)
+        self._watch = Watch(model, self.projections, self._ranks, clip_gains=clip_gains)
         self.tau = tau
         if example_inputs is not None:
             args, kwargs = _arguments(example_inputs)
@@ -281,9 +282,9 @@ class QKClip:
     def _group(self) -> dist.ProcessGroup | None:
         """Of the ranks that clip together; None for this one alone."""
         if self._watch is not None:
-            return self._ranks.group(self._watch.model.parameters())
+            return self._ranks.group(self._watch.model.parameters(), self.projections)
         parts = [rows for projection in self.projections.values() for _, rows in projection.parts()]
-        return self._ranks.group(parameter for rows in parts for parameter in rows.module.parameters())
+        return self._ranks.group((p for rows in parts for p in rows.module.parameters()), self.projections)
 
     def _notes(self) -> Tensor:
         return torch.stack([note_of(projection, self._device()) for projection in self.projections.values()])

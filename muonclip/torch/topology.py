@@ -116,9 +116,9 @@ class _LookAround:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         topology = None if self._topology is None or torch.compiler.is_compiling() else self._topology()
-        around = DistributedDataParallel._active_ddp_module
-        if topology is not None and self.handle is not None and isinstance(around, DistributedDataParallel):
-            topology.replicated_by(around)
+        replica = running_replica()
+        if topology is not None and self.handle is not None and replica is not None:
+            topology.replicated_by(replica)
             self.handle.remove()
 
     def __deepcopy__(self, memo: object) -> _LookAround:
@@ -126,6 +126,12 @@ class _LookAround:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_LookAround, ())
+
+
+def running_replica() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running."""
+    around = DistributedDataParallel._active_ddp_module
+    return around if isinstance(around, DistributedDataParallel) else None
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.torch.attention import QKProjection
 from muonclip.torch.attention_search import Site, refusal, search
+from muonclip.torch.clip_ranks import ClipRanks
 from muonclip.torch.doors import Doors
 from muonclip.torch.interception import (
     Hooks,
@@ -32,6 +33,7 @@ from muonclip.torch.interception import (
     enter,
     observers,
 )
+from muonclip.torch.max_logits import is_unobserved
 from muonclip.torch.rehearsal import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
 from muonclip.torch.unsharded import TooLarge
 
@@ -43,8 +45,10 @@ class Watch:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     seen. `to_come`: why nothing was found yet, or "". `version` counts findings."""
 
-    def __init__(self, model: nn.Module, projections: dict[str, QKProjection], *, clip_gains: bool) -> None:
-        self.model, self.projections, self.clip_gains = model, projections, clip_gains
+    def __init__(
+        self, model: nn.Module, projections: dict[str, QKProjection], ranks: ClipRanks, *, clip_gains: bool
+    ) -> None:
+        self.model, self.projections, self.ranks, self.clip_gains = model, projections, ranks, clip_gains
         self.threshold = -math.inf  # of the statistics to come
         self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
@@ -129,6 +133,7 @@ class Watch:
             return
         if module is self.model:
             begin_listening(self._unclaimed)
+            self.ranks.look_around()
         name = next(name for name, each in self.model.named_modules() if each is module)
         # The model: each forward of the first step, up to a few. A part that is called by itself: once, if it holds no
         # attention that is known. (Recomputation under activation checkpointing calls parts, too.)
@@ -218,7 +223,7 @@ class Watch:
         """A copy of the owner with the model: observed by itself."""
         twin = object.__new__(Watch)
         memo[id(self)] = twin
-        for name in ("projections", "declared", "sites", "model"):
+        for name in ("projections", "declared", "sites", "model", "ranks"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
             setattr(twin, name, getattr(self, name))
@@ -246,7 +251,7 @@ class _Entry:
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         watch = self.watch()
-        if watch is None or is_rehearsing() or has_a_foreign_forward(module):
+        if watch is None or _is_apart(module):
             return
         if torch.compiler.is_compiling():
             if watch.to_come:
@@ -260,7 +265,7 @@ class _Entry:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         watch = self.watch()
-        if watch is None or is_rehearsing() or has_a_foreign_forward(module) or torch.compiler.is_compiling():
+        if watch is None or _is_apart(module) or torch.compiler.is_compiling():
             return
         watch.end(module)
 
@@ -279,6 +284,11 @@ class _Nobody(_Entry):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Nobody, ())
+
+
+def _is_apart(module: nn.Module) -> bool:
+    """Whether what runs is no forward of the training, or not the module's own."""
+    return is_rehearsing() or is_unobserved() or has_a_foreign_forward(module)
 
 
 def _take_down(*hooks: Hooks) -> None:

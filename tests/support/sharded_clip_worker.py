@@ -18,13 +18,15 @@ from tiny_llama import attentions_of, tiny_llama, tiny_tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import _context_parallel as experimental
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
-from muonclip.torch import HeadRows, MaxLogits, QKClip, QKProjection, attention
+from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
+from muonclip.torch.distributed import clip_grad_norm_
 
 DIVIDED = {
     "mha": ("q", "k", "v"),
@@ -349,6 +351,62 @@ def stages(alone, how="meshes"):
     return {"layers": len(seen), "seen": seen, "steps": clip.report().steps}
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(HEADS * HEAD, HEADS * HEAD, bias=False).double() for _ in range(4)
+        )
+
+    def forward(self, x):
+        q, k, v = (each(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        return x + self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
+
+
+def pipeline(alone, by=None):
+    """Two stages under torch's own schedule, whose modules have the same names. `by`: who averages over replicas."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+    number, data_rank = mesh.get_coordinate()
+    torch.manual_seed(0)
+    whole = nn.Sequential(*(Residual() for _ in range(4)))
+    with torch.no_grad():
+        for loudness, layer in enumerate(whole, 1):
+            layer.q.weight.mul_(3 * loudness)
+    of_stage = slice(2 * number, 2 * number + 2)
+    part = copy.deepcopy(whole)[of_stage]
+    reference = MuonClip(whole, lr=0.02, qk_clip=QKClip(whole, tau=0.5, process_group=alone))
+    if by == "fsdp":
+        for each in (*part, part):
+            fully_shard(each, mesh=mesh["dp"])
+            each.set_force_sum_reduction_for_comms(True)
+    optimizer = MuonClip(part, lr=0.02, tau=0.5)
+    stage = PipelineStage(part, number, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+    schedule = Schedule1F1B(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss)
+    clipped, norms = [], []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x, target = torch.randn(2, 4 * mesh["dp"].size(), 5, HEADS * HEAD, dtype=torch.float64, generator=generator)
+        own = slice(4 * data_rank, 4 * data_rank + 4)
+        schedule.step(*([x[own]] if number == 0 else []), **({"target": target[own]} if number == 1 else {}))
+        if by == "hand":
+            for parameter in part.parameters():
+                dist.all_reduce(parameter.grad, group=mesh["dp"].get_group())
+                parameter.grad /= mesh["dp"].size()
+        nn.functional.mse_loss(whole(x), target).backward()
+        norm = clip_grad_norm_(part.parameters(), 0.1, stages=mesh["pp"].get_group())
+        expected = nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
+        norms.append([norm.item(), expected.item()])
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+        clipped.append(optimizer.qk_clip.report().clipped_heads)
+    ours, expected = full_state(part), whole[of_stage].state_dict()
+    error = max((ours[name] - expected[name]).abs().max().item() for name in ours)
+    return {"clipped": clipped, "norms": norms, "error": error}
+
+
 def ambiguous_meshes(alone):
     model = make_model("mha")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -610,6 +668,8 @@ if __name__ == "__main__":
     others += [llama] if world == 2 else [ambiguous_meshes]
     work |= {each.__name__: (lambda each=each: each(alone)) for each in others}
     work |= {f"stages, {how}": (lambda how=how: stages(alone, how)) for how in ("ddp", "given")}
+    replicas = [None] if world == 2 else ["hand", "fsdp"]
+    work |= {f"pipeline, by {how}": (lambda how=how: pipeline(alone, how)) for how in replicas}
     engines = [by_fsdp, by_tp] if world == 2 else [by_hsdp, by_fsdp_and_tp]
     work |= {f"50 steps {e.__name__} {k}": (lambda e=e, k=k: many_steps(e, k)) for e in engines for k in ("gqa", "mla")}
     results = {}

@@ -15,6 +15,7 @@ from tiny_attention import TinyAttention, TinyModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
@@ -203,28 +204,28 @@ def test_copies_know_their_own_queries():
 def test_the_group_is_that_of_the_largest_mesh():
     for mesh in Ranks((2, 2)):
         weights = [torch.randn(4, 4)]
-        assert ClipRanks().group(weights) is dist.group.WORLD
+        assert ClipRanks().group(weights, {}) is dist.group.WORLD
         first, second = mesh.mesh_dim_names
         for part in (mesh[second], mesh):
             weights.append(distribute_tensor(torch.randn(4, 4), part, [Shard(0)] * part.ndim, src_data_rank=None))
-            group = ClipRanks().group(weights)
+            group = ClipRanks().group(weights, {})
             assert dist.get_process_group_ranks(group) == sorted(part.mesh.flatten().tolist())
         given = dist.new_group([0, 1, 2, 3])
-        assert ClipRanks(given).group(weights) is given
-        assert ClipRanks(dist.new_group([dist.get_rank()])).group(weights) is None
+        assert ClipRanks(given).group(weights, {}) is given
+        assert ClipRanks(dist.new_group([dist.get_rank()])).group(weights, {}) is None
         across = [
             distribute_tensor(torch.randn(4, 4), mesh[name], [Shard(0)], src_data_rank=None) for name in (first, second)
         ]
         with pytest.raises(ValueError, match="process_group="):
-            ClipRanks().group(across)
+            ClipRanks().group(across, {})
         with pytest.raises(ValueError, match="process_group="):
-            ClipRanks(replicas=mesh.get_group(first)).group(across[1:])
+            ClipRanks(replicas=mesh.get_group(first)).group(across[1:], {})
         ranks = copy.deepcopy(ClipRanks(given))
-        assert ranks.group(weights) is given
-        assert pickle.loads(pickle.dumps(ranks)).group([]) is dist.group.WORLD
+        assert ranks.group(weights, {}) is given
+        assert pickle.loads(pickle.dumps(ranks)).group([], {}) is dist.group.WORLD
     with pytest.raises(ValueError, match=r"process_group=3 is no torch\.distributed\.ProcessGroup"):
         QKClip(TinyModel(), process_group=3)
-    assert ClipRanks().group([]) is None
+    assert ClipRanks().group([], {}) is None
 
 
 def test_a_model_too_large_to_copy_is_refused(monkeypatch):
@@ -285,6 +286,20 @@ def test_parts_of_sequences_without_all_keys_are_refused():
     clip = QKClip(ByAnotherName())
     clip.remove()
     assert nn.functional.scaled_dot_product_attention is attend_by_another_name
+
+
+def test_the_first_run_of_a_pipeline_s_stage_is_not_observed():
+    declared, found = TinyModel(), ByAnotherName()
+    clips = [QKClip(model, observe="always") for model in (declared, found)]
+    PipelineStage._compute_outputs(None, torch.zeros(2, 5, dtype=torch.int64), module=declared)
+    PipelineStage._compute_outputs(None, torch.full((2, 5, 12), torch.nan), module=found)
+    for clip in clips:
+        assert clip.projections
+        assert not any(each.max_logits.observed for each in clip.projections.values())
+    original = PipelineStage._compute_outputs.__wrapped__
+    for clip in clips:
+        clip.remove()
+    assert PipelineStage._compute_outputs is original
 
 
 # On ranks
@@ -375,6 +390,17 @@ class TestOnRanks:
                 assert run["found"] == ["layers.0", "layers.1"], name
                 assert run["clipped"], name
                 assert run["error"] < 1e-9, name
+
+    def test_stages_under_torch_s_schedule_are_clipped_each_by_its_own_maxima(self, results):
+        pipelines = {name: ranks for name, ranks in results.items() if name.startswith("pipeline")}
+        assert pipelines
+        for name, ranks in pipelines.items():
+            for each in ranks:
+                assert any(each["clipped"]), name
+                assert each["error"] < 1e-7, name
+                for norm, expected in each["norms"]:
+                    assert norm == pytest.approx(expected, rel=1e-6), name
+                    assert norm > 0.1
 
     def test_parts_of_sequences_give_the_maxima_of_whole_ones(self, results):
         ranks = results["context_parallel"]
