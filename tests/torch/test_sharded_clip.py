@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchrun import torchrun
 
@@ -269,6 +270,18 @@ def test_a_function_imported_by_name_is_observed_after_fully_shard():
     finally:
         dist.destroy_process_group()
     assert attend_by_another_name is nn.functional.scaled_dot_product_attention
+
+
+def test_the_group_is_that_of_ddp_around_a_forward():
+    for mesh in Ranks((2, 2)):
+        model = ByAnotherName()
+        clip = QKClip(model)
+        assert clip._group() is dist.group.WORLD
+        replicas = mesh.get_group(1)
+        DistributedDataParallel(model, process_group=replicas)(torch.randn(2, 5, 12))
+        for each in (clip, copy.deepcopy(clip)):
+            assert each._group() is replicas
+            each.remove()
 
 
 def test_parts_of_sequences_without_all_keys_are_refused():
