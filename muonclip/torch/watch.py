@@ -131,9 +131,9 @@ class Watch:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
+        self.ranks.look_around()
         if module is self.model:
             begin_listening(self._unclaimed)
-            self.ranks.look_around()
         name = next(name for name, each in self.model.named_modules() if each is module)
         # The model: each forward of the first step, up to a few. A part that is called by itself: once, if it holds no
         # attention that is known. (Recomputation under activation checkpointing calls parts, too.)

@@ -1,5 +1,5 @@
 """One rank of `test_engines.py`: an engine trains its replica on its own data with the clip firing, and saves what it
-ended with. Its replicas begin different: it is the engine that makes them the same."""
+ended with. Its replicas begin different: it is the engine that makes them the same; but for shards."""
 
 import functools
 import logging
@@ -11,7 +11,10 @@ import lightning
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import DistributedType
 from tiny_llama import Probe, tiny_llama, tiny_tokens
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from muonclip.torch import MuonClip
 from muonclip.torch.huggingface import MuonClipFactory, QKClipCallback
@@ -69,6 +72,29 @@ def with_accelerate(model, tokens, folder):
     return clipped
 
 
+def with_accelerate_fsdp2(model, tokens, folder):
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+    # accelerate shards on accelerators only; its way of doing so is the same on a CPU.
+    accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    optimizer = MuonClip(model, **OPTIONS)
+    loader = torch.utils.data.DataLoader(tokens, batch_size=SIZE)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # for gloo
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    clipped = []
+    for batch in loader:
+        accelerator.backward(loss_of(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        clipped.append(optimizer.optimizer.qk_clip.report().clipped_heads)
+    return clipped
+
+
 class LitLlama(lightning.LightningModule):
     def __init__(self, model, whole):
         super().__init__()
@@ -104,6 +130,7 @@ def with_lightning(model, tokens, folder, whole=False):
 ENGINES = dict(
     trainer=with_trainer,
     accelerate=with_accelerate,
+    accelerate_fsdp2=with_accelerate_fsdp2,
     lightning=with_lightning,
     lightning_whole=functools.partial(with_lightning, whole=True),
 )
@@ -112,12 +139,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, folder = dist.get_rank(), Path(sys.argv[2])
-    model = tiny_llama(seed=rank)
+    model = tiny_llama(seed=0 if sys.argv[1] == "accelerate_fsdp2" else rank)
     probe = Probe(model)
     clipped = ENGINES[sys.argv[1]](model, tiny_tokens(STEPS * SIZE * 2), folder)
     assert len(clipped) == STEPS, clipped
     seen = torch.cat([x for x, _ in probe.take()[0]])
-    torch.save({"model": model.state_dict(), "clipped": clipped, "seen": seen}, folder / f"{rank}.pt")
+    weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in model.state_dict().items()}
+    torch.save({"model": weights, "clipped": clipped, "seen": seen}, folder / f"{rank}.pt")
     dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

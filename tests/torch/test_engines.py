@@ -599,6 +599,25 @@ def test_replicas_of_an_engine_stay_the_same_to_the_bit_while_the_clip_fires(tmp
         assert torch.equal(value, second["model"][name]), name
 
 
+@pytest.mark.slow
+def test_accelerate_shards_by_fsdp2_and_trains_as_one_process(tmp_path):
+    torchrun(2, WORKER, "accelerate_fsdp2", tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    model = tiny_llama(seed=0)
+    optimizer = MuonClip(model, lr=1e-2, weight_decay=0.1, tau=2.0)
+    clipped = []
+    for of_both in tiny_tokens(6 * 3 * 2).split(3 * 2):
+        for of_one in of_both.split(3):
+            (loss_of(model, of_one) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clipped.append(optimizer.qk_clip.report().clipped_heads)
+    assert first["clipped"] == second["clipped"] == clipped
+    assert sum(clipped) > 4
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(first["model"][name], value, rtol=0, atol=1e-5)
+
+
 # QK-Clip after other optimizers
 
 
