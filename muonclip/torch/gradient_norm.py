@@ -24,7 +24,8 @@ def clip_grad_norm_(
 
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
     same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
-    parameters are others and count as well. Raises ValueError for gradients whose sum over ranks is still to be taken.
+    parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
+    sequence parallelism) are summed.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
@@ -35,7 +36,8 @@ def clip_grad_norm_(
         key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
         if isinstance(tensor, DTensor):
             if any(isinstance(placement, Partial) for placement in tensor.placements):
-                raise ValueError(f"a gradient is placed as {tensor.placements}; redistribute it before it is clipped.")
+                assert isinstance(parameter, DTensor)
+                tensor = parameter.grad = tensor.redistribute(placements=parameter.placements)
             sharded = (dim for dim, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate))
             key = tensor.device_mesh, tuple(sharded)
         parts = by_sharding.setdefault(key, [])

@@ -141,7 +141,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """What this rank holds of the gradient, placed as the parameter is. Sums that are still to be taken over ranks are
-    taken. `check_parameter` has found nothing wrong with it."""
+    taken, and of what is whole where the parameter is sharded, the shard. `check_parameter` has found nothing wrong
+    with it."""
     gradient = parameter.grad
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient
@@ -195,7 +196,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
         raise ValueError(f"{name} is a DTensor on {parameter.device_mesh}, but its gradient is not on that mesh.")
     pairs = zip(gradient.placements, parameter.placements, strict=True)
-    if any(have != want and not isinstance(have, Partial) for have, want in pairs):
+    if any(have != want and not isinstance(have, Partial | Replicate) for have, want in pairs):
         raise ValueError(
             f"{name} is placed as {parameter.placements}, its gradient as {gradient.placements}. Redistribute the "
             "gradient before the step; the optimizer would have to gather it whole."

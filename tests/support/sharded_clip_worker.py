@@ -21,7 +21,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import _context_parallel as experimental
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
@@ -529,6 +535,89 @@ def by_single_layers(model):
     return mesh["dp"].get_local_rank()
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (each(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = SelfAttention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width, bias=False))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Laid out for torch's tensor-parallel plan with sequence parallelism."""
+
+    def __init__(self, width=HEADS * HEAD):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(64, width), nn.RMSNorm(width)
+        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(2))
+        self.lm_head = nn.Linear(width, 64, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+    def divide(self, mesh):
+        shards, inputs = Shard(1), dict(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+        plan = {
+            "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=shards),
+            "norm": SequenceParallel(),
+            "lm_head": ColwiseParallel(input_layouts=shards, output_layouts=Replicate()),
+        }
+        for index in range(len(self.layers)):
+            plan |= {f"layers.{index}.{name}": SequenceParallel() for name in ("norm", "mlp_norm")}
+            plan |= {f"layers.{index}.{name}": PrepareModuleInput(**inputs) for name in ("attention", "mlp")}
+            plan |= {f"layers.{index}.{name}": ColwiseParallel() for name in ("attention.[qkv]", "mlp.0")}
+            plan |= {f"layers.{index}.{n}": RowwiseParallel(output_layouts=shards) for n in ("attention.out", "mlp.2")}
+        parallelize_module(self, mesh, plan)
+
+
+def sequence_parallel(alone):
+    """Norms between sequence shards have gradients that are partial sums, the embedding's is whole on every rank."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    whole = Transformer().double()
+    model = copy.deepcopy(whole)
+    model.divide(mesh["tp"])
+    if mesh["dp"].size() > 1:
+        for each in (*model.layers, model):
+            fully_shard(each, mesh=mesh["dp"])
+            each.set_force_sum_reduction_for_comms(True)
+    optimizer = MuonClip(model, lr=0.02, tau=0.3)
+    reference = MuonClip(whole, lr=0.02, qk_clip=QKClip(whole, tau=0.3, process_group=alone))
+    clipped, norms = [], []
+    for step in range(4):
+        tokens = torch.randint(64, (2 * mesh["dp"].size(), 17), generator=torch.Generator().manual_seed(step))
+        own = tokens.chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+        for each, batch in ((model, own), (whole, tokens)):
+            nn.functional.cross_entropy(each(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+        norm = clip_grad_norm_(model.parameters(), 0.5)
+        norms.append([norm.item(), nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item()])
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+        clipped.append([each.qk_clip.report().clipped_heads for each in (optimizer, reference)])
+    ours, expected = full_state(model), whole.state_dict()
+    error = max((ours[name] - expected[name]).abs().max().item() for name in ours)
+    return {"clipped": clipped, "norms": norms, "error": error}
+
+
 class FlexCore(nn.Module):
     def forward(self, q, k, v, block_mask):
         return flex_attention.flex_attention(q, k, v, block_mask=block_mask)
@@ -664,7 +753,7 @@ if __name__ == "__main__":
         for name, shard, kind, heads in scenarios(world)
     }
     others = [only_one_rank_observes, a_rank_in_trouble, gradients_on_one_rank, idle, stages, undeclared_heads]
-    others += [found_in_the_first_forward, attention_of_dtensors, context_parallel]
+    others += [found_in_the_first_forward, attention_of_dtensors, context_parallel, sequence_parallel]
     others += [llama] if world == 2 else [ambiguous_meshes]
     work |= {each.__name__: (lambda each=each: each(alone)) for each in others}
     work |= {f"stages, {how}": (lambda how=how: stages(alone, how)) for how in ("ddp", "given")}

@@ -448,9 +448,12 @@ def test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves(
         set_gradients([p], 0)
         summed = nn.Parameter(DTensor.from_local(torch.randn(6, 9), mesh, [Partial()]))
         summed.grad = torch.zeros_like(summed)
-        gathered = nn.Parameter(distribute_tensor(torch.randn(6, 9), mesh, [Shard(0)]))
-        gathered.grad = distribute_tensor(torch.randn(6, 9), mesh, [Replicate()])
-        for sharded, message in ((summed, "w is placed as .*Partial"), (gathered, "its gradient as")):
+        cases = [(summed, "w is placed as .*Partial")]
+        for placement in (Shard(0), Replicate()):  # on more ranks either would have to travel
+            across = nn.Parameter(distribute_tensor(torch.randn(6, 9), mesh, [placement]))
+            across.grad = distribute_tensor(torch.randn(6, 9), mesh, [Shard(1)])
+            cases.append((across, "its gradient as"))
+        for sharded, message in cases:
             with pytest.raises(ValueError, match=message):
                 Muon([("p", p), ("w", sharded)]).step()
         assert torch.equal(p, before)

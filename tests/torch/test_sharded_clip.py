@@ -415,6 +415,15 @@ class TestOnRanks:
                     assert norm == pytest.approx(expected, rel=1e-6), name
                     assert norm > 0.1
 
+    def test_sequence_parallelism_trains_as_one_process(self, results):
+        for each in results["sequence_parallel"]:
+            assert all(ours == expected for ours, expected in each["clipped"])
+            assert any(ours for ours, _ in each["clipped"])
+            assert each["error"] < 1e-7
+            for norm, expected in each["norms"]:
+                assert norm == pytest.approx(expected, rel=1e-6)
+                assert norm > 0.5
+
     def test_parts_of_sequences_give_the_maxima_of_whole_ones(self, results):
         ranks = results["context_parallel"]
         assert any(each["lower alone"] for each in ranks)
