@@ -83,7 +83,8 @@ def _ranks_with_the_same(projections: Mapping[str, QKProjection]) -> dist.Proces
     """All ranks of the job must call it."""
     if not projections:
         return dist.group.WORLD
-    device = next(p.device for projection in projections.values() for p in projection.qk_parameters())
+    weights = (weight for projection in projections.values() for weight in projection.qk_parameters())
+    device = next((weight.device for weight in weights), torch.device("cpu"))
     own = torch.tensor([_fingerprint(projections)], dtype=torch.int64, device="cpu").to(device)
     each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(each, own)
