@@ -20,7 +20,7 @@ test: format-check lint typecheck ## format check, lint, types, and all tests bu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 -rs
 
 test-slow: env ## the slow tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -rs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile -rs
 
 format: env ## rewrite the sources in the house format
 	$(PY) -m ruff format .
