@@ -58,18 +58,22 @@ def with_trainer(model, tokens, folder):
     return clipped
 
 
+def accelerated(accelerator, model, optimizer, loader):
+    clipped = []
+    for batch in loader:
+        accelerator.backward(loss_of(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        clipped.append(optimizer.optimizer.qk_clip.report().clipped_heads)
+    return clipped
+
+
 def with_accelerate(model, tokens, folder):
     accelerator = accelerate.Accelerator(cpu=True)
     loader = torch.utils.data.DataLoader(tokens, batch_size=SIZE)
     replica, optimizer, loader = accelerator.prepare(model, MuonClip(model, **OPTIONS), loader)
-    clipped = []
-    for batch in loader:
-        accelerator.backward(loss_of(replica, batch))
-        optimizer.step()
-        optimizer.zero_grad()
-        clipped.append(optimizer.optimizer.qk_clip.report().clipped_heads)
     assert type(replica) is torch.nn.parallel.DistributedDataParallel
-    return clipped
+    return accelerated(accelerator, replica, optimizer, loader)
 
 
 def with_accelerate_fsdp2(model, tokens, folder):
@@ -86,13 +90,7 @@ def with_accelerate_fsdp2(model, tokens, folder):
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # for gloo
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    clipped = []
-    for batch in loader:
-        accelerator.backward(loss_of(model, batch))
-        optimizer.step()
-        optimizer.zero_grad()
-        clipped.append(optimizer.optimizer.qk_clip.report().clipped_heads)
-    return clipped
+    return accelerated(accelerator, model, optimizer, loader)
 
 
 class LitLlama(lightning.LightningModule):
