@@ -47,7 +47,7 @@ class Doors:
     def open(cls, model: nn.Module) -> None:
         """Put the doors where `model` will look."""
         standing = F.scaled_dot_product_attention  # perhaps somebody's own kernel
-        if (standing.__module__ or "").startswith("torch.distributed"):
+        if (getattr(standing, "__module__", None) or "").startswith("torch.distributed"):
             raise ValueError(PARTS_OF_SEQUENCES)
         cls._users += 1
         cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))

@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate
 
 from muonclip.torch.process_groups import group_over
-from muonclip.torch.topology import local_part
+from muonclip.torch.topology import check_parameter, local_part
 
 
 @torch.no_grad()
@@ -25,21 +24,21 @@ def clip_grad_norm_(
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
     same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
     parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
-    sequence parallelism) are summed.
+    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that lie so that
+    `step` would refuse them.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
-    for parameter in given:
-        # Without a gradient the parameter says where others have one: all ranks must come to the same sums.
-        tensor = parameter if parameter.grad is None else parameter.grad
+    for index, parameter in enumerate(given):
+        check_parameter(f"parameter {index}", parameter)
         key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
-        if isinstance(tensor, DTensor):
-            if any(isinstance(placement, Partial) for placement in tensor.placements):
-                assert isinstance(parameter, DTensor)
-                tensor = parameter.grad = tensor.redistribute(placements=parameter.placements)
-            sharded = (dim for dim, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate))
-            key = tensor.device_mesh, tuple(sharded)
+        if isinstance(parameter, DTensor):  # which says, without a gradient here, what others have to sum
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+            sharded = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+            key = parameter.device_mesh, tuple(sharded)
         parts = by_sharding.setdefault(key, [])
         if parameter.grad is not None:
             parts.append(local_part(parameter.grad))
