@@ -24,8 +24,15 @@ from muonclip.torch.sdpa import host_sdpa
 from muonclip.torch.unsharded import plain_class
 
 
-def _door_to(function: Any) -> Any:
-    return functools.partial(sdpa_door, call=function)
+def _sdpa_door_for(standing: Any) -> Any:
+    """The door in the place of what stands there: the host's attention, or somebody's own kernel."""
+    if standing is host_sdpa:
+        return sdpa_door
+    if sdpa_door in (standing, getattr(standing, "func", None)):  # which somebody put back after it was closed
+        return standing
+    door: Any = functools.partial(sdpa_door, call=standing)
+    door.__name__ = sdpa_door.__name__
+    return door
 
 
 def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,11 +53,11 @@ class Doors:
     @classmethod
     def open(cls, model: nn.Module) -> None:
         """Put the doors where `model` will look."""
-        standing = F.scaled_dot_product_attention  # perhaps somebody's own kernel
+        standing = F.scaled_dot_product_attention
         if (getattr(standing, "__module__", None) or "").startswith("torch.distributed"):
             raise ValueError(PARTS_OF_SEQUENCES)
         cls._users += 1
-        cls._put(F, "scaled_dot_product_attention", sdpa_door if standing is host_sdpa else _door_to(standing))
+        cls._put(F, "scaled_dot_product_attention", _sdpa_door_for(standing))
         cls._put(flex_module, "flex_attention", flex_door)
         if hasattr(PipelineStage, "_compute_outputs"):  # with gradients, on memory that nobody has written to
             cls._put(PipelineStage, "_compute_outputs", _unobserved(vars(PipelineStage)["_compute_outputs"]))

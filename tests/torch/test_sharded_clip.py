@@ -259,6 +259,12 @@ class ByAnotherName(nn.Module):
         return attend_by_another_name(q, k, k)
 
 
+class ByFunctional(ByAnotherName):
+    def forward(self, x):
+        q, k = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (self.q, self.k))
+        return nn.functional.scaled_dot_product_attention(q, k, k)
+
+
 def test_a_function_imported_by_name_is_observed_after_fully_shard():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
@@ -284,15 +290,14 @@ def test_the_group_is_that_of_ddp_around_a_forward():
             each.remove()
 
 
-def test_parts_of_sequences_without_all_keys_are_refused():
+def test_parts_of_sequences_without_all_keys_are_refused(closed_doors):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = DeviceMesh("cpu", range(2))
         q = DTensor.from_local(torch.randn(2, 4, 5, 6), mesh, [Shard(2)], run_check=False)
         with pytest.raises(ValueError, match="parts of sequences"):
             Observer([MaxLogits(4)], calls=None, written_out=False).see(q, q, None, is_causal=True)
-        ring = context_parallel(mesh, buffers=[torch.zeros(8, 12)], buffer_seq_dims=[0])
-        with ring, pytest.raises(ValueError, match="parts of sequences"):
+        with ring(mesh), pytest.raises(ValueError, match="parts of sequences"):
             QKClip(ByAnotherName())
     finally:
         dist.destroy_process_group()
@@ -301,16 +306,48 @@ def test_parts_of_sequences_without_all_keys_are_refused():
     assert nn.functional.scaled_dot_product_attention is attend_by_another_name
 
 
-def test_the_first_run_of_a_pipeline_s_stage_is_not_observed():
+def ring(mesh):
+    return context_parallel(mesh, buffers=[torch.zeros(8, 12)], buffer_seq_dims=[0])
+
+
+def own_kernel(*args, **kwargs):
+    return attend_by_another_name(*args, **kwargs)
+
+
+@pytest.mark.parametrize("standing", [attend_by_another_name, own_kernel])
+def test_a_clip_does_not_keep_context_parallelism_from_its_place(standing, closed_doors, monkeypatch):
+    """Torch replaces attention under the name that the function there has."""
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", standing)
+    if standing is own_kernel:
+        monkeypatch.setattr(own_kernel, "__name__", "scaled_dot_product_attention")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = DeviceMesh("cpu", range(2))
+        model = ByFunctional()
+        clip = QKClip(model, example_inputs=torch.randn(2, 6, 12))
+        door = nn.functional.scaled_dot_product_attention
+        with ring(mesh), pytest.raises(ValueError, match="parts of sequences"):
+            model(torch.randn(2, 6, 12))
+        assert nn.functional.scaled_dot_product_attention is door
+        with ring(mesh):
+            clip.remove()
+        again = QKClip(ByAnotherName())
+        assert nn.functional.scaled_dot_product_attention is door  # put back, and not twice in each other
+        again.remove()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_first_run_of_a_pipeline_s_stage_is_not_observed(closed_doors):
+    original = PipelineStage._compute_outputs
     declared, found = TinyModel(), ByAnotherName()
     clips = [QKClip(model, observe="always") for model in (declared, found)]
+    assert PipelineStage._compute_outputs is not original
     PipelineStage._compute_outputs(None, torch.zeros(2, 5, dtype=torch.int64), module=declared)
     PipelineStage._compute_outputs(None, torch.full((2, 5, 12), torch.nan), module=found)
     for clip in clips:
         assert clip.projections
         assert not any(each.max_logits.observed for each in clip.projections.values())
-    original = PipelineStage._compute_outputs.__wrapped__
-    for clip in clips:
         clip.remove()
     assert PipelineStage._compute_outputs is original
 
