@@ -198,6 +198,8 @@ def _attend(
     if softcap is not None:
         return _softcapped_attention(q, k, v, scale, mask, softcap), None
     dense = None if mask.is_causal_only else mask.dense(q.device)
+    if dense is not None and q.dtype == torch.float64 and dense.dtype != torch.bool:
+        dense = dense.to(q.dtype)  # PyTorch 2.13's kernel misreads a float32 mask beside float64 on some CPUs
     width = v.shape[-1]
     if width < q.shape[-1] and q.device.type == "cpu":  # its fast kernel takes equal widths only
         v = F.pad(v, (0, q.shape[-1] - width))

@@ -76,7 +76,8 @@ class Watch:
         self._observers = observers()
         self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
         Doors.open(self.model)
-        self._end = weakref.finalize(self, _take_down, self._observers, self._root, self._entries)
+        hooks = self._observers, self._root, self._entries
+        self._end = weakref.finalize(self, _take_down, self._unclaimed, *hooks)
         self._root.put_on(self.model)
         for module in self.model.modules():
             if module is not self.model:
@@ -151,7 +152,7 @@ class Watch:
 
     def end(self, module: nn.Module) -> None:
         """A module has run, or has raised."""
-        self._depth = max(self._depth - 1, 0)
+        self._depth = 0 if module is self.model else max(self._depth - 1, 0)
         if module is self.model:
             end_listening(self._unclaimed)
 
@@ -261,7 +262,7 @@ class _Entry:
                     "gradients before you compile."
                 )
             return
-        watch.begin(module, args, kwargs)
+        _begin(watch, module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         watch = self.watch()
@@ -274,6 +275,10 @@ class _Entry:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Nobody, ())
+
+
+_begin: Any = torch.compiler.disable(Watch.begin)
+"""A rehearsal between two graphs is not compiled."""
 
 
 class _Nobody(_Entry):
@@ -291,7 +296,8 @@ def _is_apart(module: nn.Module) -> bool:
     return is_rehearsing() or is_unobserved() or has_a_foreign_forward(module)
 
 
-def _take_down(*hooks: Hooks) -> None:
+def _take_down(unclaimed: Unclaimed, *hooks: Hooks) -> None:
+    end_listening(unclaimed)
     for each in hooks:
         each.take_off()
     Doors.close()

@@ -2,7 +2,16 @@ import gc
 
 import pytest
 
+from muonclip.torch import interception
 from muonclip.torch.doors import Doors
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens_any_more():
+    """Whatever ended a forward, nothing of it goes on listening."""
+    yield
+    assert not interception._listeners
+    assert not interception._trackers
 
 
 @pytest.fixture

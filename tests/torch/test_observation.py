@@ -135,21 +135,37 @@ def test_compiled_layers_share_their_code():
     np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
 
 
-def test_compiling_before_anything_was_seen_is_an_error_that_says_what_to_do():
+def test_what_is_compiled_before_anything_was_seen_is_rehearsed_between_graphs_or_says_what_to_do():
     class ByName(Model):
         def forward(self, *, x):
             return super().forward(x)
 
     model, x = ByName(), torch.randn(2, 9, WIDTH)
-    clip = QKClip(model)
+    expected = dense(model, x=x)
+    clip = QKClip(model, observe="always")
+    with pytest.raises(Exception, match=r"has not seen this model's attention yet.*example_inputs"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x=x)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    with pytest.raises(Exception, match="example_inputs"):
-        compiled(x=x)
+    for _ in range(3):
+        torch._dynamo.utils.counters.clear()
+        compiled(x=x).sum().backward()
+        np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
     clip = QKClip(model, example_inputs={"x": x}, observe="always")
     torch.compile(model, backend="aot_eager", fullgraph=True)(x=x)
-    np.testing.assert_allclose(observed(clip), dense(model, x=x), rtol=1e-5)
+    np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
     torch._dynamo.reset()
+
+
+def test_a_clip_removed_amid_a_forward_leaves_nothing_behind():
+    model, x = model_and_input()
+    clip = QKClip(model)
+    handle = model.first.register_forward_hook(lambda *_: clip.remove())
+    model(x)
+    handle.remove()
+    assert hooks_of(model) == 0
 
 
 class WrittenOut(Attention):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from muonclip.torch import QKClip
-from muonclip.torch import interception as interception_module
 from muonclip.torch.sdpa import host_sdpa
 
 # torch.compile looks at the gradients of its inputs, whatever they are.
@@ -414,7 +413,6 @@ def test_an_interrupted_forward_leaves_nothing_behind(x):
             return self.layer(x)
 
     model = Interrupted()
-    others = list(interception_module._listeners), list(interception_module._trackers)  # of tests before
     clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
     before = maxima(model.layer, x)
     model.layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if model.stop else None)
@@ -425,7 +423,6 @@ def test_an_interrupted_forward_leaves_nothing_behind(x):
     step(clip, model(x))
     check(clip, model.layer, x, before, 1.0, "layer")
     clip.remove()
-    assert (interception_module._listeners, interception_module._trackers) == others
 
 
 def test_somebody_else_s_attention_is_called_and_given_back(x, monkeypatch):
