@@ -429,7 +429,7 @@ def llama(alone):
     """A model of transformers, its attentions found before and after it was sharded."""
     results = {}
     for order in ("before", "after"):
-        whole, model = tiny_llama(), tiny_llama()
+        whole, model = tiny_llama().double(), tiny_llama().double()
         clip = QKClip(model, tau=1.0, observe="always") if order == "before" else None
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for part in (*model.model.layers, model):
