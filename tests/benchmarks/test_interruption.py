@@ -51,7 +51,7 @@ def start(out, framework, *more):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=300)  # XLA compiles first
+    output, errors = process.communicate(timeout=600)  # XLA compiles first
     assert process.returncode == 0, errors
     return output
 
@@ -60,7 +60,7 @@ def wait_for_the_middle(out, process):
     def in_the_middle(folder):
         return (folder / CHECKPOINT).exists() and (folder / METRICS).read_text().count("\n") >= 20
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not all(in_the_middle(out / "runs" / f"{arm}-0") for arm in ARMS):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline

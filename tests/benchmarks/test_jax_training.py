@@ -150,8 +150,8 @@ def test_its_curves_lie_within_the_spread_of_pytorchs_seeds(arm, tmp_path):
             train(Run(panel, text, tmp_path / f"{framework}-{seed}", arm, seed))
             made = records(tmp_path / f"{framework}-{seed}")
             of[seed] = [(record["loss"], math.log(max_logit(record))) for record in made]
-            median = statistics.median(max_logit(record) for record in made[-steps // 4 :])
-            assert (median > 2 * HOT.tau) == (arm == "muon")
+            highest = max(max_logit(record) for record in made[-steps // 4 :])
+            assert (highest > 2 * HOT.tau) == (arm == "muon")
 
     def apart(one, other):
         """Mean absolute distance of two runs in (loss, ln maximum logit), between means of `bin_` steps."""

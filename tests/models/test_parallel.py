@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from torchrun import torchrun
+from forked_ranks import run_ranks
 
 from muonclip.models import MoEConfig
 from muonclip.models.parallel import Parallelism
@@ -82,7 +82,7 @@ def results(tmp_path_factory):
         if ranks not in made:
             made[ranks] = {}  # of a failure, not to try again
             folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-            torchrun(ranks, WORKER, folder, json.dumps(CASES[ranks]))
+            run_ranks(ranks, WORKER, folder, json.dumps(CASES[ranks]))
             made[ranks] = json.loads((folder / "0.json").read_text())
         return made[ranks][case]
 

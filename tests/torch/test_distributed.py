@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
-from torchrun import torchrun
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.distributed import Iteration, Mesh, Placed, plan
@@ -222,7 +222,7 @@ def results(tmp_path_factory):
     def of(world):
         if world not in found:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            torchrun(world, WORKER, folder)
+            run_ranks(world, WORKER, folder)
             found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
         return found[world]
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from forked_ranks import run_ranks
 from parallel_training import make_model, make_optimizer, train
-from torchrun import torchrun
 
 WORKER = Path(__file__).parents[1] / "support" / "engines_update_worker.py"
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def alone():
 @pytest.fixture(scope="module", params=[2, 4, 8])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torchrun(request.param, WORKER, folder)
+    run_ranks(request.param, WORKER, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

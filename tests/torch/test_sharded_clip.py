@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_attention import TinyAttention, TinyModel
@@ -22,7 +23,6 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchrun import torchrun
 
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
 from muonclip.torch.attention import scale_heads
@@ -356,7 +356,7 @@ def test_the_first_run_of_a_pipeline_s_stage_is_not_observed(closed_doors):
 
 
 def ranks_of(world, folder):
-    torchrun(world, WORKER, folder)
+    run_ranks(world, WORKER, folder)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 

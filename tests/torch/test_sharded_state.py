@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from torchrun import torchrun
+from forked_ranks import run_ranks
 
 WORKER = Path(__file__).parents[1] / "support" / "dcp_worker.py"
 pytestmark = pytest.mark.slow
 
 
 def run(ranks, mode, folder):
-    torchrun(ranks, WORKER, mode, folder)
+    run_ranks(ranks, WORKER, mode, folder)
     return json.loads((folder / f"{mode}-{ranks}.json").read_text())
 
 

@@ -1,0 +1,55 @@
+"""Workers of the tests on several ranks of this machine.
+
+The ranks are forked from a process that has imported PyTorch and the library once, which a start by torchrun does anew
+for every rank: on a slow machine most of such a test's time.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+
+import torch.distributed as dist
+import torch.multiprocessing
+
+PRELOADED = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.experimental",
+    "muonclip.torch",
+    "muonclip.models",
+]
+
+
+def run_ranks(ranks, script, *words, timeout=600):
+    """Run `script` with `words` as its arguments on every rank, as torchrun would. Fails where a rank does."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = (ranks, store.port, [str(word) for word in (script, *words)])
+    context = torch.multiprocessing.start_processes(
+        _rank, arguments, nprocs=ranks, join=False, daemon=True, start_method="forkserver"
+    )
+    deadline = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=max(deadline - time.monotonic(), 0)):
+            assert time.monotonic() < deadline, f"{script} on {ranks} ranks ran longer than {timeout} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _rank(rank, ranks, port, argv):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is of the process that started the ranks
+    }
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
