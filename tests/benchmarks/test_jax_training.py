@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
