@@ -20,7 +20,7 @@ from benchmarks.train import CHECKPOINT, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("muon", "muonclip")
-STEPS = 300
+STEPS = 120
 
 
 @pytest.fixture(scope="module", autouse=True)

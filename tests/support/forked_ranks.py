@@ -20,6 +20,9 @@ PRELOADED = [
     "torch.distributed.tensor.experimental",
     "muonclip.torch",
     "muonclip.models",
+    "accelerate",
+    "lightning.pytorch",
+    "transformers",
 ]
 
 
@@ -48,6 +51,7 @@ def _rank(rank, ranks, port, argv):
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "forked",
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is of the process that started the ranks
     }
     torch.set_num_threads(1)

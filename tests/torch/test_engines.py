@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_llama import HEAD, HEADS, LAYERS, Probe, attentions_of, tiny_llama, tiny_tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrun import torchrun
+from forked_ranks import run_ranks
 from transformers.optimization import Adafactor
 
 from muonclip.torch import MuonClip, QKClip
@@ -590,7 +590,7 @@ def test_lightning_resumes_to_the_bit(tmp_path, whole):
     ],
 )
 def test_replicas_of_an_engine_stay_the_same_to_the_bit_while_the_clip_fires(tmp_path, engine):
-    torchrun(2, WORKER, engine, tmp_path)
+    run_ranks(2, WORKER, engine, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["clipped"] == second["clipped"]
     assert sum(first["clipped"]) > 4
@@ -601,7 +601,7 @@ def test_replicas_of_an_engine_stay_the_same_to_the_bit_while_the_clip_fires(tmp
 
 @pytest.mark.slow
 def test_accelerate_shards_by_fsdp2_and_trains_as_one_process(tmp_path):
-    torchrun(2, WORKER, "accelerate_fsdp2", tmp_path)
+    run_ranks(2, WORKER, "accelerate_fsdp2", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     model = tiny_llama(seed=0)
     optimizer = MuonClip(model, lr=1e-2, weight_decay=0.1, tau=2.0)
