@@ -14,10 +14,10 @@ import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
+from forked_ranks import run_ranks
 from tiny_llama import HEAD, HEADS, LAYERS, Probe, attentions_of, tiny_llama, tiny_tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from forked_ranks import run_ranks
 from transformers.optimization import Adafactor
 
 from muonclip.torch import MuonClip, QKClip
