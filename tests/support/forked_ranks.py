@@ -13,7 +13,7 @@ import time
 import torch.distributed as dist
 import torch.multiprocessing
 
-PRELOADED = [
+PRELOADED = [  # what the workers import, but for themselves
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
@@ -51,7 +51,7 @@ def _rank(rank, ranks, port, argv):
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "forked",
+        "TORCHELASTIC_RUN_ID": "forked",  # by which Lightning knows such ranks
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is of the process that started the ranks
     }
     torch.set_num_threads(1)
