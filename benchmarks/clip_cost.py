@@ -38,7 +38,7 @@ from benchmarks.intervals import CONFIDENCE
 from benchmarks.runner import RunFailed
 from muonclip.models.torch import Attention
 from muonclip.torch import QKClip
-from muonclip.torch.max_logits import MaxLogits
+from muonclip.torch.logits.max_logits import MaxLogits
 
 TAU = 100.0
 WITHOUT, AGAIN, NEEDED, ALWAYS = "without", "without, again", "needed", "always"

@@ -20,8 +20,8 @@ from muonclip.core import MatrixLayout
 from muonclip.models import MoEConfig
 from muonclip.models.torch import MoE
 from muonclip.torch.distributed import Distribution, Iteration, Mesh, Placed, plan
-from muonclip.torch.matrix_shards import slabs_of
-from muonclip.torch.param_groups import plan_module
+from muonclip.torch.optimizer.plan import plan_module
+from muonclip.torch.update.matrix_shards import slabs_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # by rank; Okabe–Ito, colour-blind safe
 SHARED = "#D9D9D9"

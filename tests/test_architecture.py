@@ -15,7 +15,6 @@ import muonclip.torch
 ROOT = Path(muonclip.__file__).parent
 DOORS = {
     "huggingface.py": {"transformers"},
-    "huggingface_attention.py": {"transformers"},
     "head_maxima.py": {"triton"},
 }  # to engines, imported only when used
 MAY_IMPORT = {

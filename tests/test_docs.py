@@ -31,7 +31,9 @@ import muonclip.torch
 from benchmarks import kill_trials, scaling
 from benchmarks.options import make_parser
 from muonclip.core import COEFFICIENT_SETS
-from muonclip.torch import distributed, group_options, optimizer
+from muonclip.torch import distributed
+from muonclip.torch.optimizer import muonclip as optimizer
+from muonclip.torch.optimizer import options as group_options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

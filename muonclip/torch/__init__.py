@@ -4,14 +4,14 @@ optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)      # was AdamW(model.pa
 """
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.attention import HeadRows, QKProjection
-from muonclip.torch.attention_mask import AttentionMask
-from muonclip.torch.exact_maxima import measure_max_logits
-from muonclip.torch.max_logits import MaxLogits, attention
-from muonclip.torch.optimizer import Muon, MuonClip
-from muonclip.torch.param_groups import Plan, PlannedParameter
-from muonclip.torch.qk_clip import QKClip
-from muonclip.torch.qk_clip_report import LayerReport, QKClipReport
+from muonclip.torch.clip.qk_clip import QKClip
+from muonclip.torch.clip.report import LayerReport, QKClipReport
+from muonclip.torch.heads.qk_projection import HeadRows, QKProjection
+from muonclip.torch.logits.exact_maxima import measure_max_logits
+from muonclip.torch.logits.mask import AttentionMask
+from muonclip.torch.logits.max_logits import MaxLogits, attention
+from muonclip.torch.optimizer.muonclip import Muon, MuonClip
+from muonclip.torch.optimizer.plan import Plan, PlannedParameter
 
 __all__ = [
     "AttentionMask",

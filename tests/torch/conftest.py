@@ -2,8 +2,8 @@ import gc
 
 import pytest
 
-from muonclip.torch import interception
-from muonclip.torch.doors import Doors
+from muonclip.torch.observe import calls as interception
+from muonclip.torch.observe.patches import Doors
 
 
 @pytest.fixture(autouse=True)

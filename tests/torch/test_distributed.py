@@ -16,9 +16,9 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.distributed import Iteration, Mesh, Placed, plan
-from muonclip.torch.local_matrices import editing, local_matrices
-from muonclip.torch.matrix_shards import slabs_of
-from muonclip.torch.shard_indices import local_indices
+from muonclip.torch.mesh.shard_indices import local_indices
+from muonclip.torch.update.matrix_shards import slabs_of
+from muonclip.torch.update.matrix_views import editing, local_matrices
 
 WORKER = Path(__file__).parents[1] / "support" / "update_worker.py"
 FP32 = Iteration(torch.float32, "jordan", None)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_attention import dense_max_logits
 
-from muonclip.torch import AttentionMask, MaxLogits, exact_maxima
+from muonclip.torch import AttentionMask, MaxLogits
+from muonclip.torch.logits import exact_maxima
 
 HEADS, GROUPS, LENGTH, WIDTH = 4, 2, 23, 6
 

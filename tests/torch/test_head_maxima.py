@@ -37,7 +37,7 @@ def serve():
     """What the process with the interpreter runs: calls in, results or errors out."""
     from triton.runtime import interpreter
 
-    from muonclip.torch.kernels import head_maxima as module
+    from muonclip.torch.logits.kernels import head_maxima as module
 
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -352,7 +352,7 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from muonclip.torch.kernels.head_maxima import _head_maxima
+    from muonclip.torch.logits.kernels.head_maxima import _head_maxima
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = _head_maxima.arg_names
@@ -370,7 +370,7 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("mask", ["none", "causal", "causal window", "documents", "4-d", "lowest float32"])
 def test_is_exact_when_compiled(mask, dtypes):
-    from muonclip.torch.kernels.head_maxima import head_maxima
+    from muonclip.torch.logits.kernels.head_maxima import head_maxima
 
     torch.manual_seed(0)
     q, k = (torch.randn(2, heads, 300, 80).to(dtype) for heads, dtype in zip((4, 2), dtypes, strict=True))

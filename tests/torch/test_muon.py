@@ -13,8 +13,8 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon, MuonClip
-from muonclip.torch import distributed as distributed_module
-from muonclip.torch import products as products_module
+from muonclip.torch.update import execute as distributed_module
+from muonclip.torch.update import products as products_module
 
 
 def parameters(*shapes, seed=0, dtype=torch.float32):

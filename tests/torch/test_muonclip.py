@@ -12,7 +12,7 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
 from muonclip.torch import MuonClip, QKClip
-from muonclip.torch import qk_clip as qk_clip_module
+from muonclip.torch.clip import qk_clip as qk_clip_module
 
 
 def tokens(seed, batch=2, length=9):

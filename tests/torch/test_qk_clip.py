@@ -14,7 +14,7 @@ from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, TinyModel, dense_
 from torch import nn
 
 from muonclip.torch import HeadRows, MaxLogits, QKClip, QKProjection, attention
-from muonclip.torch import qk_clip as qk_clip_module
+from muonclip.torch.clip import qk_clip as qk_clip_module
 
 
 def loud_attention(kind, seed, dtype=torch.float64):

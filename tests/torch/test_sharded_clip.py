@@ -25,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
-from muonclip.torch.attention import scale_heads
-from muonclip.torch.clip_ranks import ClipRanks
-from muonclip.torch.interception import Observer
-from muonclip.torch.local_heads import QueryHeads
-from muonclip.torch.shard_indices import local_indices
+from muonclip.torch.clip.ranks import ClipRanks
+from muonclip.torch.heads.qk_projection import scale_heads
+from muonclip.torch.heads.query_heads import QueryHeads
+from muonclip.torch.mesh.shard_indices import local_indices
+from muonclip.torch.observe.calls import Observer
 
 WORKER = Path(__file__).parents[1] / "support" / "sharded_clip_worker.py"
 

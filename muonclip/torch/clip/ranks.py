@@ -1,0 +1,105 @@
+"""Which ranks clip together: those that share a part of the model, or train copies of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.mesh.process_groups import group_of
+from muonclip.torch.mesh.topology import running_replica
+
+
+class ClipRanks:
+    """The process group over all data-, context- and tensor-parallel ranks of a model.
+
+    `given`: the group to use. Else that of the largest device mesh on which parameters lie, so that pipeline stages,
+    which have meshes of their own, do not wait for each other. Else `replicas`: that of DistributedDataParallel, given
+    or seen around a forward. Else all ranks that have the same attentions with the same weights: replicas of any other
+    engine, and not the other stages of a pipeline.
+    """
+
+    def __init__(self, given: dist.ProcessGroup | None = None, replicas: dist.ProcessGroup | None = None) -> None:
+        if given is not None and not isinstance(given, dist.ProcessGroup):
+            raise ValueError(
+                f"process_group={given!r} is no torch.distributed.ProcessGroup with this rank in it; give the group of "
+                "all ranks that share this model, or None to have it read from the parameters."
+            )
+        self._given, self._replicas = given, replicas
+        self._known: tuple[object, dist.ProcessGroup | None] | None = None
+
+    def look_around(self) -> None:
+        """While a forward runs: is it one of DistributedDataParallel?"""
+        replica = running_replica()
+        if replica is not None and isinstance(replica.process_group, dist.ProcessGroup):
+            self._replicas = replica.process_group
+
+    def group(self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
+        """None where this rank is alone. All of the ranks must call it alike: a group may have to be made, and where
+        nothing else says which ranks these are, all of the job come together once.
+
+        Raises ValueError where the meshes of the parameters do not say which ranks these are.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self._given
+        if group is None:
+            meshes = frozenset(each.device_mesh for each in parameters if isinstance(each, DTensor))
+            key = dist.group.WORLD, meshes, self._replicas, bool(projections)
+            if self._known is None or self._known[0] != key:
+                self._known = key, self._find(meshes, projections)
+            group = self._known[1]
+        return None if group is None or group.size() == 1 else group
+
+    def _find(self, meshes: Iterable[DeviceMesh], projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
+        sets = {frozenset(mesh.mesh.flatten().tolist()) for mesh in meshes}
+        if not sets:
+            return self._replicas or _ranks_with_the_same(projections)
+        if self._replicas is not None:
+            sets.add(frozenset(dist.get_process_group_ranks(self._replicas)))
+        largest = max(sets, key=len)
+        if any(not ranks <= largest for ranks in sets):
+            raise ValueError(
+                f"the parameters lie on the ranks {sorted(map(sorted, sets))}, of which none holds all others: QK-Clip "
+                "cannot tell which ranks train one model together. Give their group, QKClip(…, process_group=…)."
+            )
+        return group_of(sorted(largest)) if len(largest) > 1 else None
+
+    def __deepcopy__(self, memo: object) -> ClipRanks:
+        return ClipRanks(self._given, self._replicas)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ClipRanks, ())  # groups end with their processes
+
+
+def _ranks_with_the_same(projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
+    """All ranks of the job must call it."""
+    if not projections:
+        return dist.group.WORLD
+    weights = (weight for projection in projections.values() for weight in projection.qk_parameters())
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+    own = torch.tensor([_fingerprint(projections)], dtype=torch.int64, device="cpu").to(device)
+    each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, own)
+    alike = [rank for rank, fingerprint in enumerate(torch.cat(each).tolist()) if fingerprint == int(own)]
+    return group_of(alike) if len(alike) > 1 else None
+
+
+def _fingerprint(projections: Mapping[str, QKProjection]) -> int:
+    """63 bits of the attentions' names and of the first numbers of their weights."""
+    digest = hashlib.sha256()
+    for name, projection in projections.items():
+        digest.update(f"{name} {projection.kind} {projection.num_heads}".encode())
+        for parameter in projection.qk_parameters():
+            few = parameter.detach().flatten()[:64].contiguous()
+            digest.update(
+                f"{parameter.dtype} {tuple(parameter.shape)}".encode() + bytes(few.view(torch.uint8).tolist())
+            )
+    return int.from_bytes(digest.digest()[:8]) >> 1

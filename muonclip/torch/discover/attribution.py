@@ -1,0 +1,276 @@
+"""Which rows of which parameters feed which head of a query or key, and whether the head is proportional to them.
+
+In a rehearsal (`trace.py`) every product with a weight is cut: its output y is a leaf of autograd. What stands
+between y and a query q is then differentiated: the columns of y with a gradient from head h are the rows behind head h.
+And Euler's identity says whether scaling them by γ scales the head by γ, without scaling anything:
+
+    ⟨r, q_h⟩ = ⟨∂⟨r, q_h⟩ / ∂y, y⟩  for every r   ⇔   q_h(γ y) = γ q_h(y)          (homogeneous of degree one)
+
+A norm between y and q makes the right side zero: there the weights do not reach the logits, and its gain may.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+_MOST_SOURCES = 7  # the subsets of more are not tried
+
+
+@dataclass(slots=True, eq=False)
+class Product:
+    """A product of activations with a weight, cut off: its output depends on nothing.
+
+    `name`: of the function. Where it is the usual one, [..., in] → [..., out]: `weight`, its `axis` of out, `bias`,
+    and `first_row`, since the output may come of a part of the weight, as in nn.MultiheadAttention. Else `recompute`
+    makes the output again with the graph of the weights: all of it, or of a few positions (`by_columns`).
+    """
+
+    name: str
+    weight: nn.Parameter | None = None
+    axis: int = 0
+    bias: nn.Parameter | None = None
+    first_row: int = 0
+    recompute: Callable[[], Tensor] | None = None
+    by_columns: bool = False
+    is_proportional: bool = True  # to its parameters, as far as `entries` has seen
+
+    def entries(self, gradient: Tensor) -> list[_Entries]:
+        """The entries of parameters behind the places of the output with a gradient."""
+        if self.weight is not None:
+            columns = _any_over_others(gradient != 0, gradient.ndim - 1)
+            found = []
+            for parameter, axis in ((self.weight, self.axis), (self.bias, 0)):
+                if parameter is not None:
+                    mask = columns.new_zeros(parameter.shape[axis])
+                    mask[self.first_row : self.first_row + len(columns)] = columns
+                    found.append(_Entries(parameter, {axis: mask}))
+            return found
+        assert self.recompute is not None
+        with torch.enable_grad():
+            output = self.recompute()
+            parameters = [leaf for leaf in leaves_of(output)[0] if isinstance(leaf, nn.Parameter)]
+            if not parameters:
+                return []
+            if self.by_columns:
+                gradient = (
+                    _any_over_others(gradient != 0, gradient.ndim - 1)
+                    * output.detach()
+                    * (0.5 + torch.rand_like(output))
+                )
+            gradients = torch.autograd.grad(output, parameters, gradient, retain_graph=True, allow_unused=True)
+        # The weight may be computed from parameters; those that it is proportional to can be scaled, by the same rule.
+        total = float((gradient * output.detach()).sum())
+        shares = [
+            0.0 if g is None else float((g * p.detach()).sum()) for p, g in zip(parameters, gradients, strict=True)
+        ]
+        self.is_proportional &= abs(sum(shares) - total) <= 0.02 * abs(total)
+        return [
+            _Entries(parameter, {axis: _any_over_others(g != 0, axis) for axis in range(g.ndim)})
+            for parameter, g, share in zip(parameters, gradients, shares, strict=True)
+            if g is not None and (abs(share) > 1e-3 * abs(total) or len(parameters) == 1)
+        ]
+
+
+@dataclass(slots=True, eq=False)
+class _Entries:
+    """Which indices of a parameter have an entry that counts, along each axis that they may be rows of."""
+
+    parameter: nn.Parameter
+    along: dict[int, Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """The rows of one parameter behind each head. `masks`: bool [heads, rows] along `axis`."""
+
+    parameter: nn.Parameter
+    axis: int
+    masks: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """What feeds the heads of one side. `problem`: why they cannot be scaled, in words that follow "its queries"."""
+
+    heads: int
+    rows: list[Rows] = field(default_factory=list)
+    gains: list[Rows] = field(default_factory=list)
+    problem: str = ""
+    normalised: bool = False
+
+
+def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
+    """The leaves of autograd behind a tensor, and the names of the functions between."""
+    if tensor.grad_fn is None:
+        return ([tensor] if tensor.requires_grad else []), set()
+    leaves: dict[int, Tensor] = {}
+    names: set[str] = set()
+    seen, open_nodes = {tensor.grad_fn}, [tensor.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[id(variable)] = variable
+        else:
+            names.add(node.name())
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                open_nodes.append(following)
+    return list(leaves.values()), names
+
+
+def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
+    """What feeds the heads of `tensor` [B, heads, T, d]. Without `with_values` only where from, not whether in
+    proportion (for values, which the clip never scales)."""
+    heads = tensor.shape[1]
+    source = Source(heads)
+    leaves, functions = leaves_of(tensor)
+    if not leaves:
+        source.problem = "depend on no parameter"
+        return source
+    if len(leaves) > 64:
+        source.problem = "depend on too many products to tell which of them is the projection"
+        return source
+    reached: list[list[list[_Entries]]] = [[] for _ in leaves]  # [leaf][head]
+    shares = torch.zeros(heads, len(leaves), dtype=torch.float64)
+    totals = torch.zeros(heads, dtype=torch.float64)
+    for head in range(heads):
+        probe = _probe(tensor, head)
+        gradients = _gradients(tensor, leaves, probe)
+        totals[head] = (probe.double() * tensor.detach().double()).sum()
+        for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            reached[index].append(_entries_of(leaf, gradient))
+            if gradient is not None:
+                shares[head, index] = (gradient.double() * leaf.detach().double()).sum()
+    if not with_values:
+        source.rows = _rows_of(reached, heads)
+        return source
+    narrow = any(each.dtype in (torch.bfloat16, torch.float16) for each in (tensor, *leaves))
+    tolerance = 6e-2 if narrow else 2e-3
+    products = {index for index, leaf in enumerate(leaves) if hasattr(leaf, "product")}
+    vectors = set(range(len(leaves))) - products
+    chosen = _proportional_to(shares, totals, products, vectors, tolerance) if products else None
+    if not products:  # learned queries, perhaps
+        chosen = _proportional_to(shares, totals, vectors, set(), tolerance)
+    unscalable = [leaves[index].product.name for index in products if not any(reached[index])]  # pyright: ignore
+    clamps = sorted(name for name in functions if any(word in name for word in ("Clamp", "Hardtanh", "Clip")))
+    if clamps and chosen is not None:
+        source.problem = "are clamped between the projection and the logits, so they do not scale with it"
+    elif chosen is None and unscalable:
+        source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"
+    elif chosen is None:
+        small = shares[:, sorted(products)].sum(1).abs() <= 0.3 * totals.abs()
+        if products and bool(small.all()):
+            source.normalised = True
+            gains = _proportional_to(shares, totals, vectors, set(), tolerance)
+            source.gains = [] if gains is None else _rows_of([reached[i] for i in sorted(gains)], heads)
+        else:
+            source.problem = "do not depend linearly on the output of a projection"
+    elif any(not leaves[i].product.is_proportional for i in chosen & products):  # pyright: ignore
+        source.problem = "come from a weight that is computed from its parameters and not proportional to them"
+    elif any(not any(reached[index]) for index in chosen):
+        source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"
+    else:
+        source.rows = _rows_of([reached[i] for i in sorted(chosen)], heads)
+    source.rows = [rows for rows in source.rows if rows.masks.any()]
+    return source
+
+
+def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
+    """The rows behind some coordinates, bool [d], of each head of `tensor`."""
+    leaves, _ = leaves_of(tensor)
+    reached: list[list[list[_Entries]]] = [[] for _ in leaves]
+    for head in range(tensor.shape[1]):
+        probe = _probe(tensor, head) * coordinates
+        for index, (leaf, gradient) in enumerate(zip(leaves, _gradients(tensor, leaves, probe), strict=True)):
+            reached[index].append(_entries_of(leaf, gradient))
+    return _rows_of(reached, tensor.shape[1])
+
+
+def feeds(masks: Tensor, heads: int) -> Tensor:
+    """bool [heads, rows]: which of the rows behind each key head, [G, rows], each query head meets."""
+    return masks.repeat_interleave(heads // masks.shape[0], 0)
+
+
+def _proportional_to(
+    shares: Tensor, totals: Tensor, some: set[int], others: set[int], tolerance: float
+) -> set[int] | None:
+    """The leaves, of shares [heads, leaves], whose shares make up the totals [heads] in every head: all of `some`,
+    with as few of `others` as needed; then with fewer of `some`, but at least one."""
+    if len(some | others) > _MOST_SOURCES:
+        return None
+
+    def subsets(of: set[int]) -> list[set[int]]:
+        return [set(c) for size in range(len(of) + 1) for c in itertools.combinations(sorted(of), size)]
+
+    candidates = [a | b for a in reversed(subsets(some)) if a for b in subsets(others)]
+    adds = ((shares.abs() > 0.02 * totals.abs()[:, None]) | (totals == 0)[:, None]).any(0)  # [leaves]
+    for candidate in candidates:
+        if not all(bool(adds[index]) for index in candidate & some):
+            continue
+        found = shares[:, sorted(candidate)].sum(1)
+        if bool(((found - totals).abs() <= tolerance * totals.abs() + 1e-12).all()):
+            return candidate
+    return None
+
+
+def _probe(tensor: Tensor, head: int) -> Tensor:
+    """Cotangents r of one head with ⟨r, q⟩ well away from zero."""
+    probe = torch.zeros_like(tensor)
+    q = tensor.detach()[:, head]
+    noise = torch.randn(q.shape, dtype=torch.float32, device=q.device)
+    size = q.float().square().mean().sqrt()
+    probe[:, head] = (q * (1 + 0.5 * torch.rand_like(noise)) + 0.1 * torch.where(size > 0, size, 1.0) * noise).to(
+        q.dtype
+    )
+    return probe
+
+
+def _gradients(tensor: Tensor, leaves: Sequence[Tensor], probe: Tensor) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(tensor, leaves, probe, retain_graph=True, allow_unused=True)
+
+
+def _entries_of(leaf: Tensor, gradient: Tensor | None) -> list[_Entries]:
+    if gradient is None or not gradient.any():
+        return []
+    product = getattr(leaf, "product", None)
+    if product is not None:
+        return product.entries(gradient)
+    if not isinstance(leaf, nn.Parameter):
+        return []
+    return [_Entries(leaf, {axis: _any_over_others(gradient != 0, axis) for axis in range(max(gradient.ndim, 1))})]
+
+
+def _rows_of(reached: Sequence[Sequence[Sequence[_Entries]]], heads: int) -> list[Rows]:
+    """[leaf][head] entries → rows of each parameter, along the axis on which the heads differ."""
+    by_parameter: dict[int, tuple[nn.Parameter, dict[int, list[Tensor]]]] = {}
+    for per_head in reached:
+        for head, entries in enumerate(per_head):
+            for entry in entries:
+                _, along = by_parameter.setdefault(id(entry.parameter), (entry.parameter, {}))
+                for axis, mask in entry.along.items():
+                    masks = along.setdefault(axis, [torch.zeros_like(mask) for _ in range(heads)])
+                    masks[head] = masks[head] | mask
+    rows = []
+    for parameter, along in by_parameter.values():
+        stacked = {axis: torch.stack(masks) for axis, masks in along.items()}
+        axis = min(stacked, key=lambda axis: (_overlap(stacked[axis]), axis))
+        rows.append(Rows(parameter, axis, stacked[axis]))
+    return rows
+
+
+def _overlap(masks: Tensor) -> float:
+    """How many heads share a row on average: 1 where each has its own; more where an axis does not tell them apart."""
+    return float(masks.sum() / masks.any(0).sum().clamp(min=1))
+
+
+def _any_over_others(mask: Tensor, axis: int) -> Tensor:
+    if mask.ndim <= 1:
+        return mask.reshape(-1)
+    return mask.movedim(axis, 0).flatten(1).any(1)

@@ -1,0 +1,159 @@
+"""Which part the rows behind queries and keys play, by who meets them.
+
+A row behind one head only is private to it. A key row that several queries meet, of one attention or of several, is
+shared: its queries take all of γ. What is not proportional to its rows, or plays two parts at once, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muonclip.torch.discover.attribution import Rows, feeds
+from muonclip.torch.discover.parameter_paths import Places
+from muonclip.torch.discover.tracer import Call
+from muonclip.torch.heads.qk_projection import HeadRows, QKProjection
+from muonclip.torch.logits.max_logits import MaxLogits
+
+
+class ProjectionReader:
+    """Reads calls as projections, in the light of all `calls` of the model."""
+
+    def __init__(self, places: Places, calls: Sequence[Call], *, clip_gains: bool) -> None:
+        self.places, self.clip_gains = places, clip_gains
+        self.shared_keys = _keys_of_several(calls, places)
+
+    def read(self, call: Call) -> QKProjection | str:
+        """The projection of a call, or why there is none."""
+        query, key, value, heads = call.query, call.key, call.value, call.num_heads
+        if call.problem or query.problem:
+            return call.problem or f"its queries {query.problem}"
+        if not all(map(self.places.has, (*query.rows, *query.gains, *key.rows, *key.gains))):
+            return "its weights are not registered: no module of the model has them as parameters"
+        if query.normalised:
+            return self._normalised(call)
+        queries = self._parts(query.rows)
+        if queries is None:
+            return "its queries come from unequal numbers of rows"
+        if any(bool((rows.masks.sum(0) > 1).any()) for rows in query.rows):
+            return "rows of its query projection feed several heads"
+        if _overlap(query.rows, key.rows):
+            return "its queries and keys are made of the same rows"
+        if value is not None and _overlap(query.rows, value.rows):
+            return "its queries and values are made of the same rows"
+        values = (self._parts(value.rows) or ()) if value is not None else ()
+
+        def projection(kind: str, **parts: Any) -> QKProjection:
+            return QKProjection(kind, heads, MaxLogits(heads), **parts, value=values)
+
+        if key.problem or key.normalised or not key.rows:
+            kind = "keys normalised" if key.normalised else "keys of no projection"
+            return projection(kind, query_facing_shared=queries)
+        private, shared = _divide(key.rows, heads, self.shared_keys, self.places)
+        private_keys, shared_keys = self._parts(private), self._parts(shared) or ()
+        if not private:
+            groups = max((rows.num_heads for rows in shared_keys), default=1)
+            kind = "mha" if groups == heads else "gqa" if groups > 1 else "mqa"  # mha: of a key of several attentions
+            return projection(kind, query_facing_shared=queries, shared_key=shared_keys)
+        if private_keys is None or (value is not None and _overlap(private, value.rows)):
+            return projection("mha", query_facing_shared=queries, shared_key=shared_keys)
+        if not shared:
+            return projection("mha", query=queries, key=private_keys)
+        own, facing = self._parts(call.facing_private), self._parts(call.facing_shared)
+        if not own or not facing:
+            return projection("mla", query_facing_shared=queries, shared_key=(*shared_keys, *private_keys))
+        return projection("mla", query=own, key=private_keys, query_facing_shared=facing, shared_key=shared_keys)
+
+    def _normalised(self, call: Call) -> QKProjection:
+        heads, gains = call.num_heads, call.query.gains
+        norm = "QK-norm: scaling the projection would change nothing"
+        own = None if any(bool((rows.masks.sum(0) > 1).any()) for rows in gains) else self._parts(gains)
+        if own and self.clip_gains:
+            private, shared = _divide(call.key.gains, heads, {}, self.places)
+            keys = self._parts(private)
+            if keys and not shared:
+                return QKProjection("qk-norm gains", heads, MaxLogits(heads), query=own, key=keys)
+            return QKProjection("qk-norm gains", heads, MaxLogits(heads), query_facing_shared=own)
+        if own:
+            norm += "; its gain is per head: clip_gains=True clips it"
+        elif gains and self.clip_gains:
+            norm += "; its gain is shared by the heads and not clipped"
+        return QKProjection("qk-norm", heads, MaxLogits(heads), reason=norm)
+
+    def _parts(self, rows: Sequence[Rows]) -> tuple[HeadRows, ...] | None:
+        """The rows in the model, a bias with its weight; None where heads have unequal numbers of them."""
+        parts: list[HeadRows] = []
+        vectors = [each for each in rows if each.parameter.ndim == 1]
+        with_a_weight: set[int] = set()
+        for each in sorted(rows, key=lambda each: each.parameter.ndim == 1):
+            if id(each) in with_a_weight:
+                continue
+            masks = _distinct(each.masks)
+            counts = masks.sum(1)
+            if bool((counts != counts[0]).any()) or not bool(counts[0]):
+                return None
+            index = masks.nonzero()[:, 1].view(len(masks), -1)
+            name, attribute = self.places.of(each)
+            bias = ""
+            for vector in vectors:
+                where, its_attribute = self.places.of(vector)
+                if where == name and vector is not each and torch.equal(vector.masks, each.masks):
+                    bias = its_attribute
+                    with_a_weight.add(id(vector))
+                    break
+            parts.append(HeadRows.at(index, self.places.modules[name], attribute, bias, each.axis))
+        return tuple(parts)
+
+
+def _divide(
+    rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor], places: Places
+) -> tuple[list[Rows], list[Rows]]:
+    """Rows behind keys that a query head has to itself, and rows behind keys that several meet."""
+    private, shared = [], []
+    for each in rows:
+        many = feeds(each.masks, heads).sum(0) > 1
+        others = shared_keys.get((places.parameter(each), each.axis))
+        many = many if others is None else many | others
+        for part, chosen in ((private, ~many), (shared, many)):
+            masks = each.masks & chosen
+            if masks.any():
+                part.append(replace(each, masks=masks))
+    return private, shared
+
+
+def _distinct(masks: Tensor) -> Tensor:
+    """Key heads repeated for their queries, once each."""
+    keep = [0] + [i for i in range(1, len(masks)) if not torch.equal(masks[i], masks[i - 1])]
+    return masks[keep]
+
+
+def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
+    """Whether a row is among both."""
+    return any(
+        a.parameter is b.parameter and a.axis == b.axis and bool((a.masks.any(0) & b.masks.any(0)).any())
+        for a in rows
+        for b in others
+    )
+
+
+def _keys_of_several(calls: Sequence[Call], places: Places) -> dict[object, Tensor]:
+    """(parameter, axis) → the rows behind keys of calls whose queries differ: keys shared between attentions."""
+    seen: dict[object, dict[object, Tensor]] = {}
+    for call in calls:
+        if not all(map(places.has, (*call.query.rows, *call.key.rows))):
+            continue
+        queries = places.identity(call.query.rows, call.num_heads)
+        for rows in call.key.rows:
+            by_query = seen.setdefault((places.parameter(rows), rows.axis), {})
+            mask = rows.masks.any(0)
+            by_query[queries] = by_query[queries] | mask if queries in by_query else mask
+    shared = {}
+    for place, by_query in seen.items():
+        count = torch.stack([mask.long() for mask in by_query.values()]).sum(0)
+        if bool((count > 1).any()):
+            shared[place] = count > 1
+    return shared

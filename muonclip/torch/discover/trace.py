@@ -1,0 +1,170 @@
+"""One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
+
+The copy shares the memory of its matrices with the model and has everything else of its own, so a rehearsal leaves no
+trace: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped. Of a sharded
+model the copy is whole, with other values (`dense_copy.py`); no rank waits for another.
+What is seen in it, `tracer.py` says.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from muonclip.torch.discover.dense_copy import StandIns, check_size, plain_class, without_engine
+from muonclip.torch.discover.tracer import Call, Recorder
+from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.observe.calls import listening
+from muonclip.torch.observe.patches import Doors
+
+
+@dataclass(slots=True, eq=False)
+class Rehearsal:
+    """The calls in their order. `places`: where each parameter among their rows stands in the model, by its id: names
+    of module and attribute. `statistics`: the copies of the model's, by the ids of the originals."""
+
+    calls: list[Call]
+    places: dict[int, tuple[str, str]]
+    statistics: dict[int, MaxLogits]
+
+
+_rehearsing = False
+
+
+def is_rehearsing() -> bool:
+    """Whether a rehearsal is running, whose modules are copies."""
+    return _rehearsing
+
+
+def has_a_foreign_forward(module: nn.Module) -> bool:
+    """Whether `forward` was replaced by what is no method of the module: a copy would run the original."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
+
+
+def rehearse(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, prefix: str = "", training: bool = False
+) -> Rehearsal:
+    """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
+    `prefix`: of the names. `training`: the mode of the copy."""
+    global _rehearsing
+    with ExitStack() as stack:
+        Doors.open(model)
+        stack.callback(Doors.close)
+        stack.enter_context(_random_state_kept())
+        check_size(model.parameters())
+        stand_ins = StandIns()
+        shadows: dict[int, Any] = {}
+        for parameter in model.parameters():
+            shadows[id(parameter)] = _shadow(parameter, stand_ins)
+        memo = dict(shadows)
+        for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
+            if isinstance(tensor, DTensor):
+                memo[id(tensor)] = stand_ins.of(tensor)
+        twin = _twin(model, memo)
+        args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
+        twin.train(training)
+        places: dict[int, tuple[str, str]] = {}
+        for name, module in model.named_modules():
+            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(shadows[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
+        recorder = Recorder(twin, prefix)
+        _rehearsing = True
+        stack.callback(_stop_rehearsing)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(listening(recorder))
+        with recorder:
+            twin(*args, **kwargs)
+        sources = [source for call in recorder.calls for source in (call.query, call.key, call.value) if source]
+        kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
+        return Rehearsal(
+            recorder.calls,
+            {key: place for key, place in places.items() if key in kept},
+            {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
+        )
+
+
+def _stop_rehearsing() -> None:
+    global _rehearsing
+    _rehearsing = False
+
+
+def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
+    """A parameter for the copy: the same memory, but for vectors, which are moved a little: a bias that is still zero
+    could not be told from a gain."""
+    if not parameter.is_floating_point():
+        return stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter
+    data = stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+    if data.ndim <= 1 and not data.is_meta:
+        data = data + 0.05 * torch.rand_like(data) + 0.02
+    return nn.Parameter(data, requires_grad=True)
+
+
+def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module, in which what cannot be copied (a lock, a process group) is shared."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, OptimizedModule):
+        twin = memo[id(module)] = _Uncompiled(_twin(module._orig_mod, memo))
+        return twin
+    kind = plain_class(module)
+    twin = memo[id(module)] = kind.__new__(kind)
+    try:
+        state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
+    except RuntimeError:  # parametrized modules refuse
+        state = None
+    state = without_engine(state if isinstance(state, dict) else vars(module))
+    if has_a_foreign_forward(module):
+        state.pop("forward", None)
+    inner = {name: None if each is None else _twin(each, memo) for name, each in module._modules.items()}
+    twin.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
+    return twin
+
+
+class _Uncompiled(nn.Module):
+    """In the place of what torch.compile wraps around a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever an object's own copying raises
+        if isinstance(value, Tensor):  # with a graph behind it
+            return value.detach().clone()
+        if type(value) in (list, tuple):
+            return type(value)(_copied(item, memo) for item in value)
+        return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

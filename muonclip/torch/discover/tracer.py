@@ -1,0 +1,319 @@
+"""What is seen in a rehearsal: every call of attention, its queries and keys traced to their rows.
+
+Every product with a weight is cut off from what comes before it (`attribution.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonclip.torch.discover.attribution import Product, Rows, Source, feeds, leaves_of, rows_behind, trace
+from muonclip.torch.observe.calls import listening, with_heads
+from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
+from muonclip.torch.observe.sdpa import host_sdpa
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of attention in a rehearsal. `module`: the name of the innermost module that made it, in its `run`-th
+    run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
+    key is of both kinds."""
+
+    module: str
+    run: int
+    via: str
+    num_heads: int
+    query: Source
+    key: Source
+    value: Source | None
+    problem: str = ""
+    facing_private: list[Rows] = field(default_factory=list)
+    facing_shared: list[Rows] = field(default_factory=list)
+
+
+_PRODUCTS = {
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "addmm", "baddbmm", "einsum", "tensordot")
+    if hasattr(home, name)
+} | {F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear}
+
+
+class Recorder(ScoreTracker):
+    """Sees every function of torch that `twin` calls: cuts products with weights, records attention in `calls`."""
+
+    only_with_gradients = False
+
+    def __init__(self, twin: nn.Module, prefix: str) -> None:
+        super().__init__(self.written)
+        self.calls: list[Call] = []
+        self._running: list[tuple[str, int]] = []
+        self._runs = itertools.count()
+        self._own = set(map(id, twin.parameters()))
+        for name, module in twin.named_modules():
+            path = f"{prefix}{name}".removesuffix(".")
+            module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True, with_kwargs=True)
+            module.register_forward_hook(self._leave)
+
+    # Modules
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._running.append((name, next(self._runs)))
+        if sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2:
+            # A layer or a block: what comes in is no query on its way. Without this the graph would grow with depth.
+            return tuple(map(_cut_off, args)), {key: _cut_off(value) for key, value in kwargs.items()}
+        return None
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+
+    # Functions
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Innermost hooks and gradients on, whatever checkpointing has set.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            if func is host_sdpa:
+                self.record("sdpa", args[0], args[1], args[2], problem=_BY_ANOTHER_WAY)
+                return func(*args, **kwargs)
+            if func in _PRODUCTS:
+                cut = self._cut(func, args, kwargs)
+                if cut is not None:
+                    return cut
+            result = func(*args, **kwargs)
+        self._mark(args, kwargs, result)
+        return result
+
+    def _cut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The product with a weight as a leaf of its own; None if neither factor is a weight."""
+        flat = [args[0], *args[1]] if func is torch.einsum and len(args) == 2 else list(args)
+        flat += list(kwargs.values())
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        if func is F.linear:
+            weights = tensors[1:]
+        else:
+            weights = [tensor for tensor in tensors if self._is_weight(tensor)]
+            if not weights or len(weights) == len(tensors):
+                return None
+        held = {id(weight) for weight in weights}
+        replaced = {id(t): t.detach() for t in tensors if id(t) not in held}
+        args, kwargs = _replace(args, replaced), _replace(kwargs, replaced)
+        with torch.no_grad():
+            output = func(*args, **kwargs)
+            if not output.is_floating_point():
+                return None
+            output = _of_order_one(output)
+        leaf = output.detach().requires_grad_()
+        leaf.product = self._product(func, args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return leaf.clone()
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if func is F.linear or func in (torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            if func is F.linear:
+                x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+                bias, axis = args[2] if len(args) > 2 else kwargs.get("bias"), 0
+            elif func is torch.addmm and len(args) == 3:
+                (bias, x, weight), axis = args, 1
+            else:
+                (x, weight), bias, axis = args[:2], None, 1
+            found, start = self._part_of(weight, axis)
+            bias_found, bias_start = (None, start) if bias is None else self._part_of(bias, 0)
+            if found is not None and (bias is None or bias_found is not None) and start == bias_start:
+                return Product(name, found, axis, bias_found, start)
+            if axis == 0:
+                few = x.detach().flatten(0, -2)[:64]
+                return Product(name, recompute=lambda: F.linear(few, weight, bias), by_columns=True)
+        return Product(name, recompute=lambda: func(*args, **kwargs))
+
+    def _part_of(self, tensor: Tensor, axis: int) -> tuple[nn.Parameter | None, int]:
+        """The parameter that a tensor is, or is some rows of, and the first of them."""
+        if id(tensor) in self._own:
+            return tensor, 0  # pyright: ignore[reportReturnType]
+        base = tensor._base
+        if base is not None and id(base) in self._own and tensor.ndim == base.ndim and tensor.stride() == base.stride():
+            others = [n for i, n in enumerate(tensor.shape) if i != axis]
+            offset = tensor.storage_offset() - base.storage_offset()
+            if others == [n for i, n in enumerate(base.shape) if i != axis] and offset % base.stride(axis) == 0:
+                return base, offset // base.stride(axis)  # pyright: ignore[reportReturnType]
+        return None, -1
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._own or getattr(tensor, "of_parameters_only", False)
+
+    def _mark(self, args: Any, kwargs: Any, result: Any) -> None:
+        """What is made of parameters alone is a weight as well: a part, a cast, a parametrization."""
+        tensors = [value for value in _flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+        if tensors and all(map(self._is_weight, tensors)):
+            for value in _flatten([result]):
+                if isinstance(value, Tensor) and id(value) not in self._own:
+                    value.of_parameters_only = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    # Attention
+
+    def place(self) -> object:
+        return list(self._running)
+
+    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        self.record("sdpa", arguments["query"], arguments["key"], arguments["value"])
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            return call(**arguments)
+
+    def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        self.record("flex", arguments["query"], arguments["key"], arguments["value"])
+        q, v = arguments["query"].detach(), arguments["value"].detach()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if not arguments["return_lse"] and arguments["return_aux"] is None:
+                return q.new_zeros(*q.shape[:-1], v.shape[-1])  # what it says does not matter; uncompiled it is slow
+            return call(**{k: t.detach() if isinstance(t, Tensor) else t for k, t in arguments.items()})
+
+    def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any:
+        self.record("interface", q, k, None)
+        with torch._C.DisableTorchFunction(), torch.no_grad(), listening(None):
+            return call()
+
+    def written(self, found: WrittenOut) -> None:
+        problem = f"its logits {found.problem} before the softmax" if found.problem else ""
+        # Product and softmax may stand in modules of their own: what runs both is what can be observed.
+        made, running = cast("list[tuple[str, int]]", found.place), self._running
+        both = [one for one, other in zip(made, running, strict=False) if one == other]
+        self.record("written out", found.q, found.k, None, problem=problem, where=both[-1])
+
+    def record(
+        self,
+        via: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        problem: str = "",
+        where: tuple[str, int] | None = None,
+    ) -> None:
+        module, run = where or self._running[-1]
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
+            if problem or not _heads_repeat(q, heads):
+                problem = problem or "its heads do not stand together behind the sequences of the batch"
+                self.calls.append(Call(module, run, via, heads, Source(heads), Source(heads), None, problem))
+                return
+            q, k, _ = with_heads(q, k, None, heads)
+            query, key = trace(q), trace(k)
+            value = None
+            if v is not None and v.ndim == 4:
+                value = trace(v, with_values=False)
+            call = Call(module, run, via, heads, query, key, value, problem)
+            if not query.problem and not query.normalised and not key.problem and not key.normalised:
+                call.facing_private, call.facing_shared = _split_by_key(q, k, key)
+            self.calls.append(call)
+
+
+_BY_ANOTHER_WAY = (
+    "it calls scaled_dot_product_attention through a reference that QK-Clip cannot reach; call "
+    "torch.nn.functional.scaled_dot_product_attention or muonclip.torch.attention"
+)
+
+
+def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[Rows]]:
+    """The query's rows that face coordinates of the key of its own, and those that face coordinates that heads share.
+    Empty where all keys are of one kind, or where a coordinate or a row belongs to both."""
+    heads, width = q.shape[1], q.shape[-1]
+    shared = [feeds(rows.masks, heads).sum(0) > 1 for rows in key.rows]
+    private = [feeds(rows.masks, heads).sum(0) == 1 for rows in key.rows]
+    if not (any(bool(s.any()) for s in shared) and any(bool(p.any()) for p in private)):
+        return [], []
+    by_parameter = {(id(r.parameter), r.axis): (s, p) for r, s, p in zip(key.rows, shared, private, strict=True)}
+    meets_shared = torch.zeros(width, dtype=torch.bool, device=q.device)
+    meets_private = torch.zeros_like(meets_shared)
+    for coordinate in range(width):
+        only = torch.zeros_like(meets_shared)
+        only[coordinate] = True
+        for rows in rows_behind(k, only):
+            s, p = by_parameter.get((id(rows.parameter), rows.axis), (None, None))
+            if s is not None and p is not None:
+                meets_shared[coordinate] |= bool((rows.masks & s).any())
+                meets_private[coordinate] |= bool((rows.masks & p).any())
+    if bool((meets_shared & meets_private).any()):
+        return [], []
+    facing_private, facing_shared = rows_behind(q, meets_private), rows_behind(q, meets_shared)
+    for a in facing_private:
+        for b in facing_shared:
+            if a.parameter is b.parameter and (a.axis != b.axis or bool((a.masks & b.masks).any())):
+                return [], []
+    return facing_private, facing_shared
+
+
+def _heads_of(tensor: Tensor) -> int:
+    """How many heads there are in front of the last two axes, [B · heads]: after how many the same columns of the
+    projections come again."""
+    slices = tensor.reshape(-1, *tensor.shape[-2:])
+    first = _columns_behind(slices, 0)
+    for index in range(1, len(slices)):
+        if all(map(torch.equal, _columns_behind(slices, index), first)):
+            return index
+    return len(slices)
+
+
+def _heads_repeat(tensor: Tensor, heads: int) -> bool:
+    """Whether the slices in front of the last two axes, [B · heads], are the same heads for every sequence."""
+    slices = tensor.reshape(-1, *tensor.shape[-2:])
+    if len(slices) % heads:
+        return False
+    # Of four axes the third is the heads' by contract; a look at the second sequence tells whether it is.
+    looked_at = range(heads, len(slices)) if tensor.ndim != 4 else range(heads, min(heads + 1, len(slices)))
+    of_heads = {index % heads: _columns_behind(slices, index % heads) for index in looked_at}
+    return all(all(map(torch.equal, _columns_behind(slices, index), of_heads[index % heads])) for index in looked_at)
+
+
+def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
+    """Which columns of each product feed one of the slices [N, T, d]."""
+    leaves, _ = leaves_of(slices)
+    probe = torch.zeros_like(slices)
+    probe[index] = torch.randn_like(probe[index])
+    gradients = torch.autograd.grad(slices, leaves, probe, retain_graph=True, allow_unused=True) if leaves else ()
+    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in gradients]
+
+
+def _of_order_one(output: Tensor) -> Tensor:
+    """The values do not matter, but where a weight is zero or small yet, the epsilon of a norm behind it would count;
+    and an overflow of the first forward would hide everything."""
+    if output.is_meta or not output.numel():
+        return output
+    size = output.float().square().mean().sqrt()
+    if not (0 < size < math.inf):
+        return torch.randn_like(output)
+    return output / size.to(output.dtype) if size < 1 else output
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _cut_off(value: Any) -> Any:
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.detach()
+    return type(value)(map(_cut_off, value)) if type(value) in (list, tuple) else value  # pyright: ignore
+
+
+def _flatten(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flatten(value)
+        else:
+            yield value
+
+
+def _replace(value: Any, replaced: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return replaced.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_replace(item, replaced) for item in value)
+    if isinstance(value, dict):
+        return {key: _replace(item, replaced) for key, item in value.items()}
+    return value

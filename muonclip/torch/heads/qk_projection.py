@@ -1,0 +1,318 @@
+"""Which rows of which weights feed which heads of an attention.
+
+Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. H query heads, G key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.heads.query_heads import QueryHeads, check_placements, head_of_rows, local_rows
+from muonclip.torch.logits.max_logits import MaxLogits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRows:
+    """The rows of one weight, and of its bias, that belong to each head: head h owns `size` rows from
+    `start + h · stride` (stride None: size, so heads stand next to each other), or the rows `index[h]` where they
+    follow no such rule.
+
+    `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
+    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`). `index`: int64 [heads, size].
+    """
+
+    module: nn.Module
+    num_heads: int
+    size: int
+    start: int = 0
+    stride: int | None = None
+    weight: str = "weight"
+    bias: str = "bias"
+    axis: int = 0
+    index: Tensor | None = None
+
+    @classmethod
+    def at(cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0) -> Self:
+        """The rows `index` [heads, size], by start and stride where they have them."""
+        heads, size = index.shape
+        index = index.sort(1).values.cpu()
+        start = int(index[0, 0])
+        stride = int(index[1, 0]) - start if heads > 1 else size
+        rows = cls(module, heads, size, start, None if stride == size else stride, weight, bias, axis)
+        regular = stride >= size and torch.equal(rows.rows(index.device), index)
+        return rows if regular else cls(module, heads, size, start, None, weight, bias, axis, index)
+
+    @property
+    def step(self) -> int:
+        return self.size if self.stride is None else self.stride
+
+    def rows(self, device: torch.device | str) -> Tensor:
+        """int64 [heads, size]: the rows of each head."""
+        if self.index is not None:
+            return self.index.to(device)
+        first = self.start + self.step * torch.arange(self.num_heads, device=device)
+        return first[:, None] + torch.arange(self.size, device=device)
+
+    def parameters(self) -> Iterator[tuple[Tensor, int]]:
+        """The weight and, where there is one, the bias, each with its axis of heads."""
+        yield getattr(self.module, self.weight), self.axis
+        bias = getattr(self.module, self.bias, None) if self.bias else None
+        if isinstance(bias, Tensor):
+            yield bias, 0
+
+    def of(self, parameter: Tensor, axis: int) -> Tensor:
+        """The parameter with `axis` counting heads and a last axis counting the rows of each; a view, but for rows
+        given by `index`. Of a DTensor, what this rank has; raises ValueError where `axis` is cut."""
+        if isinstance(parameter, DTensor):
+            whole = parameter.shape[axis]
+            parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
+            if runs != ((0, whole),):
+                raise ValueError(
+                    f"{self.weight} has its {whole} rows on several ranks, this one has {runs}: its heads cannot be "
+                    "read here. Read the whole weight, parameter.full_tensor()."
+                )
+        if self.index is not None:
+            chosen = parameter.index_select(axis, self.rows(parameter.device).flatten())
+            return chosen.unflatten(axis, (self.num_heads, self.size)).movedim(axis + 1, -1)
+        length = (self.num_heads - 1) * self.step + self.size
+        return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """For errors: the attribute and its module."""
+        attribute = self.weight if getattr(self.module, self.weight) is parameter else self.bias
+        return f"{attribute} of {type(self.module).__name__}"
+
+    def check(self, name: str) -> None:
+        """Raises ValueError where the weight does not have these rows, or is placed so that nobody knows where."""
+        weight = getattr(self.module, self.weight)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
+                "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
+            )
+        check_placements(f"{name}: {self.name_of(weight)}", weight)
+        rows = weight.shape[self.axis]
+        if self.index is not None:
+            index = self.index
+            if index.shape != (self.num_heads, self.size) or index.min() < 0 or index.max() >= rows:
+                raise ValueError(
+                    f"{name}: index has shape {tuple(index.shape)} and rows {int(index.min())} to {int(index.max())}; "
+                    f"it must be [{self.num_heads}, {self.size}] of rows of a weight of shape {tuple(weight.shape)}."
+                )
+            return
+        end = self.start + (self.num_heads - 1) * self.step + self.size
+        if min(self.num_heads, self.size) < 1 or self.start < 0 or self.step < self.size or end > rows:
+            raise ValueError(
+                f"{name}: {self.num_heads} heads of {self.size} rows (start {self.start}, stride {self.step}) do not "
+                f"fit a weight of shape {tuple(weight.shape)}, which has {rows} rows along axis {self.axis}."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QKProjection:
+    """One attention: the rows behind its heads by the part they play, and the statistic its forward fills.
+
+    Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
+    sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
+    fused weight can be split into its matrices; they are never scaled. With a `reason` nothing is, and the plan says
+    so: the attention is observed and reported only (QK-norm: scaling W changes nothing).
+
+    `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`.
+    """
+
+    kind: str
+    num_heads: int
+    max_logits: MaxLogits
+    query: tuple[HeadRows, ...] = ()
+    key: tuple[HeadRows, ...] = ()
+    query_facing_shared: tuple[HeadRows, ...] = ()
+    shared_key: tuple[HeadRows, ...] = ()
+    value: tuple[HeadRows, ...] = ()
+    reason: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.max_logits.num_heads != self.num_heads:
+            raise ValueError(f"max_logits counts {self.max_logits.num_heads} heads, the projection {self.num_heads}.")
+        for part in ("query", "key", "query_facing_shared", "shared_key", "value"):
+            for rows in getattr(self, part):
+                rows.check(part)
+                if part in ("query", "key", "query_facing_shared") and rows.num_heads != self.num_heads:
+                    raise ValueError(
+                        f"{part} has rows for {rows.num_heads} heads, the attention has {self.num_heads}: a part is "
+                        f"either each head's own or, for a key that heads share, `shared_key`."
+                    )
+        if not self.reason and not self.query_facing_shared and not (self.query and self.key):
+            raise ValueError(
+                "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for none."
+            )
+        self._tell_the_statistic()
+
+    def _tell_the_statistic(self) -> None:
+        """Whose queries these are: under tensor parallelism a forward shows some of the heads."""
+        for rows in (*self.query, *self.query_facing_shared):
+            self.max_logits.query_heads = QueryHeads.of(rows)
+            return
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        self._tell_the_statistic()
+
+    @classmethod
+    def mha(
+        cls, *, q: nn.Module, k: nn.Module, num_heads: int, max_logits: MaxLogits, v: nn.Module | None = None
+    ) -> QKProjection:
+        """Multi-head attention: every head has its own query and key."""
+        return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, max_logits=max_logits, v=v)
+
+    @classmethod
+    def gqa(
+        cls,
+        *,
+        q: nn.Module,
+        k: nn.Module,
+        num_heads: int,
+        num_kv_heads: int,
+        max_logits: MaxLogits,
+        v: nn.Module | None = None,
+    ) -> QKProjection:
+        """Grouped-query attention (one key head: multi-query). Where each key serves several queries, the query of a
+        loud head takes all of γ, so its quiet neighbours keep their weights."""
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
+        query = (_whole("q", q, num_heads),)
+        key = (_whole("k", k, num_kv_heads),)
+        value = () if v is None else (_whole("v", v, num_kv_heads),)
+        if num_kv_heads == num_heads:
+            return cls("mha", num_heads, max_logits, query=query, key=key, value=value)
+        kind = "mqa" if num_kv_heads == 1 else "gqa"
+        return cls(kind, num_heads, max_logits, query_facing_shared=query, shared_key=key, value=value)
+
+    @classmethod
+    def mla(
+        cls,
+        *,
+        q: nn.Module,
+        kv: nn.Module,
+        num_heads: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        max_logits: MaxLogits,
+    ) -> QKProjection:
+        """Multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows per head (the up-projection,
+        or the only one), `kv` holds [k_nope | v] rows per head. The rotary key is shared and never touched."""
+        q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
+        for name, module, stride in (("q", q, q_stride), ("kv", kv, kv_stride)):
+            if _rows(module) != num_heads * stride:
+                raise ValueError(
+                    f"{name} has {_rows(module)} rows; {num_heads} heads of {stride} would have {num_heads * stride}."
+                )
+        return cls(
+            "mla",
+            num_heads,
+            max_logits,
+            query=(HeadRows(q, num_heads, qk_nope_head_dim, 0, q_stride, axis=out_axis(q)),),
+            key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride, axis=out_axis(kv)),),
+            query_facing_shared=(
+                HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride, axis=out_axis(q)),
+            ),
+            value=(HeadRows(kv, num_heads, v_head_dim, qk_nope_head_dim, kv_stride, axis=out_axis(kv)),),
+        )
+
+    def parts(self) -> Iterator[tuple[str, HeadRows]]:
+        """Every declared part with the side it is on: "query", "key" or "value"."""
+        for rows in (*self.query, *self.query_facing_shared):
+            yield "query", rows
+        for rows in (*self.key, *self.shared_key):
+            yield "key", rows
+        for rows in self.value:
+            yield "value", rows
+
+    def scaled_parts(self) -> tuple[HeadRows, ...]:
+        """What the clip may scale."""
+        return () if self.reason else self.query + self.key + self.query_facing_shared
+
+    def qk_parameters(self) -> list[Tensor]:
+        """Weights and biases behind queries and keys."""
+        return [p for side, rows in self.parts() if side != "value" for p, _ in rows.parameters()]
+
+    def trains(self) -> bool:
+        """Whether queries or keys are trained; a frozen attention is neither scaled nor has to be observed."""
+        return any(parameter.requires_grad for parameter in self.qk_parameters())
+
+
+def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
+    """The declarations found in a model, each once: a wrapper that forwards its module's attributes declares it again.
+
+    Raises ValueError where two attentions share one statistic.
+    """
+    found: dict[str, QKProjection] = {}
+    by_statistic: dict[int, str] = {}
+    for name, module in model.named_modules():
+        declare = getattr(module, "qk_projection", None)
+        if not callable(declare):
+            continue
+        projection = declare()
+        if not isinstance(projection, QKProjection):
+            raise ValueError(f"{name or 'the model'}.qk_projection() returned {projection!r}, not a QKProjection.")
+        first = by_statistic.setdefault(id(projection.max_logits), name)
+        if first == name:
+            found[name] = projection
+        elif _places(found[first]) != _places(projection):
+            raise ValueError(f"{first} and {name} share one MaxLogits; give each attention its own.")
+    return found
+
+
+def _places(projection: QKProjection) -> list[tuple[int, str, int]]:
+    return [(id(rows.module), rows.weight, rows.start) for _, rows in projection.parts()]
+
+
+def out_axis(module: nn.Module | None) -> int:
+    """1 for GPT-2's `Conv1D`, whose weight is [in, out]; else 0."""
+    return int(type(module).__name__ == "Conv1D")
+
+
+def _rows(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[out_axis(module)]
+
+
+def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
+    if num_heads < 1 or _rows(module) % num_heads:
+        raise ValueError(f"{name}: {num_heads} heads do not divide the {_rows(module)} rows of its weight.")
+    return HeadRows(module, num_heads, _rows(module) // num_heads, axis=out_axis(module))
+
+
+@torch.no_grad()
+def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
+    """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone.
+
+    Of a DTensor each rank scales the rows that it has, without communication.
+    """
+    size = parameter.shape[axis]
+    parameter, runs = local_rows(rows.name_of(parameter), parameter, axis)
+    if not runs:
+        return
+    if rows.index is None and runs == ((0, size),):
+        heads = rows.of(parameter, axis)
+        shape = [1] * heads.ndim
+        shape[axis] = rows.num_heads
+        factors = factors.view(shape)
+        heads.copy_(torch.where(factors < 1, heads * factors, heads))
+        return
+    shape = [1] * parameter.ndim
+    shape[axis] = -1
+    one = torch.ones_like(factors[:1])  # for rows of no head
+    factors = torch.cat([factors, one])[head_of_rows(rows, size, runs, factors.device)].view(shape)
+    parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))

@@ -1,0 +1,59 @@
+"""The global norm of gradients that lie on several meshes, to clip them by before the momentum takes them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.mesh.process_groups import group_over
+from muonclip.torch.mesh.topology import check_parameter, local_part
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, *, stages: dist.ProcessGroup | None = None
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` (2-norm) for DTensors on any meshes, and plain tensors, together: experts over
+    one mesh, dense layers over another. Returns the norm before, fp32 [], the same on every rank.
+
+    One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
+    same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
+    parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
+    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that lie so that
+    `step` would refuse them.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = given[0].device if given else torch.device("cpu")
+    by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    for index, parameter in enumerate(given):
+        check_parameter(f"parameter {index}", parameter)
+        key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
+        if isinstance(parameter, DTensor):  # which says, without a gradient here, what others have to sum
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+            sharded = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+            key = parameter.device_mesh, tuple(sharded)
+        parts = by_sharding.setdefault(key, [])
+        if parameter.grad is not None:
+            parts.append(local_part(parameter.grad))
+    total = torch.zeros((), device=device)
+    for (mesh, dims), parts in by_sharding.items():
+        squares = torch.nn.utils.get_total_norm(parts).to(device, torch.float32).square()
+        group = None if mesh is None else group_over(mesh, dims)
+        if group is not None:
+            dist.all_reduce(squares, group=group)
+        total += squares
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    norm = total.sqrt()
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for parts in by_sharding.values():
+        for part in parts:
+            part.mul_(factor)
+    return norm

@@ -1,0 +1,9 @@
+"""The optimizers: who updates each parameter, as which matrices, with which options; their state and their step.
+
+`Muon` and `MuonClip` are `MatrixOptimizer`s. How matrices travel and are iterated is `update`'s; how logits are
+measured and heads scaled, `clip`'s.
+"""
+
+from muonclip.torch.optimizer.muonclip import Muon, MuonClip
+
+__all__ = ["Muon", "MuonClip"]

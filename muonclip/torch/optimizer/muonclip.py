@@ -1,0 +1,268 @@
+"""`Muon`, a superset of `torch.optim.Muon`, and `MuonClip`: Muon for matrices, AdamW for the rest, then QK-Clip.
+
+Their groups, state and step are those of `MatrixOptimizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.core.coefficients import Coefficients
+from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.clip.qk_clip import QKClip
+from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
+from muonclip.torch.mesh.topology import check_engine
+from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
+from muonclip.torch.optimizer.options import (
+    DEFAULT_EPS,
+    DEFAULT_STEPS,
+    Group,
+    adamw_options,
+    given_groups,
+    groups_of,
+    name_of,
+)
+from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module, projection_layouts
+
+_JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(MatrixOptimizer):
+    """Muon for matrices: the arguments, defaults and state of `torch.optim.Muon`, and more.
+
+    params: matrices, named or not, or groups; vectors raise ValueError. A parameter of three axes is a stack of
+    matrices, one of four and more a convolution, unless its group says `layout=MatrixLayout(…)`.
+
+    `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
+    set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
+    processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the
+    parameter's). `products`: "plain" or "baddbmm". `ns_form`: "gram" iterates on small square
+    products, faster the less square a matrix is, and a little less accurate (None: "standard"). `workspace_bytes`:
+    largest batch of equal shapes iterated at once, counted in float32.
+
+    Three differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
+    updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). `eps` left at its default is no
+    floor, so gradients that torch's floor of 1e-7 swallows get their full-size update; an `eps` that you pass is the
+    floor, as in torch. `ns_steps` left at its default is the own length of a named set or a list of triples.
+
+    A matrix whose gradient is zero, such as an expert that got no token, still moves by a full-size update along its
+    decaying momentum, as in torch. `freeze_unused=True` leaves such matrices, and their momentum, alone for that step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = _JORDAN,
+        eps: float = DEFAULT_EPS,
+        ns_steps: int | None = DEFAULT_STEPS,
+        adjust_lr_fn: AdjustLR = None,
+        *,
+        ns_dtype: torch.dtype | None = None,
+        ns_form: Literal["standard", "gram"] | None = None,
+        products: str | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        freeze_unused: bool = False,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        options = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
+            ns_form=ns_form,
+            products=products,
+            momentum_dtype=momentum_dtype,
+            freeze_unused=freeze_unused,
+        )
+        super().__init__(params, {"muon": options}, workspace_bytes)
+
+
+class MuonClip(MatrixOptimizer):
+    """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), in the place of `AdamW(model.parameters(), …)`:
+
+        optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)
+        print(optimizer.plan)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    model: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given or
+    None. Matrices go to Muon, embeddings, head, norms, biases and the rest to AdamW; `plan` says which and why. With
+    the default `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
+
+    `tau`: attention logits above it are clipped after each step, in units of the logit after its softmax scale.
+    `qk_clip`: "auto" finds the attentions of the module; a `QKClip` is used as it is (its own tau); None switches the
+    clip off. `per_head`: every head of q, k (and v) is a matrix of its own. `adamw`: options
+    of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none on norms and
+    biases), `fused`. `capturable`: for CUDA graphs, as in torch. The other arguments are `Muon`'s.
+
+    Raises ValueError for arguments that do not fit and for attention that is not understood, RuntimeError from `step`,
+    before anything is changed, where the clip lacks its observation (see `QKClip.step`).
+    """
+
+    plan: Plan
+    """Who updates each parameter, as which matrices, and why. `print(optimizer.plan)`."""
+    qk_clip: QKClip | None
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        ns_coefficients: Coefficients = "jordan",
+        ns_steps: int | None = None,
+        eps: float = DEFAULT_EPS,
+        adjust_lr_fn: AdjustLR = "match_rms_adamw",
+        per_head: bool = False,
+        tau: float = 100.0,
+        qk_clip: QKClip | Literal["auto"] | None = "auto",
+        adamw: Mapping[str, Any] | None = None,
+        ns_dtype: torch.dtype | None = None,
+        ns_form: Literal["standard", "gram"] | None = None,
+        products: str | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        freeze_unused: bool = False,
+        capturable: bool = False,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        muon_options = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
+            ns_form=ns_form,
+            products=products,
+            momentum_dtype=momentum_dtype,
+            freeze_unused=freeze_unused,
+        )
+        options_of_adamw = adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
+        check_engine(model)
+        self.qk_clip = _find_clip(model, qk_clip, tau)
+        projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
+        if self.qk_clip is not None:
+            projections = self.qk_clip.projections
+        elif isinstance(model, nn.Module):
+            projections = declared_qk_projections(model)
+        defaults = {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
+        self.plan = Plan((), projections, defaults, self.qk_clip)
+        self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
+        self._clip_version = 0 if self.qk_clip is None else self.qk_clip.version
+        to_come = self.qk_clip is not None and self.qk_clip.to_come
+        if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
+            raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
+        if isinstance(model, nn.Module):
+            named = dict(model.named_parameters())
+            groups = groups_of(plan_module(model, projections, per_head=per_head), named)
+        else:
+            groups = given_groups(model)
+        super().__init__(groups, {"muon": muon_options, "adamw": options_of_adamw}, workspace_bytes)
+        if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
+            raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
+        if isinstance(model, nn.Module):
+            self._topology.watch(model)
+        self._settle()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
+        param_group = dict(param_group)
+        planned: list[PlannedParameter] | None = param_group.pop("planned", None)
+        if planned is None and "use" not in param_group:
+            before = len(self.param_groups), self.plan
+            try:
+                for group in given_groups([param_group]):
+                    self.add_param_group(group)
+            except (TypeError, ValueError):
+                del self.param_groups[before[0] :], self._layouts[before[0] :]
+                self.plan = before[1]
+                raise
+            return
+        super().add_param_group(param_group)
+        group, layouts = self.param_groups[-1], self._layouts[-1]
+        if planned is None:
+            index = len(self.param_groups) - 1
+            planned = [
+                PlannedParameter(
+                    name_of(group, index, position), tuple(parameter.shape), group["use"], "as its group says", layout,
+                    group["weight_decay"] > 0, not parameter.requires_grad,
+                )
+                for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
+            ]  # fmt: skip
+        self.plan = replace(self.plan, parameters=(*self.plan.parameters, *planned))
+
+    def _settle(self) -> None:
+        super()._settle()
+        self.plan = replace(self.plan, distribution=self._distribution)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
+        if self.qk_clip is not None:
+            self.qk_clip.raise_deferred(wait=True)
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def _update(self) -> None:
+        if self.qk_clip is None:
+            super()._update()
+            return
+        idle = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+        if idle and self.qk_clip.has_nothing_to_do():  # checkpoint libraries make the state by such a step
+            super()._update()
+            return
+        self.qk_clip.show_shards()
+        self._take_findings(self.qk_clip)
+        factors = self.qk_clip.measure(before_update=True)
+        super()._update()
+        self.qk_clip.apply(factors)
+
+    def _take_findings(self, qk_clip: QKClip) -> None:
+        """Read weights as the matrices that attentions found since the construction show them to be."""
+        if self._clip_version == qk_clip.version or not self._finds_layouts:
+            return
+        self._clip_version = qk_clip.version
+        known = projection_layouts(qk_clip.projections, self._per_head)
+        lines = iter(self.plan.parameters)
+        planned: list[PlannedParameter] = []
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for position, parameter in enumerate(group["params"]):
+                line = next(lines)
+                if group["use"] == "muon" and id(parameter) in known:
+                    layouts[position] = known[id(parameter)]
+                    line = replace(line, layout=known[id(parameter)], reason=SPLIT_REASON)
+                planned.append(line)
+        self.plan = replace(self.plan, parameters=tuple(planned))
+
+
+def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:
+    if qk_clip is None or isinstance(qk_clip, QKClip):
+        return qk_clip
+    if qk_clip != "auto":
+        raise ValueError(f"qk_clip={qk_clip!r}; use 'auto', a QKClip, or None.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "MuonClip was given parameters, from which the attention cannot be found. Pass the model itself, "
+            "MuonClip(model, …), or give qk_clip=QKClip(model), or switch the clip off with qk_clip=None."
+        )
+    return QKClip(model, tau)
