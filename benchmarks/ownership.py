@@ -19,9 +19,9 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from muonclip.core import MatrixLayout
 from muonclip.models import MoEConfig
 from muonclip.models.torch import MoE
-from muonclip.torch.distributed import Distribution, Iteration, Mesh, Placed, plan
+from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, UpdatePlan, plan
 from muonclip.torch.optimizer.plan import plan_module
-from muonclip.torch.update.matrix_shards import slabs_of
+from muonclip.torch.update.matrix_shards import matrix_shards
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # by rank; Okabe–Ito, colour-blind safe
 SHARED = "#D9D9D9"
@@ -63,12 +63,12 @@ def draw(out: Path) -> None:
     figure.savefig(out)
 
 
-def _layer(way: Way) -> list[Placed]:
+def _layer(way: Way) -> list[PlacedParameter]:
     with torch.device("meta"):
         layer = MoE(MoEConfig.cpu()).layers[1]
-    iteration = Iteration(torch.bfloat16, "jordan", None)
+    iteration = NewtonSchulzConfig(torch.bfloat16, "jordan", None)
     return [
-        Placed(
+        PlacedParameter(
             line.name,
             line.shape,
             line.layout,
@@ -81,7 +81,7 @@ def _layer(way: Way) -> list[Placed]:
     ]
 
 
-def _draw(axes: Axes, distribution: Distribution, *, at_rest: bool) -> None:
+def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
     """Every matrix as a rectangle of its shape, in lines; its rows in the colours of the ranks that have them."""
     x = y = highest = 0.0
     owners = distribution.owners()
@@ -101,10 +101,10 @@ def _draw(axes: Axes, distribution: Distribution, *, at_rest: bool) -> None:
     axes.axis("off")
 
 
-def _matrices(parameter: Placed) -> Iterator[tuple[int, int, list[tuple[int, int, str]]]]:
+def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple[int, int, str]]]]:
     """fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
     numbered: dict[tuple[int, int, int], tuple[int, int, list[tuple[int, int, str]]]] = {}
-    for slab in slabs_of(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
+    for slab in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
         ranks: Sequence[int] = parameter.mesh.positions(slab.active, dict(slab.fixed))
         bands = [
             (start, stop, COLOURS[rank] if slab.active or slab.fixed else SHARED)

@@ -1,8 +1,9 @@
-"""Rooms: benchmarks → models → {torch | optax} → core → standard library."""
+"""Who may import whom: benchmarks → models → {torch | optax} → core → standard library, and within torch."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,27 @@ import muonclip.optax
 import muonclip.torch
 
 ROOT = Path(muonclip.__file__).parent
-DOORS = {
-    "huggingface.py": {"transformers"},
-    "head_maxima.py": {"triton"},
-}  # to engines, imported only when used
+ENGINES = {
+    "torch/huggingface.py": {"transformers"},
+    "torch/observe/huggingface.py": {"transformers"},
+    "torch/logits/kernels/head_maxima.py": {"triton"},
+}  # imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},
     "torch": {"muonclip.core", "muonclip.torch", "torch"},
     "optax": {"muonclip.core", "muonclip.optax", "jax", "numpy", "optax"},
     "models": {"muonclip.core", "muonclip.torch", "muonclip.optax", "muonclip.models", "torch", "jax", "numpy"},
+}
+TORCH_MAY_IMPORT = {  # package of muonclip.torch → the packages below it, of which its files may import
+    "": {"optimizer", "clip", "discover", "observe", "heads", "update", "logits", "mesh"},  # doors to engines
+    "optimizer": {"clip", "discover", "observe", "heads", "update", "logits", "mesh"},
+    "clip": {"discover", "observe", "heads", "update", "logits", "mesh"},
+    "discover": {"observe", "heads", "logits", "mesh"},
+    "observe": {"logits", "mesh"},
+    "heads": {"logits", "mesh"},
+    "update": {"mesh"},
+    "logits": {"mesh"},
+    "mesh": set(),
 }
 
 
@@ -30,18 +43,68 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names if not is_name_in(module, alias.name))
+
+
+def is_name_in(module, name):
+    """Whether `from module import name` names something defined in the module, not a module of its own."""
+    folder = ROOT.parent / module.replace(".", "/")
+    return not ((folder / name).is_dir() or (folder / f"{name}.py").is_file())
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
-def test_each_room_imports_only_what_stands_below(room):
+def test_each_room_imports_only_what_is_below(room):
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
         for name in imported_modules(path):
-            allowed = MAY_IMPORT[room] | DOORS.get(path.name, set())
+            allowed = MAY_IMPORT[room] | ENGINES.get(path.relative_to(ROOT).as_posix(), set())
             known = any(name == room_ or name.startswith(room_ + ".") for room_ in allowed)
             assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def package_of(module):
+    """The package of muonclip.torch in which a module is; "" for the doors, None for modules elsewhere."""
+    if module.split(".")[:2] != ["muonclip", "torch"]:
+        return None
+    head = module.split(".")[2:3]
+    return head[0] if head and (ROOT / "torch" / head[0]).is_dir() else ""
+
+
+@pytest.mark.parametrize("package", TORCH_MAY_IMPORT)
+def test_each_package_of_torch_imports_only_packages_below(package):
+    folder = ROOT / "torch" / package
+    files = sorted(folder.rglob("*.py") if package else folder.glob("*.py"))
+    assert files
+    for path in files:
+        for name in imported_modules(path):
+            imported = package_of(name)
+            allowed = TORCH_MAY_IMPORT[package] | {None, package}
+            assert imported in allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_table_names_every_package_and_has_no_circle():
+    packages = {path.name for path in (ROOT / "torch").iterdir() if (path / "__init__.py").is_file()}
+    assert packages == TORCH_MAY_IMPORT.keys() - {""}
+    tuple(TopologicalSorter(TORCH_MAY_IMPORT).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("room", ["core", "torch", "optax", "models"])
+def test_no_files_import_each_other_in_a_circle(room):
+    """Within a package, too; imports for types alone count."""
+    graph = {}
+    for path in (ROOT / room).rglob("*.py"):
+        parts = ("muonclip", *path.relative_to(ROOT).with_suffix("").parts)
+        module = ".".join(part for part in parts if part != "__init__")
+        graph[module] = {name for name in imported_modules(path) if name != module and is_a_module(name)}
+    tuple(TopologicalSorter(graph).static_order())
+
+
+def is_a_module(name):
+    path = ROOT.parent / name.replace(".", "/")
+    return name.startswith("muonclip.") and (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file())
 
 
 def test_muonclip_imports_no_framework():

@@ -6,7 +6,8 @@ optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)      # was AdamW(model.pa
 from muonclip.core import MatrixLayout
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.clip.report import LayerReport, QKClipReport
-from muonclip.torch.heads.qk_projection import HeadRows, QKProjection
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.exact_maxima import measure_max_logits
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits, attention

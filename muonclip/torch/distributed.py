@@ -1,7 +1,17 @@
 """What scripts on many ranks use besides the optimizers: gradient clipping over meshes, and the plan of the update."""
 
 from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
-from muonclip.torch.update.execute import Work, execute
-from muonclip.torch.update.plan import Distribution, Iteration, Mesh, Placed, plan
+from muonclip.torch.mesh.mesh import Mesh
+from muonclip.torch.update.execute import ParameterStep, execute
+from muonclip.torch.update.plan import NewtonSchulzConfig, PlacedParameter, UpdatePlan, plan
 
-__all__ = ["Distribution", "Iteration", "Mesh", "Placed", "Work", "clip_grad_norm_", "execute", "plan"]
+__all__ = [
+    "Mesh",
+    "NewtonSchulzConfig",
+    "ParameterStep",
+    "PlacedParameter",
+    "UpdatePlan",
+    "clip_grad_norm_",
+    "execute",
+    "plan",
+]

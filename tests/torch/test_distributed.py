@@ -15,13 +15,13 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.distributed import Iteration, Mesh, Placed, plan
+from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, plan
 from muonclip.torch.mesh.shard_indices import local_indices
-from muonclip.torch.update.matrix_shards import slabs_of
+from muonclip.torch.update.matrix_shards import matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices
 
 WORKER = Path(__file__).parents[1] / "support" / "update_worker.py"
-FP32 = Iteration(torch.float32, "jordan", None)
+FP32 = NewtonSchulzConfig(torch.float32, "jordan", None)
 PLAIN, EXPERTS = MatrixLayout(), MatrixLayout(batch_ndim=1)
 S0, S1 = Shard(0), Shard(1)
 
@@ -31,7 +31,7 @@ def mesh(*shape):
 
 
 def placed(*shapes, mesh, placements, layout=PLAIN, iteration=FP32):
-    return [Placed(f"w{i}", shape, layout, iteration, mesh, placements) for i, shape in enumerate(shapes)]
+    return [PlacedParameter(f"w{i}", shape, layout, iteration, mesh, placements) for i, shape in enumerate(shapes)]
 
 
 # Where matrices lie
@@ -74,7 +74,7 @@ def test_every_entry_of_every_matrix_is_found_where_it_lies(data):
             runs = local_indices(size, dim, placements, mesh_shape, coordinate)
             index = [i for start, stop in runs for i in range(start, stop)]
             local = local.index_select(dim, torch.tensor(index, dtype=torch.int64))
-        for slab in slabs_of(shape, layout, placements, mesh_shape):
+        for slab in matrix_shards(shape, layout, placements, mesh_shape):
             if any(coordinate[dim] != at for dim, at in slab.fixed):
                 continue
             position = 0
@@ -152,7 +152,7 @@ def test_every_matrix_has_its_owner_in_every_chunking(shapes, sharding, workspac
 
 def test_the_gram_matrices_are_summed_only_where_that_moves_less():
     def method(m, n, ways, **options):
-        iteration = Iteration(torch.float32, "jordan", None, **options)
+        iteration = NewtonSchulzConfig(torch.float32, "jordan", None, **options)
         [chunk] = plan(placed((m, n), mesh=mesh(ways), placements=(S1,), iteration=iteration)).chunks
         by_rank = chunk.sent()
         return chunk.method, sum(sum(each.values()) for each in by_rank.values())
@@ -192,9 +192,9 @@ def test_512_ranks_are_planned_without_processes():
     layers = []
     for layer in range(61):
         layers += [
-            Placed(f"{layer}.q_b", (12288, 1536), PLAIN, FP32, everyone, (S0,)),
-            Placed(f"{layer}.kv_b", (16384, 512), PLAIN, FP32, everyone, (S0,)),
-            Placed(
+            PlacedParameter(f"{layer}.q_b", (12288, 1536), PLAIN, FP32, everyone, (S0,)),
+            PlacedParameter(f"{layer}.kv_b", (16384, 512), PLAIN, FP32, everyone, (S0,)),
+            PlacedParameter(
                 f"{layer}.experts", (384, 4096, 7168), MatrixLayout(1, blocks=(2048, 2048)), FP32, experts, (S0, S1)
             ),
         ]

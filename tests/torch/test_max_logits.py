@@ -13,7 +13,8 @@ from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, dense_max_logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from muonclip.torch import AttentionMask, MaxLogits, attention, exact_maxima, measure_max_logits
+from muonclip.torch import AttentionMask, MaxLogits, attention, measure_max_logits
+from muonclip.torch.logits import exact_maxima
 
 
 def qkv(seed=0, batch=2, heads=4, groups=2, length=17, width=5, value=3, dtype=torch.float64):

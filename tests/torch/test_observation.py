@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend_by_anothe
 from torch.utils.checkpoint import checkpoint
 
 from muonclip.torch import MuonClip, QKClip
-from muonclip.torch.observe.sdpa import host_sdpa, sdpa_with_lse
+from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
 
 # torch.compile looks at the gradients of its inputs, whatever they are.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

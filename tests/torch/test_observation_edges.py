@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from muonclip.torch import QKClip
-from muonclip.torch.observe.sdpa import host_sdpa
+from muonclip.torch.logits.host_sdpa import host_sdpa
 
 # torch.compile looks at the gradients of its inputs, whatever they are.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

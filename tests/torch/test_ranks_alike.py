@@ -14,9 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from muonclip.core import MatrixLayout
 from muonclip.torch import Muon, MuonClip, QKClip
-from muonclip.torch.distributed import Iteration, Mesh, Placed, clip_grad_norm_, plan
+from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, clip_grad_norm_, plan
 
-FP32 = Iteration(torch.float32, "jordan", None)
+FP32 = NewtonSchulzConfig(torch.float32, "jordan", None)
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,8 @@ def test_what_one_rank_has_alone_stands_behind_what_is_shared():
     ranks, alone = Mesh((4,), (0, 1, 2, 3), ("a",)), Mesh((1,), (0,), ("rank",))
 
     def slots(*own):
-        shared = [Placed(f"w{n}", (n, n), MatrixLayout(), FP32, ranks, (Shard(0),)) for n in (32, 8)]
-        mine = [Placed(f"e{n}", (n, n), MatrixLayout(), FP32, alone, (Replicate(),)) for n in own]
+        shared = [PlacedParameter(f"w{n}", (n, n), MatrixLayout(), FP32, ranks, (Shard(0),)) for n in (32, 8)]
+        mine = [PlacedParameter(f"e{n}", (n, n), MatrixLayout(), FP32, alone, (Replicate(),)) for n in own]
         decided = plan([*mine, *shared], workspace_bytes=4 * 16 * 16)
         return [(chunk.slot, chunk.bucket.m) for chunk in decided.chunks if chunk.bucket.active]
 

@@ -24,9 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention as attend_by_anothe
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention, unsharded
+from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
 from muonclip.torch.clip.ranks import ClipRanks
-from muonclip.torch.heads.qk_projection import scale_heads
+from muonclip.torch.discover import dense_copy as unsharded
+from muonclip.torch.heads.head_rows import scale_heads
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.mesh.shard_indices import local_indices
 from muonclip.torch.observe.calls import Observer

@@ -12,9 +12,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.qk_clip import check_alpha, check_tau
@@ -23,8 +21,10 @@ from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.clip.reduction import UNKNOWN_ATTENTION, JointMaxima, constant, has_gradient, note_of
 from muonclip.torch.clip.report import LayerReport, QKClipReport
 from muonclip.torch.discover.monitor import NOTHING_FOUND, Watch
-from muonclip.torch.heads.qk_projection import HeadRows, QKProjection, declared_qk_projections, scale_heads
+from muonclip.torch.heads.head_rows import HeadRows, scale_heads
+from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
 from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.mesh.wrappers import replicas_of, unwrap
 
 
 class QKClip:
@@ -84,15 +84,15 @@ class QKClip:
             self.projections = _named_projections(model_or_projections)
             self.tau = tau
             return
-        model, replicas = _unwrapped(model_or_projections)
-        self._ranks = ClipRanks(process_group, replicas)
+        model, replicated = unwrap(model_or_projections)
+        self._ranks = ClipRanks(process_group, replicas_of(replicated))
         self.projections.update(declared_qk_projections(model))
         for name, projection in (declare or {}).items():
             if name not in dict(model.named_modules()):
                 raise ValueError(f"declare names {name!r}, which is no module of the model.")
             self.projections[name] = projection
         declared = bool(self.projections)
-        self._watch = Watch(model, self.projections, self._ranks, clip_gains=clip_gains)
+        self._watch = Watch(model, self.projections, self._ranks.look_around, clip_gains=clip_gains)
         self.tau = tau
         if example_inputs is not None:
             args, kwargs = _arguments(example_inputs)
@@ -359,19 +359,6 @@ def _clips(projection: QKProjection) -> bool:
 def _may_wait_for(device: torch.device) -> bool:
     """Whether reading a value stalls nobody; on an accelerator it would drain the queue of kernels."""
     return device.type == "cpu"
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
-    """The module inside what torch wraps around a whole model, and the process group of its replicas."""
-    replicas: dist.ProcessGroup | None = None
-    while isinstance(model, DistributedDataParallel | OptimizedModule):
-        if isinstance(model, DistributedDataParallel):
-            group = model.process_group
-            replicas = group if isinstance(group, dist.ProcessGroup) else replicas
-            model = model.module
-        else:
-            model = model._orig_mod
-    return model, replicas
 
 
 def _arguments(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

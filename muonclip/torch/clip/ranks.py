@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.mesh.process_groups import group_of
-from muonclip.torch.mesh.topology import running_replica
+from muonclip.torch.mesh.wrappers import replicas_of, running_ddp
 
 
 class ClipRanks:
@@ -37,9 +37,7 @@ class ClipRanks:
 
     def look_around(self) -> None:
         """While a forward runs: is it one of DistributedDataParallel?"""
-        replica = running_replica()
-        if replica is not None and isinstance(replica.process_group, dist.ProcessGroup):
-            self._replicas = replica.process_group
+        self._replicas = replicas_of(running_ddp()) or self._replicas
 
     def group(self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
         """None where this rank is alone. All of the ranks must call it alike: a group may have to be made, and where

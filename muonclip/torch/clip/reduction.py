@@ -17,7 +17,7 @@ from torch import Tensor
 
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.mesh.topology import local_part
+from muonclip.torch.mesh.dtensors import local_part
 
 NO_GRADIENT, FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 0.0, 1.0, 2.0, 3.0
 """Notes of a rank about an attention. The last is about the whole model: attention ran that nobody observed. The

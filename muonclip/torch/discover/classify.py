@@ -16,7 +16,8 @@ from torch import Tensor
 from muonclip.torch.discover.attribution import Rows, feeds
 from muonclip.torch.discover.parameter_paths import Places
 from muonclip.torch.discover.tracer import Call
-from muonclip.torch.heads.qk_projection import HeadRows, QKProjection
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.max_logits import MaxLogits
 
 

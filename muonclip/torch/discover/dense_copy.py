@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 _MOST_BYTES = 8 * 2**30
@@ -56,11 +55,6 @@ def check_size(parameters: Iterable[Tensor]) -> None:
             "pass it as MuonClip(model, qk_clip=clip); or declare the attentions, "
             "QKClip(model, declare={name: QKProjection…})."
         )
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; the one behind that of FSDP2, which puts its own in front."""
-    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
 
 
 def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:

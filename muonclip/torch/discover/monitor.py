@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.discover.dense_copy import TooLarge
 from muonclip.torch.discover.search import Site, refusal, search
 from muonclip.torch.discover.trace import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
@@ -43,12 +42,18 @@ _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.Wea
 
 class Watch:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
-    seen. `to_come`: why nothing was found yet, or "". `version` counts findings."""
+    seen. `on_forward` is called inside each forward with gradients. `to_come`: why nothing was found yet, or "".
+    `version` counts findings."""
 
     def __init__(
-        self, model: nn.Module, projections: dict[str, QKProjection], ranks: ClipRanks, *, clip_gains: bool
+        self,
+        model: nn.Module,
+        projections: dict[str, QKProjection],
+        on_forward: Callable[[], None],
+        *,
+        clip_gains: bool,
     ) -> None:
-        self.model, self.projections, self.ranks, self.clip_gains = model, projections, ranks, clip_gains
+        self.model, self.projections, self.on_forward, self.clip_gains = model, projections, on_forward, clip_gains
         self.threshold = -math.inf  # of the statistics to come
         self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
@@ -132,7 +137,7 @@ class Watch:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
-        self.ranks.look_around()
+        self.on_forward()
         if module is self.model:
             begin_listening(self._unclaimed)
         name = next(name for name, each in self.model.named_modules() if each is module)
@@ -224,7 +229,7 @@ class Watch:
         """A copy of the owner with the model: observed by itself."""
         twin = object.__new__(Watch)
         memo[id(self)] = twin
-        for name in ("projections", "declared", "sites", "model", "ranks"):
+        for name in ("projections", "declared", "sites", "model", "on_forward"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
             setattr(twin, name, getattr(self, name))

@@ -22,9 +22,10 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from muonclip.torch.discover.dense_copy import StandIns, check_size, plain_class, without_engine
+from muonclip.torch.discover.dense_copy import StandIns, check_size, without_engine
 from muonclip.torch.discover.tracer import Call, Recorder
 from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.mesh.wrappers import plain_class
 from muonclip.torch.observe.calls import listening
 from muonclip.torch.observe.patches import Doors
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonclip.torch.discover.attribution import Product, Rows, Source, feeds, leaves_of, rows_behind, trace
+from muonclip.torch.logits.host_sdpa import host_sdpa
 from muonclip.torch.observe.calls import listening, with_heads
 from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
-from muonclip.torch.observe.sdpa import host_sdpa
 
 
 @dataclass(slots=True, eq=False)

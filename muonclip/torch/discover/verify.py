@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from muonclip.torch.discover.attribution import Rows, feeds
 from muonclip.torch.discover.parameter_paths import Places
 from muonclip.torch.discover.tracer import Call
-from muonclip.torch.heads.qk_projection import HeadRows, QKProjection
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.qk_projection import QKProjection
 
 PerHead = dict[int, list[set[int]]]
 """id of a parameter → the rows of each head."""

@@ -1,117 +1,16 @@
-"""Which rows of which weights feed which heads of an attention.
-
-Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. H query heads, G key heads.
-"""
+"""One attention: the rows of weights behind its queries and keys, by the part they play, and how modules declare it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from muonclip.torch.heads.query_heads import QueryHeads, check_placements, head_of_rows, local_rows
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.logits.max_logits import MaxLogits
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadRows:
-    """The rows of one weight, and of its bias, that belong to each head: head h owns `size` rows from
-    `start + h · stride` (stride None: size, so heads stand next to each other), or the rows `index[h]` where they
-    follow no such rule.
-
-    `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
-    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`). `index`: int64 [heads, size].
-    """
-
-    module: nn.Module
-    num_heads: int
-    size: int
-    start: int = 0
-    stride: int | None = None
-    weight: str = "weight"
-    bias: str = "bias"
-    axis: int = 0
-    index: Tensor | None = None
-
-    @classmethod
-    def at(cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0) -> Self:
-        """The rows `index` [heads, size], by start and stride where they have them."""
-        heads, size = index.shape
-        index = index.sort(1).values.cpu()
-        start = int(index[0, 0])
-        stride = int(index[1, 0]) - start if heads > 1 else size
-        rows = cls(module, heads, size, start, None if stride == size else stride, weight, bias, axis)
-        regular = stride >= size and torch.equal(rows.rows(index.device), index)
-        return rows if regular else cls(module, heads, size, start, None, weight, bias, axis, index)
-
-    @property
-    def step(self) -> int:
-        return self.size if self.stride is None else self.stride
-
-    def rows(self, device: torch.device | str) -> Tensor:
-        """int64 [heads, size]: the rows of each head."""
-        if self.index is not None:
-            return self.index.to(device)
-        first = self.start + self.step * torch.arange(self.num_heads, device=device)
-        return first[:, None] + torch.arange(self.size, device=device)
-
-    def parameters(self) -> Iterator[tuple[Tensor, int]]:
-        """The weight and, where there is one, the bias, each with its axis of heads."""
-        yield getattr(self.module, self.weight), self.axis
-        bias = getattr(self.module, self.bias, None) if self.bias else None
-        if isinstance(bias, Tensor):
-            yield bias, 0
-
-    def of(self, parameter: Tensor, axis: int) -> Tensor:
-        """The parameter with `axis` counting heads and a last axis counting the rows of each; a view, but for rows
-        given by `index`. Of a DTensor, what this rank has; raises ValueError where `axis` is cut."""
-        if isinstance(parameter, DTensor):
-            whole = parameter.shape[axis]
-            parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
-            if runs != ((0, whole),):
-                raise ValueError(
-                    f"{self.weight} has its {whole} rows on several ranks, this one has {runs}: its heads cannot be "
-                    "read here. Read the whole weight, parameter.full_tensor()."
-                )
-        if self.index is not None:
-            chosen = parameter.index_select(axis, self.rows(parameter.device).flatten())
-            return chosen.unflatten(axis, (self.num_heads, self.size)).movedim(axis + 1, -1)
-        length = (self.num_heads - 1) * self.step + self.size
-        return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
-
-    def name_of(self, parameter: Tensor) -> str:
-        """For errors: the attribute and its module."""
-        attribute = self.weight if getattr(self.module, self.weight) is parameter else self.bias
-        return f"{attribute} of {type(self.module).__name__}"
-
-    def check(self, name: str) -> None:
-        """Raises ValueError where the weight does not have these rows, or is placed so that nobody knows where."""
-        weight = getattr(self.module, self.weight)
-        if not isinstance(weight, nn.Parameter):
-            raise ValueError(
-                f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
-                "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
-            )
-        check_placements(f"{name}: {self.name_of(weight)}", weight)
-        rows = weight.shape[self.axis]
-        if self.index is not None:
-            index = self.index
-            if index.shape != (self.num_heads, self.size) or index.min() < 0 or index.max() >= rows:
-                raise ValueError(
-                    f"{name}: index has shape {tuple(index.shape)} and rows {int(index.min())} to {int(index.max())}; "
-                    f"it must be [{self.num_heads}, {self.size}] of rows of a weight of shape {tuple(weight.shape)}."
-                )
-            return
-        end = self.start + (self.num_heads - 1) * self.step + self.size
-        if min(self.num_heads, self.size) < 1 or self.start < 0 or self.step < self.size or end > rows:
-            raise ValueError(
-                f"{name}: {self.num_heads} heads of {self.size} rows (start {self.start}, stride {self.step}) do not "
-                f"fit a weight of shape {tuple(weight.shape)}, which has {rows} rows along axis {self.axis}."
-            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,27 +191,3 @@ def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
     if num_heads < 1 or _rows(module) % num_heads:
         raise ValueError(f"{name}: {num_heads} heads do not divide the {_rows(module)} rows of its weight.")
     return HeadRows(module, num_heads, _rows(module) // num_heads, axis=out_axis(module))
-
-
-@torch.no_grad()
-def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
-    """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone.
-
-    Of a DTensor each rank scales the rows that it has, without communication.
-    """
-    size = parameter.shape[axis]
-    parameter, runs = local_rows(rows.name_of(parameter), parameter, axis)
-    if not runs:
-        return
-    if rows.index is None and runs == ((0, size),):
-        heads = rows.of(parameter, axis)
-        shape = [1] * heads.ndim
-        shape[axis] = rows.num_heads
-        factors = factors.view(shape)
-        heads.copy_(torch.where(factors < 1, heads * factors, heads))
-        return
-    shape = [1] * parameter.ndim
-    shape[axis] = -1
-    one = torch.ones_like(factors[:1])  # for rows of no head
-    factors = torch.cat([factors, one])[head_of_rows(rows, size, runs, factors.device)].view(shape)
-    parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))

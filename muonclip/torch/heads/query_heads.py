@@ -1,61 +1,17 @@
-"""Which rows and heads of a sharded weight are on this rank: arithmetic on placements, without communication."""
+"""Which heads the queries of a forward on this rank are: arithmetic on placements, without communication."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from muonclip.torch.mesh.index_ranges import Runs
+from muonclip.torch.heads.head_rows import HeadRows, check_placements
 from muonclip.torch.mesh.shard_indices import local_indices
-
-if TYPE_CHECKING:
-    from muonclip.torch.heads.qk_projection import HeadRows
-
-
-def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, Runs]:
-    """What this rank has of a parameter, to read and write in place, and which of the rows along `axis` these are, in
-    order. `name`: for the error. Raises ValueError for placements that do not say where a row is."""
-    if not isinstance(parameter, DTensor):
-        return parameter, ((0, parameter.shape[axis]),)
-    check_placements(name, parameter)
-    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
-    if coordinate is None:
-        raise ValueError(f"{name} lies on {mesh}, which this rank is not in.")
-    runs = local_indices(parameter.shape[axis], axis, parameter.placements, mesh.shape, coordinate)
-    with torch.no_grad():
-        return parameter.to_local(), runs
-
-
-def check_placements(name: str, parameter: Tensor) -> None:
-    """Raises ValueError where the placements of a parameter do not say where a row is."""
-    placements: Sequence[Placement] = parameter.placements if isinstance(parameter, DTensor) else ()
-    unknown = [each for each in placements if not isinstance(each, Replicate | Shard | _StridedShard)]
-    if unknown:
-        raise ValueError(
-            f"{name} is placed as {tuple(placements)}; QK-Clip scales rows that are replicated or sharded. "
-            f"Redistribute it: {unknown[0]} does not say which rank has a row."
-        )
-
-
-def head_of_rows(rows: HeadRows, size: int, runs: Runs, device: torch.device) -> Tensor:
-    """int64 [rows of the runs]: the head of each, `num_heads` for a row of none; of a weight with `size` rows."""
-    held = torch.cat([torch.arange(*run, device=device) for run in runs])
-    if rows.index is not None:
-        heads = torch.full((size,), rows.num_heads, device=device)
-        index = rows.rows(device)
-        heads[index.flatten()] = torch.arange(rows.num_heads, device=device).repeat_interleave(rows.size)
-        return heads[held]
-    offset = held - rows.start
-    head = offset.div(rows.step, rounding_mode="floor")
-    inside = (offset >= 0) & (head < rows.num_heads) & (offset % rows.step < rows.size)
-    return head.where(inside, rows.num_heads)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,15 +29,10 @@ class QueryHeads:
     def of(cls, rows: HeadRows) -> QueryHeads:
         return cls(weakref.ref(rows.module), replace(rows, module=_NO_MODULE))
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the weight of the queries is a DTensor now, inside the forward."""
-        return isinstance(self._weight(), DTensor)
-
-    def count(self) -> int:
-        """How many heads this rank has."""
+    def count(self) -> int | None:
+        """How many heads this rank has; None where the weight of the queries is no DTensor now, inside the forward."""
         weight = self._weight()
-        return len(self._heads(weight, 0)) if isinstance(weight, DTensor) else self.rows.num_heads
+        return len(self._heads(weight, 0)) if isinstance(weight, DTensor) else None
 
     def first(self, count: int) -> int:
         """The head with which this rank's `count` heads begin. Raises ValueError where these are not its heads."""

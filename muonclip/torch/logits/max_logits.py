@@ -12,18 +12,30 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.logits.exact_maxima import observe, observe_opaquely
+from muonclip.torch.logits.host_sdpa import sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.sharded_attention import on_local_heads
-from muonclip.torch.observe.sdpa import sdpa_with_lse
+
+
+class HeadsOfRank(Protocol):
+    """Which heads of an attention the queries of a forward on this rank are."""
+
+    def first(self, count: int) -> int:
+        """The head with which this rank's `count` heads begin. Raises ValueError where these are not its heads."""
+        ...
+
+    def count(self) -> int | None:
+        """How many heads this rank has; None where it has all of them."""
+        ...
+
 
 _unobserved = False
 
@@ -64,7 +76,7 @@ class MaxLogits:
             raise ValueError(f"num_heads={num_heads} must be at least 1.")
         self.num_heads = num_heads
         self.threshold = -math.inf
-        self.query_heads: QueryHeads | None = None
+        self.query_heads: HeadsOfRank | None = None
         self.packed = torch.empty(3 * num_heads + 1, dtype=torch.float32, device="cpu")
         self.reset()
 
@@ -109,9 +121,12 @@ class MaxLogits:
 
     def heads_in(self, q: Tensor) -> int:
         """How many heads there are in queries [..., Tq, d] of one forward."""
-        if self.query_heads is None or (q.ndim == 4 and q.shape[1] == self.num_heads) or not self.query_heads.sharded:
+        if self.query_heads is None or (q.ndim == 4 and q.shape[1] == self.num_heads):
             return self.num_heads
-        return q.shape[1] if q.ndim == 4 else self.query_heads.count()
+        count = self.query_heads.count()
+        if count is None:
+            return self.num_heads
+        return q.shape[1] if q.ndim == 4 else count
 
     @torch.no_grad()
     def update(self, maxima: Tensor) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from muonclip.torch.mesh.dtensors import check_parameter, local_part
 from muonclip.torch.mesh.process_groups import group_over
-from muonclip.torch.mesh.topology import check_parameter, local_part
 
 
 @torch.no_grad()

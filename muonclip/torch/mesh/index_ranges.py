@@ -1,17 +1,17 @@
-"""Runs (start, stop): ranges of indices, one after the other."""
+"""IndexRanges (start, stop): ranges of indices, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-Runs = tuple[tuple[int, int], ...]
+IndexRanges = tuple[tuple[int, int], ...]
 
 
-def length(runs: Runs) -> int:
+def length(runs: IndexRanges) -> int:
     return sum(stop - start for start, stop in runs)
 
 
-def merged(runs: Iterable[tuple[int, int]]) -> Runs:
+def merged(runs: Iterable[tuple[int, int]]) -> IndexRanges:
     """Those that touch, as one."""
     joined: list[tuple[int, int]] = []
     for start, stop in runs:
@@ -22,7 +22,7 @@ def merged(runs: Iterable[tuple[int, int]]) -> Runs:
     return tuple(joined)
 
 
-def sliced(runs: Runs, start: int, stop: int) -> Runs:
+def sliced(runs: IndexRanges, start: int, stop: int) -> IndexRanges:
     """The entries of the concatenated runs from `start` to `stop`."""
     parts, passed = [], 0
     for first, last in runs:

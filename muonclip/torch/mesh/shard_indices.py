@@ -7,13 +7,13 @@ from functools import lru_cache
 
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from muonclip.torch.mesh.index_ranges import Runs, merged, sliced
+from muonclip.torch.mesh.index_ranges import IndexRanges, merged, sliced
 
 
 def local_indices(
     size: int, tensor_dim: int, placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]
-) -> Runs:
-    """Runs (start, stop) of the global indices 0 … size−1 along `tensor_dim`, in the order of the local tensor.
+) -> IndexRanges:
+    """IndexRanges (start, stop) of the global indices 0 … size−1 along `tensor_dim`, in the order of the local tensor.
 
     `placements`, `mesh_shape`, `coordinate`: by mesh dimension; placements name non-negative axes. What is not sharded
     along the axis is whole; () where there is nothing.
@@ -27,8 +27,8 @@ def local_indices(
 
 
 @lru_cache(maxsize=65536)
-def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> Runs:
-    runs: Runs = ((0, size),) if size else ()
+def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> IndexRanges:
+    runs: IndexRanges = ((0, size),) if size else ()
     for ways, at, factor in cuts:
         total = sum(stop - start for start, stop in runs)
         pieces: list[tuple[int, int]] = []

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
 
+from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.logits.sharded_attention import local_queries_and_keys
 from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
-from muonclip.torch.observe.sdpa import host_sdpa, sdpa_with_lse
 
 host_flex = flex_module.flex_attention
 _OBSERVER = "_qk_observer"  # the attribute of a module under which its Observer stands

@@ -17,11 +17,11 @@ from torch import nn
 from torch.distributed.pipelining.stage import PipelineStage
 from torch.nn.attention import flex_attention as flex_module
 
-from muonclip.torch.discover.dense_copy import plain_class
+from muonclip.torch.logits.host_sdpa import host_sdpa
 from muonclip.torch.logits.max_logits import unobserved
 from muonclip.torch.logits.sharded_attention import PARTS_OF_SEQUENCES
+from muonclip.torch.mesh.wrappers import plain_class
 from muonclip.torch.observe.calls import flex_door, host_flex, sdpa_door
-from muonclip.torch.observe.sdpa import host_sdpa
 
 
 def _sdpa_door_for(standing: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.mesh.topology import Topology, check_parameter, check_state, local_gradient, local_part
+from muonclip.torch.mesh.dtensors import check_parameter, check_state, local_gradient, local_part
+from muonclip.torch.mesh.topology import Topology
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
 from muonclip.torch.optimizer.options import (
     Group,
@@ -26,8 +27,8 @@ from muonclip.torch.optimizer.options import (
     name_of,
     plain_options,
 )
-from muonclip.torch.update.execute import Work, execute
-from muonclip.torch.update.plan import Distribution, Placed
+from muonclip.torch.update.execute import ParameterStep, execute
+from muonclip.torch.update.plan import PlacedParameter, UpdatePlan
 from muonclip.torch.update.plan import plan as plan_matrices
 
 
@@ -44,7 +45,7 @@ class MatrixOptimizer(Optimizer):
         self._options = options
         self._workspace_bytes = workspace_bytes
         self._topology = Topology()
-        self._distribution: Distribution | None = None
+        self._distribution: UpdatePlan | None = None
         self._layouts: list[list[MatrixLayout | None]] = []
         common = ("lr", "weight_decay", "momentum") if "adamw" in options else options["muon"]
         super().__init__(groups, {name: options["muon"][name] for name in common})
@@ -141,7 +142,7 @@ class MatrixOptimizer(Optimizer):
         self._settle()
         assert self._distribution is not None
         works = [
-            Work(
+            ParameterStep(
                 local_part(parameter),
                 local_gradient(parameter),
                 local_part(self.state[parameter]["momentum_buffer"]),
@@ -158,7 +159,7 @@ class MatrixOptimizer(Optimizer):
     def _settle(self) -> None:
         """Plan who iterates which matrix, unless the plan there is still holds."""
         placed = [
-            Placed(
+            PlacedParameter(
                 name,
                 tuple(parameter.shape),
                 layout,

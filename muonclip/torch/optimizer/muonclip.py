@@ -16,7 +16,7 @@ from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
-from muonclip.torch.mesh.topology import check_engine
+from muonclip.torch.mesh.dtensors import check_engine
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
 from muonclip.torch.optimizer.options import (
     DEFAULT_EPS,

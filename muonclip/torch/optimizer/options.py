@@ -12,7 +12,7 @@ from torch import Tensor
 from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
 from muonclip.core.coefficients import gram_restarts
 from muonclip.torch.optimizer.plan import PlannedParameter, default_layout, plan_named
-from muonclip.torch.update.plan import Iteration
+from muonclip.torch.update.plan import NewtonSchulzConfig
 from muonclip.torch.update.products import choose_products, iteration_dtype
 
 Group: TypeAlias = dict[str, Any]
@@ -108,9 +108,9 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
     return groups
 
 
-def iteration_of(group: Group, parameter: Tensor) -> Iteration:
+def iteration_of(group: Group, parameter: Tensor) -> NewtonSchulzConfig:
     """How the matrices of a parameter of this group are iterated."""
-    return Iteration(
+    return NewtonSchulzConfig(
         iteration_dtype(parameter.device.type, momentum_dtype(group, parameter), dtype_named(group["ns_dtype"])),
         _hashable(group["ns_coefficients"]),
         group["ns_steps"],

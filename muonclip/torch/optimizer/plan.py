@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
 from muonclip.core.text_table import table
-from muonclip.torch.heads.qk_projection import HeadRows, QKProjection, out_axis
-from muonclip.torch.update.plan import Distribution
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.qk_projection import QKProjection, out_axis
+from muonclip.torch.update.plan import UpdatePlan
 
 if TYPE_CHECKING:
     from muonclip.torch.clip.qk_clip import QKClip
@@ -57,7 +58,7 @@ class Plan:
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
     qk_clip: QKClip | None = None
-    distribution: Distribution | None = None
+    distribution: UpdatePlan | None = None
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
     def __str__(self) -> str:

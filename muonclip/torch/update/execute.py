@@ -1,6 +1,6 @@
 """Muon's update over ranks: `plan` says who iterates which matrix and which bytes move, `execute` does it.
 
-Momentum is every rank's own, shard by shard. Then matrices travel in rounds (`Chunk`): the packed parts of one shape
+Momentum is every rank's own, shard by shard. Then matrices travel in rounds (`Round`): the packed parts of one shape
 go to the owners, are iterated, and come back; replicas are given what another one has iterated. The communication of
 one round runs beside the iteration of the one before. One process alone does the same with nothing to send.
 """
@@ -17,22 +17,16 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout, Products, iterate, normalize, update_scale
 from muonclip.torch.mesh.index_ranges import length
-from muonclip.torch.mesh.topology import Place
-from muonclip.torch.update.matrix_shards import Slab
+from muonclip.torch.mesh.mesh import Mesh
+from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.update.matrix_shards import MatrixShards
 from muonclip.torch.update.matrix_views import editing, local_matrices
-from muonclip.torch.update.plan import (
-    Bucket,
-    Chunk,
-    Distribution,
-    Iteration,
-    Mesh,
-    Piece,
-)
+from muonclip.torch.update.plan import Bucket, NewtonSchulzConfig, Round, Segment, UpdatePlan
 from muonclip.torch.update.products import choose_products
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ParameterStep:
     """One parameter in one step: what this rank has of it, and the options of its group.
 
     Without a gradient this rank's shard stays as it is. If the matrices of the parameter are cut, its part of them
@@ -46,12 +40,12 @@ class Work:
     options: Mapping[str, Any]
 
 
-def execute(distribution: Distribution, works: Sequence[Work], places: Mapping[Mesh, Place]) -> None:
+def execute(distribution: UpdatePlan, works: Sequence[ParameterStep], places: Mapping[Mesh, RankPosition]) -> None:
     """One update of all parameters, `works` in the order of the plan's. `places`: this rank's, by mesh.
 
     Every rank of a mesh must call it with the same plan.
     """
-    mine = {chunk.slot: chunk for chunk in distribution.chunks if places[chunk.bucket.mesh].has(chunk.bucket)}
+    mine = {chunk.slot: chunk for chunk in distribution.chunks if chunk.bucket.has_part_on(places[chunk.bucket.mesh])}
     rounds: list[Generator[None]] = []
     # Every rank passes every slot, so that all of them come to the collectives that they share in one order. The parts
     # of the newest round are on their way while those before are iterated.
@@ -68,7 +62,7 @@ def _advanced(rounds: Sequence[Generator[None]]) -> list[Generator[None]]:
     return [each for each in rounds if next(each, rounds) is None]
 
 
-def _round(chunk: Chunk, works: Sequence[Work], place: Place) -> Generator[None]:
+def _round(chunk: Round, works: Sequence[ParameterStep], place: RankPosition) -> Generator[None]:
     """One chunk from the momentum to the weights; yields, on every rank equally often, where it waits for others."""
     bucket = chunk.bucket
     position, replica = place.index(bucket.active), place.index(bucket.replicas)
@@ -78,7 +72,7 @@ def _round(chunk: Chunk, works: Sequence[Work], place: Place) -> Generator[None]
     if cut is None and replicas is None:
         pieces = [piece for piece in pieces if works[piece.parameter].gradient is not None]
         shares = [sum(piece.stop - piece.start for piece in pieces)]
-    steps = [_PieceStep(works[piece.parameter], piece, position) for piece in pieces]
+    steps = [_SegmentStep(works[piece.parameter], piece, position) for piece in pieces]
     passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
     updates: list[Tensor] = []
     for step in steps:
@@ -102,10 +96,10 @@ def _round(chunk: Chunk, works: Sequence[Work], place: Place) -> Generator[None]
         done += step.count
 
 
-class _PieceStep:
+class _SegmentStep:
     """The step of the matrices of one piece, on this rank's part of them."""
 
-    def __init__(self, work: Work, piece: Piece, position: int) -> None:
+    def __init__(self, work: ParameterStep, piece: Segment, position: int) -> None:
         self.work, self.piece, self.position = work, piece, position
         self.count, self.tall = piece.stop - piece.start, piece.slab.tall
         self._used: Tensor | None = None
@@ -154,11 +148,11 @@ class _PieceStep:
                 rows.copy_(torch.where(self._used, rows, kept))
 
     @property
-    def _where(self) -> tuple[MatrixLayout, Slab, int]:
+    def _where(self) -> tuple[MatrixLayout, MatrixShards, int]:
         return self.work.layout, self.piece.slab, self.position
 
 
-def _iterated(stack: Tensor, iteration: Iteration, cut: dist.ProcessGroup | None = None) -> Tensor:
+def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGroup | None = None) -> Tensor:
     """Newton–Schulz of (matrices, m, n). With `cut` every rank has some of the n columns."""
     products = choose_products(iteration.products)
     total = None

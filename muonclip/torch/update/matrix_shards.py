@@ -16,12 +16,12 @@ from typing import NamedTuple
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.mesh.index_ranges import Runs, length, merged, sliced
+from muonclip.torch.mesh.index_ranges import IndexRanges, length, merged, sliced
 from muonclip.torch.mesh.shard_indices import local_indices
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
+class MatrixShards:
     """Matrices of one block of a parameter that the same ranks hold, cut in the same way.
 
     `fixed`: (mesh dimension, coordinate) of their ranks; ranks elsewhere hold nothing of them. `active`: the mesh
@@ -32,16 +32,16 @@ class Slab:
     block: int
     fan_out: int
     fan_in: int
-    batches: Runs
+    batches: IndexRanges
     heads: tuple[int, ...]
     """Which of the parameter's batches, and which heads of the block: batches × heads matrices, in this order."""
     fixed: tuple[tuple[int, int], ...]
     active: tuple[int, ...]
     replicas: tuple[int, ...]
-    rows: tuple[Runs, ...]
+    rows: tuple[IndexRanges, ...]
     """By position: the rows of each matrix there, in the order in which they lie there."""
-    columns: tuple[Runs, ...]
-    local_rows: tuple[tuple[Runs, ...], ...]
+    columns: tuple[IndexRanges, ...]
+    local_rows: tuple[tuple[IndexRanges, ...], ...]
     """By position and head: where those rows lie along the out axis of the local tensor."""
 
     @property
@@ -55,9 +55,9 @@ class Slab:
 
 
 @lru_cache(maxsize=4096)
-def slabs_of(
+def matrix_shards(
     shape: tuple[int, ...], layout: MatrixLayout, placements: tuple[Placement, ...], mesh_shape: tuple[int, ...]
-) -> tuple[Slab, ...]:
+) -> tuple[MatrixShards, ...]:
     """All matrices of a parameter of this global shape, in slabs; those of every position of the mesh.
 
     Raises ValueError for placements that are neither `Replicate` nor a shard of an axis.
@@ -73,7 +73,7 @@ def slabs_of(
     def dims_of(tensor_dims: Sequence[int]) -> tuple[int, ...]:
         return tuple(dim for dim in sharding if placements[dim].dim % len(shape) in tensor_dims)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def runs_at(tensor_dims: Sequence[int], mesh_dims: Sequence[int], at: Sequence[int]) -> Runs:
+    def runs_at(tensor_dims: Sequence[int], mesh_dims: Sequence[int], at: Sequence[int]) -> IndexRanges:
         coordinate = [0] * len(mesh_shape)
         for dim, index in zip(mesh_dims, at, strict=True):
             coordinate[dim] = index
@@ -83,14 +83,14 @@ def slabs_of(
     batch_dims, out_dims, in_dims = dims_of(axes.batch), dims_of(axes.out), dims_of(axes.into)
     columns = [runs_at(axes.into, in_dims, at) for at in _coordinates(mesh_shape, in_dims)]
     outs = {at: runs_at(axes.out, out_dims, at) for at in _coordinates(mesh_shape, out_dims)}
-    slabs: list[Slab] = []
+    slabs: list[MatrixShards] = []
     for at in _coordinates(mesh_shape, batch_dims):
         batches = runs_at(axes.batch, batch_dims, at)
         if not length(batches):
             continue
         island = tuple(zip(batch_dims, at, strict=True))
         for block, heads in enumerate(_rows_of_heads(layout, math.prod(shape[dim] for dim in axes.out))):
-            alike: dict[_Cut, dict[int, dict[tuple[int, ...], tuple[Runs, Runs]]]] = {}
+            alike: dict[_Cut, dict[int, dict[tuple[int, ...], tuple[IndexRanges, IndexRanges]]]] = {}
             for number, head in enumerate(heads):
                 parts = {where: _intersect(head, runs) for where, runs in outs.items()}
                 holders = [where for where, (rows, _) in parts.items() if rows]
@@ -114,7 +114,7 @@ def slabs_of(
                     cols.append(columns[_index(mesh_shape, in_dims, [coordinate[dim] for dim in in_dims])])
                     local.append(tuple(member[where][1] for member in members.values()))
                 slabs.append(
-                    Slab(
+                    MatrixShards(
                         block=block,
                         fan_out=length(heads[0]),
                         fan_in=math.prod(shape[dim] for dim in axes.into),
@@ -136,7 +136,7 @@ class _Cut(NamedTuple):
 
     fixed: tuple[tuple[int, int], ...]
     active: tuple[int, ...]
-    rows: tuple[Runs, ...]
+    rows: tuple[IndexRanges, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,12 @@ class _Axes:
         return cls(tuple(range(b)), rest if layout.transposed else first, first if layout.transposed else rest)
 
 
-def _rows_of_heads(layout: MatrixLayout, fan_out: int) -> list[list[Runs]]:
+def _rows_of_heads(layout: MatrixLayout, fan_out: int) -> list[list[IndexRanges]]:
     """By block and head: the out indices of the rows of a matrix, in its order."""
     period = fan_out // layout.repeats
     blocks = layout.blocks or (period,)
     heads = layout.heads or (1,) * len(blocks)
-    result: list[list[Runs]] = []
+    result: list[list[IndexRanges]] = []
     begin = 0
     for size, count in zip(blocks, heads, strict=True):
         repeated = tuple((n * period + begin, n * period + begin + size) for n in range(layout.repeats))
@@ -169,7 +169,7 @@ def _rows_of_heads(layout: MatrixLayout, fan_out: int) -> list[list[Runs]]:
     return result
 
 
-def _intersect(wanted: Runs, there: Runs) -> tuple[Runs, Runs]:
+def _intersect(wanted: IndexRanges, there: IndexRanges) -> tuple[IndexRanges, IndexRanges]:
     """What of `wanted` is in `there`, in the order of `there`: as positions in `wanted`, and in `there`."""
     ours, theirs = [], []
     passed = 0
@@ -188,8 +188,8 @@ def _intersect(wanted: Runs, there: Runs) -> tuple[Runs, Runs]:
     return merged(ours), merged(theirs)
 
 
-def _flattened(sizes: Sequence[int], each: Sequence[Runs]) -> Runs:
-    """Runs along several axes as runs along their product."""
+def _flattened(sizes: Sequence[int], each: Sequence[IndexRanges]) -> IndexRanges:
+    """Ranges along several axes as ranges along their product."""
     if not sizes:
         return ((0, 1),)
     runs, *rest = each

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.mesh.index_ranges import Runs, length
-from muonclip.torch.update.matrix_shards import Slab
+from muonclip.torch.mesh.index_ranges import IndexRanges, length
+from muonclip.torch.update.matrix_shards import MatrixShards
 
 
-def local_matrices(tensor: Tensor, layout: MatrixLayout, slab: Slab, position: int) -> Tensor:
+def local_matrices(tensor: Tensor, layout: MatrixLayout, slab: MatrixShards, position: int) -> Tensor:
     """(count, rows, columns): what of each matrix of the slab is in this tensor. A view where strides allow it."""
     return _stack(_by_axes(tensor, layout)[0], slab.local_rows[position])[0]
 
 
 @contextmanager
-def editing(tensor: Tensor, layout: MatrixLayout, slab: Slab, position: int) -> Iterator[Tensor]:
+def editing(tensor: Tensor, layout: MatrixLayout, slab: MatrixShards, position: int) -> Iterator[Tensor]:
     """`local_matrices` to write into; what is no view is copied back at the end."""
     by_axes, in_place = _by_axes(tensor, layout)
     heads = slab.local_rows[position]
@@ -41,7 +41,7 @@ def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
     return stacked.mT if layout.transposed else stacked, is_view
 
 
-def _stack(by_axes: Tensor, heads: tuple[Runs, ...]) -> tuple[Tensor, bool]:
+def _stack(by_axes: Tensor, heads: tuple[IndexRanges, ...]) -> tuple[Tensor, bool]:
     """(batch, out, in) → (batch · heads, rows, in), and whether it is a view."""
     if heads == (((0, by_axes.shape[1]),),):  # one matrix of all rows, as most are
         return by_axes, True
@@ -61,6 +61,6 @@ def _viewed(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
 
 
 @lru_cache(maxsize=1024)
-def _index(heads: tuple[Runs, ...], device: torch.device) -> Tensor:
+def _index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
     runs = [torch.arange(start, stop) for head in heads for start, stop in head]
     return (torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)).to(device)

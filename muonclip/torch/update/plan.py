@@ -20,8 +20,10 @@ from torch.distributed.tensor.placement_types import Placement
 from muonclip.core import MatrixLayout
 from muonclip.core.coefficients import Coefficients, gram_restarts, resolve_coefficients
 from muonclip.core.text_table import table
-from muonclip.torch.mesh.index_ranges import Runs, length
-from muonclip.torch.update.matrix_shards import Slab, slabs_of
+from muonclip.torch.mesh.index_ranges import IndexRanges, length
+from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
+from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 
 Method = Literal["in place", "owner", "gram"]
 _WORKSPACE_BYTES = 256 * 2**20
@@ -29,31 +31,7 @@ _RESULT_BUFFERS = 4  # of a workspace each: what may be on its way back at once
 
 
 @dataclass(frozen=True, slots=True)
-class Mesh:
-    """The ranks that share a parameter, row by row; one rank alone by default."""
-
-    shape: tuple[int, ...] = (1,)
-    ranks: tuple[int, ...] = (0,)
-    names: tuple[str, ...] = ()
-
-    def positions(self, dims: Sequence[int], fixed: Mapping[int, int]) -> list[int]:
-        """The ranks along `dims`, the first outermost, at the coordinates `fixed` in the other dimensions."""
-        ranges = (range(self.shape[dim]) for dim in dims)
-        return [self.rank({**fixed, **dict(zip(dims, at, strict=True))}) for at in itertools.product(*ranges)]
-
-    def rank(self, coordinate: Mapping[int, int]) -> int:
-        index = 0
-        for dim, size in enumerate(self.shape):
-            index = index * size + coordinate.get(dim, 0)
-        return self.ranks[index]
-
-    def __str__(self) -> str:
-        names = self.names or tuple(f"dim {dim}" for dim in range(len(self.shape)))
-        return " × ".join(f"{name} {size}" for name, size in zip(names, self.shape, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Iteration:
+class NewtonSchulzConfig:
     """How matrices are iterated; those that are iterated together agree in it. `dtype`: of the products."""
 
     dtype: torch.dtype
@@ -81,23 +59,23 @@ class Iteration:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedParameter:
     """A parameter as the plan sees it: global shape, layout, and how it lies on its mesh."""
 
     name: str
     shape: tuple[int, ...]
     layout: MatrixLayout
-    iteration: Iteration
-    mesh: Mesh = Mesh()
+    iteration: NewtonSchulzConfig
+    mesh: Mesh = ONE_RANK
     placements: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """The matrices `start` to `stop` of a slab of a parameter, which is given by its place in the plan's list."""
 
     parameter: int
-    slab: Slab
+    slab: MatrixShards
     start: int
     stop: int
 
@@ -121,9 +99,13 @@ class Bucket:
     replicas: tuple[int, ...]
     m: int
     n: int
-    small: tuple[Runs, ...]
-    long: tuple[Runs, ...]
-    iteration: Iteration
+    small: tuple[IndexRanges, ...]
+    long: tuple[IndexRanges, ...]
+    iteration: NewtonSchulzConfig
+
+    def has_part_on(self, position: RankPosition) -> bool:
+        """Whether a rank has a part of its matrices."""
+        return self.mesh == position.mesh and all(position.coordinate[dim] == at for dim, at in self.fixed)
 
     @property
     def num_replicas(self) -> int:
@@ -137,7 +119,7 @@ class Bucket:
         """Global ranks by replica and position."""
         fixed = dict(self.fixed)
         return [
-            self.mesh.positions(self.active, {**fixed, **dict(zip(self.replicas, at, strict=True))})
+            self.mesh.ranks_along(self.active, {**fixed, **dict(zip(self.replicas, at, strict=True))})
             for at in itertools.product(*(range(self.mesh.shape[dim]) for dim in self.replicas))
         ]
 
@@ -155,13 +137,13 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Round:
     """Matrices that one round of communication carries. They stand in the order of their owners: `counts` by replica
     and position (for "in place" and "gram", by replica and 0). Rounds with the same `slot` have no rank in common."""
 
     bucket: Bucket
     method: Method
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Segment, ...]
     counts: tuple[tuple[int, ...], ...]
     slot: int
 
@@ -207,11 +189,11 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Distribution:
+class UpdatePlan:
     """What `plan` decided; `print` it. `chunks` stand in the order in which every rank comes to its own."""
 
-    parameters: tuple[Placed, ...]
-    chunks: tuple[Chunk, ...]
+    parameters: tuple[PlacedParameter, ...]
+    chunks: tuple[Round, ...]
 
     @property
     def ranks(self) -> list[int]:
@@ -253,7 +235,7 @@ class Distribution:
         return total
 
     def __str__(self) -> str:
-        groups: dict[tuple[object, ...], list[Chunk]] = {}
+        groups: dict[tuple[object, ...], list[Round]] = {}
         for chunk in self.chunks:
             bucket = chunk.bucket
             groups.setdefault((bucket.mesh, bucket.m, bucket.n, chunk.method, bucket.num_replicas > 1), []).append(
@@ -280,35 +262,35 @@ class Distribution:
         return "\n".join(lines)
 
 
-def plan(parameters: Sequence[Placed], workspace_bytes: int | None = None) -> Distribution:
+def plan(parameters: Sequence[PlacedParameter], workspace_bytes: int | None = None) -> UpdatePlan:
     """Divide the matrices of these parameters, in this order, over the ranks of their meshes; the same on every rank.
 
     In each bucket every owner gets the same number; the rest goes to those that have the least to do. Owners iterate
     at most `workspace_bytes` (None: 256 MiB), counted in float32, at once. Raises ValueError, naming the parameter, for
     placements that are neither `Replicate` nor a shard.
     """
-    buckets: dict[Bucket, list[Piece]] = {}
+    buckets: dict[Bucket, list[Segment]] = {}
     for index, parameter in enumerate(parameters):
         try:
-            slabs = slabs_of(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape)
+            slabs = matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape)
         except ValueError as error:
             raise ValueError(f"{parameter.name} {error}") from None
         for slab in slabs:
-            buckets.setdefault(_bucket(parameter, slab), []).append(Piece(index, slab, 0, slab.count))
+            buckets.setdefault(_bucket(parameter, slab), []).append(Segment(index, slab, 0, slab.count))
     loads: dict[Mesh, dict[int, int]] = {}
-    families: dict[object, dict[object, list[Chunk]]] = {}
+    families: dict[object, dict[object, list[Round]]] = {}
     for bucket, pieces in sorted(buckets.items(), key=_order):
         family = (bucket.mesh, bucket.active, bucket.replicas, bucket.m, bucket.n, bucket.iteration)
         chunks = families.setdefault(family, {}).setdefault(bucket.fixed, [])
         load = loads.setdefault(bucket.mesh, dict.fromkeys(bucket.mesh.ranks, 0))
         chunks += _chunks(bucket, pieces, load, workspace_bytes or _WORKSPACE_BYTES)
     slots = 0
-    in_order: list[Chunk] = []
+    in_order: list[Round] = []
     for islands in families.values():
         for chunks in islands.values():
             in_order += [replace(chunk, slot=slots + index) for index, chunk in enumerate(chunks)]
         slots += max(map(len, islands.values()))
-    return Distribution(tuple(parameters), tuple(sorted(in_order, key=lambda chunk: chunk.slot)))
+    return UpdatePlan(tuple(parameters), tuple(sorted(in_order, key=lambda chunk: chunk.slot)))
 
 
 def _order(item: tuple[Bucket, object]) -> tuple[bool, float]:
@@ -317,7 +299,7 @@ def _order(item: tuple[Bucket, object]) -> tuple[bool, float]:
     return not (bucket.active or bucket.replicas), -bucket.iteration.flops(bucket.m, bucket.n)
 
 
-def _bucket(parameter: Placed, slab: Slab) -> Bucket:
+def _bucket(parameter: PlacedParameter, slab: MatrixShards) -> Bucket:
     m, n, small, long = slab.fan_out, slab.fan_in, slab.rows, slab.columns
     if slab.tall:
         m, n, small, long = n, m, long, small
@@ -326,7 +308,7 @@ def _bucket(parameter: Placed, slab: Slab) -> Bucket:
     )  # fmt: skip
 
 
-def _chunks(bucket: Bucket, pieces: Sequence[Piece], load: dict[int, int], workspace_bytes: int) -> list[Chunk]:
+def _chunks(bucket: Bucket, pieces: Sequence[Segment], load: dict[int, int], workspace_bytes: int) -> list[Round]:
     method = bucket.method()
     members = bucket.members()
     units = [[rank] for ranks in members for rank in ranks] if method == "owner" else members
@@ -341,13 +323,13 @@ def _chunks(bucket: Bucket, pieces: Sequence[Piece], load: dict[int, int], works
     even = total - total % len(units)
     if len(members) > 1 and even not in edges:  # replicas exchange equal shares in one collective
         edges.insert(-1, even)
-    chunks: list[Chunk] = []
+    chunks: list[Round] = []
     for (start, stop), inside in zip(itertools.pairwise(edges), _divided(pieces, edges), strict=True):
         each, rest = divmod(stop - start, len(units))
         idlest = sorted(range(len(units)), key=lambda unit: load[units[unit][0]])[:rest]
         counts = [each + (unit in idlest) for unit in range(len(units))]
         per_replica = len(units) // len(members)
-        chunk = Chunk(
+        chunk = Round(
             bucket,
             method,
             inside,
@@ -360,12 +342,12 @@ def _chunks(bucket: Bucket, pieces: Sequence[Piece], load: dict[int, int], works
     return chunks
 
 
-def _divided(pieces: Iterable[Piece], edges: Sequence[int]) -> Iterator[tuple[Piece, ...]]:
+def _divided(pieces: Iterable[Segment], edges: Sequence[int]) -> Iterator[tuple[Segment, ...]]:
     """The matrices of all of these pieces, counted through, between one edge and the next."""
     waiting = iter(pieces)
     piece = next(waiting)
     for start, stop in itertools.pairwise(edges):
-        inside: list[Piece] = []
+        inside: list[Segment] = []
         wanted = stop - start
         while wanted:
             taken = min(wanted, piece.stop - piece.start)
@@ -377,7 +359,7 @@ def _divided(pieces: Iterable[Piece], edges: Sequence[int]) -> Iterator[tuple[Pi
         yield tuple(inside)
 
 
-def _how(chunk: Chunk, *, divided: bool) -> str:
+def _how(chunk: Round, *, divided: bool) -> str:
     words = {
         "in place": "in place",
         "owner": "to owners and back",

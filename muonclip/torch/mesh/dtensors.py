@@ -1,0 +1,80 @@
+"""Parameters and gradients that may be DTensors: what this rank holds of them, and what an optimizer cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial, Replicate
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; writing there writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """What this rank holds of the gradient, placed as the parameter is. Sums that are still to be taken over ranks are
+    taken, and of what is whole where the parameter is sharded, the shard. `check_parameter` has found nothing wrong
+    with it."""
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+        return gradient
+    if gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return gradient.to_local()
+
+
+def check_state(name: str, part: str, value: Any, parameter: Tensor) -> None:
+    """Raises ValueError for a tensor of a saved state that does not lie as its parameter does."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return
+
+    def lies(tensor: Tensor) -> tuple[Any, ...]:
+        where = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ("a plain tensor",)
+        return (tuple(tensor.shape), *where)
+
+    if lies(value) != lies(parameter):
+        raise ValueError(
+            f"{part} of {name} in the checkpoint is {lies(value)}, the parameter {lies(parameter)}. Nothing was "
+            "loaded. Load states of other meshes by torch.distributed.checkpoint (set_optimizer_state_dict), "
+            "which shards them as the parameters are."
+        )
+
+
+def check_engine(model: Any) -> None:
+    """Raises ValueError for engines whose parameters do not show their matrices."""
+    modules: Iterable[nn.Module] = model.modules() if isinstance(model, nn.Module) else ()
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise ValueError(
+            "the model is sharded by FullyShardedDataParallel (FSDP1), which flattens matrices. Shard it by "
+            "torch.distributed.fsdp.fully_shard (FSDP2)."
+        )
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Raises ValueError for pieces that an engine has flattened, and for placements that would have to be gathered."""
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(f"{name} is sharded by DeepSpeed ZeRO-3, which flattens matrices. Shard it by fully_shard.")
+    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(f"{name} is flattened by FSDP1. Shard it by torch.distributed.fsdp.fully_shard (FSDP2).")
+    gradient = parameter.grad
+    if not isinstance(parameter, DTensor):
+        if isinstance(gradient, DTensor):
+            raise ValueError(f"{name} is a plain tensor, but its gradient is a DTensor.")
+        return
+    if any(isinstance(placement, Partial) for placement in parameter.placements):
+        raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is no weight.")
+    if gradient is None:
+        return
+    if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
+        raise ValueError(f"{name} is a DTensor on {parameter.device_mesh}, but its gradient is not on that mesh.")
+    pairs = zip(gradient.placements, parameter.placements, strict=True)
+    if any(have != want and not isinstance(have, Partial | Replicate) for have, want in pairs):
+        raise ValueError(
+            f"{name} is placed as {parameter.placements}, its gradient as {gradient.placements}. Redistribute the "
+            "gradient before the step; the optimizer would have to gather it whole."
+        )

@@ -1,0 +1,37 @@
+"""What torch wraps around a model or a class: DistributedDataParallel, torch.compile, FSDP2."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The module inside what torch wraps around a whole model, and the DistributedDataParallel around it, if any."""
+    replicated: DistributedDataParallel | None = None
+    while isinstance(model, DistributedDataParallel | OptimizedModule):
+        if isinstance(model, DistributedDataParallel):
+            replicated, model = model, model.module
+        else:
+            model = model._orig_mod
+    return model, replicated
+
+
+def running_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running."""
+    active = DistributedDataParallel._active_ddp_module
+    return active if isinstance(active, DistributedDataParallel) else None
+
+
+def replicas_of(ddp: DistributedDataParallel | None) -> dist.ProcessGroup | None:
+    """The process group of the replicas of a model."""
+    group = None if ddp is None else ddp.process_group
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; the one behind that of FSDP2, which puts its own in front."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
