@@ -105,7 +105,7 @@ def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple
     """fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
     numbered: dict[tuple[int, int, int], tuple[int, int, list[tuple[int, int, str]]]] = {}
     for slab in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
-        ranks: Sequence[int] = parameter.mesh.positions(slab.active, dict(slab.fixed))
+        ranks: Sequence[int] = parameter.mesh.ranks_along(slab.active, dict(slab.fixed))
         bands = [
             (start, stop, COLOURS[rank] if slab.active or slab.fixed else SHARED)
             for rank, runs in zip(ranks, slab.rows, strict=True)
