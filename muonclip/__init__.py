@@ -1,7 +1,7 @@
 """MuonClip: Muon with QK-Clip, the optimizer of Kimi K2 (arXiv 2507.20534, Algorithm 1).
 
     from muonclip.torch import MuonClip      # PyTorch
-    from muonclip.core import orthogonalize  # the mathematics, on NumPy, PyTorch and JAX arrays alike
+    from muonclip.core import orthogonalize  # the mathematics, on NumPy, PyTorch and JAX arrays
 
 Importing `muonclip` imports neither PyTorch nor JAX.
 """

@@ -1,4 +1,9 @@
-"""The mathematics once: pure functions over NumPy, PyTorch and JAX arrays, on the standard library alone."""
+"""The mathematics, written once: pure functions over NumPy, PyTorch and JAX arrays.
+
+Here are the polynomials and the Newton–Schulz iteration, the scale of an update, how a parameter is read as matrices,
+the factors of the clip, and the learning-rate schedule. Nothing here imports a framework: the array namespace is an
+argument, `xp`. What needs a device, a process group or a model belongs to `muonclip.torch` and `muonclip.optax`.
+"""
 
 from muonclip.core.coefficients import COEFFICIENT_SETS, CoefficientSet, resolve_coefficients
 from muonclip.core.matrix_layout import MatrixLayout

@@ -1,6 +1,7 @@
 """The polynomials of the Newton–Schulz iteration, by name.
 
-One step maps every singular value `s` to `a s + b s³ + c s⁵`. A set is the list of its steps' `(a, b, c)`.
+One step maps every singular value `s` to `a s + b s³ + c s⁵`. A set is the list of its steps' `(a, b, c)`. To add a
+set, add an entry to `COEFFICIENT_SETS`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ DEFAULT_NS_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class CoefficientSet:
-    """A published sequence of polynomials.
+    """A published sequence of polynomials, and what is known of it.
 
-    `steps` are the numbers as published. `tail`, where there is one, is the step that repeats after them, so that the
-    set has any length. `safety` s ≥ 1 turns each published step into `(a/s, b/s³, c/s⁵)`, which keeps the iteration
-    from overshooting when rounding pushes a singular value above 1; it is not applied to the tail. `gram_restarts`:
-    before which steps (from 0) the Gram form starts afresh, judged by its error on real momenta in bf16; None where
-    it loses too much with any restarts.
+    - `source`: author or paper.
+    - `steps`: `(a, b, c)` of each step, as published.
+    - `tail`: the step that repeats after `steps`, so that the set has any length; None where the set ends with them.
+    - `safety`: s ≥ 1 turns each of `steps` into `(a/s, b/s³, c/s⁵)`, which keeps the iteration from overshooting when
+      rounding pushes a singular value above 1; it is not applied to the tail.
+    - `default_steps`: the number of steps where none is given.
+    - `gram_restarts`: the steps (from 0) before which the Gram form restarts, chosen by its error on real momenta in
+      bf16; None where it loses too much with any restarts.
     """
 
     source: str
@@ -36,7 +40,10 @@ class CoefficientSet:
     gram_restarts: tuple[int, ...] | None = None
 
     def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
-        """The first `ns_steps` polynomials, safety factor applied. Raises ValueError past the end of the set."""
+        """Return the first `ns_steps` polynomials (None: `default_steps`), safety factor applied.
+
+        Raises ValueError past the end of the set.
+        """
         count = self.default_steps if ns_steps is None else _checked_steps(ns_steps)
         s = self.safety
         published = tuple((a / s, b / s**3, c / s**5) for a, b, c in self.steps[:count])
@@ -104,7 +111,10 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
 
 
 def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:
-    """Where the Gram form restarts. Raises ValueError for polynomials for which that is not known or does not help."""
+    """Return the steps (from 0) before which the Gram form restarts with these polynomials.
+
+    Raises ValueError for polynomials for which they are not known, or for which restarts do not help.
+    """
     known = COEFFICIENT_SETS.get(ns_coefficients) if isinstance(ns_coefficients, str) else None
     if not isinstance(ns_coefficients, str) and resolve_coefficients(ns_coefficients, 1) == (_JORDAN,):
         known = COEFFICIENT_SETS["jordan"]
@@ -118,11 +128,12 @@ def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:
 
 
 def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
-    """The polynomials to iterate, from what a user may write.
+    """Turn what a user may write as `ns_coefficients` into the polynomials to iterate.
 
-    A name of `COEFFICIENT_SETS`; one triple `(a, b, c)`, repeated `ns_steps` times (5 by default, as in
-    `torch.optim.Muon`); or a sequence of triples, cut to `ns_steps` where given. `ns_steps=None` is the set's own
-    length. Raises ValueError for an unknown name, numbers that are not finite triples, and lengths the set lacks.
+    `ns_coefficients`: a name of `COEFFICIENT_SETS`; one triple `(a, b, c)`, repeated `ns_steps` times (5 by default, as
+    in `torch.optim.Muon`); or a sequence of triples, cut to `ns_steps` where given. `ns_steps=None` takes the set's own
+    length. Raises ValueError for an unknown name, for numbers that are not finite triples, and for lengths that the set
+    does not have.
     """
     if isinstance(ns_coefficients, str):
         if ns_coefficients not in COEFFICIENT_SETS:

@@ -1,9 +1,9 @@
-"""The parameter is not the matrix: how one parameter is read as batches of logical matrices.
+"""The reading of one parameter as batches of logical matrices.
 
-Stacked experts are a batch of matrices; a fused q|k|v or gate|up weight holds several of different meaning; heads of
-a projection can be matrices of their own; a convolution is a matrix once its window is flattened. Orthogonalising
-such a parameter as one matrix would mix singular directions that have nothing to do with each other, and would take
-the update scale from the wrong shape.
+A parameter is not always one matrix. Stacked experts are a batch of matrices; a fused q|k|v or gate|up weight holds
+several of different meaning; heads of a projection can be matrices of their own; a convolution is a matrix once its
+window is flattened. Orthogonalising such a parameter as one matrix would mix singular directions that have nothing to
+do with each other, and would take the update scale from the wrong shape.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from muonclip.core.newton_schulz import Array
 class MatrixLayout:
     """Reads a parameter (*batch, out, *in) as batches of matrices fan_out × fan_in; exactly invertible.
 
-    - `batch_ndim`: leading axes that number matrices (experts, stacked layers).
+    - `batch_ndim`: number of leading axes that count matrices (experts, stacked layers).
     - `transposed`: the parameter is (*batch, in, *out) instead, as in GPT-2's `Conv1D`.
     - `blocks`: rows of each fused block along the out axis, e.g. `(q, k, v)`; empty: one block.
-    - `heads`: of each block, into how many matrices its rows divide (1: the block is one matrix).
+    - `heads`: for each block, into how many matrices its rows divide; empty or 1: the block is one matrix.
     - `repeats`: how often the sequence of blocks repeats along the out axis (head-interleaved q|k|v: the number of
       heads); rows of a block are gathered over the repeats before they are divided into heads.
     """
@@ -36,7 +36,7 @@ class MatrixLayout:
     repeats: int = 1
 
     def matrix_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-        """(count, fan_out, fan_in) of each block, for a parameter of this shape.
+        """Return (count, fan_out, fan_in) of each block, for a parameter of this shape.
 
         Raises ValueError, naming what does not fit, for a shape that the layout cannot read.
         """
@@ -58,7 +58,7 @@ class MatrixLayout:
         return tuple((batch * h, rows * self.repeats // h, fan_in) for rows, h in zip(blocks, heads, strict=True))
 
     def split(self, x: Array, *, xp: Any) -> list[Array]:
-        """Parameter → one array (count, fan_out, fan_in) per block. Views where the layout and `xp` allow."""
+        """Return one array (count, fan_out, fan_in) per block of a parameter; views where layout and `xp` allow."""
         batch, fan_out, fan_in = self._read(x.shape)
         shapes = self.matrix_shapes(x.shape)
         rows = xp.reshape(x, (batch, fan_in, fan_out)).mT if self.transposed else x
@@ -70,14 +70,14 @@ class MatrixLayout:
         ]
 
     def join(self, matrices: Sequence[Array], shape: Sequence[int], *, xp: Any) -> Array:
-        """The inverse of `split`: arrays per block → an array of the parameter's shape."""
+        """Invert `split`: put the arrays of the blocks together as an array of the parameter's shape."""
         batch, fan_out, fan_in = self._read(shape)
         blocks = [xp.reshape(matrix, (batch, self.repeats, -1, fan_in)) for matrix in matrices]
         rows = xp.reshape(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=2), (batch, fan_out, fan_in))
         return xp.reshape(rows.mT if self.transposed else rows, tuple(shape))
 
     def describe(self, shape: Sequence[int]) -> str:
-        """For people: `8 × (128×64)` for eight experts, `(96×32) + (32×32)` for two fused blocks."""
+        """Write the matrices for people: `8 × (128×64)` for eight experts, `(96×32) + (32×32)` for two fused blocks."""
         parts = [(f"{count} × " if count > 1 else "") + f"({m}×{n})" for count, m, n in self.matrix_shapes(shape)]
         return " + ".join(parts)
 

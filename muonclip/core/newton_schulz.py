@@ -20,7 +20,7 @@ Array: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The four products the iteration is made of; other devices and layouts bring others for the same loop.
+    """The four products that the iteration consists of; other devices and layouts supply others for the same loop.
 
     X is (..., m, n) with m ≤ n, the Gram matrix A = XXᵀ and the polynomial B = bA + cA² are (..., m, m).
     """
@@ -36,7 +36,7 @@ class Products:
 
 
 def plain_products(xp: Any) -> Products:
-    """The products as one writes them, for the array namespace `xp`."""
+    """Write the four products with the operators of the array namespace `xp`."""
     return Products(
         sum_squares=lambda x: xp.sum(x * x, axis=(-2, -1), keepdims=True),
         gram=lambda x: x @ x.mT,
@@ -54,8 +54,9 @@ def newton_schulz(
 ) -> Array:
     """Apply the polynomials to the singular values of x (..., m, n), m ≤ n, ‖x‖ ≤ 1; returns a new array.
 
-    The orientation is the caller's: decide it on the global shape when x is a shard. For everything around the
-    iteration see `orthogonalize`. Raises ValueError for a polynomial that does not exist.
+    The caller orients x, by the global shape where x is a shard. `orthogonalize` does everything around the iteration
+    as well. `ns_coefficients` and `ns_steps` as in `resolve_coefficients`; `products`: None for the plain ones. Raises
+    ValueError for a polynomial that does not exist.
     """
     products = products or plain_products(None)
     for a, b, c in resolve_coefficients(ns_coefficients, ns_steps):
@@ -71,11 +72,11 @@ def gram_newton_schulz(
     xp: Any,
     products: Products | None = None,
 ) -> Array:
-    """The same polynomials by m × m products alone: cheaper the wider x (..., m, n) is, less accurate in low precision.
+    """Apply the same polynomials by m × m products: cheaper the wider x (..., m, n) is, less accurate in low precision.
 
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
-    All of them commute and are symmetric, so `update` serves for every product with Z. Before the steps that
+    All of these commute and are symmetric, so `Products.update` computes every product with Z. Before the steps that
     `CoefficientSet.gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials
     without such a list.
     """
@@ -98,9 +99,9 @@ def gram_newton_schulz(
 
 
 def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total: Array = None) -> Array:
-    """x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64); a zero matrix stays zero.
+    """Return x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64); zero stays zero.
 
-    `total`: Σ|x|, shape (..., 1, 1); given where x is a shard, of which the sum does not tell it.
+    `total`: Σ|x| of the whole matrix, shape (..., 1, 1); give it where x is a shard, from which it cannot be computed.
 
     Dividing by Σ|x| first keeps the squares from under- and overflowing, so that no floor is needed for small inputs.
     (`torch.optim.Muon` has one at 1e-7 and so swallows smaller gradients.)
@@ -123,7 +124,10 @@ def iterate(
     xp: Any,
     products: Products,
 ) -> Array:
-    """The iteration in the form asked for; square matrices, where the Gram form saves nothing, in the standard one."""
+    """Run the iteration in the given form; square matrices, where the Gram form saves nothing, in the standard one.
+
+    x: (..., m, n), m ≤ n, ‖x‖ ≤ 1. Raises ValueError as `newton_schulz` and `gram_newton_schulz` do.
+    """
     if form == "gram" and x.shape[-2] < x.shape[-1]:
         return gram_newton_schulz(x, ns_coefficients, ns_steps, xp=xp, products=products)
     return newton_schulz(x, ns_coefficients, ns_steps, products=products)
@@ -140,13 +144,18 @@ def orthogonalize(
     form: Literal["standard", "gram"] = "standard",
     products: Products | None = None,
 ) -> Array:
-    """The (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ; same shape and dtype, x is not written to.
+    """Return the (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ, a new array of x's shape and dtype.
 
-    x: (..., m, n), any orientation, leading axes are a batch. `xp`: the array namespace (numpy, torch, jax.numpy).
-    `eps`: floor of the Frobenius norm. `dtype`: of the products, after a normalisation in float32 (None: float32,
-    float64 for float64). `form`: "gram" is cheaper the less square x is, see `gram_newton_schulz`. How close the
-    singular values come to 1 is the polynomial's: see `COEFFICIENT_SETS`. Raises ValueError for a polynomial that does
-    not exist and for x with fewer than two axes.
+    - `x`: (..., m, n), any orientation; leading axes are a batch.
+    - `ns_coefficients`, `ns_steps`: the polynomials, see `resolve_coefficients`. They decide how close the singular
+      values come to 1.
+    - `xp`: the array namespace (numpy, torch, jax.numpy).
+    - `eps`: floor of the Frobenius norm.
+    - `dtype`: of the products, after a normalisation in float32; None: float32, and float64 for float64.
+    - `form`: "gram" is cheaper the less square x is, see `gram_newton_schulz`.
+    - `products`: None for the plain ones of `xp`.
+
+    Raises ValueError for a polynomial that does not exist and for x with fewer than two axes.
     """
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; orthogonalize needs a matrix (..., m, n).")

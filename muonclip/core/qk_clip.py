@@ -1,9 +1,10 @@
-"""QK-Clip: maximum attention logits and τ → the factors that bring loud heads back to τ.
+"""QK-Clip: maximum attention logits and τ → the factors that bring heads above τ back to τ.
 
     γ_h = τ / S_h   where S_h > τ,   else 1            (Kimi K2, arXiv 2507.20534, Algorithm 1)
 
 A logit is bilinear in query and key. Parts private to a head share γ between the two sides, γ^α and γ^(1−α); a query
-part facing a key that heads share takes all of γ, because the shared key cannot be touched for one head's sake.
+part facing a key that heads share takes all of γ, because the shared key cannot be scaled for one head alone. A head
+with S_h > τ is called loud, any other quiet.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from muonclip.core.newton_schulz import Array
 
 
 class ClipFactors(NamedTuple):
-    """Factors per head, each [heads]; `query · key == gamma`. A quiet head's are exactly 1."""
+    """Factors of each head, every field [heads], with `query · key == gamma`; those of a quiet head are exactly 1."""
 
     gamma: Array
-    """For a query part facing a shared key."""
+    """γ: for a query part facing a shared key."""
     query: Array
     """γ^α, for a query part facing the head's own key."""
     key: Array
@@ -26,7 +27,10 @@ class ClipFactors(NamedTuple):
 
 
 def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0.5, *, xp: Any) -> ClipFactors:
-    """The factors of each head. max_logits: [heads], after the softmax scale; computed and returned in its dtype.
+    """Return the factors of each head, from its maximum logit.
+
+    `max_logits`: [heads], after the softmax scale; the factors are computed and returned in its dtype. `tau`: the
+    largest logit a head may keep. `alpha`: the query's share of the exponent. `xp`: the array namespace.
 
     Quiet heads (S ≤ τ, negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
     +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked: raises
@@ -45,14 +49,14 @@ def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0
 
 
 def check_tau(tau: float) -> float:
-    """τ itself. Raises ValueError unless it is a positive number; infinity measures without clipping."""
+    """Return τ. Raises ValueError unless it is a positive number; infinity measures without clipping."""
     if not tau > 0:
         raise ValueError(f"tau={tau} must be positive; it is the largest attention logit a head may keep (K2: 100).")
     return tau
 
 
 def check_alpha(alpha: float) -> float:
-    """α itself. Raises ValueError outside [0, 1]."""
+    """Return α. Raises ValueError outside [0, 1]."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} must lie in [0, 1]: the query takes γ^α, the key γ^(1−α).")
     return alpha

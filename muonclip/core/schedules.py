@@ -1,4 +1,4 @@
-"""Learning-rate factors as functions of the step, for both frameworks."""
+"""Learning-rate factors as functions of the step, for PyTorch and Optax."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 class WarmupConstantCosine:
     """Linear warm-up, a constant stretch, a cosine down to `final`, and `final` from there on ("WSD").
 
-    Step counts are optimizer steps; `schedule(step)` is the factor of the peak rate, step counted from 0, so that
-    `torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)` works as it stands. The first warm-up step has the factor
-    1/warmup, not 0. For a traced step pass the array namespace: `schedule(step, xp=jax.numpy)`.
+    `warmup`, `constant` and `decay` are numbers of optimizer steps, `final` is a share of the peak rate.
+    `schedule(step)` is the factor of the peak rate, step counted from 0, as
+    `torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)` expects it. The first warm-up step has the factor 1/warmup,
+    not 0. For a traced step pass the array namespace: `schedule(step, xp=jax.numpy)`. Raises ValueError for negative
+    numbers of steps and `final` outside [0, 1].
     """
 
     warmup: int = 0
@@ -30,9 +32,9 @@ class WarmupConstantCosine:
 
     @classmethod
     def k2(cls) -> WarmupConstantCosine:
-        """Kimi K2's pre-training (report §2.5): 500 warm-up steps, 2e-4 for 10T tokens, cosine to 2e-5 over 5.5T.
+        """Make Kimi K2's pre-training schedule: 500 warm-up steps, 2e-4 for 10T tokens, cosine to 2e-5 over 5.5T.
 
-        At 67M tokens per batch; multiply by the peak rate 2e-4.
+        Report §2.5, at 67M tokens per batch; multiply by the peak rate 2e-4.
         """
         tokens_per_step = 67e6
         return cls(

@@ -12,11 +12,12 @@ AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"] | float | None
 
 
 def update_scale(fan_out: int, fan_in: int, adjust_lr_fn: AdjustLR) -> float:
-    """What the update of one logical matrix (fan_out × fan_in) is multiplied by, besides the rate.
+    """Return what the update of one logical matrix (fan_out × fan_in) is multiplied by, besides the rate.
 
     "original" (or None): √max(1, fan_out/fan_in) (K. Jordan 2024). "match_rms_adamw": 0.2 √max(fan_out, fan_in), the
-    RMS of AdamW's updates, so that its rate and decay carry over (Moonlight, arXiv 2502.16982, §2.2; Kimi K2). A
-    number is taken as it is. The shape is that of the block, not of a parameter that stores several.
+    RMS of AdamW's updates, so that its rate and decay carry over (Moonlight, arXiv 2502.16982, §2.2; Kimi K2). A number
+    is taken as it is. The shape is that of the block, not of a parameter that stores several. Raises ValueError for
+    another name and for numbers that are not positive and finite.
     """
     if adjust_lr_fn is None or adjust_lr_fn == "original":
         return math.sqrt(max(1.0, fan_out / fan_in))

@@ -114,7 +114,7 @@ class MoEConfig:
 
     @classmethod
     def cpu(cls, **overrides: Any) -> Self:
-        """0.8M parameters over bytes: trains in minutes on one core."""
+        """Make a model of 0.8M parameters over bytes, which trains in minutes on one core."""
         sizes: dict[str, Any] = {
             "vocab_size": 256,
             "hidden_size": 128,
@@ -137,7 +137,10 @@ class MoEConfig:
 
     @classmethod
     def gpu(cls, **overrides: Any) -> Self:
-        """0.3B parameters, 0.06B active, over bytes: for one GPU. Pass `vocab_size` for another vocabulary."""
+        """Make a model of 0.3B parameters, 0.06B active, over bytes, for one GPU.
+
+        `vocab_size` gives another vocabulary.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 256,
             "hidden_size": 768,
@@ -160,7 +163,10 @@ class MoEConfig:
 
     @classmethod
     def node(cls, **overrides: Any) -> Self:
-        """3B parameters, 0.5B active, over bytes: for 8 GPUs; about the size at which K2's report ablates the clip."""
+        """Make a model of 3B parameters, 0.5B active, over bytes, for 8 GPUs.
+
+        K2's report ablates the clip at about this size.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 256,
             "hidden_size": 1536,
@@ -183,7 +189,7 @@ class MoEConfig:
 
     @classmethod
     def moonlight(cls, **overrides: Any) -> Self:
-        """Moonlight 16B-A3B (arXiv 2502.16982)."""
+        """Make Moonlight 16B-A3B (arXiv 2502.16982)."""
         sizes: dict[str, Any] = {
             "vocab_size": 163_840,
             "hidden_size": 2048,
@@ -206,7 +212,7 @@ class MoEConfig:
 
     @classmethod
     def k2(cls, **overrides: Any) -> Self:
-        """Kimi K2 as pre-trained, 4k context; `max_seq_len=131_072, yarn_factor=32` is its long context."""
+        """Make Kimi K2 as pre-trained, 4k context; `max_seq_len=131_072, yarn_factor=32` is its long context."""
         sizes: dict[str, Any] = {
             "vocab_size": 163_840,
             "hidden_size": 7168,
@@ -242,7 +248,7 @@ class MoEConfig:
         return yarn_mscale(self.yarn_factor, self.yarn_mscale_all_dim) ** 2 / math.sqrt(self.qk_head_dim)
 
     def rotary_frequencies(self) -> list[float]:
-        """Radians per position of each of the rotary_dim / 2 pairs."""
+        """Return the radians per position of each of the rotary_dim / 2 pairs."""
         return rotary_frequencies(
             self.rotary_dim,
             theta=self.rope_theta,
@@ -261,11 +267,11 @@ class MoEConfig:
     # Counting
 
     def num_parameters(self) -> int:
-        """All parameters, embeddings and head included."""
+        """Number of all parameters, embeddings and head included."""
         return self._count(experts=self.num_experts)
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token meets, embeddings and head included."""
+        """Number of parameters that one token uses, embeddings and head included."""
         return self._count(experts=self.num_experts_per_tok)
 
     def _count(self, *, experts: int) -> int:

@@ -1,10 +1,10 @@
-"""Experts on several ranks: their tokens travel there and back.
+"""Experts on several ranks: each token's row is sent to the ranks of its experts, and the results come back.
 
 Shapes: S ranks, each with E/S experts; a rank sends the rows [n, D] of its own tokens, sorted by expert over all E, and
 computes on the rows [m, D] that all ranks have for its experts. n and m differ by rank and step, and may be 0.
 
-Each rank's loss is the mean over its own tokens, and data parallelism averages gradients over ranks. Between there and
-back the gradient is that of the mean loss of the S ranks, so that what is left to average over are the other ranks.
+Each rank's loss is the mean over its own tokens, and data parallelism averages gradients over ranks. Between the two
+exchanges the gradient is that of the mean loss of the S ranks, so that only the average over the other ranks is left.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from torch import Tensor
 
 
 class ExpertExchange:
-    """Brings rows to the ranks of their experts; `Experts.exchange`."""
+    """Sends rows to the ranks of their experts; a value for `Experts.exchange`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def __call__(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Rows sorted by expert [n, D], where each expert's end int32 [E] → rows sorted by this rank's experts [m, D],
-        their ends int32 [E/S], and the way back, [m, D] → [n, D]."""
+        """Send each row to the rank of its expert.
+
+        `rows`: [n, D], sorted by expert; `ends`: int32 [E], where the rows of each expert end. Returns the rows for
+        this rank's experts [m, D], sorted by expert; their ends, int32 [E/S]; and the function that sends results back,
+        [m, D] → [n, D].
+        """
         ranks = self.group.size()
         sent = ends.diff(prepend=ends.new_zeros(1)).view(ranks, -1)  # [S, E/S]: what this rank has for whom
         received = torch.empty_like(sent)  # [S, E/S]: what each rank has for this one's experts
@@ -46,8 +50,10 @@ class ExpertExchange:
 def exchange_rows(
     rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup, gradient_scale: float = 1.0
 ) -> Tensor:
-    """All-to-all of rows [Σ sent, D] → [Σ received, D], in the order of the ranks. Its gradient goes the other way, and
-    is scaled."""
+    """Exchange rows [Σ sent, D] → [Σ received, D] by one all-to-all, in the order of the ranks.
+
+    `sent`, `received`: numbers of rows by rank. The gradient goes the other way, multiplied by `gradient_scale`.
+    """
     return _Exchange.apply(rows, received, sent, group, gradient_scale)  # pyright: ignore[reportReturnType]
 
 

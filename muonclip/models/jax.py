@@ -56,7 +56,7 @@ _IGNORED = -100
 
 
 class Aux(NamedTuple):
-    """What a forward saw beside its output."""
+    """The measurements of a forward, in addition to its output."""
 
     max_logits: dict[str, Array]
     """Attention, "layers.0.attn", → [H]: the exact maxima, for `qk_clip`. Empty unless observed."""
@@ -74,10 +74,11 @@ def forward(
     observe: bool = True,
     remat: bool = False,
 ) -> tuple[Array, Aux]:
-    """int [B, T] → logits [B, T, V]. `document_ids`, int [B, T]: a token attends only to its own document.
+    """Compute the logits [B, T, V] of the tokens, int [B, T].
 
-    `observe`: whether to measure maximum logits. `remat`: whether the backward pass computes each layer anew instead of
-    keeping it. Raises ValueError for more than max_seq_len positions.
+    `document_ids`, int [B, T]: a token attends only to its own document. `observe`: measure maximum logits. `remat`:
+    compute each layer again in the backward pass instead of keeping its activations. Raises ValueError for more than
+    max_seq_len positions.
     """
     length, limit = tokens.shape[-1], config.max_seq_len
     if length > limit:
@@ -105,7 +106,10 @@ def loss(
     observe: bool = True,
     remat: bool = False,
 ) -> tuple[Array, Aux]:
-    """Mean cross-entropy in nats per token; int [B, T] both, targets already shifted. −100 is ignored."""
+    """Return the mean cross-entropy in nats per token; tokens and targets int [B, T], targets already shifted.
+
+    Targets of −100 are ignored.
+    """
     logits, aux = forward(params, buffers, tokens, config, document_ids, observe=observe, remat=remat)
     counted = targets != _IGNORED
     log_probabilities = jax.nn.log_softmax(_at_least_float32(logits))
@@ -114,7 +118,7 @@ def loss(
 
 
 def balance(buffers: Mapping[str, Array], loads: Mapping[str, Array], config: MoEConfig) -> Buffers:
-    """The buffers after a step: the experts' load balanced without an auxiliary loss (arXiv 2408.15664).
+    """Return the buffers after a step: the experts' load balanced without an auxiliary loss (arXiv 2408.15664).
 
         correction_bias += router_bias_update_rate · sign(mean load − load)
 
@@ -137,7 +141,7 @@ def _layer(
     document_ids: Array | None,
     observe: bool,
 ) -> tuple[Array, Aux]:
-    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
+    """Compute `x + attn(norm(x))`, then `x + mlp(norm(x))`."""
     attn, mlp = f"{name}.attn", f"{name}.mlp"
     q, k, v = _queries_keys_values(params, attn, _rms_norm(params, f"{attn}_norm", x, config), config)
     max_logits = {}
@@ -158,7 +162,7 @@ def _layer(
 def _queries_keys_values(
     params: Mapping[str, Array], name: str, x: Array, config: MoEConfig
 ) -> tuple[Array, Array, Array]:
-    """[B, T, D] → q [B, T, H, d], k [B, T, H or G, d], v [B, T, H or G, v]; q and k normalised and rotated.
+    """Project x [B, T, D] to q [B, T, H, d], k [B, T, H or G, d], v [B, T, H or G, v]; normalise and rotate q and k.
 
     MLA (DeepSeek-V2, arXiv 2405.04434): q, k, v come from RMS-normed latents; the heads share the rotary key. Rows per
     head: q_b_proj (or q_proj) [nope | rope], kv_b_proj [k_nope | v].
@@ -185,7 +189,7 @@ def _queries_keys_values(
 
 
 def _attend(q: Array, k: Array, v: Array, config: MoEConfig, document_ids: Array | None) -> Array:
-    """q [B, T, H, d], k [B, T, G, d], v [B, T, G, v] → [B, T, H·v]: causal, within a document."""
+    """Attend causally, within a document: q [B, T, H, d], k [B, T, G, d], v [B, T, G, v] → [B, T, H·v]."""
     batch, length, _, width = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, width)
     logits = config.softmax_scale * jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=_wide(q.dtype))
@@ -199,9 +203,9 @@ def _attend(q: Array, k: Array, v: Array, config: MoEConfig, document_ids: Array
 
 
 def _rotate(x: Array, config: MoEConfig) -> Array:
-    """[B, T, heads, d]: turn the last R of each head, pairing i with i + R/2; what stands before them stays.
+    """Rotate the last R entries of each head of x [B, T, heads, d], pairing i with i + R/2; those before them stay.
 
-    Angles are made in float64, where positions times frequencies are exact enough at any length.
+    Angles are computed in float64, where positions times frequencies are exact enough at any length.
     """
     angles = np.arange(x.shape[1])[:, None, None] * np.asarray(config.rotary_frequencies())
     cos, sin = (jnp.asarray(config.rotary_scale * f(angles), _wide(x.dtype)) for f in (np.cos, np.sin))
@@ -213,9 +217,10 @@ def _rotate(x: Array, config: MoEConfig) -> Array:
 def _experts(
     params: Mapping[str, Array], name: str, correction_bias: Array, x: Array, config: MoEConfig
 ) -> tuple[Array, Array]:
-    """x [N, D] → `Σ_k weights_k · expert_k(x)` [N, D], load [E]. Tokens are sorted by expert and multiplied in groups.
+    """Compute `Σ_k weights_k · expert_k(x)` [N, D] and the load [E] of x [N, D].
 
-    Chosen are the K experts of best `score + correction_bias`, weighed by score (arXiv 2412.19437, eq. 12–16):
+    Tokens are sorted by expert and multiplied in groups. Chosen are the K experts of best `score + correction_bias`,
+    weighed by score (arXiv 2412.19437, eq. 12–16):
 
         score = sigmoid(x · weightᵀ),   weights_k = routed_scaling_factor · score_k / Σ score over the chosen
     """
@@ -236,17 +241,17 @@ def _experts(
 
 
 def _grouped_linear(x: Array, weight: Array, sizes: Array) -> Array:
-    """x [rows, in] → [rows, out]: the first sizes[0] rows meet weight[0] [out, in], the next sizes[1] weight[1], …"""
+    """Multiply x [rows, in] → [rows, out]: the first sizes[0] rows by weight[0] [out, in], and so on."""
     return jax.lax.ragged_dot(x, weight.mT, sizes.astype(jnp.int32))
 
 
 def _swiglu(params: Mapping[str, Array], name: str, x: Array) -> Array:
-    """`down(silu(gate(x)) · up(x))` (arXiv 2002.05202)."""
+    """Compute `down(silu(gate(x)) · up(x))` (arXiv 2002.05202)."""
     return _linear(params, f"{name}.down_proj", _gate(_linear(params, f"{name}.gate_up_proj", x)))
 
 
 def _gate(gate_up: Array) -> Array:
-    """[..., 2F] (gate, then up) → [..., F]."""
+    """Compute silu(gate) · up of x [..., 2F] (gate, then up) → [..., F]."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
 

@@ -1,6 +1,6 @@
 """The parameters of the reference model in JAX: names, shapes, first values; matrices and heads; from and to PyTorch.
 
-A flat dict, name → array, with the names and shapes that PyTorch has; see `models/jax.py`.
+Parameters are a flat dict, name → array, with the names and shapes that PyTorch has; see `models/jax.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BIAS = "correction_bias"
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, Shape]:
-    """Name → shape of every parameter."""
+    """Return the shape of every parameter, by name."""
     hidden, width = config.hidden_size, config.moe_intermediate_size
     vocabulary = (config.vocab_size, hidden)
     shapes: dict[str, Shape] = {"embed_tokens.weight": vocabulary}
@@ -50,9 +50,10 @@ def parameter_shapes(config: MoEConfig) -> dict[str, Shape]:
 
 
 def init(config: MoEConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Gains 1; matrices normal(0, init_std), over √(2·num_layers) if they write to the residual stream (GPT-2).
+    """Draw the first parameters: gains 1; matrices normal(0, init_std).
 
-    The values of a parameter depend on the key and on its name, not on what else there is.
+    Matrices that write to the residual stream have a standard deviation smaller by √(2·num_layers) (GPT-2). The values
+    of a parameter depend on the key and on its name, not on which others there are.
     """
 
     def values(name: str, shape: Shape) -> Array:
@@ -67,13 +68,13 @@ def init(config: MoEConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 
 
 def init_buffers(config: MoEConfig) -> Buffers:
-    """The correction bias of each router, float32 [E], zero."""
+    """Return the correction bias of each router, float32 [E], zero."""
     routed = range(config.num_dense_layers, config.num_layers)
     return {f"layers.{i}.mlp.router.{_BIAS}": jnp.zeros(config.num_experts, jnp.float32) for i in routed}
 
 
 def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, MatrixLayout | None]:
-    """Name → the matrices that Muon makes of the parameter; None: AdamW's (embedding, output head, norms).
+    """Return how Muon reads each parameter, by name; None for AdamW's (embedding, output head, norms).
 
     `per_head`: the heads of queries, keys and values are matrices of their own.
     """
@@ -97,7 +98,7 @@ def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, Ma
 
 
 def qk_projections(config: MoEConfig) -> dict[str, QKProjection]:
-    """Attention → what QK-Clip may scale of it; the keys are those of `Aux.max_logits`."""
+    """Return what QK-Clip may scale of each attention; the keys are those of `Aux.max_logits`."""
 
     def projection(attn: str) -> QKProjection:
         if config.qk_norm:
@@ -125,7 +126,7 @@ def qk_projections(config: MoEConfig) -> dict[str, QKProjection]:
 
 
 def from_torch(model: nn.Module | Mapping[str, Tensor]) -> tuple[Params, Buffers]:
-    """Copies of the parameters and the buffers of a `models.torch.MoE`, or of its state dict, in their dtypes."""
+    """Copy the parameters and the buffers of a `models.torch.MoE`, or of its state dict, in their dtypes."""
     state = model if isinstance(model, Mapping) else model.state_dict()
     arrays = {name: _from_torch(tensor) for name, tensor in state.items()}
     params = {name: array for name, array in arrays.items() if not name.endswith(_BIAS)}
@@ -133,12 +134,12 @@ def from_torch(model: nn.Module | Mapping[str, Tensor]) -> tuple[Params, Buffers
 
 
 def to_torch(params: Mapping[str, Array], buffers: Mapping[str, Array]) -> dict[str, Tensor]:
-    """Copies of them as a state dict: `MoE(config).load_state_dict(to_torch(params, buffers))`."""
+    """Copy parameters and buffers to a state dict: `MoE(config).load_state_dict(to_torch(params, buffers))`."""
     return {name: _to_torch(array) for name, array in {**params, **buffers}.items()}
 
 
 def num_kv_heads(config: MoEConfig) -> int:
-    """G of grouped-query attention; of multi-head attention H."""
+    """Return the number of key heads: G of grouped-query attention, H of multi-head attention."""
     return config.num_heads if config.attention == "mha" else config.num_kv_heads
 
 

@@ -1,7 +1,7 @@
 """The reference model over many ranks: FSDP2 or HSDP × expert parallelism × tensor parallelism.
 
     init_process_group(…)
-    torch.manual_seed(seed)                                   # alike on every rank
+    torch.manual_seed(seed)                                   # the same on every rank
     model = MoE(config)                                       # whole on every rank, or on the meta device
     meshes = parallelize(model, Parallelism(shards=8, experts=8), device_type="cuda", mixed_precision=True)
     model.to_empty(device="cuda"); model.reset_parameters()   # of a model on the meta device
@@ -35,24 +35,24 @@ from muonclip.torch.mesh.process_groups import group_over
 
 @dataclass(frozen=True, slots=True)
 class Parallelism:
-    """Degrees; there are replicas · shards · tensor ranks."""
+    """Degrees of parallelism; there are replicas · shards · tensor ranks."""
 
     shards: int = 1
-    """FSDP: ranks over which dense parameters are sharded."""
+    """FSDP: number of ranks over which dense parameters are sharded."""
     replicas: int = 1
-    """HSDP: copies of that."""
+    """HSDP: number of copies of the shards."""
     experts: int = 1
-    """Of the ranks that see different tokens, how many share the experts out; FSDP shards them over the others."""
+    """How many of the ranks that see different tokens divide the experts; FSDP shards experts over the others."""
     tensor: int = 1
-    """Ranks that share out heads and the width of MLPs, and see the same tokens."""
+    """Number of ranks that divide heads and the width of MLPs, and see the same tokens."""
 
     @property
     def data(self) -> int:
-        """Ranks that see different tokens."""
+        """Number of ranks that see different tokens."""
         return self.replicas * self.shards
 
     def check(self, config: MoEConfig, world_size: int) -> None:
-        """Raises ValueError, naming the field, for degrees that do not fit the ranks or the model."""
+        """Raise ValueError, naming the field, for degrees that do not fit the ranks or the model."""
         for field in fields(self):
             degree = getattr(self, field.name)
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
@@ -84,12 +84,12 @@ class Parallelism:
 
 @dataclass(frozen=True, slots=True)
 class Meshes:
-    """Where this rank stands."""
+    """The device mesh of all ranks, and this rank's position among those that see different tokens."""
 
     world_mesh: DeviceMesh
     """All ranks: replicas, shards, tensor."""
     data_group: dist.ProcessGroup | None
-    """The ranks that see different tokens, and beside them the same heads; None if this is the only one."""
+    """The ranks that see different tokens and hold the same heads as this one; None if it is the only one."""
     data_rank: int
     data_size: int
 
@@ -102,7 +102,7 @@ def parallelize(
     mixed_precision: bool = False,
     recompute: bool = False,
 ) -> Meshes:
-    """Leave this rank its part of a model that every rank has whole, or has on the meta device.
+    """Divide a model over the ranks, in place; every rank has it whole, or on the meta device, and keeps its part.
 
     `mixed_precision`: forward and backward in bf16, but for routers; gradients are averaged in fp32. `recompute`:
     activations other than those of attention's products are not kept for the backward pass.
@@ -142,7 +142,7 @@ def parallelize(
 
 @dataclass(frozen=True, slots=True)
 class _ExpertMeshes:
-    """`divided`: the ranks that share the experts out, and their width. `rest`: the others, for FSDP."""
+    """The ranks that divide the experts, and their width (`divided`), and the others, for FSDP (`rest`)."""
 
     divided: DeviceMesh | None
     rest: DeviceMesh
@@ -169,6 +169,6 @@ class _ExpertMeshes:
                 experts.exchange = ExpertExchange(self.divided.get_group("experts"))
 
     def axis(self, parameter: nn.Parameter) -> Shard:
-        """The first that divides evenly: of experts if there are enough; else FSDP takes an uneven number of them."""
+        """Return the first axis that divides evenly; if there is none, FSDP divides the experts unevenly."""
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         return Shard(next((axis for axis, size in enumerate(part.shape) if size % self.rest.size(-1) == 0), 0))

@@ -24,8 +24,11 @@ _PRODUCTS = {
 
 
 def recompute(layer: Layer) -> None:
-    """Of the attention, keep what the projections and the softmax made, and compute norms and rotations again; of the
-    MLP keep its input."""
+    """Compute activations of a layer again in the backward pass instead of keeping them.
+
+    Of the attention, what the projections and the softmax made is kept, and norms and rotations are computed again; of
+    the MLP only its input is kept.
+    """
     attend, transform = layer.attend, layer.transform
 
     # On the instance: within the hooks that gather the layer's parameters, and without the new names of a wrapper.
@@ -56,7 +59,10 @@ def _contexts(attention: Attention) -> tuple[Any, Any]:
 
 @contextmanager
 def _unobserved(attention: Attention, context: Any) -> Iterator[None]:
-    """The logits are those that were observed; how many operations observing takes depends on what is known."""
+    """Recompute without observing the logits a second time.
+
+    How many operations observing takes depends on what is known by then, and checkpointing counts operations.
+    """
     max_logits = attention.max_logits
     attention.max_logits = None  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -12,11 +12,11 @@ import math
 def rotary_frequencies(
     dim: int, *, theta: float, factor: float, original_seq_len: int, beta_fast: float, beta_slow: float
 ) -> list[float]:
-    """Radians per position of each of the dim / 2 pairs, fastest first.
+    """Return the radians per position of each of the dim / 2 pairs, fastest first.
 
-    A pair turns `r = original_seq_len · frequency / 2π` times within the original length. r ≥ beta_fast: kept;
-    r ≤ beta_slow: divided by `factor`; between them the share is linear in the index of the pair, from the bounds
-    rounded outwards, as in the authors' code and in DeepSeek's.
+    A pair turns `r = original_seq_len · frequency / 2π` times within the original length. r ≥ beta_fast: kept; r ≤
+    beta_slow: divided by `factor`; between them the share is linear in the index of the pair, from the bounds rounded
+    outwards, as in the authors' code and in DeepSeek's.
     """
     frequencies = [theta ** (-2 * i / dim) for i in range(dim // 2)]
     if factor == 1:
@@ -35,5 +35,5 @@ def rotary_frequencies(
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
-    """`0.1 · weight · ln(s) + 1` for s > 1, else 1: YaRN's √(1/t) (eq. 22); DeepSeek-V2 added the weight."""
+    """Return `0.1 · weight · ln(s) + 1` for s > 1, else 1: YaRN's √(1/t) (eq. 22); DeepSeek-V2 added the weight."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

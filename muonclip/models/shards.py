@@ -1,4 +1,4 @@
-"""Parameters of which a rank has a part: what it computes with, and what it draws them from."""
+"""Parameters of which a rank has a part: the part it computes with, and how its first values are drawn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a DTensor, to compute with; any other tensor as it is.
+    """Return this rank's part of a DTensor, to compute with, and any other tensor unchanged.
 
-    Where ranks have the same part, each is used for a share of the work: the gradient is the sum over them.
+    Where several ranks have the same part, each uses it for a share of the work: the gradient is the sum over them.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -23,10 +23,10 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def local_gate_up(parameter: Tensor) -> Tensor:
-    """This rank's part of [gate | up], […, 2F, in], to compute with: its share of gate's rows, then of up's.
+    """Return this rank's part of [gate | up], […, 2F, in], to compute with: its share of gate's rows, then of up's.
 
-    Sharded along the rows it has other ones, which it exchanges for them. To keep those it needs would take a placement
-    that no checkpoint library writes.
+    A shard along the rows holds other rows, which are exchanged for these. A shard that held these rows themselves
+    would need a placement that no checkpoint library writes.
     """
     part = local(parameter)
     if isinstance(parameter, DTensor):
@@ -37,7 +37,10 @@ def local_gate_up(parameter: Tensor) -> Tensor:
 
 
 class _ExchangeHalves(torch.autograd.Function):
-    """Of R ranks, each has two of 2R pieces of rows, 2r and 2r + 1, and needs r (of gate) and R + r (of up)."""
+    """Exchanges rows of [gate | up] over R ranks.
+
+    Of 2R pieces of rows, rank r has 2r and 2r + 1, and needs r (of gate) and R + r (of up).
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -73,8 +76,11 @@ def _exchanged(part: Tensor, to: list[int], source: list[int], group: dist.Proce
 
 @torch.no_grad()
 def fill_normal(parameter: Tensor, std: float) -> None:
-    """normal(0, std), in place. Of a DTensor each part is drawn apart, the same on all ranks that have it: all ranks
-    must have seeded torch alike. Its values depend on how it is cut; their distribution does not."""
+    """Fill a parameter with numbers from normal(0, std), in place.
+
+    The parts of a DTensor are drawn separately, a part the same on all ranks that have it: all ranks must have seeded
+    torch equally. Its values depend on how it is cut; their distribution does not.
+    """
     if not isinstance(parameter, DTensor):
         parameter.normal_(0, std)
         return

@@ -1,8 +1,8 @@
-"""Each rank computes some of the heads, and some of the width of every MLP (Megatron-LM, arXiv 1909.08053).
+"""Tensor parallelism of the reference model (Megatron-LM, arXiv 1909.08053).
 
-What a group of these ranks shares (the residual stream, norms, latents, the rotary key, the router) each has whole, and
-bit for bit the same: what enters a divided part is copied, so that its gradient is a sum over the ranks; what leaves
-it is summed.
+Each rank computes some of the heads, and some of the width of every MLP. The rest (the residual stream, norms, latents,
+the rotary key, the router) every rank of the group has whole, and bit for bit the same: what enters a divided part is
+copied, so that its gradient is a sum over the ranks; what leaves it is summed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from muonclip.torch.mesh.shard_indices import local_indices
 
 
 def place(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
-    """Leave this rank its part of a parameter that every rank has whole. Nothing is sent."""
+    """Replace a parameter that every rank has whole by this rank's part of it, a DTensor. Nothing is sent."""
     whole = getattr(module, name)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of its own mesh"
@@ -35,7 +35,7 @@ def place(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[P
 
 
 def divide_layer(layer: Layer, mesh: DeviceMesh) -> None:
-    """Its attention and MLP, all but the experts."""
+    """Divide the attention and the MLP of a layer, except the experts, over the mesh."""
     _divide_attention(layer.attn, mesh)
     swiglu = layer.mlp.shared_experts if isinstance(layer.mlp, MixtureOfExperts) else layer.mlp
     if swiglu is not None:
@@ -46,7 +46,10 @@ def divide_layer(layer: Layer, mesh: DeviceMesh) -> None:
 
 
 def divide_experts(experts: Experts, mesh: DeviceMesh, *, by_expert: bool, by_width: bool) -> None:
-    """Over the mesh's first dimension the experts, over its last each one's width; the mesh has those asked for."""
+    """Divide experts over the mesh's first dimension (`by_expert`), the width of each over its last (`by_width`).
+
+    The mesh has only the dimensions asked for.
+    """
     expert: list[Placement] = [Shard(0)] * by_expert
     place(experts, "gate_up_proj", mesh, [*expert, *[Shard(1)] * by_width])
     place(experts, "down_proj", mesh, [*expert, *[Shard(2)] * by_width])
@@ -94,11 +97,11 @@ def _sum_output(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _copied(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """x, which all ranks have; the gradient is summed over them."""
+    """Return x, which all ranks have; its gradient is summed over them."""
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over the ranks; each has the gradient already."""
+    """Return the sum of x over the ranks; each has the gradient already."""
     whole = DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
     return whole.to_local()

@@ -44,9 +44,10 @@ class MoE(nn.Module):
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """int64 [B, T] → logits [B, T, V]. `document_ids`, int [B, T]: a token attends only to its own document.
+        """Compute the logits [B, T, V] of the tokens, int64 [B, T].
 
-        Raises ValueError for more than max_seq_len positions.
+        `document_ids`, int [B, T]: a token attends only to its own document. Raises ValueError for more than
+        max_seq_len positions.
         """
         length, limit = tokens.shape[-1], self.config.max_seq_len
         if length > limit:
@@ -58,13 +59,19 @@ class MoE(nn.Module):
         return self.lm_head(self.norm(x))
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats per token; int64 [B, T] both, targets already shifted. −100 is ignored."""
+        """Return the mean cross-entropy in nats per token.
+
+        `tokens` and `targets`: int64 [B, T], targets already shifted; targets of −100 are ignored.
+        """
         logits = at_least_float32(self(tokens, document_ids))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gains 1; matrices normal(0, init_std), over √(2·num_layers) if they write to the residual stream (GPT-2)."""
+        """Draw the first parameters: gains 1; matrices normal(0, init_std).
+
+        Matrices that write to the residual stream have a standard deviation smaller by √(2·num_layers) (GPT-2).
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
@@ -100,7 +107,10 @@ class MoE(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def _rotary_table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, R] for `rotate`; made when first used: no cast or `to_empty` spoils them."""
+        """Return cosines and signed sines [T, R] for `rotate`.
+
+        They are made when first used, so that no cast of the model and no `to_empty` spoils them.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self._rotary is None or (self._rotary[0].device, self._rotary[0].dtype) != (x.device, dtype):
             with torch.inference_mode(False):  # a table first made in evaluation serves training too
@@ -111,7 +121,7 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
+    """A decoder layer: `x + attn(norm(x))`, then `x + mlp(norm(x))`."""
 
     def __init__(self, config: MoEConfig, *, dense: bool) -> None:
         super().__init__()
@@ -132,7 +142,10 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module, ABC):
-    """Normalise, rotate, attend, observe: what the variants share. A variant makes q, k and v, and says from what."""
+    """The part of an attention that all variants share: normalise, rotate, attend, observe.
+
+    A variant makes q, k and v (`project`), and declares from which weights (`declare`).
+    """
 
     def __init__(self, config: MoEConfig, *, value_width: int) -> None:
         super().__init__()
@@ -145,20 +158,20 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] → q [B, T, H, d], k [B, T, G, d], v [B, T, G, v], before normalisation and rotation."""
+        """Project x [B, T, D] to q [B, T, H, d], k [B, T, G, d], v [B, T, G, v], before normalisation and rotation."""
 
     @abstractmethod
     def declare(self) -> QKProjection:
-        """Which rows of which weights `project` makes the heads of."""
+        """Return which rows of which weights feed which head of what `project` makes."""
 
     def qk_projection(self) -> QKProjection:
-        """What QK-Clip may scale."""
+        """Return what QK-Clip may scale."""
         if not self.config.qk_norm:
             return self.declare()
         return replace(self.declare(), reason="QK-norm: scaling the projection would change nothing")
 
     def queries_keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the logits are made of, [B, H or G, T, width] each: normalised and rotated, `softmax_scale` to come."""
+        """Return the q, k and v of the softmax, [B, H or G, T, width] each: normalised and rotated, not yet scaled."""
         q, k, v = self.project(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -180,9 +193,10 @@ class Attention(nn.Module, ABC):
 
 
 class LatentAttention(Attention):
-    """MLA (DeepSeek-V2, arXiv 2405.04434): q, k, v come from RMS-normed latents; the heads share the rotary key.
+    """Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434).
 
-    Rows per head: q_b_proj (or q_proj) [nope | rope], kv_b_proj [k_nope | v].
+    q, k, v come from RMS-normed latents; the heads share the rotary key. Rows per head: q_b_proj (or q_proj)
+    [nope | rope], kv_b_proj [k_nope | v].
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -221,7 +235,10 @@ class LatentAttention(Attention):
 
 
 class GroupedQueryAttention(Attention):
-    """GQA (arXiv 2305.13245): G key heads, each serving H / G query heads; MHA is G = H. The whole head is rotated."""
+    """Grouped-query attention, GQA (arXiv 2305.13245): G key heads, each for H / G query heads; MHA is G = H.
+
+    The whole head is rotated.
+    """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config, value_width=config.num_heads * config.head_dim)
@@ -247,7 +264,7 @@ class GroupedQueryAttention(Attention):
 
 
 class MixtureOfExperts(nn.Module):
-    """Every token goes to its K experts, weighted, and to the shared experts."""
+    """A layer's experts: every token goes to its K experts, weighted, and to the shared experts."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -282,7 +299,7 @@ class Router(nn.Module):
         self.load = torch.zeros(config.num_experts, dtype=torch.float32, device="cpu")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, D] → experts int64 [N, K], weights [N, K] in fp32 (float64 for float64)."""
+        """Return the experts of x [N, D], int64 [N, K], and their weights [N, K] in fp32 (float64 for float64)."""
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.sigmoid(F.linear(at_least_float32(x), at_least_float32(self.weight)))  # [N, E]
         chosen = torch.topk(
@@ -301,7 +318,7 @@ class Router(nn.Module):
         self.load.scatter_add_(0, chosen.flatten(), self.load.new_ones(()).expand(chosen.numel()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        """Casting the model leaves the bias in fp32: in bf16 a step of 1e-3 is lost from 0.5 on."""
+        """Keep the bias in fp32 when the model is cast: in bf16 a step of 1e-3 is lost from 0.5 on."""
         bias = self.correction_bias
         super()._apply(fn, recurse)
         if self.correction_bias.dtype != torch.float32:
@@ -312,8 +329,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E SwiGLUs in two stacked weights; tokens are sorted by expert and multiplied group by group.
 
-    `exchange`, where experts lie on several ranks: rows sorted by expert and the experts' ends → the rows for this
-    rank's experts, their ends, and what sends results back.
+    `exchange`, where experts are on several ranks: takes rows sorted by expert and the experts' ends; returns the rows
+    for this rank's experts, their ends, and the function that sends results back.
     """
 
     exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] | None = None
@@ -331,7 +348,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, D], chosen and weights [N, K] → [N, D]: `Σ_k weights_k · expert_k(x)`."""
+        """Compute `Σ_k weights_k · expert_k(x)` [N, D] of x [N, D], chosen and weights [N, K]."""
         n, k = chosen.shape
         by_expert, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.num_experts, device=x.device)
@@ -352,7 +369,7 @@ class Experts(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) · up(x))` (arXiv 2002.05202)."""
+    """The MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202)."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -364,7 +381,10 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype of the gain or wider, whatever autocast made of the input; the input's dtype comes back."""
+    """RMS norm in the dtype of the gain or wider, whatever autocast made of the input.
+
+    The output has the input's dtype.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         gain = local(self.weight)
@@ -372,14 +392,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """With the rows or columns of the weight that this rank has."""
+    """A linear layer that computes with the rows or columns of the weight that this rank has."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, local(self.weight))
 
 
 class GateUp(nn.Linear):
-    """The rows of gate, then of up, that this rank computes."""
+    """A linear layer of gate and up that computes the rows of gate, then of up, that this rank has."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, local_gate_up(self.weight))
@@ -390,13 +410,13 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F] (gate, then up) → [..., F]."""
+    """Compute silu(gate) · up of x [..., 2F] (gate, then up) → [..., F]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
 def rotary_table(config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """cos and (−sin | sin) of `position · frequency`, times YaRN's factor on them; float64 [max_seq_len, R] both."""
+    """Return cos and (−sin | sin) of `position · frequency`, times YaRN's factor; float64 [max_seq_len, R] both."""
     frequencies = torch.tensor(config.rotary_frequencies(), dtype=torch.float64)
     angles = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
     cos, sin = config.rotary_scale * angles.cos(), config.rotary_scale * angles.sin()
@@ -404,7 +424,7 @@ def rotary_table(config: MoEConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, T, heads, d]: turn the last R of each head, pairing i with i + R/2; what stands before them stays."""
+    """Rotate the last R entries of each head of x [B, T, heads, d], pairing i with i + R/2; those before them stay."""
     cos, sin = rotary
     width = cos.shape[-1]
     still, turned = x.split((x.shape[-1] - width, width), -1)
@@ -413,7 +433,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [rows, in] → [rows, out]: the rows from `ends[e − 1]` to `ends[e]` (int32 [E]) meet weight[e] [out, in]."""
+    """Multiply x [rows, in] → [rows, out]: rows `ends[e − 1]` to `ends[e]` (int32 [E]) by weight[e] [out, in]."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -1,4 +1,8 @@
-"""MuonClip for Optax: a chain of transformations like any other, with the extra argument `max_logits`."""
+"""MuonClip for Optax: transformations like any other, with the extra argument `max_logits`.
+
+An attention is declared by `QKProjection`, its maximum logits are computed by the model (`exact_max_logits`).
+Orthogonalisation and the factors of the clip are `muonclip.core`'s; nothing here imports PyTorch.
+"""
 
 from muonclip.optax.accumulation import AccumulateState, accumulate
 from muonclip.optax.head_rows import HeadRows

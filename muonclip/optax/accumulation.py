@@ -1,4 +1,4 @@
-"""Gradient accumulation that loses no maximum: one inner update per step, on what all its micro-steps saw.
+"""Gradient accumulation that keeps every maximum logit: one inner update per step, on what all its micro-steps saw.
 
 `optax.MultiSteps` calls the inner update in every micro-step and, where it does not emit, throws its state away and the
 extra arguments with it: a maximum seen only there would never be clipped.

@@ -1,7 +1,7 @@
-"""One array of a parameter tree as matrices: Optax's dimension numbers and the core's layouts, read the same way.
+"""One array of a parameter tree, read as matrices by Optax's dimension numbers or by the core's layouts.
 
 An array holds units [count, fan_out, fan_in], each stored whole in it; a unit may hold several logical matrices (fused
-blocks, heads), which `fused` takes apart.
+blocks, heads), which `fused` splits.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ WeightLayout: TypeAlias = MuonDimensionNumbers | MatrixLayout
 """Axes of any array (`reduction_axis`, `output_axis`, the rest a batch), or the core's layout of (*batch, out, *in)."""
 
 KERNEL = MatrixLayout(transposed=True)
-"""[in, out], JAX's usual kernel."""
+"""The layout [in, out] of JAX's usual kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """Which axes of an array number matrices, which are rows, which are columns; all of them, each once."""
+    """The axes of an array that number matrices, those that are rows, those that are columns: all axes, each once."""
 
     batch: tuple[int, ...]
     fan_out: tuple[int, ...]
     fan_in: tuple[int, ...]
     fused: MatrixLayout
-    """Of the units [count, fan_out, fan_in]."""
+    """The layout of the units [count, fan_out, fan_in]."""
 
     @classmethod
     def of(cls, layout: WeightLayout, shape: Sequence[int]) -> ArrayLayout:
-        """Raises ValueError for a shape that the layout cannot read."""
+        """Read a shape by a layout. Raises ValueError for a shape that the layout cannot read."""
         ndim = len(shape)
         if isinstance(layout, MatrixLayout):
             layout.matrix_shapes(shape)
@@ -50,7 +50,7 @@ class ArrayLayout:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes as units have them."""
+        """The axes of the array in the order of its units: batch, rows, columns."""
         return (*self.batch, *self.fan_out, *self.fan_in)
 
     def unit_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -58,7 +58,7 @@ class ArrayLayout:
         return batch, out, into
 
     def describe(self, shape: Sequence[int]) -> str:
-        """For people: `8 × (128×64)`, fan_out × fan_in."""
+        """Write the matrices for people: `8 × (128×64)`, fan_out × fan_in."""
         return self.fused.describe(self.unit_shape(shape))
 
 

@@ -1,8 +1,8 @@
-"""Which entries of which arrays make the query and key of which head, and their scaling.
+"""The entries of arrays that make the query and key of each head, and their scaling.
 
 An array of a projection is a kernel [in, *out] (Flax, Haiku: `in_axis=0`) or [*out, in] (Equinox, PyTorch:
 `in_axis=-1`), or a bias [*out]; `out` is [heads · head_dim], [heads, head_dim] or any other axes that are these rows in
-order. Scanned layers add an axis, whose place is `layer_axis`.
+order. Scanned layers add an axis, whose position is `layer_axis`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ from muonclip.optax.paths import below
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """A part of every head: of its `stride` rows those from `start` on, `size` of them.
+    """The rows of one part of every head: of the `stride` rows of a head, `size` from `start` on.
 
-    `path` names an array, or the module that holds a kernel and perhaps a bias: both are scaled. `size=None`: all rows
-    of the head. `stride=None`: the rows divided by `num_heads`, or `size`, where given.
+    - `path`: the name of an array, or of the module that holds a kernel and perhaps a bias: both are scaled.
+    - `num_heads`: number of heads.
+    - `size`: rows of the part; None: all rows of the head.
+    - `stride`: rows from one head to the next; None: `size` where given, else the rows divided by `num_heads`.
+    - `in_axis`: 0 for kernels [in, *out], −1 for [*out, in].
+    - `layer_axis`: the axis of scanned layers; None where layers are arrays of their own.
+
+    Raises ValueError for numbers that are out of range.
     """
 
     path: str
@@ -44,7 +50,10 @@ class HeadRows:
             )
 
     def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RowsOfArray]:
-        """The arrays at `path`, of all (name → shape), the kernel first. Raises ValueError for what does not fit."""
+        """Return the arrays at `path`, the kernel first, from the shapes of all by name.
+
+        Raises ValueError for what does not fit.
+        """
         found = {name: self._without_layer(name, shape) for name, shape in shapes.items() if below(self.path, name)}
         if not found:
             raise ValueError(f"no parameter at {self.path!r}; there are\n  " + "\n  ".join(sorted(shapes)))
@@ -69,7 +78,7 @@ class HeadRows:
         ]
 
     def num_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """How many layers the arrays stack; None where they stack none, or are not there."""
+        """Return how many layers the arrays stack; None where they stack none, or where there is no such array."""
         if self.layer_axis is None:
             return None
         return next((shape[self.layer_axis] for name, shape in shapes.items() if below(self.path, name)), None)
@@ -83,7 +92,10 @@ class HeadRows:
         return shape[:axis] + shape[axis + 1 :]
 
     def index(self, rows: int) -> np.ndarray:
-        """[heads, size]: which of the `rows` of an array are whose. Raises ValueError where they do not fit."""
+        """Return the rows of each head, [heads, size], of an array with so many `rows`.
+
+        Raises ValueError where they do not fit.
+        """
         stride = self.stride or self.size or rows // self.num_heads
         size = stride - self.start if self.size is None else self.size
         # The whole block must divide evenly; a part of fused rows need only fit.
@@ -99,13 +111,13 @@ class HeadRows:
 
 @dataclass(frozen=True, slots=True)
 class RowsOfArray:
-    """A part in one array: `index` [heads, size] counts along the flattened output."""
+    """The rows of a part in one array: `index` [heads, size] counts along the flattened output."""
 
     name: str
     index: np.ndarray
     layer_axis: int | None
     shape: tuple[int, ...]
-    """Without the layers."""
+    """The shape of one layer."""
     in_axis: int | None
     """None for a bias."""
 
@@ -116,7 +128,7 @@ class RowsOfArray:
         return self.shape[1:] if self.in_axis == 0 else self.shape[:-1]
 
     def spread(self, factors: jax.Array) -> jax.Array:
-        """Factors per head ([heads], or [layers, heads]) → factors that broadcast over the array; 1 elsewhere."""
+        """Spread factors of heads ([heads], or [layers, heads]) so that they broadcast over the array; 1 elsewhere."""
         lead = factors.shape[:-1]
         rows = jnp.ones((*lead, math.prod(self.out_shape)), factors.dtype)
         rows = rows.at[..., self.index.ravel()].set(jnp.repeat(factors, self.index.shape[1], axis=-1))
@@ -129,7 +141,7 @@ class RowsOfArray:
 
 
 def overlapping(parts: Sequence[RowsOfArray]) -> bool:
-    """Whether two parts of one array share a row."""
+    """Tell whether two parts of one array share a row."""
     rows = np.concatenate([part.index.ravel() for part in parts])
     return len(np.unique(rows)) < len(rows)
 

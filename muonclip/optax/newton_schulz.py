@@ -1,4 +1,4 @@
-"""Many matrices orthogonalised at once: those of one shape, of whatever parameter, are iterated as one stack."""
+"""Orthogonalisation of many matrices at once: those of one shape, of any parameter, are iterated as one stack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CPU_STACK_BYTES, _STACK_BYTES = 2**19, 2**28
 
 
 def _gram(x: jax.Array) -> jax.Array:
-    """XXᵀ without writing the transpose down."""
+    """Compute XXᵀ without materialising the transpose."""
     batch, last = tuple(range(x.ndim - 2)), (x.ndim - 1,)
     return jax.lax.dot_general(x, x, ((last, last), (batch, batch)))
 
@@ -31,7 +31,7 @@ PRODUCTS = Products(
 
 @dataclass(frozen=True, slots=True)
 class NewtonSchulz:
-    """How matrices are orthogonalised; see `muonclip.core.orthogonalize`.
+    """Options by which matrices are orthogonalised; see `muonclip.core.orthogonalize`.
 
     `dtype` None: bfloat16 where the default device is an accelerator, float32 on the CPU; float64 stays float64.
     `stack_bytes`: the most that one stack takes. None: what fits a processor's cache on the CPU, where larger stacks
@@ -46,7 +46,7 @@ class NewtonSchulz:
     stack_bytes: int | None = None
 
     def products_dtype(self, dtype: Any) -> Any:
-        """Of the products, for matrices of `dtype`."""
+        """Return the dtype of the products, for matrices of `dtype`."""
         if self.dtype is not None:
             return jnp.dtype(self.dtype)
         if dtype == jnp.float64:
@@ -54,7 +54,7 @@ class NewtonSchulz:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
     def __call__(self, batches: Sequence[jax.Array]) -> list[jax.Array]:
-        """Batches [count, m, n] of any shapes → their polar factors, same shapes, in the dtype of the products."""
+        """Return the polar factors of batches [count, m, n] of any shapes, in the dtype of the products."""
         shapes: dict[tuple[Any, ...], list[int]] = {}
         for index, batch in enumerate(batches):
             shapes.setdefault((*sorted(batch.shape[1:]), batch.dtype), []).append(index)
@@ -69,7 +69,7 @@ class NewtonSchulz:
         return [parts[0] if len(parts) == 1 else jnp.concatenate(parts) for parts in results.values()]
 
     def _orthogonalize(self, pieces: list[jax.Array]) -> list[jax.Array]:
-        """Batches of one shape m × n, m ≤ n."""
+        """Orthogonalise batches of one shape m × n, m ≤ n."""
         stack = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
         alone = len(stack) == 1  # a product of two matrices is faster than a batch of one
         x = normalize(stack[0] if alone else stack, PRODUCTS, xp=jnp, eps=self.eps)

@@ -19,9 +19,9 @@ def name_of(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> dict[str, Any]:
-    """The arrays by name, in order; those that `optax.masked` or `partition` took away are `MaskedNode`s.
+    """Return the leaves by name, in order; those that `optax.masked` or `partition` took away are `MaskedNode`s.
 
-    The `value` of a Flax variable is no part of its name: Flax hands over trees with and without.
+    The `value` of a Flax variable does not belong to its name: Flax hands over trees with and without.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     children: dict[tuple[Any, ...], set[Any]] = {}
@@ -37,21 +37,22 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> dict[
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map`, of a function that gets the name first."""
+    """Map as `jax.tree.map` does, with a function that gets the name of each array first."""
     leaves, treedef = jax.tree.flatten(tree)
     others = (treedef.flatten_up_to(other) for other in rest)
     return treedef.unflatten(map(function, named_arrays(tree), leaves, *others))
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """The same without those."""
+    """Return the arrays by name, in order, without `MaskedNode`s."""
     return {name: leaf for name, leaf in named_leaves(tree).items() if not is_masked(leaf)}
 
 
 def declared_for(arrays: Any, declared: Any, kinds: type | tuple[type, ...], argument: str) -> dict[str, Any]:
-    """What a tree of declarations, or a prefix of one, or a function that makes it, says of each array: by name.
+    """Return what was declared for each array, by name.
 
-    A declaration is one of `kinds` or None. Raises ValueError, naming the `argument`, where it says nothing.
+    `declared`: a tree of declarations, a prefix of one, or a function that makes it from `arrays`. A declaration is one
+    of `kinds` or None. Raises ValueError, naming the `argument`, where nothing was declared for an array.
     """
     tree = declared(arrays) if callable(declared) else declared
     said = named_leaves(tree, lambda node: node is None or is_masked(node) or isinstance(node, kinds))
@@ -70,5 +71,5 @@ def declared_for(arrays: Any, declared: Any, kinds: type | tuple[type, ...], arg
 
 
 def below(prefix: str, name: str) -> bool:
-    """Whether `name` is `prefix` itself or stands below it."""
+    """Tell whether `name` is `prefix` itself or below it."""
     return name == prefix or not prefix or name.startswith(prefix + "/")

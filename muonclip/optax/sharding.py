@@ -1,9 +1,9 @@
-"""Orthogonalisation on a mesh: whole matrices per device, and back.
+"""Orthogonalisation of sharded matrices: each whole matrix on one device, and back.
 
-Newton–Schulz needs whole matrices. Left alone, the partitioner gathers each of them on every device. Here matrices
-whose rows or columns are sharded are dealt out: with k matrices of one shape on W devices, one all-to-all brings k/W of
-them, whole, to each device, and one brings the results back. What is whole already (experts, scanned layers, heads that
-are matrices of their own, sharded as such) stays where it is.
+Newton–Schulz needs whole matrices. Left alone, the partitioner gathers each of them on every device. Here each matrix
+whose rows or columns are sharded is assigned to one device: with k matrices of one shape on W devices, one all-to-all
+brings k/W of them, whole, to each device, and one brings the results back. What is whole already (experts, scanned
+layers, heads that are matrices of their own, sharded as such) is not moved.
 
 Under a mesh of explicit axes (`jax.make_mesh`'s default) arrays carry their sharding into `jax.jit`. Under automatic
 axes they do not, and the transformation has to be told: `shardings=jax.tree.map(lambda p: p.sharding, params)`.
@@ -30,16 +30,16 @@ MeshAxes: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """One array on its way, as its device sees it: [count, *fan_out, *fan_in].
+    """The matrices of one array as its device sees them, [count, *fan_out, *fan_in], and what has to move.
 
-    `moves`: the axes of it that are spread over mesh axes, and have to be brought together.
+    `moves`: the axes that are spread over mesh axes, and have to be brought together.
     """
 
     layout: ArrayLayout
     fused: MatrixLayout
-    """Of its units, as they are once brought together."""
+    """The layout of its units, once they are brought together."""
     scales: tuple[float, ...]
-    """Of each block."""
+    """The scale of each block."""
     moves: tuple[tuple[int, MeshAxes], ...] = ()
 
     def spread(self, x: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ def orthogonalize_arrays(
     newton_schulz: NewtonSchulz,
     shardings: Sequence[jax.sharding.Sharding | None],
 ) -> list[jax.Array]:
-    """Each logical matrix of the arrays replaced by its polar factor times the scale of its block."""
+    """Replace each logical matrix of the arrays by its polar factor times the scale of its block."""
     groups: dict[Mesh | AbstractMesh | None, list[int]] = {}
     placements = [_placement(array, given) for array, given in zip(arrays, shardings, strict=True)]
     done = {index: array for index, array in enumerate(arrays) if not array.size}
@@ -83,7 +83,7 @@ def orthogonalize_arrays(
 
 
 def check_visible(params: Any, shardings: Any) -> None:
-    """Raises ValueError where arrays are sharded so that a jitted update cannot see it, and nothing was declared."""
+    """Raise ValueError where arrays are sharded so that a jitted update cannot see it, and nothing was declared."""
     if shardings is not None:
         return
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -102,7 +102,7 @@ def check_visible(params: Any, shardings: Any) -> None:
 
 
 def _placement(array: jax.Array, given: jax.sharding.Sharding | None) -> NamedSharding | None:
-    """How the array is sharded, if at all: as declared, as its type says, or as it lies there."""
+    """Return how the array is sharded, if at all: as declared, as its type says, or as it is placed."""
     sharding = given if given is not None else jax.typeof(array).sharding
     if given is None and not isinstance(array, Tracer) and isinstance(array, jax.Array):
         sharding = array.sharding
@@ -132,7 +132,7 @@ def _matrices(
 
 
 def _aligned(fused: MatrixLayout, ways: int) -> bool:
-    """Whether each of `ways` equal parts of the rows holds whole logical matrices."""
+    """Tell whether each of `ways` equal parts of the rows holds whole logical matrices."""
     divides = bool(fused.heads) and all(heads % ways == 0 for heads in fused.heads)
     return divides and (fused.repeats % ways == 0 if fused.repeats > 1 else len(fused.heads) == 1)
 
@@ -140,7 +140,7 @@ def _aligned(fused: MatrixLayout, ways: int) -> bool:
 def _orthogonalize(
     arrays: Sequence[jax.Array], plans: Sequence[Matrices], newton_schulz: NewtonSchulz, sizes: dict[str, int]
 ) -> tuple[jax.Array, ...]:
-    """On one device: its parts of the arrays, brought together, orthogonalised, and back."""
+    """Bring the parts of the arrays on one device together, orthogonalise them, and send them back."""
     spread = [matrices.spread(array) for array, matrices in zip(arrays, plans, strict=True)]
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, (x, matrices) in enumerate(zip(spread, plans, strict=True)):
@@ -176,13 +176,16 @@ def _orthogonalize(
 
 
 def _unit_shape(matrices: Matrices, shape: Sequence[int]) -> tuple[int, int, int]:
-    """[count, *fan_out, *fan_in] → [count, fan_out, fan_in]."""
+    """Flatten the shape [count, *fan_out, *fan_in] to [count, fan_out, fan_in]."""
     columns = 1 + len(matrices.layout.fan_out)
     return shape[0], math.prod(shape[1:columns]), math.prod(shape[columns:])
 
 
 def _deal_out(stack: jax.Array, moves: Sequence[tuple[int, MeshAxes]], sizes: dict[str, int]) -> jax.Array:
-    """[count, …] with axes spread over the mesh → [⌈count/W⌉, …] with whole axes; zero matrices fill the last deal."""
+    """Send whole matrices to their owners: [count, …], axes spread over the mesh → [⌈count/W⌉, …], whole axes.
+
+    Zero matrices fill up the last share.
+    """
     ways = math.prod(sizes[name] for _, names in moves for name in names)
     missing = -len(stack) % ways
     if missing:
@@ -199,7 +202,7 @@ def _bring_back(stack: jax.Array, moves: Sequence[tuple[int, MeshAxes]]) -> jax.
 
 
 def _names(axes: Any) -> MeshAxes:
-    """Of one entry of a PartitionSpec."""
+    """Return the mesh axes of one entry of a PartitionSpec."""
     if axes is None or axes is PartitionSpec.UNCONSTRAINED:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
