@@ -19,9 +19,6 @@ from jax import Array
 Window: TypeAlias = int | tuple[int, int] | None
 SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
 
-MASKED = -9999.0
-"""What a bias adds to a logit to forbid a pair is this or lower: −inf, the lowest number of a dtype, −1e9, −1e4."""
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionMask:

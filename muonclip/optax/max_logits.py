@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
-from muonclip.optax.attention_mask import MASKED, AttentionMask, SegmentIds, Window, cut
+from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, cut
 
 
 def exact_max_logits(
@@ -120,7 +121,7 @@ def dot_product_attention(
     `tau`: None computes every maximum; a number, only where norms do not hold all heads at or below it. (The host's
     log-sum-exp is left alone: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and under
     `jax.jit` asking for it changes the output's last bits.)
-    A bias is no part of S, but where it is −9999 or less it is a mask.
+    A bias is not part of S; values of it that forbid a pair (`muonclip.core.attention_mask`) are a mask.
     """
     masks: dict[str, Any] = dict(
         is_causal=is_causal,
@@ -134,7 +135,7 @@ def dot_product_attention(
     )
     allowed = mask
     if bias is not None:
-        allowed = ~(bias <= MASKED) if mask is None else mask & ~(bias <= MASKED)
+        allowed = ~is_masked(bias) if mask is None else mask & ~is_masked(bias)
     if tau is None:
         return attend(), exact_max_logits(query, key, mask=allowed, **masks)
     return attend(), certified_max_logits(query, key, tau, mask=allowed, **masks)

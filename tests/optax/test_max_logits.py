@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
+from masked_values import FORBIDDING, LOWEST_BIAS
 
 from muonclip.optax.attention_mask import AttentionMask
 from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
@@ -484,16 +485,22 @@ def test_a_bias_does_not_certify():
     assert jnp.array_equal(dot_product_attention(q, k, k, bias, tau=0.9 * exact.max().item())[1], exact)
 
 
-@pytest.mark.parametrize("masked", [-jnp.inf, -1e9, -1e4, jnp.finfo(jnp.float32).min])
-@pytest.mark.parametrize("tau", [None, 0.1])
-def test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part(masked, tau):
-    q, k = random_qk()
-    bias = jnp.where(causal(q, k), -3.0 * abs(jnp.arange(37)[:, None] - jnp.arange(37)), masked)
-    expected = exact_max_logits(q, k, is_causal=True)
-    np.testing.assert_allclose(dot_product_attention(q, k, k, bias, tau=tau)[1], expected, rtol=1e-6)
-    half = jnp.arange(37) < 20
-    _, both = dot_product_attention(q, k, k, bias, half[None, None, None], tau=tau)
-    np.testing.assert_allclose(both, exact_max_logits(q, k, mask=half, is_causal=True), rtol=1e-6)
+@jax.jit
+def maxima_under_bias(q, k, bias, keep):
+    """Of both measures, without a mask of bool and with one."""
+    return [dot_product_attention(q, k, k, bias, mask, tau=tau)[1] for mask in (None, keep) for tau in (None, 0.1)]
+
+
+@pytest.mark.parametrize(("dtype", "masked"), FORBIDDING)
+def test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part(dtype, masked):
+    """It counts as the dense boolean mask of its forbidden pairs."""
+    q, k = random_qk(dtype=dtype)
+    distance = abs(jnp.arange(37)[:, None] - jnp.arange(37)) / 36
+    bias = jnp.where(causal(q, k), (LOWEST_BIAS * distance).astype(dtype), jnp.asarray(masked, dtype))
+    half = np.broadcast_to(np.arange(37) < 20, (1, 1, 1, 37))
+    dense = [dense_maxima(q, k, allowed=causal(q, k) & mask) for mask in (True, half)]
+    for maxima, expected in zip(maxima_under_bias(q, k, bias, jnp.asarray(half)), np.repeat(dense, 2, 0), strict=True):
+        np.testing.assert_allclose(maxima, expected, rtol=1e-5)
 
 
 # Errors

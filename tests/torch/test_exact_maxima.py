@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from masked_values import FORBIDDING, LOWEST_BIAS
 from tiny_attention import dense_max_logits
 
-from muonclip.torch import AttentionMask, MaxLogits
+from muonclip.torch import AttentionMask, MaxLogits, attention, measure_max_logits
 from muonclip.torch.logits import exact_maxima
 
 HEADS, GROUPS, LENGTH, WIDTH = 4, 2, 23, 6
@@ -103,6 +104,41 @@ def test_forwards_accumulate(seed, threshold):
     assert exact[expected > threshold * (1 + 1e-5)].all()
     np.testing.assert_allclose(statistic.maximum[exact], expected[exact], rtol=3e-6)
     assert (statistic.bound.numpy() >= expected * (1 - 1e-6)).all()
+
+
+def by_tiles(q, k, mask, lse):
+    return measure_max_logits(q, k, scale=0.4, mask=mask)
+
+
+def by_rows(q, k, mask, lse):
+    statistic = MaxLogits(HEADS)
+    statistic.observe(q, k, scale=0.4, mask=mask, lse=lse)
+    return statistic.maximum
+
+
+def by_norms(q, k, mask, lse):
+    return by_rows(q, k, mask, None)
+
+
+def by_attention(q, k, mask, lse):
+    statistic = MaxLogits(HEADS)
+    attention(q, k, k, scale=0.4, attn_mask=mask.attn_mask.to(q.dtype), max_logits=statistic)
+    return statistic.maximum
+
+
+@pytest.mark.parametrize(("dtype", "masked"), FORBIDDING)
+@pytest.mark.parametrize("source", [by_tiles, by_rows, by_norms, by_attention])
+def test_whatever_forbids_a_pair_does_so_for_every_source(source, dtype, masked):
+    """A mask of floats counts as the dense boolean mask of its forbidden pairs; a bias is not a mask."""
+    dtype = getattr(torch, dtype)
+    q, k = case(0, dtype)
+    allowed = torch.rand(1, HEADS, LENGTH, LENGTH) < 0.2
+    bias = torch.linspace(LOWEST_BIAS, 0, LENGTH)[:, None]
+    mask = AttentionMask(LENGTH, LENGTH, attn_mask=torch.where(allowed, bias.to(dtype), masked))
+    seen = source(q, k, mask, lse_of(q, k, 0.4, allowed))
+    expected = truth(q, k, 0.4, allowed.expand(2, -1, -1, -1).numpy())
+    np.testing.assert_allclose(seen.double().numpy(), expected, rtol=1e-5)
+    assert (truth(q, k, 0.4, np.ones((2, HEADS, LENGTH, LENGTH), dtype=bool)) > 1.05 * expected).any()
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked_values import FORBIDDING, LOWEST_BIAS
 from tiny_attention import dense_max_logits
 
 from muonclip.torch import AttentionMask, measure_max_logits
@@ -122,12 +123,6 @@ def random_masks(batch, heads, rows, columns, seed=0):
     bias = torch.randn(rows, columns) * 50
     window = int(generator.integers(1, 6))
 
-    def lowest(dtype, masked):
-        """Allowed pairs at 0.4 times the lowest number, the others at `masked` times it: half of it divides them."""
-        least = torch.finfo(dtype).min
-        values = torch.full((rows, columns), 0.4 * least, dtype=dtype)
-        return values.masked_fill(~torch.from_numpy(pairs), masked * least)
-
     masks = {
         "none": ({}, True),
         "causal": (dict(is_causal=True), j <= i),
@@ -142,10 +137,6 @@ def random_masks(batch, heads, rows, columns, seed=0):
         "padding of queries": (dict(attn_mask=torch.from_numpy(queries)), queries),
         "of heads": (dict(attn_mask=torch.from_numpy(head)), head),
         "bias": (dict(attn_mask=torch.where(torch.from_numpy(pairs), bias, -INF)), pairs),
-        "lowest float32": (dict(attn_mask=lowest(torch.float32, 1)), pairs),
-        "lowest float16": (dict(attn_mask=lowest(torch.float16, 0.6)), pairs),
-        "lowest bfloat16": (dict(attn_mask=lowest(torch.bfloat16, 0.6)), pairs),
-        "lowest float64": (dict(attn_mask=lowest(torch.float64, 1)), pairs),
     }
     if rows == columns:
         documents = np.sort(generator.integers(0, 4, (batch, rows)), axis=1)
@@ -171,6 +162,17 @@ def test_is_exact_under_every_mask(head_maxima, shape, mask):
     maximum, bound = head_maxima(q, k, **arguments)
     assert_maxima(maximum, exact_maxima(q, k, allowed))
     np.testing.assert_array_equal(bound, maximum)
+
+
+@pytest.mark.parametrize(("dtype", "masked"), FORBIDDING)
+def test_whatever_forbids_a_pair_does_so(head_maxima, dtype, masked):
+    """A mask of floats counts as the dense boolean mask of its forbidden pairs; a bias is not a mask."""
+    q, k = random_qk("gqa")
+    allowed = torch.rand(70, 70) < 0.3
+    mask = torch.where(allowed, torch.linspace(LOWEST_BIAS, 0, 70).to(getattr(torch, dtype)), masked)
+    expected = exact_maxima(q, k, allowed.numpy())
+    assert_maxima(head_maxima(q, k, attn_mask=mask)[0], expected)
+    assert (exact_maxima(q, k) > 1.05 * expected).any()
 
 
 @settings(max_examples=25)

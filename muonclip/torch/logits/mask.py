@@ -9,8 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-MASKED = -9999.0
-"""What is added to a logit to forbid a pair is this or lower: −inf, the lowest number of a dtype, −1e9, −1e4."""
+from muonclip.core.attention_mask import is_masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,8 @@ class AttentionMask:
     - `is_causal`: query i sees keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
     - `window`: query i sees keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
     - `document_ids`: int [B, T]; a query sees the keys of its own document.
-    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits (−inf, and what
-      is as good as that, from −9999 down: masked). Padding is `keep[:, None, None, :]`.
+    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
+      (`muonclip.core.attention_mask` says which values forbid a pair). Padding is `keep[:, None, None, :]`.
 
     Raises ValueError for masks of other shapes and dtypes.
     """
@@ -138,7 +137,7 @@ def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:
 
 
 def _is_allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > MASKED
+    return mask if mask.dtype == torch.bool else ~is_masked(mask)
 
 
 def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from muonclip.torch.logits.mask import MASKED
+from muonclip.core.attention_mask import is_masked
 
 _FILLED = -1e8  # no logit is so low; what masked_fill puts there is −inf, the lowest number of the dtype, or −1e9
 
@@ -213,5 +213,5 @@ def _finish(score: Score, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Writ
     logits = logits[..., :keys]  # what stands behind is a sink
     allowed = logits > max(torch.finfo(logits.dtype).min / 2, _FILLED)
     for added in score.added:
-        allowed = allowed & (added[..., :keys] if added.shape[-1] > 1 else added).gt(MASKED)
+        allowed = allowed & ~is_masked(added[..., :keys] if added.shape[-1] > 1 else added)
     return WrittenOut(score.q, score.k, score.scale, allowed | logits.isnan(), problem, score.place)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muonclip.core.attention_mask import MASKED
 from muonclip.torch.logits.mask import AttentionMask
 
 _BLOCK_ROWS, _BLOCK_COLUMNS, _BLOCK_WIDTH = 64, 64, 32
@@ -50,7 +51,7 @@ def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floo
 
     key_norms = _norms(k).amax(-1).repeat_interleave(heads // groups, 1)
     row_bounds = _norms(q) * (key_norms * (abs(scale) * _ROUNDING_MARGIN))[..., None]
-    documents, attn_mask, threshold = _expanded(mask, q.shape, key_length)
+    documents, attn_mask, highest_masked = _expanded(mask, q.shape, key_length)
     maximum, bound = torch.empty(2, heads, batch * blocks, dtype=torch.float32, device=q.device)
     strides = (
         *q.stride(),
@@ -67,7 +68,7 @@ def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floo
             q, k, row_bounds, floor, documents, attn_mask, maximum, bound, *strides,
             scale=scale, batch=batch, blocks=blocks, queries_per_key=heads // groups,
             query_length=query_length, key_length=key_length, window=min(mask.window or longest, longest),
-            IS_CAUSAL=mask.is_causal, MASK_THRESHOLD=threshold, WIDTH=width,
+            IS_CAUSAL=mask.is_causal, HIGHEST_MASKED=highest_masked, WIDTH=width,
             BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, BLOCK_WIDTH=_BLOCK_WIDTH,
         )  # fmt: skip
     return maximum.amax(-1), bound.amax(-1)
@@ -82,18 +83,16 @@ def _norms(x: Tensor) -> Tensor:
 def _expanded(
     mask: AttentionMask, query_shape: torch.Size, key_length: int
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """Document ids [B, T], attn_mask [B, H, Tq, Tk] without copies, and above which of its values a pair is allowed."""
+    """Document ids [B, T], attn_mask [B, H, Tq, Tk] uncopied, and the highest of its values that forbids a pair."""
     batch, heads, query_length, _ = query_shape
-    documents, attn_mask, threshold = mask.document_ids, mask.attn_mask, 0
+    documents, attn_mask, highest_masked = mask.document_ids, mask.attn_mask, MASKED
     if documents is not None:
         documents = documents.expand(batch, query_length)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask.view(torch.uint8)
-        else:
-            threshold = torch.finfo(attn_mask.dtype).min / 2
+            attn_mask, highest_masked = attn_mask.view(torch.uint8), 0
         attn_mask = attn_mask.expand(batch, heads, query_length, key_length)
-    return documents, attn_mask, threshold
+    return documents, attn_mask, highest_masked
 
 
 @triton.jit
@@ -105,7 +104,7 @@ def _head_maxima(
     document_batch, document_row,
     mask_batch, mask_head, mask_row, mask_column,
     scale, batch, blocks, queries_per_key, query_length, key_length, window,
-    IS_CAUSAL: tl.constexpr, MASK_THRESHOLD: tl.constexpr, WIDTH: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HIGHEST_MASKED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row block of one head and batch entry; after the tensors stand their strides. Offsets are 64 bits wide."""
@@ -164,7 +163,7 @@ def _head_maxima(
                 allowed &= row_documents[:, None] == column_documents[None, :]
             if attn_mask is not None:
                 values = tl.load(mask_rows + columns_64[None, :] * mask_column, mask=allowed, other=0)
-                allowed &= values > MASK_THRESHOLD
+                allowed &= ~(values <= HIGHEST_MASKED)  # `is_masked`; false of NaN
             scores = tl.where(allowed, scores * scale, float("-inf"))
             best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
         maximum = _amax(best)
