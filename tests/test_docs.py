@@ -323,7 +323,9 @@ def test_the_figures_of_the_two_frameworks_are_those_recorded():
         torch_, jax_ = ([runs[f, arm, seed]["final_val_loss"] for seed in range(4)] for f in ("torch", "jax"))
         apart.append(fmean(abs(a - b) for a, b in zip(torch_, jax_, strict=True)))
         seeds_apart.append(fmean(abs(a - b) for a, b in combinations(torch_, 2)))
-    words = "lie {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) nats apart on average, those of two PyTorch seeds "
+    words = (
+        "differ by {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) nats on average, those of two PyTorch seeds by "
+    )
     assert words.format(*apart) + "{:.3f}, {:.3f} and {:.3f}".format(*seeds_apart) in " ".join(text.split())
 
 

@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("muonclip", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+GENERATED = {ROOT / "docs" / name for name in ("evidence/reading.md", "optax-speed/cpu.md", "scaling/scaling.md")}
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path not in GENERATED]
+FENCE = re.compile(r"^( *)```.*\n(?:.*\n)*?\1```$", re.MULTILINE)
 
 # With one of these a first sentence leans on something that is not shown with it.
 FRAGMENT = re.compile(
@@ -87,6 +90,11 @@ def name_of(path):
 @pytest.mark.parametrize("path", [path for path in FILES if not name_of(path).startswith(TO_DO)], ids=name_of)
 def test_docstrings_stand_alone(path):
     assert not list(offences(path))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_pages_say_it_in_the_words_of_the_field(path):
+    assert not list(stale_words(FENCE.sub("", path.read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize(
