@@ -1,4 +1,4 @@
-"""Which numbers forbid a pair of query and key.
+"""The numbers that forbid a pair of query and key.
 
 A float mask is added to the logits, and written-out attention fills numbers in for them. Models forbid with −inf, with
 the lowest number of a dtype (float16: −65504), with −1e9, or with −1e4 (GPT-2, Megatron). A bias (ALiBi: down to a few
@@ -14,7 +14,7 @@ MASKED = -9984.0
 
 
 def is_masked(value: Array | float) -> Array | bool:
-    """Whether a value forbids the pair that it is added to, or filled in for: bool, element by element.
+    """Tell whether a value forbids the pair that it is added to, or filled in for: bool, element by element.
 
     Ask it of the tensor or number that was added or filled in, not of the logits that come out: the same number may be
     a mask in one and a small logit in the other. NaN forbids nothing.
