@@ -2,7 +2,7 @@ import gc
 
 import pytest
 
-from muonclip.torch.observe import calls as interception
+from muonclip.torch.observe.calls import of_thread
 from muonclip.torch.observe.patches import Doors
 
 
@@ -10,8 +10,8 @@ from muonclip.torch.observe.patches import Doors
 def nobody_listens_any_more():
     """Whatever ended a forward, nothing of it goes on listening."""
     yield
-    assert not interception._listeners
-    assert not interception._trackers
+    assert not of_thread.listeners
+    assert not of_thread.trackers
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -62,7 +63,7 @@ class Watch:
         self.version = 0
         self._rehearsals: list[Rehearsal] = []
         self._rehearsed: dict[str, int] = {}  # how often, by the name of the module that a forward began with
-        self._depth = 0
+        self._running = _Running()
         self._unclaimed = Unclaimed()
         self._replace_others()
         self._open()
@@ -133,9 +134,9 @@ class Watch:
         """A module begins to run."""
         if module is self.model:
             end_listening(self._unclaimed, *self._observers.observers())  # of a forward that was interrupted
-            self._depth = 0
-        self._depth += 1
-        if self._depth > 1 or not torch.is_grad_enabled():
+            self._running.modules = 0
+        self._running.modules += 1
+        if self._running.modules > 1 or not torch.is_grad_enabled():
             return
         self.on_forward()
         if module is self.model:
@@ -157,7 +158,7 @@ class Watch:
 
     def end(self, module: nn.Module) -> None:
         """A module has run, or has raised."""
-        self._depth = 0 if module is self.model else max(self._depth - 1, 0)
+        self._running.modules = 0 if module is self.model else max(self._running.modules - 1, 0)
         if module is self.model:
             end_listening(self._unclaimed)
 
@@ -234,11 +235,17 @@ class Watch:
         for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
             setattr(twin, name, getattr(self, name))
         twin._rehearsals, twin._rehearsed = [], dict(self._rehearsed)
-        twin._depth, twin._unclaimed = 0, Unclaimed()
+        twin._running, twin._unclaimed = _Running(), Unclaimed()
         for module in twin.model.modules():
             _watched[module] = weakref.ref(twin)
         twin._open()
         return twin
+
+
+class _Running(threading.local):
+    """How many modules of a model the thread is inside of."""
+
+    modules = 0
 
 
 def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -> QKProjection:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,12 +41,16 @@ class Rehearsal:
     statistics: dict[int, MaxLogits]
 
 
-_rehearsing = False
+class _OfThread(threading.local):
+    rehearsing = False
+
+
+_of_thread = _OfThread()
 
 
 def is_rehearsing() -> bool:
-    """Whether a rehearsal is running, whose modules are copies."""
-    return _rehearsing
+    """Whether this thread runs a rehearsal, whose modules are copies."""
+    return _of_thread.rehearsing
 
 
 def has_a_foreign_forward(module: nn.Module) -> bool:
@@ -59,11 +64,10 @@ def rehearse(
 ) -> Rehearsal:
     """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
     `prefix`: of the names. `training`: the mode of the copy."""
-    global _rehearsing
     with ExitStack() as stack:
         Doors.open(model)
         stack.callback(Doors.close)
-        stack.enter_context(_random_state_kept())
+        stack.enter_context(_process_state.kept())
         check_size(model.parameters())
         stand_ins = StandIns()
         shadows: dict[int, Any] = {}
@@ -81,11 +85,10 @@ def rehearse(
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 places.setdefault(id(shadows[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
         recorder = Recorder(twin, prefix)
-        _rehearsing = True
-        stack.callback(_stop_rehearsing)
+        _of_thread.rehearsing = True
+        stack.callback(setattr, _of_thread, "rehearsing", False)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(listening(recorder))
         with recorder:
             twin(*args, **kwargs)
@@ -96,11 +99,6 @@ def rehearse(
             {key: place for key, place in places.items() if key in kept},
             {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
         )
-
-
-def _stop_rehearsing() -> None:
-    global _rehearsing
-    _rehearsing = False
 
 
 def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
@@ -155,6 +153,32 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         if type(value) in (list, tuple):
             return type(value)(_copied(item, memo) for item in value)
         return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
+
+
+class _ProcessState:
+    """What a rehearsal changes for the whole process, from the first one that runs to the last: random numbers are put
+    back, and nothing is compiled. Rehearsals in several threads would put back what another has changed."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._changes = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._changes.enter_context(_random_state_kept())
+                self._changes.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._changes.close()
+
+
+_process_state = _ProcessState()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -37,23 +38,26 @@ class HeadsOfRank(Protocol):
         ...
 
 
-_unobserved = False
+class _OfThread(threading.local):
+    unobserved = False
+
+
+_of_thread = _OfThread()
 
 
 def is_unobserved() -> bool:
-    """Whether what runs is no forward of the training, but an engine's trial for shapes alone."""
-    return _unobserved
+    """Whether what this thread runs is not a forward of the training, but an engine's trial for shapes alone."""
+    return _of_thread.unobserved
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """No statistic takes in what runs within."""
-    global _unobserved
-    before, _unobserved = _unobserved, True
+    """No statistic takes in what this thread runs within."""
+    before, _of_thread.unobserved = _of_thread.unobserved, True
     try:
         yield
     finally:
-        _unobserved = before
+        _of_thread.unobserved = before
 
 
 class MaxLogits:
@@ -135,7 +139,7 @@ class MaxLogits:
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
         first = self.first_of(len(maxima))
-        if _unobserved:
+        if _of_thread.unobserved:
             return
         self.follow(maxima)
         maxima = maxima.float()
@@ -151,7 +155,7 @@ class MaxLogits:
         `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known.
         `heads` are all of them, or this rank's."""
         first = self.first_of(q.shape[1])
-        if _unobserved:
+        if _of_thread.unobserved:
             return
         self.follow(q)
         take = observe_opaquely if torch.compiler.is_compiling() else observe

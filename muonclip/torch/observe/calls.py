@@ -12,6 +12,7 @@ say who listens: the `Observer` of the module that is running. Nothing else of t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -44,23 +45,32 @@ class Listener(Protocol):
     def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any: ...
 
 
-_listeners: list[Listener | None] = []
+class _OfThread(threading.local):
+    """Who listens in the thread that runs: attention of another thread is another model's, or nobody's. The threads in
+    which autograd recomputes a module run its hooks, which say so there."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener | None] = []
+        self.trackers: list[tuple[Observer, ScoreTracker]] = []
+
+
+of_thread = _OfThread()
 
 
 def listener() -> Listener | None:
     """Who listens now; an `Observer` does not where gradients are off."""
-    who = _listeners[-1] if _listeners else None
+    who = of_thread.listeners[-1] if of_thread.listeners else None
     return who if who is not None and (torch.is_grad_enabled() or not who.only_with_gradients) else None
 
 
 @contextmanager
 def listening(who: Listener | None) -> Iterator[None]:
     """Attention within is seen by `who`; by nobody with None."""
-    _listeners.append(who)
+    of_thread.listeners.append(who)
     try:
         yield
     finally:
-        _listeners.pop()
+        of_thread.listeners.pop()
 
 
 class Observer:
@@ -135,7 +145,7 @@ class Observer:
             return call()
 
     def written(self, found: WrittenOut) -> None:
-        if torch.is_grad_enabled() and _listeners and _listeners[-1] is self:
+        if torch.is_grad_enabled() and of_thread.listeners and of_thread.listeners[-1] is self:
             self.see(found.q, found.k, found.scale, attn_mask=found.allowed)
 
     def __deepcopy__(self, memo: object) -> None:
@@ -254,14 +264,16 @@ class Unclaimed:
 
 
 def begin_listening(who: Listener) -> None:
-    _listeners.append(who)
+    of_thread.listeners.append(who)
 
 
 def end_listening(*whom: object) -> None:
     """Take these off, wherever they stand: an interrupted forward may have left them."""
-    _listeners[:] = [each for each in _listeners if each not in whom]
-    while _trackers and _trackers[-1][0] in whom:
-        _trackers.pop()[1].__exit__(None, None, None)
+    if not of_thread.listeners:
+        return
+    of_thread.listeners[:] = [each for each in of_thread.listeners if each not in whom]
+    while of_thread.trackers and of_thread.trackers[-1][0] in whom:
+        of_thread.trackers.pop()[1].__exit__(None, None, None)
 
 
 class Hooks:
@@ -310,28 +322,26 @@ def attach(module: nn.Module, observer: Observer, hooks: Hooks) -> None:
     hooks.put_on(module)
 
 
-_trackers: list[tuple[Observer, ScoreTracker]] = []
-
-
 def enter(module: nn.Module, args: Any) -> None:
     """The module begins to run."""
     observer = module.__dict__.get(_OBSERVER)
     if observer is None:  # a copy of an observed module
         return
     observer.calls = 0
-    _listeners.append(observer)
+    of_thread.listeners.append(observer)
     if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
         tracker = ScoreTracker(observer.written)
         tracker.__enter__()
-        _trackers.append((observer, tracker))
+        of_thread.trackers.append((observer, tracker))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     observer = module.__dict__.get(_OBSERVER)
-    if observer is None or not _listeners or _listeners[-1] is not observer:
+    listeners, trackers = of_thread.listeners, of_thread.trackers
+    if observer is None or not listeners or listeners[-1] is not observer:
         return
-    _listeners.pop()
-    if _trackers and _trackers[-1][0] is observer and not torch.compiler.is_compiling():
-        _trackers.pop()[1].__exit__(None, None, None)
+    listeners.pop()
+    if trackers and trackers[-1][0] is observer and not torch.compiler.is_compiling():
+        trackers.pop()[1].__exit__(None, None, None)
     if output is not None:  # as it is where the module has raised
         observer.check_calls()

@@ -10,6 +10,7 @@ is masked where the mask or the result is hugely negative.
 from __future__ import annotations
 
 import numbers
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,13 +99,12 @@ class ScoreTracker(TorchFunctionMode):
 
     def inside(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a function of torch that is made of others, and see those."""
-        names = F.__dict__
-        asks, names["has_torch_function"] = names["has_torch_function"], lambda *_: False  # or it comes here for ever
-        try:
-            with self:
-                return func(*args, **kwargs)
-        finally:
-            names["has_torch_function"] = asks
+        # With names of its own, among them one that keeps it from coming here for ever; other threads keep theirs.
+        names = {**func.__globals__, "has_torch_function": lambda *_: False}
+        own = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        own.__kwdefaults__ = func.__kwdefaults__
+        with self:
+            return own(*args, **kwargs)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         if func in _PRODUCTS or func is torch.einsum:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -45,14 +46,32 @@ def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Doors:
-    """Open from the first user to the last."""
+    """Open from the first user to the last, in all threads."""
 
+    _lock = threading.RLock()
     _users = 0
     _standing: ClassVar[list[tuple[Any, str, Any, Any]]] = []  # holder, name, the door, what stood there
 
     @classmethod
     def open(cls, model: nn.Module) -> None:
         """Put the doors where `model` will look."""
+        with cls._lock:
+            cls._open(model)
+
+    @classmethod
+    def close(cls) -> None:
+        """One user less. What somebody else has put in the place of a door stays."""
+        with cls._lock:
+            cls._users -= 1
+            if cls._users:
+                return
+            for holder, name, door, original in reversed(cls._standing):
+                if vars(holder).get(name) is door:
+                    setattr(holder, name, original)
+            cls._standing.clear()
+
+    @classmethod
+    def _open(cls, model: nn.Module) -> None:
         standing = F.scaled_dot_product_attention
         if (getattr(standing, "__module__", None) or "").startswith("torch.distributed"):
             raise ValueError(PARTS_OF_SEQUENCES)
@@ -69,17 +88,6 @@ class Doors:
             from muonclip.torch.observe import huggingface as huggingface_attention
 
             cls._put(*huggingface_attention.interface_door())
-
-    @classmethod
-    def close(cls) -> None:
-        """One user less. What somebody else has put in the place of a door stays."""
-        cls._users -= 1
-        if cls._users:
-            return
-        for holder, name, door, original in reversed(cls._standing):
-            if vars(holder).get(name) is door:
-                setattr(holder, name, original)
-        cls._standing.clear()
 
     @classmethod
     def _put(cls, holder: Any, name: str, door: Any) -> None:
