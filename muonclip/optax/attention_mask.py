@@ -1,4 +1,4 @@
-"""Which pairs of query and key an attention allows, in the terms of `jax.nn.dot_product_attention`, tile by tile.
+"""The pairs of query and key that an attention allows, in the terms of `jax.nn.dot_product_attention`, tile by tile.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head width.
 """
@@ -22,7 +22,7 @@ SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
 
 @dataclass(frozen=True, slots=True)
 class AttentionMask:
-    """The intersection of what is given, checked, every array with a batch axis."""
+    """The pairs of query and key that every given condition allows; checked, every array with a batch axis."""
 
     lengths: tuple[int, int]
     """T, S."""
@@ -34,7 +34,7 @@ class AttentionMask:
     """(left, right): i − left ≤ j ≤ i + right."""
     query_lengths: Array | None
     key_lengths: Array | None
-    """int [B]: what stands behind is padding."""
+    """Numbers of keys, int [B]; the positions from there on are padding."""
     segments: tuple[Array, Array] | None
     """int [B or 1, T], [B or 1, S]: equal numbers attend to each other."""
 
@@ -49,7 +49,10 @@ class AttentionMask:
         window: Window,
         segment_ids: SegmentIds,
     ) -> AttentionMask:
-        """What is given to an attention with logits of shape [B, H, T, S]. Raises ValueError if it does not fit."""
+        """Read the masks given to an attention with logits of shape [B, H, T, S].
+
+        Raises ValueError if they do not fit.
+        """
         batch, _, *lengths = shape
         for name, each in (("query_seq_lengths", query_lengths), ("key_value_seq_lengths", key_lengths)):
             if each is not None and jnp.shape(each) != (batch,):
@@ -65,9 +68,10 @@ class AttentionMask:
         )
 
     def tiles(self, height: int, width: int) -> np.ndarray:
-        """int32 [tiles, 2]: first query and first key of the tiles in which causality and window leave a pair.
+        """Return int32 [tiles, 2]: first query and first key of the tiles in which causality and window allow a pair.
 
-        The last ones lie within the sequence, over their neighbours: what is seen twice does not change a maximum.
+        The last ones are moved back into the sequence, over their neighbours: a pair seen twice does not change a
+        maximum.
         """
         rows, columns = (
             np.minimum(np.arange(0, length, size), length - size)
@@ -80,7 +84,7 @@ class AttentionMask:
         return np.stack((row[near], column[near]), -1).astype(np.int32)
 
     def allowed(self, row: Array, column: Array, height: int, width: int, groups: int) -> Array | None:
-        """bool, broadcastable to [B, G, H / G, height, width]: the pairs of one tile. None: all."""
+        """Return the allowed pairs of one tile, bool, broadcastable to [B, G, H / G, height, width]; None: all."""
         i, j = row + jnp.arange(height)[:, None], column + jnp.arange(width)
         conditions: list[Array] = []
         if self.is_causal:
@@ -102,7 +106,7 @@ class AttentionMask:
 
 
 def cut(x: Array, axis: int, start: Array, size: int) -> Array:
-    """x[start : start + size] along `axis`; x itself where it has one entry for all."""
+    """Return x[start : start + size] along `axis`, or x itself where it has one entry for all."""
     return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 

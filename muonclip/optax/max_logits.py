@@ -2,18 +2,19 @@
 
     S_h = scale · max over allowed pairs of q_i · k_j          (Kimi K2, arXiv 2507.20534, §2.1)
 
-signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows. What is
-returned is what `muonclip.optax.qk_clip` takes as `max_logits`. Under `jax.jit` the maximum is over the whole batch,
-however it is sharded; inside `jax.shard_map` it is the shard's: take `jax.lax.pmax` of it.
+S is signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows. The
+functions return what `muonclip.optax.qk_clip` takes as `max_logits`. Under `jax.jit` the maximum is over the whole
+batch, however it is sharded; inside `jax.shard_map` it is the shard's: take `jax.lax.pmax` of it.
 
 Shapes: B batch (the axis may be absent), T queries, S keys, H query heads, G key heads (G divides H), d head width.
 Arguments have the meaning they have in `jax.nn.dot_product_attention`:
 
 - `mask`: bool, broadcastable to [B, H, T, S]; True attends.
 - `is_causal`: key j ≤ query i, both counted from their start.
-- `query_seq_lengths`, `key_value_seq_lengths`: int [B]; what stands behind is padding.
+- `query_seq_lengths`, `key_value_seq_lengths`: int [B]; the positions from there on are padding.
 - `local_window_size`: (left, right), or one number for both: i − left ≤ j ≤ i + right.
-- `segment_ids` (not in the host's): int [B, T], or a tuple of [B, T] and [B, S]: equal numbers attend to each other.
+- `segment_ids` (not an argument of JAX's): int [B, T], or a tuple of [B, T] and [B, S]: equal numbers attend to each
+  other.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ def exact_max_logits(
     segment_ids: SegmentIds = None,
     block_size: int = 256,
 ) -> Array:
-    """The exact maxima [H], in float32 (float64 for float64); no gradient passes.
+    """Compute the exact maxima [H], in float32 (float64 for float64); no gradient passes.
 
-    query: [B, T, H, d], key: [B, S, G, d]. `scale`: from q · k to a logit, None: 1/√d. Logits are held for one tile of
-    `block_size` queries and keys at a time; tiles that `is_causal` and the window exclude are not computed. A head
-    without an allowed pair gives −inf; NaN is kept. Raises ValueError for shapes that do not fit together.
+    `query`: [B, T, H, d], `key`: [B, S, G, d]. `scale`: from q · k to a logit, None: 1/√d. Masks: as in
+    `jax.nn.dot_product_attention`; `segment_ids`, int [B, T] or a tuple of [B, T] and [B, S]: equal numbers attend to
+    each other. Logits are held for one tile of `block_size` queries and keys at a time; tiles that `is_causal` and the
+    window exclude are not computed. A head without an allowed pair gives −inf; NaN is kept. Raises ValueError for
+    shapes that do not fit together.
     """
     pairs = AttentionMask.read(
         _logits_shape(query, key), mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
@@ -74,14 +77,14 @@ def certified_max_logits(
     segment_ids: SegmentIds = None,
     block_size: int = 256,
 ) -> Array:
-    """`exact_max_logits` where a head may exceed τ; −inf, which is quiet, for all heads where none can.
+    """Compute what `exact_max_logits` does where a head may exceed τ; return −inf for all heads where none can.
 
         S ≤ |scale| · max|q_i| · max|k_j|        S ≤ max LSE_i        (Cauchy–Schwarz; log-sum-exp of a row)
 
-    Whether one of the bounds is at most τ for every head, rounding included, costs no product of queries and keys; a
-    bound is never reported. `lse`: float32 [B, T, H], of the scaled logits under this mask and nothing else: no soft
-    cap, bias or sink. Under `jax.vmap` the choice becomes a select, and the maxima are computed always.
-    Raises ValueError for τ ≤ 0 and for an `lse` narrower than float32.
+    To find that one of the bounds is at most τ for every head, rounding included, takes no product of queries and keys;
+    a bound is never reported. `lse`: float32 [B, T, H], of the scaled logits under this mask and nothing else: no soft
+    cap, bias or sink. Under `jax.vmap` the choice becomes a select, and the maxima are always computed. Raises
+    ValueError for τ ≤ 0 and for an `lse` narrower than float32.
     """
     if isinstance(tau, numbers.Real | np.number):
         check_tau(float(tau))
@@ -116,12 +119,12 @@ def dot_product_attention(
     local_window_size: Window = None,
     implementation: Literal["xla", "cudnn"] | None = None,
 ) -> tuple[Array, Array]:
-    """`jax.nn.dot_product_attention`, and beside its output the maxima [H].
+    """Return the output of `jax.nn.dot_product_attention`, and the maxima [H].
 
-    `tau`: None computes every maximum; a number, only where norms do not hold all heads at or below it. (The host's
-    log-sum-exp is left alone: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and under
-    `jax.jit` asking for it changes the output's last bits.)
-    A bias is not part of S; values of it that forbid a pair (`muonclip.core.attention_mask`) are a mask.
+    `tau`: None computes every maximum; a number, only where norms do not bound all heads by it. (JAX's own log-sum-exp
+    is not used: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and under `jax.jit` requesting
+    it changes the output's last bits.) A bias is not part of S; values of it that forbid a pair
+    (`muonclip.core.attention_mask`) are a mask.
     """
     masks: dict[str, Any] = dict(
         is_causal=is_causal,
@@ -169,7 +172,7 @@ def _exact(query: Array, key: Array, scale: float | None, pairs: AttentionMask, 
 
 
 def _norm_bounds(query: Array, key: Array, scale: float | None) -> Array:
-    """[H]: what no logit of a head exceeds, by norms, also as `_exact` rounds it."""
+    """Return an upper bound [H] of the logits of each head, by norms, also of logits as `_exact` rounds them."""
     query, key = jax.lax.stop_gradient((_batched(query), _batched(key)))
     dtype = _statistic_dtype(query, key)
     *_, heads, width = query.shape
@@ -185,7 +188,7 @@ def _norm_bounds(query: Array, key: Array, scale: float | None) -> Array:
 
 
 def _lse_bounds(query: Array, lse: Array, norm_bounds: Array) -> Array:
-    """[H]: the same by log-sum-exp.
+    """Return an upper bound [H] of the logits of each head, by log-sum-exp.
 
     The margin is what products can lose in a kernel that rounds float32 inputs to bfloat16, as the default precision of
     a TPU does. It is ample for the rounding of a log-sum-exp too: where that is needed, norms alone exceed τ.
@@ -202,12 +205,12 @@ def _lse_bounds(query: Array, lse: Array, norm_bounds: Array) -> Array:
 
 
 def _max(x: Array, axis: int | tuple[int, ...], initial: float = -math.inf) -> Array:
-    """The maximum, NaN where there is one: XLA's own reduction on the CPU loses some."""
+    """Return the maximum, or NaN where there is one: XLA's own reduction on the CPU loses some."""
     return jnp.where(jnp.isnan(x).any(axis), math.nan, x.max(axis, initial=initial))
 
 
 def _logits_shape(query: Array, key: Array) -> tuple[int, int, int, int]:
-    """[B, H, T, S]."""
+    """Return the shape of the logits, [B, H, T, S]."""
     if query.ndim not in (3, 4) or key.ndim != query.ndim:
         raise ValueError(
             f"query has shape {query.shape} and key {key.shape}; give [B, length, heads, d] both, or both without B."

@@ -1,4 +1,4 @@
-"""What scripts on many ranks use besides the optimizers: gradient clipping over meshes, and the plan of the update."""
+"""Functions for scripts on many ranks: gradient clipping over meshes, and the plan of the update."""
 
 from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
 from muonclip.torch.mesh.mesh import Mesh

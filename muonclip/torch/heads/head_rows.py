@@ -1,4 +1,4 @@
-"""Which rows of a weight belong to which heads, what of them this rank has, and scaling them.
+"""The rows of a weight that belong to each head: which of them this rank has, and scaling them.
 
 Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. Arithmetic on placements, without
 communication.
@@ -21,12 +21,13 @@ from muonclip.torch.mesh.shard_indices import local_indices
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
-    """The rows of one weight, and of its bias, that belong to each head: head h owns `size` rows from
-    `start + h · stride` (stride None: size, so heads stand next to each other), or the rows `index[h]` where they
-    follow no such rule.
+    """The rows of one weight, and of its bias, that belong to each head.
+
+    Head h owns `size` rows from `start + h · stride` (`stride` None: `size`, so that heads are adjacent), or the rows
+    `index[h]` where they follow no such rule; `index`: int64 [heads, size].
 
     `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
-    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`). `index`: int64 [heads, size].
+    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`).
     """
 
     module: nn.Module
@@ -41,7 +42,7 @@ class HeadRows:
 
     @classmethod
     def at(cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0) -> Self:
-        """The rows `index` [heads, size], by start and stride where they have them."""
+        """Make the rows `index` [heads, size], by start and stride where they follow one."""
         heads, size = index.shape
         index = index.sort(1).values.cpu()
         start = int(index[0, 0])
@@ -55,22 +56,25 @@ class HeadRows:
         return self.size if self.stride is None else self.stride
 
     def rows(self, device: torch.device | str) -> Tensor:
-        """int64 [heads, size]: the rows of each head."""
+        """Return the rows of each head, int64 [heads, size]."""
         if self.index is not None:
             return self.index.to(device)
         first = self.start + self.step * torch.arange(self.num_heads, device=device)
         return first[:, None] + torch.arange(self.size, device=device)
 
     def parameters(self) -> Iterator[tuple[Tensor, int]]:
-        """The weight and, where there is one, the bias, each with its axis of heads."""
+        """Yield the weight and, where there is one, the bias, each with its axis of heads."""
         yield getattr(self.module, self.weight), self.axis
         bias = getattr(self.module, self.bias, None) if self.bias else None
         if isinstance(bias, Tensor):
             yield bias, 0
 
     def of(self, parameter: Tensor, axis: int) -> Tensor:
-        """The parameter with `axis` counting heads and a last axis counting the rows of each; a view, but for rows
-        given by `index`. Of a DTensor, what this rank has; raises ValueError where `axis` is cut."""
+        """Return the parameter with `axis` counting heads and a last axis counting the rows of each.
+
+        The result is a view, except for rows given by `index`. Of a DTensor it is what this rank has; raises ValueError
+        where `axis` is sharded.
+        """
         if isinstance(parameter, DTensor):
             whole = parameter.shape[axis]
             parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
@@ -86,12 +90,12 @@ class HeadRows:
         return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
 
     def name_of(self, parameter: Tensor) -> str:
-        """For errors: the attribute and its module."""
+        """Name the attribute and its module, for errors."""
         attribute = self.weight if getattr(self.module, self.weight) is parameter else self.bias
         return f"{attribute} of {type(self.module).__name__}"
 
     def check(self, name: str) -> None:
-        """Raises ValueError where the weight does not have these rows, or is placed so that nobody knows where."""
+        """Raise ValueError where the weight does not have these rows, or its placements do not say where a row is."""
         weight = getattr(self.module, self.weight)
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
@@ -141,8 +145,10 @@ def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -
 
 
 def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRanges]:
-    """What this rank has of a parameter, to read and write in place, and which of the rows along `axis` these are, in
-    order. `name`: for the error. Raises ValueError for placements that do not say where a row is."""
+    """Return what this rank has of a parameter, to read and write in place, and which rows along `axis` these are.
+
+    `name`: for the error. Raises ValueError for placements that do not say where a row is.
+    """
     if not isinstance(parameter, DTensor):
         return parameter, ((0, parameter.shape[axis]),)
     check_placements(name, parameter)
@@ -155,7 +161,7 @@ def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRa
 
 
 def check_placements(name: str, parameter: Tensor) -> None:
-    """Raises ValueError where the placements of a parameter do not say where a row is."""
+    """Raise ValueError where the placements of a parameter do not say where a row is."""
     placements: Sequence[Placement] = parameter.placements if isinstance(parameter, DTensor) else ()
     unknown = [each for each in placements if not isinstance(each, Replicate | Shard | _StridedShard)]
     if unknown:
@@ -166,7 +172,7 @@ def check_placements(name: str, parameter: Tensor) -> None:
 
 
 def head_of_rows(rows: HeadRows, size: int, runs: IndexRanges, device: torch.device) -> Tensor:
-    """int64 [rows of the runs]: the head of each, `num_heads` for a row of none; of a weight with `size` rows."""
+    """Return the head of each row of the ranges, int64; `num_heads` for a row of none. The weight has `size` rows."""
     held = torch.cat([torch.arange(*run, device=device) for run in runs])
     if rows.index is not None:
         heads = torch.full((size,), rows.num_heads, device=device)

@@ -1,4 +1,4 @@
-"""One attention: the rows of weights behind its queries and keys, by the part they play, and how modules declare it."""
+"""The rows of weights behind the queries and keys of one attention, and how modules declare them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from muonclip.torch.logits.max_logits import MaxLogits
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QKProjection:
-    """One attention: the rows behind its heads by the part they play, and the statistic its forward fills.
+    """One attention: the rows behind its heads by the part they play, and the statistic that its forward fills.
 
     Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
     sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
-    fused weight can be split into its matrices; they are never scaled. With a `reason` nothing is, and the plan says
-    so: the attention is observed and reported only (QK-norm: scaling W changes nothing).
+    fused weight can be split into its matrices; they are never scaled. With a `reason` none is scaled, and the plan
+    gives the reason: the attention is observed and reported only (QK-norm: scaling W changes nothing). `kind` is a word
+    for the plan.
 
-    `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`.
+    `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`. Raises ValueError for
+    rows that the weights do not have, and for parts that do not fit together.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class QKProjection:
         self._tell_the_statistic()
 
     def _tell_the_statistic(self) -> None:
-        """Whose queries these are: under tensor parallelism a forward shows some of the heads."""
+        """Give the statistic the rows of the queries: under tensor parallelism a forward has some of the heads only."""
         for rows in (*self.query, *self.query_facing_shared):
             self.max_logits.query_heads = QueryHeads.of(rows)
             return
@@ -70,7 +72,7 @@ class QKProjection:
     def mha(
         cls, *, q: nn.Module, k: nn.Module, num_heads: int, max_logits: MaxLogits, v: nn.Module | None = None
     ) -> QKProjection:
-        """Multi-head attention: every head has its own query and key."""
+        """Declare multi-head attention: every head has its own query and key."""
         return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, max_logits=max_logits, v=v)
 
     @classmethod
@@ -84,8 +86,11 @@ class QKProjection:
         max_logits: MaxLogits,
         v: nn.Module | None = None,
     ) -> QKProjection:
-        """Grouped-query attention (one key head: multi-query). Where each key serves several queries, the query of a
-        loud head takes all of γ, so its quiet neighbours keep their weights."""
+        """Declare grouped-query attention (one key head: multi-query).
+
+        Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
+        same key keep their weights. Raises ValueError for numbers of heads that do not divide.
+        """
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
         query = (_whole("q", q, num_heads),)
@@ -108,8 +113,11 @@ class QKProjection:
         v_head_dim: int,
         max_logits: MaxLogits,
     ) -> QKProjection:
-        """Multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows per head (the up-projection,
-        or the only one), `kv` holds [k_nope | v] rows per head. The rotary key is shared and never touched."""
+        """Declare multi-head latent attention (DeepSeek-V2, V3; K2).
+
+        `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
+        head. The rotary key is shared and never scaled. Raises ValueError for weights of another number of rows.
+        """
         q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
         for name, module, stride in (("q", q, q_stride), ("kv", kv, kv_stride)):
             if _rows(module) != num_heads * stride:
@@ -129,7 +137,7 @@ class QKProjection:
         )
 
     def parts(self) -> Iterator[tuple[str, HeadRows]]:
-        """Every declared part with the side it is on: "query", "key" or "value"."""
+        """Yield every declared part with the side it is on: "query", "key" or "value"."""
         for rows in (*self.query, *self.query_facing_shared):
             yield "query", rows
         for rows in (*self.key, *self.shared_key):
@@ -138,22 +146,23 @@ class QKProjection:
             yield "value", rows
 
     def scaled_parts(self) -> tuple[HeadRows, ...]:
-        """What the clip may scale."""
+        """Return the parts that the clip may scale."""
         return () if self.reason else self.query + self.key + self.query_facing_shared
 
     def qk_parameters(self) -> list[Tensor]:
-        """Weights and biases behind queries and keys."""
+        """Return the weights and biases behind queries and keys."""
         return [p for side, rows in self.parts() if side != "value" for p, _ in rows.parameters()]
 
     def trains(self) -> bool:
-        """Whether queries or keys are trained; a frozen attention is neither scaled nor has to be observed."""
+        """Tell whether queries or keys are trained; a frozen attention is neither scaled nor has to be observed."""
         return any(parameter.requires_grad for parameter in self.qk_parameters())
 
 
 def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
-    """The declarations found in a model, each once: a wrapper that forwards its module's attributes declares it again.
+    """Return the declarations found in a model, by module name, each once.
 
-    Raises ValueError where two attentions share one statistic.
+    A wrapper that forwards its module's attributes declares it again. Raises ValueError where two attentions share one
+    statistic.
     """
     found: dict[str, QKProjection] = {}
     by_statistic: dict[int, str] = {}
@@ -177,7 +186,7 @@ def _places(projection: QKProjection) -> list[tuple[int, str, int]]:
 
 
 def out_axis(module: nn.Module | None) -> int:
-    """1 for GPT-2's `Conv1D`, whose weight is [in, out]; else 0."""
+    """Return the axis of the rows: 1 for GPT-2's `Conv1D`, whose weight is [in, out]; else 0."""
     return int(type(module).__name__ == "Conv1D")
 
 

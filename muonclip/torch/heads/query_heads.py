@@ -1,4 +1,4 @@
-"""Which heads the queries of a forward on this rank are: arithmetic on placements, without communication."""
+"""The heads that the queries of a forward on this rank are: arithmetic on placements, without communication."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from muonclip.torch.mesh.shard_indices import local_indices
 
 @dataclass(slots=True, eq=False)
 class QueryHeads:
-    """Which heads the queries of a forward are: under tensor parallelism those whose rows this rank has.
+    """The heads that the queries of a forward are: under tensor parallelism those whose rows this rank has.
 
-    It holds its module weakly, and copies of a model share what it says until a projection of the copy is made.
+    It holds its module weakly, and copies of a model share it until a projection of the copy is made.
     """
 
     module: weakref.ref[nn.Module]
@@ -30,12 +30,15 @@ class QueryHeads:
         return cls(weakref.ref(rows.module), replace(rows, module=_NO_MODULE))
 
     def count(self) -> int | None:
-        """How many heads this rank has; None where the weight of the queries is no DTensor now, inside the forward."""
+        """Return how many heads this rank has; None where the weight of the queries is not a DTensor in the forward."""
         weight = self._weight()
         return len(self._heads(weight, 0)) if isinstance(weight, DTensor) else None
 
     def first(self, count: int) -> int:
-        """The head with which this rank's `count` heads begin. Raises ValueError where these are not its heads."""
+        """Return the head with which this rank's `count` heads begin.
+
+        Raises ValueError where these are not its heads.
+        """
         weight = self._weight()
         if not isinstance(weight, DTensor):
             raise ValueError(
@@ -62,7 +65,7 @@ class QueryHeads:
         )
 
     def _heads(self, weight: DTensor, first_dim: int) -> list[int]:
-        """The heads that this rank has whole, by the mesh dimensions from the given one on."""
+        """Return the heads that this rank has whole, by the mesh dimensions from the given one on."""
         check_placements(self.rows.weight, weight)
         mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
         assert coordinate is not None, "a forward on a rank outside of the mesh"

@@ -1,5 +1,5 @@
-"""The statistic: the maximum attention logit of every head, its bounds, the masks it respects, the kernels that
-compute it, and attention that observes it.
+"""The statistic of QK-Clip: the maximum attention logit of every head.
 
-It knows queries and keys, no model and no weight.
+Here are its bounds, the masks it respects, the kernels that compute it, and attention that observes it. This package
+knows queries and keys, but no model and no weight.
 """

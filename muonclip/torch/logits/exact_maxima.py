@@ -1,10 +1,10 @@
-"""From queries and keys to exact maxima, computing only what a bound does not settle.
+"""Exact maximum logits from queries and keys, computing only what a bound does not decide.
 
     s_ij ≤ LSE_i        s_ij ≤ |scale| · |q_i| · max_j |k_j|          (log-sum-exp of the row; Cauchy–Schwarz)
 
 A row whose bound is at most a maximum already found cannot hold a larger one, and a head whose rows are all at most τ
-needs no clip. So the row with the largest bound is computed first; mostly it settles its head. What it leaves open is
-computed for a few more rows, then in tiles. A bound is never taken for a maximum: the two are kept apart.
+needs no clip. So the row with the largest bound is computed first; mostly it decides its head. Otherwise a few more
+rows are computed, then tiles. A bound is never used as a maximum: the two are stored separately.
 
 Shapes: B batch, H query heads, G key heads (G divides H), Tq queries, Tk keys, d head width.
 """
@@ -26,9 +26,10 @@ _FEW_ROWS = 64  # of one head, computed row by row; more of them are computed in
 
 @torch.no_grad()
 def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
-    """The exact maxima [H] of one attention in float32 (float64 for float64), in tiles, outside autocast and autograd.
+    """Compute the exact maxima [H] of one attention, in float32 (float64 for float64), outside autocast and autograd.
 
-    q: [B, H, Tq, d], k: [B, G, Tk, d]. A head with no allowed pair gives −inf; NaN is kept.
+    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d]. `scale`: from q · k to a logit. `mask`: the pairs that count. Logits are
+    computed tile by tile. A head with no allowed pair gives −inf; NaN is kept.
     """
     maxima = torch.full((q.shape[1],), -math.inf, dtype=statistic_dtype(q, k), device=q.device)
     with torch.autocast(q.device.type, enabled=False):
@@ -49,24 +50,24 @@ def observe(
     lse: Tensor | None,
     first: int = 0,
 ) -> None:
-    """Take one forward into the statistic `packed` (see `MaxLogits`), in place.
+    """Add one forward to the statistic `packed` (see `MaxLogits`), in place.
 
-    q: [B, H, Tq, d], k: [B, G, Tk, d]. Heads whose bound is at most `threshold` are certified only; −inf measures every
-    maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else. `first`: which head of the
-    statistic head 0 of `q` is; the statistic may count more.
+    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d]. Heads whose bound is at most `threshold` are certified only; −inf measures
+    every maximum exactly. `lse`, fp32 [B, H, Tq]: of the logits under this mask and nothing else. `first`: which head
+    of the statistic head 0 of `q` is; the statistic may have more heads.
     """
     maximum, bound, nonfinite = (part[first : first + q.shape[1]] for part in packed[:-1].chunk(3))
     packed[-1:].fill_(1.0)
     floor = maximum.clamp(min=threshold)
     if q.device.type != "cpu":
-        seen, rest = _settle_on_device(q, k, floor, scale, mask)
+        seen, rest = _exact_on_device(q, k, floor, scale, mask)
     else:
         bounds = _bounds(q, k, scale, lse)
         top = bounds.amax((0, 2)) if bounds.numel() and k.numel() else torch.full_like(floor, -math.inf)
         if bool((top <= floor).all()):  # mostly; NaN is not
             torch.maximum(bound, top, out=bound)
             return
-        seen, rest = _settle(q, k, floor, scale, mask, bounds, ordered=lse is not None)
+        seen, rest = _exact(q, k, floor, scale, mask, bounds, ordered=lse is not None)
     seen, rest = seen.float(), rest.float()
     bad = seen.isnan() | (seen == math.inf)
     seen = seen.masked_fill(bad, -math.inf)
@@ -86,7 +87,7 @@ def observe_opaquely(
     lse: Tensor | None,
     first: int = 0,
 ) -> None:
-    """`observe` as one operator, for `torch.compile`, which would trace its branches and unroll its tiles."""
+    """Run `observe` as one operator, for `torch.compile`, which would trace its branches and unroll its tiles."""
     _observe_operator(
         q.detach(), k.detach(), packed, scale, threshold, mask.is_causal, mask.window, mask.document_ids,
         None if mask.attn_mask is None else mask.attn_mask.detach(), None if lse is None else lse.detach(), first,
@@ -121,7 +122,7 @@ def statistic_dtype(q: Tensor, k: Tensor) -> torch.dtype:
 
 
 def _bounds(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """[B, H, Tq]: what no logit of a row exceeds; NaN where one may be NaN."""
+    """Return upper bounds [B, H, Tq] of the logits of each row; NaN where a logit may be NaN."""
     dtype = statistic_dtype(q, k)
     if lse is None:
         norm_q = torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
@@ -135,12 +136,14 @@ def _bounds(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     return lse + (1e-3 if q.dtype in (torch.bfloat16, torch.float16) else 1e-4) * (1 + lse.abs())
 
 
-def _settle(
+def _exact(
     q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, bounds: Tensor, *, ordered: bool
 ) -> tuple[Tensor, Tensor]:
-    """The largest logit computed [H], and a bound [H] on all the others: at most `floor` [H], or at most the former.
-    `ordered`: the rows with the largest bounds are likely to hold the maximum."""
-    work = _Settling(q, k, scale, mask, floor.to(bounds.dtype), bounds)
+    """Return the largest logit computed [H], and a bound [H] on all others: at most `floor` [H], or at most the former.
+
+    `ordered`: the rows with the largest bounds are likely to hold the maximum.
+    """
+    work = _OpenHeads(q, k, scale, mask, floor.to(bounds.dtype), bounds)
     with torch.autocast("cpu", enabled=False):
         if ordered:
             work.compute_best_rows()
@@ -149,8 +152,8 @@ def _settle(
     return work.seen, work.top
 
 
-class _Settling:
-    """What is known of one forward, and the ways to know more, each for the heads that are still open.
+class _OpenHeads:
+    """The maxima known so far of one forward, and the ways to compute more, each for the heads that are still open.
 
     `seen` [H]: the largest logit computed. `bounds` [B, H, Tq]: of the rows not computed, −inf for those that were;
     `top` [H]: the largest of them. A head is open while its `top` is above both `seen` and `floor` (or is NaN).
@@ -160,10 +163,10 @@ class _Settling:
         self.q, self.k, self.scale, self.mask, self.floor, self.bounds = q, k, scale, mask, floor, bounds
         self.seen = torch.full_like(floor, -math.inf)
         self.group_size = q.shape[1] // k.shape[1]
-        self._take_stock()
+        self._refresh()
 
     def compute_best_rows(self) -> None:
-        """The row of the largest bound, in every sequence and head at once."""
+        """Compute the row of the largest bound, in every sequence and head at once."""
         if not self.heads:
             return
         rows = self.bounds.argmax(-1)  # [B, H]
@@ -176,10 +179,10 @@ class _Settling:
             logits = logits.masked_fill_(~allowed, -math.inf)
         self.seen = torch.maximum(self.seen, logits.amax((0, 2)))
         self.bounds.scatter_(2, rows[..., None], -math.inf)
-        self._take_stock()
+        self._refresh()
 
     def compute_few_rows(self) -> None:
-        """The rows that could hold more than is known, where they are few."""
+        """Compute the rows that could hold more than the known maximum, in heads that have few of them."""
         for head in self.heads:
             bounds = self.bounds[:, head]
             known = torch.maximum(self.floor[head], self.seen[head])
@@ -197,10 +200,10 @@ class _Settling:
                 self.seen[head] = torch.maximum(self.seen[head], logits.amax())
                 self.bounds[b, head, rows] = -math.inf
         if self.heads:
-            self._take_stock()
+            self._refresh()
 
     def compute_tiles(self) -> None:
-        """Everything that is still open, but for the row blocks that bounds settle meanwhile."""
+        """Compute all rows of the open heads in tiles, except the row blocks that bounds exclude meanwhile."""
         if not self.heads:
             return
         heads = torch.tensor(self.heads)
@@ -212,9 +215,9 @@ class _Settling:
         for rows, maxima in tiles:
             self.seen[heads] = torch.maximum(self.seen[heads], maxima.amax((0, 2)))
             self.bounds[:, heads, rows] = -math.inf
-        self._take_stock()
+        self._refresh()
 
-    def _take_stock(self) -> None:
+    def _refresh(self) -> None:
         self.top = self.bounds.amax((0, 2))
         self.heads = self._open_heads()
 
@@ -233,8 +236,10 @@ def _tiles(
     bounds: Tensor | None = None,
     known: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks and their row maxima [B, heads, rows], the products in `dtype`; without the blocks of which no bound
-    is above what is known [heads]. `heads`: which; None: all."""
+    """Yield row blocks and their row maxima [B, heads, rows], the products in `dtype`.
+
+    `heads`: which heads; None: all. With `bounds`, blocks are left out of which no bound is above `known()` [heads].
+    """
     group_size = q.shape[1] // k.shape[1]
     if heads is not None and len(heads) < q.shape[1]:
         q, k = q[:, heads], k[:, [head // group_size for head in heads]]
@@ -243,14 +248,14 @@ def _tiles(
     batch, count, _, width = q.shape
     groups = k.shape[1]
     blocks = _slices(mask.query_length, _TILE_ROWS)
-    if bounds is not None:  # the most promising first, so that it may settle the others
+    if bounds is not None:  # the largest bounds first, whose maxima may exclude the other blocks
         blocks.sort(key=lambda rows: -bounds[:, :, rows].amax().nan_to_num(math.inf).item())
     q, k = q.to(dtype), k.to(dtype)
     for rows in blocks:
         if bounds is not None and known is not None and (bounds[:, :, rows].amax((0, 2)) <= known()).all():
             continue
         length = rows.stop - rows.start
-        # Queries that share a key head stand below each other, so that the key is never repeated.
+        # Queries that share a key head are stacked, so that the key is never repeated.
         queries = (q[:, :, rows] * scale).reshape(batch, groups, count // groups * length, width)
         maxima = torch.full((batch, count, length), -math.inf, dtype=dtype, device=q.device)
         for columns in mask.column_tiles(rows, _TILE_COLUMNS):
@@ -262,8 +267,8 @@ def _tiles(
         yield rows, maxima
 
 
-def _settle_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    """As `_settle`, without waiting for the device: the kernel itself leaves out the rows that a bound settles."""
+def _exact_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Do the same without waiting for the device: the kernel itself leaves out the rows that a bound excludes."""
     if q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and find_spec("triton"):
         from muonclip.torch.logits.kernels.head_maxima import head_maxima
 

@@ -1,7 +1,7 @@
-"""The host's scaled-dot-product attention, with the log-sum-exp of its rows where its kernel keeps them.
+"""PyTorch's scaled-dot-product attention, with the log-sum-exp of its rows where its kernel keeps them.
 
-The kernel computes LSE_i = ln Σ_j exp(s_ij) for its own backward. Asking for it costs nothing, and it bounds the row's
-maximum from above. It speaks of the logits only where nothing but a 0/−inf mask is added to them.
+The kernel computes LSE_i = ln Σ_j exp(s_ij) for its own backward. Returning it costs nothing, and it bounds the row's
+maximum from above. It is a bound of the logits only where nothing but a 0/−inf mask is added to them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 host_sdpa = F.scaled_dot_product_attention
-"""`torch.nn.functional.scaled_dot_product_attention`, whatever stands in its place now."""
+"""`torch.nn.functional.scaled_dot_product_attention` itself, whatever has been put in its place since."""
 
 
 def sdpa_with_lse(
@@ -24,9 +24,9 @@ def sdpa_with_lse(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `scaled_dot_product_attention` returns, to the bit, and the LSE of its rows, fp32 [B, H, Tq], or None.
+    """Return `scaled_dot_product_attention`'s output, to the bit, and the LSE of its rows, fp32 [B, H, Tq], or None.
 
-    The kernel is the one that the host would choose.
+    The kernel is the one that PyTorch would choose.
     """
     if not _is_cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         y = host_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

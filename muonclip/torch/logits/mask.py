@@ -1,4 +1,4 @@
-"""Which query–key pairs an attention allows, by tiles, so that no T × T mask need exist to know one tile of it."""
+"""The query–key pairs that an attention allows, by tiles, so that no T × T mask has to be stored."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from muonclip.core.attention_mask import is_masked
 
 @dataclass(frozen=True, slots=True)
 class AttentionMask:
-    """The intersection of what is given.
+    """The pairs of query and key that count: those that every given condition allows.
 
-    - `is_causal`: query i sees keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
-    - `window`: query i sees keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
-    - `document_ids`: int [B, T]; a query sees the keys of its own document.
+    - `query_length`, `key_length`: Tq and Tk.
+    - `is_causal`: query i may see keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
+    - `window`: query i may see keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
+    - `document_ids`: int [B, T]; a query may see the keys of its own document.
     - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
-      (`muonclip.core.attention_mask` says which values forbid a pair). Padding is `keep[:, None, None, :]`.
+      (`muonclip.core.attention_mask` says which values forbid a pair). For padding give `keep[:, None, None, :]`.
 
     Raises ValueError for masks of other shapes and dtypes.
     """
@@ -50,8 +51,10 @@ class AttentionMask:
         return self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None
 
     def column_tiles(self, rows: slice, size: int) -> list[slice]:
-        """The keys that some of these queries may see by their position, in tiles of at most `size`. Where only
-        position forbids anything, the tiles beside the diagonal are whole: they need no mask."""
+        """Yield the keys that some of these queries may see by their position, in tiles of at most `size`.
+
+        Where only position forbids anything, the tiles off the diagonal are whole: they need no mask.
+        """
         start, stop = 0, self.key_length
         if self.is_causal:
             stop = min(stop, rows.stop)
@@ -64,7 +67,7 @@ class AttentionMask:
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
     def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
-        """Bool, broadcastable to [B, H, rows, columns]; None where every pair is allowed."""
+        """Return the allowed pairs, bool, broadcastable to [B, H, rows, columns]; None where every pair is allowed."""
         i = torch.arange(rows.start, rows.stop, device=device)[:, None]
         j = torch.arange(columns.start, columns.stop, device=device)[None, :]
         conditions: list[Tensor] = []
@@ -79,7 +82,7 @@ class AttentionMask:
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to(self, batch: int, head: int, rows: Tensor) -> Tensor | None:
-        """Bool [rows, Tk]: the keys that these queries, int64 [rows], of one sequence and head may see."""
+        """Return the keys that these queries, int64 [rows], of one sequence and head may see: bool [rows, Tk]."""
         i, j = rows[:, None], torch.arange(self.key_length, device=rows.device)[None, :]
         conditions: list[Tensor] = []
         if self.is_causal:
@@ -97,7 +100,7 @@ class AttentionMask:
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to_rows(self, rows: Tensor) -> Tensor | None:
-        """Bool [B, H, Tk]: the keys that one query of each sequence and head, int64 [B, H], may see."""
+        """Return the keys that one query of each sequence and head, int64 [B, H], may see: bool [B, H, Tk]."""
         i, j = rows[..., None], torch.arange(self.key_length, device=rows.device)
         conditions: list[Tensor] = []
         if self.is_causal:
@@ -113,13 +116,13 @@ class AttentionMask:
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def of_heads(self, heads: list[int]) -> AttentionMask:
-        """The mask of some of the heads."""
+        """Return the mask of some of the heads."""
         if self.attn_mask is None or self.attn_mask.ndim < 4 or self.attn_mask.shape[1] == 1:
             return self
         return replace(self, attn_mask=self.attn_mask[:, heads])
 
     def dense(self, device: torch.device) -> Tensor | None:
-        """The mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""
+        """Return the mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""
         allowed = self.allowed(slice(0, self.query_length), slice(0, self.key_length), device)
         if allowed is None or self.attn_mask is None or self.attn_mask.dtype == torch.bool:
             return allowed

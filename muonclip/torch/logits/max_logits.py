@@ -1,8 +1,8 @@
-"""The maximum attention logit of every head: what it is, and attention that observes it.
+"""The maximum attention logit of every head, and attention that observes it.
 
     S_h = scale · max over allowed pairs of q_i · k_j          (Kimi K2, arXiv 2507.20534, §2.1)
 
-signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows.
+S is signed, after the softmax scale, before soft-capping and additive biases, over the pairs that the mask allows.
 Shapes: B batch, H query heads, G key heads (G divides H), T positions, d head width.
 """
 
@@ -27,14 +27,17 @@ from muonclip.torch.logits.sharded_attention import on_local_heads
 
 
 class HeadsOfRank(Protocol):
-    """Which heads of an attention the queries of a forward on this rank are."""
+    """The heads of an attention that the queries of a forward on this rank are."""
 
     def first(self, count: int) -> int:
-        """The head with which this rank's `count` heads begin. Raises ValueError where these are not its heads."""
+        """Return the head with which this rank's `count` heads begin.
+
+        Raises ValueError where these are not its heads.
+        """
         ...
 
     def count(self) -> int | None:
-        """How many heads this rank has; None where it has all of them."""
+        """Return how many heads this rank has; None where it has all of them."""
         ...
 
 
@@ -46,13 +49,13 @@ _of_thread = _OfThread()
 
 
 def is_unobserved() -> bool:
-    """Whether what this thread runs is not a forward of the training, but an engine's trial for shapes alone."""
+    """Tell whether an engine makes this thread run a model for shapes alone, which is not a forward of the training."""
     return _of_thread.unobserved
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """No statistic takes in what this thread runs within."""
+    """Keep every statistic from observing what this thread runs within."""
     before, _of_thread.unobserved = _of_thread.unobserved, True
     try:
         yield
@@ -63,16 +66,17 @@ def unobserved() -> Iterator[None]:
 class MaxLogits:
     """The running maximum of each head since the last reset: over micro-batches, forwards and recomputation.
 
-    Beside the largest logit seen it holds a bound on those that were not computed. `threshold` is the logit from which
-    on maxima must be exact; a head whose bound stays at or below it is only certified. −inf: all are exact. `QKClip`
-    sets it to its τ with `observe="needed"`.
+    In addition to the largest logit seen it holds a bound on those that were not computed. `threshold` is the logit
+    from which on maxima must be exact; a head whose bound stays at or below it is only certified. −inf: all are exact.
+    `QKClip` sets it to its τ with `observe="needed"`.
 
-    Set it as a plain attribute of the attention module and hand it to `attention`. It is not a buffer on purpose:
+    Set it as a plain attribute of the attention module and pass it to `attention`. It is not a buffer on purpose:
     DistributedDataParallel overwrites registered buffers with rank 0's at every forward. It is written in place, and
     follows the device of the queries.
 
-    Under tensor parallelism a forward has this rank's heads only. Which ones, `query_heads` says, which a
-    `QKProjection` sets; the others stay −inf here, and `QKClip` takes the maximum over the ranks.
+    Under tensor parallelism a forward has this rank's heads only. `query_heads`, which a `QKProjection` sets, says
+    which; the others stay −inf here, and `QKClip` takes the maximum over the ranks. Raises ValueError for `num_heads` <
+    1.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -86,22 +90,22 @@ class MaxLogits:
 
     @property
     def maximum(self) -> Tensor:
-        """fp32 [heads]: the largest finite logit computed; −inf where there was none."""
+        """The largest finite logit computed, fp32 [heads]; −inf where there was none."""
         return self.packed[: self.num_heads]
 
     @property
     def bound(self) -> Tensor:
-        """fp32 [heads]: no logit is larger; equal to `maximum`, or less, where that is exact."""
+        """An upper bound of all logits, fp32 [heads]; equal to `maximum`, or less, where that is exact."""
         return self.packed[self.num_heads : 2 * self.num_heads]
 
     @property
     def nonfinite(self) -> Tensor:
-        """fp32 [heads]: 1 where a NaN or +inf was seen. Apart, so that it does not hide later finite maxima."""
+        """1 where a NaN or +inf was seen, fp32 [heads]; separate, so that it does not hide later finite maxima."""
         return self.packed[2 * self.num_heads : -1]
 
     @property
     def observed(self) -> Tensor:
-        """fp32 []: 1 once a forward has been observed."""
+        """1 once a forward has been observed, fp32 []."""
         return self.packed[-1]
 
     def reset(self) -> None:
@@ -110,8 +114,10 @@ class MaxLogits:
         self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
     def first_of(self, count: int, seen: str = "") -> int:
-        """Which head the first one of a forward with `count` query heads is. Raises ValueError if that is not known.
-        `seen`: in what they were seen, for the error."""
+        """Return which head the first one of a forward with `count` query heads is.
+
+        `seen`: the shapes or names to put in the error. Raises ValueError if it is not known.
+        """
         if count == self.num_heads:
             return 0
         if self.query_heads is None or count > self.num_heads:
@@ -124,7 +130,7 @@ class MaxLogits:
         return self.query_heads.first(count)
 
     def heads_in(self, q: Tensor) -> int:
-        """How many heads there are in queries [..., Tq, d] of one forward."""
+        """Return how many heads there are in queries [..., Tq, d] of one forward."""
         if self.query_heads is None or (q.ndim == 4 and q.shape[1] == self.num_heads):
             return self.num_heads
         count = self.query_heads.count()
@@ -134,8 +140,10 @@ class MaxLogits:
 
     @torch.no_grad()
     def update(self, maxima: Tensor) -> None:
-        """Take in one forward's maxima [heads], or those of this rank's heads (of any dtype and source, as long as
-        they are exact)."""
+        """Add one forward's exact maxima [heads], or those of this rank's heads, of any dtype and source.
+
+        Raises ValueError for another number of heads.
+        """
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
         first = self.first_of(len(maxima))
@@ -151,9 +159,12 @@ class MaxLogits:
         self.observed.fill_(1.0)
 
     def observe(self, q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, lse: Tensor | None = None) -> None:
-        """Take in one forward from its queries [B, heads, Tq, d] and keys [B, G, Tk, d]: exactly, or certified where
-        `threshold` allows it. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits under this mask, if known.
-        `heads` are all of them, or this rank's."""
+        """Add one forward, from its queries [B, heads, Tq, d] and keys [B, G, Tk, d].
+
+        Maxima are computed, or certified where `threshold` allows it. `heads` are all of them, or this rank's. `scale`:
+        from q · k to a logit. `mask`: the pairs that count. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits
+        under this mask, if known. Raises ValueError for another number of heads.
+        """
         first = self.first_of(q.shape[1])
         if _of_thread.unobserved:
             return
@@ -170,9 +181,9 @@ class MaxLogits:
         return {**self.__dict__, "query_heads": None}  # the projection sets it again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaxLogits:
-        twin = memo[id(self)] = object.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __repr__(self) -> str:
         return f"MaxLogits({self.maximum.tolist()})"
@@ -191,9 +202,9 @@ def attention(
     softcap: float | None = None,
     max_logits: MaxLogits | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention that also observes its exact maximum logits.
+    """Compute scaled dot-product attention, and observe its maximum logits.
 
-    q: [B, H, Tq, d], k: [B, G, Tk, d], v: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
+    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d], `v`: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
     Masks: see `AttentionMask`. `softcap` c: the logits become c·tanh(S/c), computed densely; S is taken before it.
     With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected.
     Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
@@ -218,7 +229,7 @@ def _attend(
         return _softcapped_attention(q, k, v, scale, mask, softcap), None
     dense = None if mask.is_causal_only else mask.dense(q.device)
     if dense is not None and q.dtype == torch.float64 and dense.dtype != torch.bool:
-        dense = dense.to(q.dtype)  # PyTorch 2.13's kernel misreads a float32 mask beside float64 on some CPUs
+        dense = dense.to(q.dtype)  # PyTorch 2.13's kernel misreads a float32 mask of float64 queries on some CPUs
     width = v.shape[-1]
     if width < q.shape[-1] and q.device.type == "cpu":  # its fast kernel takes equal widths only
         v = F.pad(v, (0, q.shape[-1] - width))
@@ -238,7 +249,7 @@ def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: A
         return scores.softmax(-1).to(v.dtype) @ v
     if dense.dtype == torch.bool:
         dense = torch.zeros(dense.shape, device=dense.device).masked_fill(~dense, -math.inf)
-    blind = (dense == -math.inf).all(-1, keepdim=True)  # a query that may see nothing gets zeros, as from SDPA
+    blind = (dense == -math.inf).all(-1, keepdim=True)  # a query without allowed keys gets zeros, as from SDPA
     weights = (scores + dense.masked_fill(blind, 0)).softmax(-1).masked_fill(blind, 0)
     return weights.to(v.dtype) @ v
 

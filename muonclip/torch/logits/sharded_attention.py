@@ -1,4 +1,4 @@
-"""Attention of DTensors: every rank attends to its own sequences and heads, which needs nothing of the others."""
+"""Attention of DTensors: every rank attends to its own sequences and heads, without communication."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PARTS_OF_SEQUENCES = (
 
 
 def on_local_heads(attend: Callable[..., Tensor], q: DTensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`attend(q, k, v, **options)` of the local parts as a DTensor placed as q [B, H, Tq, d]. Masks may be DTensors.
+    """Call `attend(q, k, v, **options)` on the local parts; the result is a DTensor placed as q [B, H, Tq, d].
 
-    Raises ValueError unless all are sharded alike on their sequences of the batch and their heads.
+    Masks may be DTensors. Raises ValueError unless q, k and v are sharded in the same way, on sequences and heads.
     """
     local_q, local_k, local_v = local_queries_and_keys(q, k, v)
     local = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in options.items()}
@@ -28,7 +28,7 @@ def on_local_heads(attend: Callable[..., Tensor], q: DTensor, k: Tensor, v: Tens
 
 
 def local_queries_and_keys(q: DTensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The local parts of queries [B, H, Tq, d] and of keys and values [B, G, Tk, d]."""
+    """Return the local parts of queries [B, H, Tq, d] and of keys and values [B, G, Tk, d]."""
     _check(q.placements, all(isinstance(p, Replicate) or p in (Shard(0), Shard(1)) for p in q.placements))
     local = [q.to_local()]
     for other in others:

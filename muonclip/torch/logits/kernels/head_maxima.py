@@ -2,8 +2,8 @@
 
     bound of a row block = |scale| · max_i |q_i| · max_j |k_j|          (Cauchy–Schwarz)
 
-Where the bound is at most the head's floor nothing is computed; elsewhere the maximum is exact. The choice falls on the
-device, so that the host never waits. Shapes: B batch, H query heads, G key heads (G divides H), d head width.
+Where the bound is at most the head's floor nothing is computed; elsewhere the maximum is exact. The device makes the
+choice, so that the host never waits. Shapes: B batch, H query heads, G key heads (G divides H), d head width.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ROUNDING_MARGIN = 1 + 1e-5  # two float32 norms and a float32 product together 
 
 @torch.no_grad()
 def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """What `measure_max_logits` gives, where that exceeds `floor`; elsewhere a bound may do.
+    """Compute what `measure_max_logits` does where that exceeds `floor`; elsewhere a bound may replace it.
 
-    q: [B, H, Tq, d], k: [B, G, Tk, d], of any strides, float32, bfloat16 or float16, multiplied in float32.
-    floor: fp32 [H] on the device of q. Returns, fp32 [H]:
+    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d], of any strides, float32, bfloat16 or float16, multiplied in float32.
+    `floor`: fp32 [H] on the device of q. Returns, fp32 [H]:
 
     - maximum: over the row blocks that were computed (−inf: none). Above the floor it is the maximum of the head. NaN
       logits give NaN, whatever the floor.
@@ -75,7 +75,7 @@ def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floo
 
 
 def _norms(x: Tensor) -> Tensor:
-    """[B, heads, T] in float32, with room for squares below its smallest normal number, which may be lost."""
+    """Return the norms [B, heads, T] in float32, with a margin for squares below its smallest normal number."""
     lost = math.sqrt(x.shape[-1] * torch.finfo(torch.float32).tiny)
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) + lost
 
@@ -83,7 +83,7 @@ def _norms(x: Tensor) -> Tensor:
 def _expanded(
     mask: AttentionMask, query_shape: torch.Size, key_length: int
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """Document ids [B, T], attn_mask [B, H, Tq, Tk] uncopied, and the highest of its values that forbids a pair."""
+    """Return document ids [B, T], attn_mask [B, H, Tq, Tk] (not copied), and its largest value that forbids a pair."""
     batch, heads, query_length, _ = query_shape
     documents, attn_mask, highest_masked = mask.document_ids, mask.attn_mask, MASKED
     if documents is not None:
@@ -107,7 +107,7 @@ def _head_maxima(
     IS_CAUSAL: tl.constexpr, HIGHEST_MASKED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row block of one head and batch entry; after the tensors stand their strides. Offsets are 64 bits wide."""
+    """Compute one row block of one head and batch entry; strides follow the tensors, and offsets are 64 bits wide."""
     program = tl.program_id(0)
     first_row = program % blocks * BLOCK_ROWS
     b = (program // blocks % batch).to(tl.int64)
@@ -174,7 +174,7 @@ def _head_maxima(
 
 @triton.jit
 def _amax(x):
-    """The maximum of all entries; NaN where one is. (`tl.max` drops NaN.)"""
+    """Return the maximum of all entries, or NaN where one is. (`tl.max` drops NaN.)"""
     is_nan = x != x
     maximum = tl.max(tl.where(is_nan, float("inf"), x))
     return tl.where(tl.max(is_nan.to(tl.int32)) > 0, float("nan"), maximum)
