@@ -106,7 +106,7 @@ class QKClipCallback(TrainerCallback):
 
 def _extremes(clip: QKClip) -> Tensor:
     """fp32 [4]: bound, max_logit, clipped_heads and −min_gamma of the last step, as in its report but on the device."""
-    layers = list(clip._last.values())
+    layers = list(clip.last_layers.values())
     device = layers[0].gamma.device
     max_logits, gamma, bound = (
         torch.cat([getattr(layer, name).to(device) for layer in layers]) for name in ("max_logits", "gamma", "bound")

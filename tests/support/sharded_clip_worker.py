@@ -272,7 +272,7 @@ def a_rank_in_trouble(alone):
     messages = {}
     last = dist.get_rank() == dist.get_world_size() - 1
 
-    def attempt(name, spoil, **options):
+    def attempt(name, spoil):
         model = make_model("mha")
         clip = QKClip(model, tau=0.5, observe="always")
         by_fsdp(model)
@@ -281,13 +281,13 @@ def a_rank_in_trouble(alone):
         if last:
             spoil(model, clip)
         try:
-            clip.measure(**options)
+            clip.step()
             messages[name] = "no error"
         except RuntimeError as error:
             messages[name] = str(error)
 
     attempt("non-finite", lambda model, clip: None)
-    attempt("unknown attention", lambda model, clip: setattr(clip._watch._unclaimed, "calls", 1))
+    attempt("unknown attention", lambda model, clip: setattr(clip.attentions._monitor._unclaimed, "calls", 1))
     attempt("skipped step", lambda model, clip: model.layers[0].max_logits.update(torch.full((HEADS,), torch.inf)))
 
     def forget(model, clip):
@@ -310,7 +310,7 @@ def gradients_on_one_rank(alone):
             for parameter in model.layers[1].parameters():
                 parameter.grad = None
         try:
-            clip.measure(before_update=True)
+            clip.before_update()
             messages[who] = "no error"
         except RuntimeError as error:
             messages[who] = str(error)
@@ -322,12 +322,12 @@ def idle(alone):
     model = make_model("mha")
     clip = QKClip(model, tau=0.5)
     by_fsdp(model)
-    nothing = clip.has_nothing_to_do()
+    nothing = not clip.before_update(idle=True)
     model(batch(0, 0)).sum().backward()
     if dist.get_rank():
         clip.reset()
         model.zero_grad()
-    return {"before": nothing, "after": clip.has_nothing_to_do()}
+    return {"before": nothing, "after": not clip.before_update(idle=True)}
 
 
 def stages(alone, how="meshes"):
@@ -420,7 +420,7 @@ def ambiguous_meshes(alone):
     fully_shard(model.layers[1], mesh=mesh["tp"])
     clip = QKClip(model, tau=0.5)
     try:
-        clip.measure()
+        clip.step()
     except ValueError as error:
         return {"message": str(error)}
 

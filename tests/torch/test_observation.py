@@ -294,7 +294,7 @@ def test_what_flash_attention_is_told_is_understood(packed_by):
     more = lengths if packed_by == "cu_seq_lens" else {}
     model(input_ids=tokens, position_ids=positions, use_cache=False, **more)
     np.testing.assert_allclose(observed(clip), expected, rtol=1e-4)
-    assert {site.via for site in clip._watch.sites.values()} == {"interface"}
+    assert set(clip.attentions.via().values()) == {"interface"}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

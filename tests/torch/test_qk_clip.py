@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_attention import HEADS, KINDS, WIDTH, TinyAttention, TinyModel, dense_max_logits, head_rows
 from torch import nn
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 
-from muonclip.torch import HeadRows, MaxLogits, QKClip, QKProjection, attention
+from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
+from muonclip.torch.clip import errors as errors_module
 from muonclip.torch.clip import qk_clip as qk_clip_module
 
 
@@ -414,15 +416,204 @@ def test_parameters_that_an_engine_replaced_are_the_ones_scaled():
     np.testing.assert_allclose(probe(layer, x), np.minimum(before, 0.5), rtol=1e-6)
 
 
-def test_an_error_that_is_waiting_survives_a_clean_step(monkeypatch):
+@pytest.fixture
+def late_copies(monkeypatch):
+    """An accelerator whose copies to the host arrive when they are called."""
+    copies = []
+
+    def copy_later(host, device):
+        snapshot = device.clone()
+        copies.append(lambda: host.copy_(snapshot))
+
     monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: False)
+    monkeypatch.setattr(errors_module, "copy_to_host", copy_later)
+    return copies
+
+
+def test_an_error_that_is_waiting_survives_a_clean_step(late_copies):
     layer, x = loud_attention("mha", 0)
     qk_clip = QKClip({"attn": layer.qk_projection()}, 1e-3)
     layer.max_logits.update(torch.tensor([1.0, 1.0, math.nan, 1.0]))
     qk_clip.step()
-    on_its_way = torch.zeros_like(qk_clip._deferred.found)
-    monkeypatch.setattr(qk_clip._deferred, "on_host", on_its_way)
     layer(x)
     qk_clip.step()
     with pytest.raises(RuntimeError, match="non-finite"):
         qk_clip.report()
+
+
+@pytest.mark.parametrize("arrived", [0, 1])
+def test_an_error_comes_once_however_late_its_copies_arrive(late_copies, arrived):
+    layer, x = loud_attention("mha", 0)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1e-3)
+    layer.max_logits.update(torch.tensor([1.0, 1.0, math.nan, 1.0]))
+    qk_clip.step()
+    layer(x)
+    qk_clip.step()
+    for arrive in late_copies[:arrived]:
+        arrive()
+    layer(x)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        qk_clip.step() if arrived else qk_clip.report()
+    for arrive in late_copies[arrived:]:
+        arrive()
+    for _ in range(2):
+        layer(x)
+        qk_clip.step()
+        late_copies[-1]()
+    assert qk_clip.report().steps == 4
+    qk_clip.step()
+    late_copies[-1]()
+    with pytest.raises(RuntimeError, match="observed no forward"):
+        qk_clip.step()
+
+
+def test_an_error_keeps_its_name_when_another_attention_is_found(monkeypatch):
+    monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: False)
+    first, second = (loud_attention("mha", seed)[0] for seed in (0, 1))
+    qk_clip = QKClip({"first": first.qk_projection()}, 1e-3)
+    qk_clip.step()
+    qk_clip.projections["second"] = second.qk_projection()
+    with pytest.raises(RuntimeError, match="observed no forward of first since"):
+        qk_clip.step()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_lower_tau_after_a_forward_is_an_error_everywhere(monkeypatch, waits):
+    """The maxima between the two were not computed. On an accelerator the error comes later."""
+    monkeypatch.setattr(qk_clip_module, "_may_wait_for", lambda device: waits)
+    layer, x = loud_attention("mha", 0)
+    original = copy.deepcopy(layer)
+    qk_clip = QKClip({"attn": layer.qk_projection()}, 1e4)
+    layer(x)
+    qk_clip.tau = 1e-3
+    if not waits:
+        qk_clip.step()
+    with pytest.raises(RuntimeError, match=r"tau was lowered to 0\.001 .* some maxima of attn"):
+        qk_clip.step() if waits else qk_clip.report()
+    assert all(map(torch.equal, layer.parameters(), original.parameters()))
+    qk_clip.reset()
+    layer(x)
+    qk_clip.step()
+    assert qk_clip.report().clipped_heads > 0
+
+
+def test_a_step_walks_over_no_module(monkeypatch):
+    """Parameters and their placements are read again only where weights of an attention were replaced."""
+    model = TinyModel()
+    optimizer = MuonClip(model, tau=0.3)
+
+    def backward():
+        model.loss(torch.randint(0, 13, (2, 9))).backward()
+
+    backward()
+    optimizer.step()
+    backward()
+    walks = []
+    walk = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", lambda self, *a, **b: walks.append(self) or walk(self, *a, **b))
+    optimizer.step()
+    assert not walks
+    q = model.layers[0].q
+    q.weight = nn.Parameter(q.weight.detach().clone())
+    optimizer.qk_clip.attentions.refresh()
+    assert walks
+    assert optimizer.qk_clip.attentions.placement_version == 2
+
+
+# Attached to another optimizer
+
+
+def trained(make_optimizer, attached, steps=4, closure=False, schedule=False, scaler=None):
+    torch.manual_seed(0)
+    model = TinyModel("mla")
+    qk_clip = QKClip(model, tau=0.3)
+    optimizer = make_optimizer(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step) if schedule else None
+    if attached:
+        qk_clip.attach(optimizer)
+    clipped = 0
+    for step in range(steps):
+        tokens = torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(step))
+
+        def backward(tokens=tokens):
+            optimizer.zero_grad()
+            loss = model.loss(tokens)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        if closure:
+            optimizer.step(backward)
+        else:
+            backward()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        if not attached:
+            qk_clip.step()
+        if scaler is not None:
+            scaler.update()
+        if scheduler is not None:
+            scheduler.step()
+        clipped += qk_clip.report().clipped_heads
+    return [parameter.detach().clone() for parameter in model.parameters()], clipped
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(closure=True), dict(schedule=True), dict(scaler=torch.amp.GradScaler("cpu", enabled=False))],
+    ids=["plain", "closure", "scheduler", "disabled scaler"],
+)
+def test_attached_to_an_optimizer_it_does_what_step_after_it_does(options):
+    with_hooks, clipped = trained(adamw, attached=True, **options)
+    by_hand, as_many = trained(adamw, attached=False, **options)
+    assert clipped == as_many > 0
+    assert all(map(torch.equal, with_hooks, by_hand))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_skips_is_not_clipped(fused):
+    """A fused optimizer is called all the same and skips by itself."""
+    model = TinyModel()
+    qk_clip = QKClip(model, tau=0.01)
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=fused), torch.amp.GradScaler("cpu")
+    qk_clip.attach(optimizer)
+    before = copy.deepcopy(model.state_dict())
+    for poison in (math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model.loss(torch.randint(0, 13, (2, 9))) * poison).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        unchanged = all(map(torch.equal, model.state_dict().values(), before.values()))
+        assert unchanged == (poison == math.inf)
+        assert qk_clip.report().steps == (poison == 1.0)
+    assert qk_clip.report().clipped_heads > 0
+
+
+@pytest.mark.parametrize("closure", [None, lambda: torch.zeros(())])
+def test_attached_its_errors_come_before_the_update_and_end_with_the_attachment(closure):
+    model = TinyModel()
+    qk_clip = QKClip(model)
+    optimizer = adamw(model.parameters())
+    attachment = qk_clip.attach(optimizer)
+    model.loss(torch.randint(0, 13, (2, 9))).backward()
+    qk_clip.reset()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="observed no forward"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    attachment.remove()
+    optimizer.step(closure)
+    assert not all(map(torch.equal, model.state_dict().values(), before.values()))
+    with pytest.raises(ValueError, match="MuonClip clips by itself"):
+        qk_clip.attach(MuonClip(TinyModel()))
+
+
+def test_attached_it_lets_checkpoint_libraries_make_the_state():
+    """They take a step at rate 0 with gradients of zero before any forward."""
+    model = TinyModel()
+    optimizer = adamw(model.parameters())
+    QKClip(model).attach(optimizer)
+    _init_optim_state(optimizer)
+    assert len(optimizer.state) == len(list(model.parameters()))

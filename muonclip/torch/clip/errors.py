@@ -1,43 +1,117 @@
-"""Errors that were found on an accelerator, which must not be waited for."""
+"""What can be wrong in a step of QK-Clip, and how errors that an accelerator found reach the host without a wait."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class Error(IntEnum):
+    """The columns of an error tensor [attentions, 4], the gravest first."""
+
+    UNKNOWN_ATTENTION = 0
+    """Attention ran that nobody observed; a fact about the whole model."""
+    NONFINITE = 1
+    """A logit was NaN or +inf."""
+    UNOBSERVED = 2
+    """No forward was observed that had to be."""
+    TAU_LOWERED = 3
+    """τ is below the threshold that the forwards were observed for: maxima between the two were not computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What the messages say besides the names of attentions. `unknown`: what is wrong on this rank with attention that
+    nobody observed. `hints`: for attentions that were not observed, by name."""
+
+    tau: float
+    unknown: str = ""
+    nonfinite_heads: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    hints: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
+    """The message of the gravest of the errors [attentions, 4] that are not 0, of attentions with these names."""
+    wrong = {kind: [name for name, each in zip(names, errors[:, kind].tolist(), strict=True) if each] for kind in Error}
+    kind = next(kind for kind in Error if wrong[kind])
+    listed = ", ".join(name or "the model" for name in wrong[kind])
+    if kind is Error.UNKNOWN_ATTENTION:
+        return (
+            details.unknown
+            or "QK-Clip: on another rank attention was called by modules that no rehearsal saw call it; see there."
+        )
+    if kind is Error.NONFINITE:
+        heads = {name: list(details.nonfinite_heads.get(name, ())) for name in wrong[kind]}
+        where = ", ".join((name or "the model") + (f" (heads {own})" if own else "") for name, own in heads.items())
+        return (
+            f"QK-Clip saw non-finite attention logits in {where}. No factor can be taken from them and none was. "
+            "Skip the step as for a non-finite loss, lower the rate, and call qk_clip.reset() to go on."
+        )
+    if kind is Error.UNOBSERVED:
+        hint = next(filter(None, (details.hints.get(name) for name in wrong[kind])), "")
+        return (
+            f"QK-Clip observed no forward of {listed} since the last step. Run the forward with gradients enabled and "
+            "`max_logits=` handed to its attention before each step; without it a head could explode unseen." + hint
+        )
+    return (
+        f"tau was lowered to {details.tau:g} after a forward that was observed for a larger one: some maxima of "
+        f"{listed} between the two were not computed. Set tau before the forward, or call qk_clip.reset() and repeat "
+        "it."
+    )
+
+
 class DeferredErrors:
-    """Gathered on the device, in place, so that a replayed CUDA graph gathers as well; after each step a copy is on its
-    way to the host."""
+    """Errors of an accelerator, counted there and copied to the host behind each step, which nobody waits for.
+
+    The counts only grow, on the device and in the copy; what was raised already is a number on the host. So a copy that
+    arrives late, or a replayed CUDA graph that copies without the host's knowledge, brings no error a second time.
+    """
 
     def __init__(self) -> None:
-        self.found = self.on_host = torch.zeros(0, device="cpu")
+        self.names: tuple[str, ...] = ()
+        """The attentions that the rows count for."""
+        self._counts = self._on_host = self._taken = torch.zeros(0, len(Error), dtype=torch.int64, device="cpu")
         self._copied: torch.cuda.Event | None = None
 
-    def add(self, errors: Tensor) -> None:
-        """Those of one step, other than 0 where there is one; of the same shape in each step."""
-        if self.on_host is self.found or self.found.shape != errors.shape:
-            self.found = torch.zeros_like(errors, device="cpu").to(errors.device)
-            self.on_host = torch.zeros_like(errors, device="cpu", pin_memory=errors.device.type == "cuda")
-        self.found.copy_(torch.maximum(self.found, errors))
-        self.on_host.copy_(self.found, non_blocking=True)
+    def add(self, errors: Tensor, names: tuple[str, ...]) -> None:
+        """Count the errors [attentions, kinds] of one step, other than 0 where there is one. Take what was counted for
+        other attentions before: their counts end here."""
+        if self.names != names or self._counts.device != errors.device:
+            self.names = names
+            self._taken = torch.zeros(errors.shape, dtype=torch.int64, device="cpu")
+            self._counts = self._taken.to(errors.device, copy=True)
+            self._on_host = torch.zeros_like(self._taken, pin_memory=errors.device.type == "cuda")
+        self._counts.add_(errors != 0)
+        copy_to_host(self._on_host, self._counts)
         if errors.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def take(self, *, wait: bool, alike: bool) -> Tensor | None:
-        """Those gathered since they were last taken, or None; without `wait`, only what has reached the host by now.
-        `alike`: what the last step has copied, so that all ranks take them at the same time."""
-        if alike and self._copied is not None and not torch.cuda.is_current_stream_capturing():
+    def take(self, *, wait: bool, on_all_ranks: bool = False) -> Tensor | None:
+        """The errors counted since they were last taken, by kind, or None; without `wait`, only where some have reached
+        the host by now. `on_all_ranks`: wait for what the last step has copied, so that all ranks take it at the same
+        time."""
+        capturing = self._counts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if on_all_ranks and self._copied is not None and not capturing:
             self._copied.synchronize()
-        errors = (self.found.cpu() if wait else self.on_host).clone()
-        if not bool(errors.any()):
+        counts = (self._counts if wait else self._on_host).to("cpu", copy=True)
+        if not bool((counts > self._taken).any()):
             return None
-        self.found.zero_()
-        self.on_host.zero_()
-        return errors
+        if not capturing:  # an error stops the run in any case, so it may wait for those that follow it
+            counts = self._counts.to("cpu", copy=True)
+        new = counts > self._taken
+        self._taken = counts
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copied": None}  # an event of the device; the errors themselves are there
+        return {**self.__dict__, "_copied": None}  # an event of the device; the counts themselves are there
+
+
+def copy_to_host(host: Tensor, device: Tensor) -> None:
+    """Start a copy into pinned memory, which arrives some time later."""
+    host.copy_(device, non_blocking=True)

@@ -20,7 +20,7 @@ from muonclip.torch.mesh.wrappers import replicas_of, running_ddp
 class ClipRanks:
     """The process group over all data-, context- and tensor-parallel ranks of a model.
 
-    `given`: the group to use. Else that of the largest device mesh on which parameters lie, so that pipeline stages,
+    `given`: the group to use. Else that of the largest device mesh with parameters on it, so that pipeline stages,
     which have meshes of their own, do not wait for each other. Else `replicas`: that of DistributedDataParallel, given
     or seen around a forward. Else all ranks that have the same attentions with the same weights: replicas of any other
     engine, and not the other stages of a pipeline.
@@ -29,19 +29,23 @@ class ClipRanks:
     def __init__(self, given: dist.ProcessGroup | None = None, replicas: dist.ProcessGroup | None = None) -> None:
         if given is not None and not isinstance(given, dist.ProcessGroup):
             raise ValueError(
-                f"process_group={given!r} is no torch.distributed.ProcessGroup with this rank in it; give the group of "
-                "all ranks that share this model, or None to have it read from the parameters."
+                f"process_group={given!r} is not a torch.distributed.ProcessGroup with this rank in it; give the "
+                "group of all ranks that share this model, or None to have it read from the parameters."
             )
         self._given, self._replicas = given, replicas
         self._known: tuple[object, dist.ProcessGroup | None] | None = None
+        self._meshes: tuple[int | None, frozenset[DeviceMesh]] | None = None  # and the version they were read at
 
     def look_around(self) -> None:
-        """While a forward runs: is it one of DistributedDataParallel?"""
+        """Find out, while a forward runs, whether it is one of DistributedDataParallel."""
         self._replicas = replicas_of(running_ddp()) or self._replicas
 
-    def group(self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
-        """None where this rank is alone. All of the ranks must call it alike: a group may have to be made, and where
-        nothing else says which ranks these are, all of the job come together once.
+    def group(
+        self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection], version: int | None = None
+    ) -> dist.ProcessGroup | None:
+        """The group of the ranks that share these parameters; None where this rank is alone. All of the ranks must call
+        it at the same time: a group may have to be made, and where nothing else says which ranks these are, all of the
+        job come together once. `version`: of the parameters, which are not read again where it is the last one's.
 
         Raises ValueError where the meshes of the parameters do not say which ranks these are.
         """
@@ -49,7 +53,9 @@ class ClipRanks:
             return None
         group = self._given
         if group is None:
-            meshes = frozenset(each.device_mesh for each in parameters if isinstance(each, DTensor))
+            if self._meshes is None or version is None or self._meshes[0] != version:
+                self._meshes = version, frozenset(each.device_mesh for each in parameters if isinstance(each, DTensor))
+            meshes = self._meshes[1]
             key = dist.group.WORLD, meshes, self._replicas, bool(projections)
             if self._known is None or self._known[0] != key:
                 self._known = key, self._find(meshes, projections)
@@ -65,7 +71,7 @@ class ClipRanks:
         largest = max(sets, key=len)
         if any(not ranks <= largest for ranks in sets):
             raise ValueError(
-                f"the parameters lie on the ranks {sorted(map(sorted, sets))}, of which none holds all others: QK-Clip "
+                f"the parameters are on the ranks {sorted(map(sorted, sets))}, of which none holds all others: QK-Clip "
                 "cannot tell which ranks train one model together. Give their group, QKClip(…, process_group=…)."
             )
         return group_of(sorted(largest)) if len(largest) > 1 else None
@@ -78,7 +84,7 @@ class ClipRanks:
 
 
 def _ranks_with_the_same(projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
-    """All ranks of the job must call it."""
+    """Make the group of the ranks with the same attentions and weights; all ranks of the job must call it."""
     if not projections:
         return dist.group.WORLD
     weights = (weight for projection in projections.values() for weight in projection.qk_parameters())
@@ -86,12 +92,12 @@ def _ranks_with_the_same(projections: Mapping[str, QKProjection]) -> dist.Proces
     own = torch.tensor([_fingerprint(projections)], dtype=torch.int64, device="cpu").to(device)
     each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(each, own)
-    alike = [rank for rank, fingerprint in enumerate(torch.cat(each).tolist()) if fingerprint == int(own)]
-    return group_of(alike) if len(alike) > 1 else None
+    same = [rank for rank, fingerprint in enumerate(torch.cat(each).tolist()) if fingerprint == int(own)]
+    return group_of(same) if len(same) > 1 else None
 
 
 def _fingerprint(projections: Mapping[str, QKProjection]) -> int:
-    """63 bits of the attentions' names and of the first numbers of their weights."""
+    """Hash the attentions' names and the first numbers of their weights to 63 bits."""
     digest = hashlib.sha256()
     for name, projection in projections.items():
         digest.update(f"{name} {projection.kind} {projection.num_heads}".encode())

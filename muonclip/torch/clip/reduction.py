@@ -1,4 +1,4 @@
-"""What all attentions have seen, on all ranks: vectors of their heads, and the one collective that joins them.
+"""What all attentions have seen, on all ranks: vectors of their heads, joined by one collective.
 
 A maximum of maxima is exact, so neither the order of the ranks nor repetition matters. Everything from which an error
 follows travels with them, so that all ranks raise it or none.
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from muonclip.torch.clip.errors import Error
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.mesh.dtensors import local_part
 
 NO_GRADIENT, FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 0.0, 1.0, 2.0, 3.0
-"""Notes of a rank about an attention. The last is about the whole model: attention ran that nobody observed. The
-largest note of the ranks is what matters."""
+"""Notes of a rank about an attention, of which the largest over the ranks counts. The last is about the whole model:
+attention ran that nobody observed."""
 
 _SEEN = torch.finfo(torch.float32).min  # as a bound: observed, without any logit
 
@@ -39,8 +40,8 @@ class JointMaxima:
     notes: Tensor | None = None
 
     @classmethod
-    def of(cls, states: Sequence[MaxLogits], device: torch.device) -> JointMaxima:
-        """What this rank has seen."""
+    def from_states(cls, states: Sequence[MaxLogits], device: torch.device) -> JointMaxima:
+        """Join what this rank has seen."""
         return cls(
             tuple(state.num_heads for state in states),
             torch.cat([state.maximum.to(device) for state in states]),
@@ -49,8 +50,13 @@ class JointMaxima:
             torch.stack([state.observed.to(device) for state in states]),
         )
 
-    def over(self, group: dist.ProcessGroup, notes: Tensor) -> JointMaxima:
-        """What the ranks of the group have seen, by one MAX all-reduce of sum(3 · heads + 1) numbers."""
+    @property
+    def upper_bound(self) -> Tensor:
+        """fp32 [heads of all]: no logit is larger; equal to `maximum` where that is exact."""
+        return torch.maximum(self.bound, self.maximum)
+
+    def all_reduce(self, group: dist.ProcessGroup, notes: Tensor) -> JointMaxima:
+        """Join what all ranks of the group have seen, by one MAX all-reduce of sum(3 · heads + 1) numbers."""
         owner = _owners(self.sizes, self.maximum.device)
         # An attention was observed where its bounds are more than −inf, which leaves a place for its note.
         bound = torch.where(self.observed[owner] > 0, self.bound.clamp(min=_SEEN), self.bound)
@@ -62,14 +68,19 @@ class JointMaxima:
         return JointMaxima(self.sizes, maximum, bound, nonfinite, observed, notes)
 
     def with_notes(self, notes: Tensor) -> JointMaxima:
+        """Add the notes of this rank, which is alone."""
         return self if self.notes is not None else replace(self, notes=notes)
 
-    def errors(self, trains: Sequence[bool], *, before_update: bool) -> Tensor:
-        """fp32 [attentions, 3]: whether a needed observation is missing; whether a non-finite logit was seen in this
-        step; whether attention ran that nobody observed. `before_update`: what has no gradient will not move.
+    def are_fine(self, tau: float) -> Tensor:
+        """bool []: whether there is certainly no error, whatever the notes say."""
+        return self.observed.all() & ~self.nonfinite.any() & ~self._left_open(tau).any()
+
+    def errors(self, trains: Sequence[bool], tau: float, *, before_update: bool) -> Tensor:
+        """bool [attentions, 4]: which `Error` each attention has in this step. `before_update`: what has no gradient
+        will not move.
 
         A GradScaler skips the step when the gradients are not finite, and a non-finite logit makes them so. One seen
-        beside finite gradients is therefore left from a step that was skipped, and no error of this one.
+        together with finite gradients is therefore left from a step that was skipped, and not an error of this one.
         """
         assert self.notes is not None
         observed = self.observed > 0
@@ -77,36 +88,46 @@ class JointMaxima:
         if before_update:
             missing &= ~observed.any() | (self.notes != NO_GRADIENT)
         nonfinite = (self._any_of_each(self.nonfinite > 0) > 0) & (self.notes != FINITE_GRADIENT)
-        return torch.stack((missing, nonfinite, self.notes == UNKNOWN_ATTENTION), dim=1).float()
+        columns = {
+            Error.UNKNOWN_ATTENTION: self.notes == UNKNOWN_ATTENTION,
+            Error.NONFINITE: nonfinite,
+            Error.UNOBSERVED: missing,
+            Error.TAU_LOWERED: self._any_of_each(self._left_open(tau)) > 0,
+        }
+        return torch.stack([columns[kind] for kind in Error], dim=1)
+
+    def _left_open(self, tau: float) -> Tensor:
+        """bool [heads of all]: whether a logit above τ may be larger than all that were computed."""
+        return self.upper_bound > self.maximum.clamp(min=tau)
 
     def _any_of_each(self, heads: Tensor) -> Tensor:
-        """fp32 [attentions]: 1 where one of its heads [heads of all] is true."""
+        """fp32 [attentions]: 1 where a head of the attention is true in `heads` [heads of all]."""
         each = torch.zeros(len(self.sizes), device=heads.device)
         return each.scatter_reduce(0, _owners(self.sizes, heads.device), heads.float(), "amax")
 
 
 def note_of(projection: QKProjection, device: torch.device) -> Tensor:
-    """fp32 []: of the gradients that this rank has."""
+    """The note about the gradients that this rank has, fp32 []."""
     parameters = projection.qk_parameters()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:  # there is nothing to scale, or nobody has asked for gradients yet
+    if not gradients:  # nothing to scale, or nobody has asked for gradients yet
         return torch.full((), NO_GRADIENT if parameters else FINITE_GRADIENT, device=device)
     sums = torch.stack([local_part(gradient).sum(dtype=torch.float32).to(device) for gradient in gradients])
     return torch.where(sums.isfinite().all(), FINITE_GRADIENT, NONFINITE_GRADIENT)
 
 
 def has_gradient(parameter: Tensor) -> bool:
-    """Whether this rank has a gradient of it other than zero; waits for the device."""
+    """Whether this rank has a gradient of the parameter other than zero; waits for the device."""
     return parameter.grad is not None and bool(local_part(parameter.grad).any())
 
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[bool | int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that is copied to its device once."""
+    """Make a tensor that is copied to its device once."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
 
 def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [heads of all]: the number of the attention of each head."""
+    """Number the attention of each head: int64 [heads of all]."""
     owners = tuple(number for number, size in enumerate(sizes) for _ in range(size))
     return constant(owners, torch.int64, device)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -105,3 +106,24 @@ class QKClipReport:
             gammas = " ".join(f"{value:8.3f}" for value in layer.gamma.tolist())
             lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
         return "\n".join(lines)
+
+
+class StepCount:
+    """Counts steps and the last one that rescaled a head, on the device and in place: nobody waits, and a replayed CUDA
+    graph counts as well."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")
+
+    def add(self, clipped: Tensor) -> None:
+        """Count a step; `clipped`, bool []: whether it rescaled a head."""
+        if self._counts.device != clipped.device:
+            self._counts = self._counts.to(clipped.device)
+        taken, last = self._counts[:1], self._counts[1:]
+        taken += 1
+        last.copy_(torch.where(clipped, taken, last))
+
+    def read(self) -> tuple[int, int]:
+        """The steps taken, and the number of the last that rescaled a head; waits for the device."""
+        taken, last = self._counts.tolist()
+        return taken, last

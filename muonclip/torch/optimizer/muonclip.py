@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.clip.attach import is_idle
+from muonclip.torch.clip.attentions import ClipAttentions
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
 from muonclip.torch.mesh.dtensors import check_engine
@@ -166,8 +168,8 @@ class MuonClip(MatrixOptimizer):
         defaults = {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
         self.plan = Plan((), projections, defaults, self.qk_clip)
         self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
-        self._clip_version = 0 if self.qk_clip is None else self.qk_clip.version
-        to_come = self.qk_clip is not None and self.qk_clip.to_come
+        self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
+        to_come = self.qk_clip is not None and self.qk_clip.attentions.to_come
         if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
             raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
         if isinstance(model, nn.Module):
@@ -216,7 +218,7 @@ class MuonClip(MatrixOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
         if self.qk_clip is not None:
-            self.qk_clip.raise_deferred(wait=True)
+            self.qk_clip.report()  # which raises them
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,22 +229,17 @@ class MuonClip(MatrixOptimizer):
         if self.qk_clip is None:
             super()._update()
             return
-        idle = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
-        if idle and self.qk_clip.has_nothing_to_do():  # checkpoint libraries make the state by such a step
-            super()._update()
-            return
-        self.qk_clip.show_shards()
-        self._take_findings(self.qk_clip)
-        factors = self.qk_clip.measure(before_update=True)
+        factors = self.qk_clip.before_update(idle=is_idle(self))
+        self._take_findings(self.qk_clip.attentions)
         super()._update()
-        self.qk_clip.apply(factors)
+        self.qk_clip.after_update(factors)
 
-    def _take_findings(self, qk_clip: QKClip) -> None:
+    def _take_findings(self, attentions: ClipAttentions) -> None:
         """Read weights as the matrices that attentions found since the construction show them to be."""
-        if self._clip_version == qk_clip.version or not self._finds_layouts:
+        if self._clip_version == attentions.version or not self._finds_layouts:
             return
-        self._clip_version = qk_clip.version
-        known = projection_layouts(qk_clip.projections, self._per_head)
+        self._clip_version = attentions.version
+        known = projection_layouts(attentions.projections, self._per_head)
         lines = iter(self.plan.parameters)
         planned: list[PlannedParameter] = []
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):

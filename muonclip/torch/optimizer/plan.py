@@ -87,8 +87,8 @@ class Plan:
         found = table(attentions) if self.attentions else ""
         if self.qk_clip is None:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
-        elif self.qk_clip.to_come:
-            found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.to_come}"
+        elif self.qk_clip.attentions.to_come:
+            found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.attentions.to_come}"
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
         over_ranks = ""
         if self.distribution is not None and len(self.distribution.ranks) > 1:

@@ -1,0 +1,78 @@
+"""The clip around each step of an optimizer that does not know of it, by torch's own step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from muonclip.core import ClipFactors
+
+
+class AroundUpdate(Protocol):
+    """What happens before and after an update of the weights."""
+
+    def before_update(self, *, idle: bool = False) -> dict[str, ClipFactors]: ...
+
+    def after_update(self, factors: dict[str, ClipFactors]) -> None: ...
+
+
+class Attachment:
+    """A clip at the steps of one optimizer, until it is removed."""
+
+    def __init__(self, clip: AroundUpdate, optimizer: Optimizer) -> None:
+        self._clip = clip
+        self._factors: dict[str, ClipFactors] = {}
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """Let the optimizer's steps be without the clip again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._factors = {}
+        itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._measure(optimizer)
+            return None
+        closure = self._measured(closure, optimizer)  # the forward and backward of this step are still to come
+        return ((itself, closure, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": closure})
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        factors, self._factors = self._factors, {}
+        self._clip.after_update(factors)
+
+    def _measured(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        def run() -> Any:
+            loss = closure()
+            self._measure(optimizer)
+            return loss
+
+        return run
+
+    def _measure(self, optimizer: Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # by a GradScaler, for fused kernels that skip by themselves
+        if found_inf is None or not bool(found_inf):
+            self._factors = self._clip.before_update(idle=is_idle(optimizer))
+
+
+def attach_to(clip: AroundUpdate, optimizer: Optimizer) -> Attachment:
+    """Attach a clip to an optimizer. Raises ValueError for one that clips by itself."""
+    if getattr(optimizer, "qk_clip", None) is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} clips by itself after each step. Attach a QKClip to an optimizer that does "
+            "not, or hand it over: MuonClip(model, qk_clip=clip)."
+        )
+    return Attachment(clip, optimizer)
+
+
+def is_idle(optimizer: Optimizer) -> bool:
+    """Whether no rate moves a weight, as far as the host knows."""
+    return all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in optimizer.param_groups)

@@ -1,0 +1,181 @@
+"""The attentions that one QK-Clip looks after: those found in a model, or projections that were handed to it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from muonclip.torch.discover.monitor import NOTHING_FOUND, Watch
+from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
+from muonclip.torch.logits.max_logits import MaxLogits
+
+
+class ClipAttentions:
+    """Projections by name, and the monitor that finds and observes them in `model`; neither where they were given.
+
+    What is read from all parameters or modules is read again only where a weight of queries or keys was replaced, as
+    engines do when they shard a model, or where an attention was found.
+    """
+
+    def __init__(
+        self, projections: dict[str, QKProjection], model: nn.Module | None = None, monitor: Watch | None = None
+    ) -> None:
+        self.projections = projections
+        self._model, self._monitor = model, monitor
+        self._sharded: list[FSDPModule] = []
+        self._read: tuple[int, list[weakref.ref[Tensor]]] | None = None  # version and weights when they were read
+        self.placement_version = 0
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every attention found."""
+        return 0 if self._monitor is None else self._monitor.version
+
+    @property
+    def to_come(self) -> str:
+        """What the search for attention waits for; "" when it is over."""
+        return "" if self._monitor is None else self._monitor.to_come
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights of queries and keys."""
+        of_model = () if self._model is None else self._model.parameters()  # which may have shown no attention yet
+        weights = (weight for projection in self.projections.values() for weight in projection.qk_parameters())
+        first = next(weights, None)
+        first = next(iter(of_model), None) if first is None else first
+        return torch.device("cpu") if first is None else first.device
+
+    def states(self) -> list[MaxLogits]:
+        """The statistics, in the order of the projections."""
+        return [projection.max_logits for projection in self.projections.values()]
+
+    def set_threshold(self, threshold: float) -> None:
+        """Let maxima be exact from this logit on, also those of attentions still to be found."""
+        if self._monitor is not None:
+            self._monitor.threshold = threshold
+        for state in self.states():
+            state.threshold = threshold
+
+    def via(self) -> dict[str, str]:
+        """How each attention is observed, by name: the `via` of its site, or "declared"."""
+        sites = {} if self._monitor is None else self._monitor.sites
+        via = {id(each.max_logits): site.via for site in sites.values() for each in site.projections}
+        return {name: via.get(id(each.max_logits), "declared") for name, each in self.projections.items()}
+
+    def unknown_calls(self) -> str:
+        """What is wrong where attention ran in this step that is not known, or "". Raises RuntimeError where nothing is
+        observed: the observers were removed, or no attention has shown itself."""
+        unknown = ""
+        if self._monitor is not None:
+            if self._monitor.removed:
+                raise RuntimeError(f"QK-Clip observes nothing any more: {self._monitor.removed}.")
+            unknown = self._monitor.settle()
+        if not self.projections:
+            if self.to_come == NOTHING_FOUND:
+                raise RuntimeError(NOTHING_FOUND)
+            raise RuntimeError(
+                f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
+                "was given, or a part of it, with gradients enabled before each step."
+            )
+        return unknown
+
+    @property
+    def removed(self) -> bool:
+        """Whether the observers were taken off the model."""
+        return self._monitor is not None and bool(self._monitor.removed)
+
+    def remove(self) -> None:
+        """Take the observers off the model."""
+        if self._monitor is not None:
+            self._monitor.remove("it was removed")
+
+    def refresh(self) -> None:
+        """Put the shards that an optimizer updates in the place of the whole weights that FSDP may have left after a
+        forward, and notice where weights were replaced: `placement_version` grows."""
+        for module in self._sharded:
+            module.reshard()
+        if self._is_as_read():
+            return
+        self._sharded = [each for root in self._roots() for each in root.modules() if isinstance(each, FSDPModule)]
+        for module in self._sharded:
+            module.reshard()
+        self._read = self.version, [weakref.ref(weight) for weight in self._weights()]
+        self.placement_version += 1
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All parameters of the model, or of the modules that hold the given projections."""
+        for root in self._roots():
+            yield from root.parameters()
+
+    def _is_as_read(self) -> bool:
+        if self._read is None or self._read[0] != self.version:
+            return False
+        weights, read = list(self._weights()), self._read[1]
+        return len(weights) == len(read) and all(ref() is weight for ref, weight in zip(read, weights, strict=True))
+
+    def _weights(self) -> Iterator[Tensor]:
+        for projection in self.projections.values():
+            yield from projection.qk_parameters()
+
+    def _roots(self) -> Iterable[nn.Module]:
+        if self._model is not None:
+            return (self._model,)
+        return {rows.module: None for each in self.projections.values() for _, rows in each.parts()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None, "_sharded": []}  # read again in a copy
+
+
+def attentions_of_model(
+    model: nn.Module,
+    declare: Mapping[str, QKProjection],
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    on_forward: Any,
+    *,
+    threshold: float,
+    clip_gains: bool,
+) -> ClipAttentions:
+    """The attentions that a model declares, those declared for it, and those that are found in it now or at its first
+    forward. Raises ValueError for a declaration without its module and where no attention is found in
+    `example_inputs`."""
+    projections = declared_qk_projections(model)
+    for name, projection in declare.items():
+        if name not in dict(model.named_modules()):
+            raise ValueError(f"declare names {name!r}, which is not a module of the model.")
+        projections[name] = projection
+    declared = bool(projections)
+    monitor = Watch(model, projections, on_forward, clip_gains=clip_gains)
+    attentions = ClipAttentions(projections, model, monitor)
+    attentions.set_threshold(threshold)
+    if example_inputs is not None:
+        if isinstance(example_inputs, Mapping):
+            monitor.look((), dict(example_inputs))
+        else:
+            monitor.look(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+        if not projections:
+            raise ValueError(NOTHING_FOUND)
+    elif not declared:
+        monitor.look_ahead()
+    return attentions
+
+
+def given_attentions(projections: Mapping[str, QKProjection] | Iterable[QKProjection]) -> ClipAttentions:
+    """Projections by name or in a sequence, whose statistics the caller fills. Raises ValueError for anything else."""
+    if isinstance(projections, Mapping):
+        named = list(cast("Mapping[str, object]", projections).items())
+    else:
+        named = [(str(index), projection) for index, projection in enumerate(projections)]
+    found = {name: projection for name, projection in named if isinstance(projection, QKProjection)}
+    wrong = [name for name, _ in named if name not in found]
+    if wrong or not named:
+        raise ValueError(
+            "QKClip needs a model or QKProjections"
+            + (f"; {len(wrong)} of the items, {wrong[0]!r} first, are neither." if wrong else "; it got none.")
+            + " To clip a model's parameters, pass the model itself, not model.parameters()."
+        )
+    return ClipAttentions(found)

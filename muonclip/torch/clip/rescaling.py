@@ -1,0 +1,69 @@
+"""From the maxima of all heads to their factors, and from factors to scaled rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from muonclip.core import ClipFactors, clip_factors
+from muonclip.torch.clip.reduction import JointMaxima, constant
+from muonclip.torch.clip.report import LayerReport
+from muonclip.torch.heads.head_rows import HeadRows, scale_heads
+from muonclip.torch.heads.qk_projection import QKProjection
+
+
+def decide(
+    maxima: JointMaxima, projections: Mapping[str, QKProjection], tau: float, alpha: float
+) -> tuple[dict[str, ClipFactors], dict[str, LayerReport]]:
+    """The factors of each attention's heads, and what to report of them. A head without anything to scale keeps 1."""
+    factors = clip_factors(maxima.maximum, tau, alpha, xp=torch)
+    keeps = [not clips(projection) for projection in projections.values() for _ in range(projection.num_heads)]
+    if any(keeps):
+        left_alone = constant(tuple(keeps), torch.bool, maxima.maximum.device)
+        factors = ClipFactors(*(factor.masked_fill(left_alone, 1.0) for factor in factors))
+    bound = maxima.upper_bound
+    exact = bound <= maxima.maximum
+    seen = torch.where(exact, maxima.maximum, math.nan)
+    reported = zip(*(each.split(maxima.sizes) for each in (seen, factors.gamma, exact, bound)), strict=True)
+    decided = zip(*(each.split(maxima.sizes) for each in factors), strict=True)
+    return (
+        {name: ClipFactors(*layer) for name, layer in zip(projections, decided, strict=True)},
+        {name: LayerReport(*layer) for name, layer in zip(projections, reported, strict=True)},
+    )
+
+
+def scale(
+    projections: Mapping[str, QKProjection],
+    factors: Mapping[str, ClipFactors],
+    master_of: Callable[[Tensor], Tensor | None] | None,
+    *,
+    skip_quiet: bool,
+) -> None:
+    """Scale the rows of every head by its factors; each rank those that it has, without communication. `skip_quiet`:
+    read the factors, and skip attentions of which no head is above τ."""
+    for name, factor in factors.items():
+        projection = projections[name]
+        if not clips(projection) or (skip_quiet and not bool((factor.gamma < 1).any())):
+            continue
+        for parts, each in (
+            (projection.query, factor.query),
+            (projection.key, factor.key),
+            (projection.query_facing_shared, factor.gamma),
+        ):
+            for rows in parts:
+                _scale_rows(rows, each, master_of)
+
+
+def clips(projection: QKProjection) -> bool:
+    """Whether there is something to scale."""
+    return bool(projection.scaled_parts()) and projection.trains()
+
+
+def _scale_rows(rows: HeadRows, factors: Tensor, master_of: Callable[[Tensor], Tensor | None] | None) -> None:
+    for parameter, axis in rows.parameters():
+        master = master_of(parameter) if master_of else None
+        for weight in (parameter,) if master is None else (parameter, master):
+            scale_heads(rows, weight, axis, factors.to(weight.device))
