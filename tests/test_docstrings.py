@@ -36,8 +36,6 @@ STALE = re.compile(r"\b(alike|apart|beside|(?<!there )(?<!There )is no(?! longer
 TO_DO = (
     "benchmarks/",
     "muonclip/optax/muon.py",
-    "muonclip/optax/plan.py",
-    "muonclip/optax/qk_clip.py",
     "muonclip/torch/clip/",
     "muonclip/torch/discover/",
     "muonclip/torch/huggingface.py",

@@ -1,4 +1,4 @@
-"""Names and shapes → who updates each parameter, as which matrices, and why.
+"""The plan: who updates each parameter, as which matrices, and why, from names and shapes.
 
 Muon is for the hidden matrices; AdamW takes embeddings, the output head, norms, biases and everything else that is not
 a matrix (K. Jordan 2024; Moonlight, arXiv 2502.16982, §2.2). JAX's kernels do not say which of their axes are rows:
@@ -42,7 +42,11 @@ DECLARE = (
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """One line of the plan. `layout` is None for AdamW; `decays`: whether weight decay applies."""
+    """One line of the plan.
+
+    `use`: who updates the parameter. `layout`: how Muon reads it; None for AdamW. `decays`: whether weight decay
+    applies.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +58,7 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `muonclip` does with each parameter, and why; `print` it."""
+    """The plan of what `muonclip` does with each parameter, and why; `print` it."""
 
     parameters: tuple[PlannedParameter, ...]
 
@@ -73,15 +77,15 @@ class Plan:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
-        """`of` each line, as a tree with the structure of `params`."""
+        """Return `of(line)` of each line, as a tree with the structure of `params`."""
         lines = {line.name: line for line in self.parameters}
         return map_named(lambda name, _: of(lines[name]), params)
 
 
 def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKProjections | None = None) -> Plan:
-    """The plan that `muonclip` follows with the same arguments; `params` may be `jax.ShapeDtypeStruct`s.
+    """Make the plan that `muonclip` follows with the same arguments.
 
-    Raises ValueError, with a list, for arrays whose axes are not understood.
+    `params` may be `jax.ShapeDtypeStruct`s. Raises ValueError, with a list, for arrays whose axes are not understood.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in named_arrays(params).items()}
     if weight_dimension_numbers is not None:
@@ -114,7 +118,10 @@ def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKPr
 
 
 def weight_layouts(weight_dimension_numbers: Any, params: Any) -> dict[str, WeightLayout | None]:
-    """Array name → what was declared for it: by a tree like `params`, a prefix of one, or a function that makes it."""
+    """Return what was declared for each array, by name.
+
+    `weight_dimension_numbers`: a tree like `params`, a prefix of one, or a function that makes it.
+    """
     return declared_for(
         params, weight_dimension_numbers, (MuonDimensionNumbers, MatrixLayout), "weight_dimension_numbers"
     )
@@ -162,7 +169,7 @@ def _as_embedding_or_head(
 
 
 def _as_matrices(name: str, shape: tuple[int, ...], layer_axis: int | None) -> PlannedParameter | None:
-    """A line for what name and shape tell; None where they do not."""
+    """Make a line from what name and shape tell; None where they do not tell enough."""
     path = _path(name)
     out_first = path[-1] == "weight"  # PyTorch's and Equinox's name goes with their order
     batch = [] if layer_axis is None else [layer_axis]
@@ -190,9 +197,9 @@ def _as_matrices(name: str, shape: tuple[int, ...], layer_axis: int | None) -> P
 def _attention_layouts(
     projections: Sequence[QKProjection], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, WeightLayout | None]:
-    """Of the arrays of which the declared attentions tell; None where they tell only a part.
+    """Return the layouts that declared attentions imply; None for an array of which they tell only a part.
 
-    The value and output projections beside a declared query are read as it is: [in, heads, d] and [heads, d, out].
+    The value and output projections of the same attention are read as its query is: [in, heads, d] and [heads, d, out].
     """
     layouts: dict[str, WeightLayout | None] = {}
     for projection in projections:
@@ -212,8 +219,11 @@ def _attention_layouts(
 
 
 def _fused_layout(query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tuple[int, ...]) -> WeightLayout | None:
-    """Of an array with these parts. One of queries, or of keys (and the values of MLA), is one matrix; queries and keys
-    in one array are matrices of their own, and so is what follows them. None where the parts do not tell."""
+    """Return the layout of an array with these parts; None where the parts do not tell.
+
+    An array of queries, or of keys (and the values of MLA), is one matrix; queries and keys in one array are matrices
+    of their own, and so is what follows them.
+    """
     first = (*query, *key)[0]
     plain = _projection_layout(first, shape, reverse=False)
     assert isinstance(plain, MuonDimensionNumbers)
@@ -243,7 +253,7 @@ def _fused_layout(query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tup
 
 
 def _layer_axes(projections: Sequence[QKProjection], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Array → the axis that numbers its layers: in the largest module around a declared stack in which all have one."""
+    """Return the layer axis of each array in the largest module, around a declared stack, that has it throughout."""
     found: dict[str, int] = {}
     for rows in (rows for projection in projections for rows in projection.parts()):
         axis, layers, parts = rows.layer_axis, rows.num_layers(shapes), rows.path.split("/")
@@ -258,7 +268,7 @@ def _layer_axes(projections: Sequence[QKProjection], shapes: Mapping[str, tuple[
 
 
 def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -> WeightLayout:
-    """Of a projection to the heads, or (`reverse`) from them: then the output is the single axis."""
+    """Return the layout of a projection to the heads, or (`reverse`) from them: then the output is the single axis."""
     axes = list(range(len(shape)))
     if rows.layer_axis is not None:
         del axes[rows.layer_axis % len(shape)]
@@ -272,16 +282,16 @@ def _is_embedding(name: str) -> bool:
 
 
 def _path(name: str) -> list[str]:
-    """Of modules and array: dots separate too, as PyTorch's names have them."""
+    """Split a name into modules and array; dots separate too, as in PyTorch's names."""
     return re.split(r"[/.]", name)
 
 
 def _module(path: Sequence[str]) -> str:
-    """The name of the module that an array belongs to."""
+    """Return the name of the module that an array belongs to."""
     return path[-2] if path[-1] in _ARRAY_NAMES and len(path) > 1 else path[-1]
 
 
 def _parent(path: str) -> str:
-    """Where the siblings of a projection stand; the path may name its array."""
+    """Return the module that holds a projection and its siblings; the path may name its array."""
     parts = path.split("/")
     return "/".join(parts[: -2 if parts[-1] in _ARRAY_NAMES else -1])

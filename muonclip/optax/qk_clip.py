@@ -27,11 +27,11 @@ from muonclip.optax.paths import below, is_masked, map_named, name_of, named_lea
 
 @dataclass(frozen=True, slots=True)
 class QKProjection:
-    """Which parameters make the queries and keys of one attention (with `layer_axis`: of a stack of them).
+    """The parameters that make the queries and keys of one attention (with `layer_axis`: of a stack of them).
 
     `query` and `key` are private to their heads and take γ^α and γ^(1−α); `query_facing_shared` faces a key that heads
-    share and takes all of γ. `reason`: why nothing is to be scaled (QK-norm, say); its maxima are then only checked.
-    Raises ValueError for parts that do not speak of the same heads.
+    share and takes all of γ. `reason`: why none is to be scaled (QK-norm, say); the maxima are then only checked.
+    Raises ValueError for parts that do not have the same heads.
     """
 
     num_heads: int
@@ -48,7 +48,7 @@ class QKProjection:
                 )
         if len({rows.layer_axis is None for rows in self.parts()}) > 1:
             raise ValueError(
-                "some parts stack layers (layer_axis) and some do not; declare the stack and the rest apart."
+                "some parts stack layers (layer_axis) and some do not; declare the stack and the rest separately."
             )
         if not self.reason and not self.query_facing_shared and not (self.query and self.key):
             raise ValueError(
@@ -57,7 +57,7 @@ class QKProjection:
 
     @classmethod
     def mha(cls, *, q: str, k: str, num_heads: int, in_axis: int = 0, layer_axis: int | None = None) -> QKProjection:
-        """Multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
+        """Declare multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
         query, key = (HeadRows(path, num_heads, in_axis=in_axis, layer_axis=layer_axis) for path in (q, k))
         return cls(num_heads, query=(query,), key=(key,))
 
@@ -65,8 +65,11 @@ class QKProjection:
     def gqa(
         cls, *, q: str, k: str, num_heads: int, num_kv_heads: int, in_axis: int = 0, layer_axis: int | None = None
     ) -> QKProjection:
-        """Grouped-query attention (one key head: multi-query). Where each key serves several queries, the query of a
-        loud head takes all of γ, so its quiet neighbours keep their weights."""
+        """Declare grouped-query attention (one key head: multi-query).
+
+        Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
+        same key keep their weights. Raises ValueError for numbers of heads that do not divide.
+        """
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
         if num_kv_heads == num_heads:
@@ -87,8 +90,11 @@ class QKProjection:
         in_axis: int = 0,
         layer_axis: int | None = None,
     ) -> QKProjection:
-        """Multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows per head (the up-projection,
-        or the only one), `kv` holds [k_nope | v] rows per head. The rotary key is shared and never touched."""
+        """Declare multi-head latent attention (DeepSeek-V2, V3; K2).
+
+        `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
+        head. The rotary key is shared and never scaled.
+        """
 
         def part(path: str, size: int, start: int, stride: int) -> HeadRows:
             return HeadRows(path, num_heads, size, start, stride, in_axis, layer_axis)
@@ -118,17 +124,21 @@ class QKClipState(NamedTuple):
 
 
 def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -> optax.GradientTransformationExtraArgs:
-    """Rescale the queries and keys of heads whose maximum attention logit passed τ; the last link of a chain.
+    """Rescale queries and keys of heads whose maximum attention logit exceeded τ; the last link of a chain.
 
         tx.update(grads, state, params, max_logits=…)
 
-    So `optax.apply_updates` ends, for a loud head, at its updated weights times their factor, up to rounding in the
+    `qk_projections`: a tree with a `QKProjection` for each attention; `max_logits` is a tree of the same structure.
+    `tau`: the largest logit a head may keep. `alpha`: the query's share of γ where query and key are private to the
+    head.
+
+    For a head above τ `optax.apply_updates` then ends at its updated weights times their factor, up to rounding in the
     parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of quiet heads
     (S ≤ τ, −inf included) are handed on bit for bit, selected by γ < 1 in float32.
 
-    A NaN or +inf maximum is a ValueError where it can be seen (outside jit) and else counted in `nonfinite`; its head
-    keeps its update. Raises TypeError without `max_logits`, ValueError without `params`, for a `max_logits` of another
-    structure or shape, for paths that do not exist, for τ ≤ 0 and for α outside [0, 1].
+    A NaN or +inf maximum raises ValueError where it can be seen (outside jit) and else is counted in `nonfinite`; its
+    head keeps its update. Raises TypeError without `max_logits`, ValueError without `params`, for a `max_logits` of
+    another structure or shape, for paths that do not exist, for τ ≤ 0 and for α outside [0, 1].
     """
     _check_if_concrete(tau, check_tau)
     _check_if_concrete(alpha, check_alpha)
@@ -182,7 +192,7 @@ def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -
 
 
 def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """The update that ends at factor · (weight + update)."""
+    """Return the update that ends at factor · (weight + update)."""
     if factor is None:
         return update
     wide = jnp.promote_types(weight.dtype, jnp.float32)
@@ -192,7 +202,7 @@ def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None) -> 
 
 
 def _finite(maximum: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maxima, −inf in the place of NaN and +inf, and where those were."""
+    """Return the maxima with −inf in place of NaN and +inf, and where those were."""
     bad = jnp.isnan(maximum) | (maximum == jnp.inf)
     return jnp.where(bad, -jnp.inf, maximum), bad
 
@@ -201,7 +211,7 @@ def _flatten(qk_projections: QKProjections) -> tuple[list[tuple[str, QKProjectio
     leaves, treedef = jax.tree_util.tree_flatten_with_path(qk_projections, is_leaf=_is_projection)
     for path, leaf in leaves:
         if not _is_projection(leaf):
-            raise ValueError(f"qk_projections holds {leaf!r} at {name_of(path)!r}, which is no QKProjection.")
+            raise ValueError(f"qk_projections holds {leaf!r} at {name_of(path)!r}, which is not a QKProjection.")
     if not leaves:
         raise ValueError(f"qk_projections={qk_projections!r} declares no attention; leave QK-Clip away, or declare it.")
     return [(name_of(path), leaf) for path, leaf in leaves], treedef
@@ -212,7 +222,7 @@ def _is_projection(leaf: Any) -> TypeGuard[QKProjection]:
 
 
 def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Of the maxima of one attention."""
+    """Return the shape of the maxima of one attention."""
     layers = {rows.num_layers(shapes) for rows in projection.parts()} if shapes else set()
     if len(layers) > 1:
         raise ValueError(f"the queries and keys of one attention stack different numbers of layers: {layers}.")
@@ -223,7 +233,7 @@ def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> t
 def _scalings(
     projections: list[tuple[str, QKProjection]], leaves: Mapping[str, Any]
 ) -> list[tuple[int, str, RowsOfArray]]:
-    """(number of the attention, which of its factors, rows) of everything that may be scaled."""
+    """Return (number of the attention, which of its factors, rows) for everything that may be scaled."""
     found: list[tuple[int, str, RowsOfArray]] = []
     shapes = shapes_of(leaves)
     for number, (name, projection) in enumerate(projections):
@@ -248,7 +258,7 @@ def _scalings(
 
 
 def _meets(name: str, path: str) -> bool:
-    """A mask may be a prefix of the tree: it takes away what is above a path, too."""
+    """Tell whether a leaf is at the path, below it or above it: a mask may be a prefix of the tree."""
     return below(path, name) or below(name, path)
 
 
@@ -275,7 +285,7 @@ def _maxima(
 
 
 def check_max_logits(max_logits: Any) -> None:
-    """Raises ValueError for a maximum that is NaN or +inf, where it can be seen."""
+    """Raise ValueError for a maximum that is NaN or +inf, where it can be seen."""
     for path, maximum in jax.tree_util.tree_flatten_with_path(max_logits)[0]:
         _check_if_concrete(maximum, partial(_check_finite, name_of(path)))
 
@@ -292,12 +302,12 @@ def _check_finite(name: str, maximum: Any) -> None:
 
 
 def _check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
-    """`check` a value that can be looked at: not while JAX traces, nor where it is spread over processes."""
+    """Check a value that can be read: not while JAX traces, nor where it is spread over processes."""
     if isinstance(value, jax.Array) and (isinstance(value + 0, Tracer) or not value.is_fully_addressable):
         return
     check(value)
 
 
 def _as(number: Any, like: jax.Array) -> Any:
-    """τ and α may be traced; they take the dtype of the maxima then."""
+    """Convert τ or α to the dtype of the maxima where it is an array, which may be traced."""
     return number.astype(like.dtype) if isinstance(number, jax.Array) else number

@@ -251,7 +251,7 @@ def test_a_missing_maximum_is_a_type_error():
         ({"attn": QKProjection.mha(q="q", k="k", num_heads=H - 1)}, {}, r"'q' has 24 rows: 5 heads"),
         ([MHA["attn"], QKProjection.mha(q="q", k="v", num_heads=H)], {}, "scale the same rows of 'q'"),
         ({}, {}, "declares no attention"),
-        ({"attn": "q"}, {}, "'q' at 'attn', which is no QKProjection"),
+        ({"attn": "q"}, {}, "'q' at 'attn', which is not a QKProjection"),
     ],
 )
 def test_what_does_not_fit_is_an_error(projections, arguments, message):
