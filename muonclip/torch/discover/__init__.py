@@ -1,4 +1,4 @@
-"""From a model to its attentions: one forward of a copy is traced, and each query and key attributed to rows.
+"""The way from a model to its attentions: a copy runs one traced forward, and queries and keys are attributed to rows.
 
-Nothing here scales a weight or fills a statistic; how an attention kernel is seen is `observe`'s.
+Nothing here scales a weight or fills a statistic; how a call to an attention kernel is read is `observe`'s.
 """

@@ -1,7 +1,8 @@
-"""Which part the rows behind queries and keys play, by who meets them.
+"""The part that the rows behind queries and keys play, by which heads use them.
 
 A row behind one head only is private to it. A key row that several queries meet, of one attention or of several, is
-shared: its queries take all of γ. What is not proportional to its rows, or plays two parts at once, is refused.
+shared: its queries take all of γ. A query that is not proportional to its rows, and a row that plays two parts, is
+refused.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from muonclip.torch.logits.max_logits import MaxLogits
 
 
 class ProjectionReader:
-    """Reads calls as projections, in the light of all `calls` of the model."""
+    """Reads calls as projections; all `calls` of the model are needed to know which keys are shared."""
 
     def __init__(self, places: Places, calls: Sequence[Call], *, clip_gains: bool) -> None:
         self.places, self.clip_gains = places, clip_gains
         self.shared_keys = _keys_of_several(calls, places)
 
     def read(self, call: Call) -> QKProjection | str:
-        """The projection of a call, or why there is none."""
+        """Return the projection of a call, or the reason why there is none."""
         query, key, value, heads = call.query, call.key, call.value, call.num_heads
         if call.problem or query.problem:
             return call.problem or f"its queries {query.problem}"
@@ -86,7 +87,7 @@ class ProjectionReader:
         return QKProjection("qk-norm", heads, MaxLogits(heads), reason=norm)
 
     def _parts(self, rows: Sequence[Rows]) -> tuple[HeadRows, ...] | None:
-        """The rows in the model, a bias with its weight; None where heads have unequal numbers of them."""
+        """Return the rows in the model, a bias with its weight; None where heads have unequal numbers of them."""
         parts: list[HeadRows] = []
         vectors = [each for each in rows if each.parameter.ndim == 1]
         with_a_weight: set[int] = set()
@@ -113,7 +114,7 @@ class ProjectionReader:
 def _divide(
     rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor], places: Places
 ) -> tuple[list[Rows], list[Rows]]:
-    """Rows behind keys that a query head has to itself, and rows behind keys that several meet."""
+    """Divide the rows behind keys into those that one query head has to itself and those that several meet."""
     private, shared = [], []
     for each in rows:
         many = feeds(each.masks, heads).sum(0) > 1
@@ -127,13 +128,13 @@ def _divide(
 
 
 def _distinct(masks: Tensor) -> Tensor:
-    """Key heads repeated for their queries, once each."""
+    """Remove the repetitions of key heads that were repeated for their queries."""
     keep = [0] + [i for i in range(1, len(masks)) if not torch.equal(masks[i], masks[i - 1])]
     return masks[keep]
 
 
 def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
-    """Whether a row is among both."""
+    """Tell whether a row is among both."""
     return any(
         a.parameter is b.parameter and a.axis == b.axis and bool((a.masks.any(0) & b.masks.any(0)).any())
         for a in rows
@@ -142,7 +143,7 @@ def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
 
 
 def _keys_of_several(calls: Sequence[Call], places: Places) -> dict[object, Tensor]:
-    """(parameter, axis) → the rows behind keys of calls whose queries differ: keys shared between attentions."""
+    """Return the rows behind keys that attentions with different queries share, by (parameter, axis)."""
     seen: dict[object, dict[object, Tensor]] = {}
     for call in calls:
         if not all(map(places.has, (*call.query.rows, *call.key.rows))):

@@ -1,7 +1,7 @@
-"""What stands for a sharded model in the copy that is rehearsed: a module without its engine, tensors without ranks.
+"""Dense tensors and plain modules in place of a sharded model, for the copy that is traced.
 
 Which rows feed which heads does not depend on values. So where a tensor is sharded, random numbers of its global shape,
-the same on every rank, take its place, and nothing is gathered.
+the same on every rank, replace it, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _MOST_BYTES = 8 * 2**30
 
 
 class TooLarge(ValueError):
-    """The model cannot be rehearsed because its copy would take too much memory."""
+    """The model cannot be traced because its copy would take too much memory."""
 
 
 class StandIns:
-    """Plain tensors for DTensors, of one rehearsal."""
+    """Makes dense tensors in place of DTensors, for one traced forward."""
 
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def of(self, tensor: DTensor) -> Tensor:
-        """What this rank has, if that is all; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
+        """Return this rank's part, if that is the whole; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
         with torch.no_grad():
             if all(isinstance(placement, Replicate) for placement in tensor.placements):
                 return tensor.to_local()
@@ -46,7 +46,7 @@ class StandIns:
 
 
 def check_size(parameters: Iterable[Tensor]) -> None:
-    """Raises TooLarge where the stand-ins of these parameters would take more than 8 GiB."""
+    """Raise TooLarge where the dense copies of these parameters would take more than 8 GiB."""
     size = sum(p.numel() * p.itemsize for p in parameters if isinstance(p, DTensor) and not p.is_meta)
     if size > _MOST_BYTES:
         raise TooLarge(
@@ -58,7 +58,7 @@ def check_size(parameters: Iterable[Tensor]) -> None:
 
 
 def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a module but for what torch.distributed has put there, and without foreign hooks."""
+    """Return the attributes of a module without what torch.distributed has put there, and without foreign hooks."""
     kept = {name: value for name, value in state.items() if name not in (STATE_KEY, REGISTRY_KEY)}
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = kept.get(name)
@@ -68,6 +68,6 @@ def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_torchs_own(hook: Any) -> bool:
-    """Whether a hook is part of a module, as that of weight norm is."""
+    """Tell whether a hook is part of a module, as that of weight norm is."""
     home = str(getattr(hook, "__module__", type(hook).__module__))
     return home.startswith("torch.") and not home.startswith("torch.distributed.")

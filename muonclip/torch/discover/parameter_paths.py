@@ -1,4 +1,4 @@
-"""Where the parameters of rehearsed copies stand in the model."""
+"""The names of the parameters of traced copies in the model."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from muonclip.torch.discover.attribution import Rows, feeds
 
 
 class Places:
-    """`modules`: of the model, by name. `by_copy`: id of a copied parameter → name of its module and attribute."""
+    """The module and attribute of each parameter of a copy.
+
+    `modules`: of the model, by name. `by_copy`: id of a copied parameter → name of its module and attribute.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], by_copy: Mapping[int, tuple[str, str]]) -> None:
         self.modules, self.by_copy = modules, by_copy
 
     def has(self, rows: Rows) -> bool:
-        """Whether the rows are of a registered parameter of the model."""
+        """Tell whether the rows belong to a registered parameter of the model."""
         return id(rows.parameter) in self.by_copy
 
     def of(self, rows: Rows) -> tuple[str, str]:
-        """The name of the module and of its attribute."""
+        """Return the name of the module and of its attribute."""
         return self.by_copy[id(rows.parameter)]
 
     def parameter(self, rows: Rows) -> int:
-        """The id of the parameter in the model."""
+        """Return the id of the parameter in the model."""
         name, attribute = self.of(rows)
         return id(getattr(self.modules[name], attribute))
 
     def identity(self, rows: Sequence[Rows], heads: int) -> object:
-        """Equal for the same rows of the same parameters, for each of the query heads, keys repeated or not."""
+        """Return a key that is equal for the same rows of the same parameters, by query head, keys repeated or not."""
         return frozenset(
             (self.parameter(each), each.axis, tuple(feeds(each.masks, heads).flatten().nonzero().flatten().tolist()))
             for each in rows

@@ -1,6 +1,6 @@
-"""From what a rehearsal saw to the attentions of a model: their names, their projections, where each is called.
+"""The attentions of a model, from its traced forwards: their names, their projections, where each is called.
 
-No name of a module, class or parameter decides anything here; names only say where a row stands.
+No name of a module, class or parameter decides anything here; names only say where a row is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from muonclip.torch.heads.qk_projection import QKProjection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A module that calls attention, how, and the projections of its calls in order; one where all are the same.
-    `calls`: how many it makes in a run; None where that varies."""
+    """A module that calls attention, by which kernel, and the projections of its calls in order.
+
+    One projection where all are the same. `calls`: how many it makes in a run; None where that varies.
+    """
 
     module: str
     via: str
@@ -32,7 +34,7 @@ class Site:
 
 @dataclass(slots=True, eq=False)
 class Findings:
-    """What a search found. `projections` by name, `sites` in the order of their first call, `problems` by name."""
+    """The result of a search: `projections` by name, `sites` in the order of their first call, `problems` by name."""
 
     projections: dict[str, QKProjection]
     sites: list[Site]
@@ -42,8 +44,11 @@ class Findings:
 def search(
     model: nn.Module, rehearsals: Sequence[Rehearsal], declared: Mapping[str, QKProjection], *, clip_gains: bool
 ) -> Findings:
-    """Read rehearsals of `model` and of its parts. `declared`: by module name; checked against what was seen, and taken
-    in the place of what would be found. Raises ValueError where a declaration is wrong."""
+    """Find the attentions in traced forwards of `model` and of its parts.
+
+    `declared`: projections by module name; they are checked against the traced calls, and replace what would be found.
+    `clip_gains`: as of `QKClip`. Raises ValueError where a declaration is wrong.
+    """
     modules = dict(model.named_modules())
     places = Places(modules, {key: place for each in rehearsals for key, place in each.places.items()})
     calls = [(index, call) for index, rehearsal in enumerate(rehearsals) for call in rehearsal.calls]
@@ -93,7 +98,7 @@ def _refuse_queries_of_several(
     places: Places,
     runs: Mapping[str, Mapping[object, Sequence[tuple[Call, QKProjection]]]],
 ) -> None:
-    """A row behind the queries of two attentions would be scaled for both."""
+    """Refuse rows behind the queries of two attentions, which would be scaled for both."""
     names = {id(projection): name for name, projection in findings.projections.items()}
     scaled_for: dict[object, QKProjection] = {}
     for call, projection in itertools.chain(*(run for of_runs in runs.values() for run in of_runs.values())):
@@ -108,7 +113,7 @@ def _refuse_queries_of_several(
 
 
 def refusal(model: nn.Module, problems: Mapping[str, tuple[Call, str]]) -> str:
-    """Which attentions are not understood and why, and the declaration to write."""
+    """Write which attentions are not understood and why, and the declaration to write."""
     lines = ["QK-Clip does not understand these attentions:"]
     lines += [f"  {name or 'the model'}: {problem}." for name, (_, problem) in problems.items()]
     name, (call, _) = next(iter(problems.items()))
@@ -130,8 +135,10 @@ def refusal(model: nn.Module, problems: Mapping[str, tuple[Call, str]]) -> str:
 
 
 def _name_of(call: Call, places: Places) -> str:
-    """The innermost module that holds both the call and the weights of its queries and keys; if that is the whole
-    model, the module of the call."""
+    """Return the innermost module that holds both the call and the weights of its queries and keys.
+
+    If that is the whole model, it is the module of the call.
+    """
     rows = [*call.query.rows, *call.key.rows]
     paths = [path.split(".") for path in (call.module, *(places.of(each)[0] for each in rows if places.has(each)))]
     common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
@@ -139,12 +146,12 @@ def _name_of(call: Call, places: Places) -> str:
 
 
 def _free(name: str, other: str, taken: Mapping[str, object]) -> str:
-    """The first of name, other, other#2, other#3, … that is not taken."""
+    """Return the first of name, other, other#2, other#3, … that is not taken."""
     candidates = itertools.chain((name, other), (f"{other}#{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _outwards(name: str) -> list[str]:
-    """The name of a module and of those around it."""
+    """Return the name of a module and of those around it, innermost first."""
     path = name.split(".")
     return [".".join(path[:length]) for length in range(len(path), 0, -1)] + [""]

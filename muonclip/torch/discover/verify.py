@@ -1,4 +1,4 @@
-"""A declaration is verified before it is trusted: its rows must be those that a rehearsal saw behind each head."""
+"""Verification of declarations: their rows must be those that a traced forward found behind each head."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection
 
 PerHead = dict[int, list[set[int]]]
-"""id of a parameter → the rows of each head."""
+"""The rows of each head, by the id of the parameter."""
 
 
 def check_declaration(name: str, projection: QKProjection, call: Call, places: Places) -> None:
-    """Raises ValueError unless the declared rows are the ones that feed each head, and scale it."""
+    """Raise ValueError unless the declared rows are the ones that feed each head, and scale it."""
     heads = call.num_heads
     if projection.num_heads != heads:
         raise ValueError(
@@ -83,7 +83,10 @@ def _declared(parts: Sequence[HeadRows], heads: int) -> PerHead:
 
 
 def _first_difference(declared: PerHead, found: PerHead, *, both: bool) -> tuple[int, int, set[int], set[int]] | None:
-    """(parameter, head, its rows declared, its rows found). `both`: what was found must have been declared, too."""
+    """Return the first (parameter, head, its rows declared, its rows found) that differ, or None.
+
+    `both`: every row that was found must have been declared, too.
+    """
     for parameter in (declared.keys() | found.keys()) if both else declared.keys():
         nothing: list[set[int]] = [set()] * max(len(declared.get(parameter, [])), len(found.get(parameter, [])))
         pairs = zip(declared.get(parameter, nothing), found.get(parameter, nothing), strict=True)
