@@ -36,9 +36,7 @@ STALE = re.compile(r"\b(alike|apart|beside|(?<!there )(?<!There )is no(?! longer
 TO_DO = (
     "benchmarks/",
     "muonclip/optax/muon.py",
-    "muonclip/torch/clip/",
     "muonclip/torch/discover/",
-    "muonclip/torch/huggingface.py",
     "muonclip/torch/mesh/",
     "muonclip/torch/observe/",
     "muonclip/torch/optimizer/",

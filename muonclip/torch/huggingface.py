@@ -21,13 +21,13 @@ from muonclip.torch.optimizer.muonclip import MuonClip
 
 
 class MuonClipFactory:
-    """`MuonClip` for the Trainer, which hands it the model:
+    """Makes a `MuonClip` for the Trainer, which calls it with the model:
 
         Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1, tau=100.0)))
 
     It needs transformers 5.2. The options are `MuonClip`'s; `lr` and `weight_decay` have no default here, because those
-    of `TrainingArguments` do not come this far. Its schedule, gradient clipping, accumulation and checkpoints do their
-    work as ever.
+    of `TrainingArguments` do not reach it. The Trainer's schedule, gradient clipping, accumulation and checkpoints work
+    as with its own optimizers.
     """
 
     def __call__(self, model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> MuonClip:
@@ -41,11 +41,11 @@ class QKClipCallback(TrainerCallback):
     `last_clipped_step` is of the last step. `clip`: for optimizers other than `MuonClip`, the QKClip that follows them.
 
     The Trainer writes its `log_history` first, so the values are added there too, and runs the loggers of `report_to`
-    before the callbacks that it is given: to reach those, stand in front of them, with
+    before the callbacks that it is given: to reach those, insert this one first,
     `trainer.callback_handler.callbacks.insert(0, QKClipCallback())`.
 
-    A step costs a few small kernels and no wait for the device; a log waits for it, as the Trainer's own loss does.
-    Raises ValueError at the start of training where there is no clip, and at a log what `QKClip.report` raises.
+    A step costs a few small kernels and does not wait for the device; a log waits for it, as the Trainer's own loss
+    does. Raises ValueError at the start of training where there is no clip, and at a log what `QKClip.report` raises.
     """
 
     def __init__(self, clip: QKClip | None = None, prefix: str = "qk_clip/") -> None:
@@ -105,7 +105,7 @@ class QKClipCallback(TrainerCallback):
 
 
 def _extremes(clip: QKClip) -> Tensor:
-    """fp32 [4]: bound, max_logit, clipped_heads and −min_gamma of the last step, as in its report but on the device."""
+    """Return bound, max_logit, clipped_heads and −min_gamma of the last step, fp32 [4], on the device."""
     layers = list(clip.last_layers.values())
     device = layers[0].gamma.device
     max_logits, gamma, bound = (

@@ -1,4 +1,4 @@
-"""The clip around each step of an optimizer that does not know of it, by torch's own step hooks."""
+"""QK-Clip around each step of an optimizer that does not know of it, by torch's own step hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from muonclip.core import ClipFactors
 
 
 class AroundUpdate(Protocol):
-    """What happens before and after an update of the weights."""
+    """An action before and after an update of the weights."""
 
     def before_update(self, *, idle: bool = False) -> dict[str, ClipFactors]: ...
 
@@ -20,7 +20,7 @@ class AroundUpdate(Protocol):
 
 
 class Attachment:
-    """A clip at the steps of one optimizer, until it is removed."""
+    """A clip that acts at the steps of one optimizer, until it is removed."""
 
     def __init__(self, clip: AroundUpdate, optimizer: Optimizer) -> None:
         self._clip = clip
@@ -31,7 +31,7 @@ class Attachment:
         )
 
     def remove(self) -> None:
-        """Let the optimizer's steps be without the clip again."""
+        """Leave the optimizer's steps without the clip again."""
         for handle in self._handles:
             handle.remove()
 
@@ -74,5 +74,5 @@ def attach_to(clip: AroundUpdate, optimizer: Optimizer) -> Attachment:
 
 
 def is_idle(optimizer: Optimizer) -> bool:
-    """Whether no rate moves a weight, as far as the host knows."""
+    """Tell whether every rate is 0, as far as the host knows, so that no weight moves."""
     return all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in optimizer.param_groups)

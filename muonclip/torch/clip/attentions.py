@@ -1,4 +1,4 @@
-"""The attentions that one QK-Clip looks after: those found in a model, or projections that were handed to it."""
+"""The attentions of one QK-Clip: those found in a model, or projections that were handed to it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from muonclip.torch.logits.max_logits import MaxLogits
 
 
 class ClipAttentions:
-    """Projections by name, and the monitor that finds and observes them in `model`; neither where they were given.
+    """The projections by name, and the monitor that finds and observes them in `model`.
 
-    What is read from all parameters or modules is read again only where a weight of queries or keys was replaced, as
-    engines do when they shard a model, or where an attention was found.
+    There is neither model nor monitor where the projections were given. What is read from all parameters or modules is
+    read again only where a weight of queries or keys was replaced, as engines do when they shard a model, or where an
+    attention was found.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class ClipAttentions:
 
     @property
     def to_come(self) -> str:
-        """What the search for attention waits for; "" when it is over."""
+        """The reason why the search for attention is not over; "" when it is."""
         return "" if self._monitor is None else self._monitor.to_come
 
     @property
@@ -51,25 +52,27 @@ class ClipAttentions:
         return torch.device("cpu") if first is None else first.device
 
     def states(self) -> list[MaxLogits]:
-        """The statistics, in the order of the projections."""
+        """Return the statistics, in the order of the projections."""
         return [projection.max_logits for projection in self.projections.values()]
 
     def set_threshold(self, threshold: float) -> None:
-        """Let maxima be exact from this logit on, also those of attentions still to be found."""
+        """Require maxima to be exact from this logit on, also those of attentions still to be found."""
         if self._monitor is not None:
             self._monitor.threshold = threshold
         for state in self.states():
             state.threshold = threshold
 
     def via(self) -> dict[str, str]:
-        """How each attention is observed, by name: the `via` of its site, or "declared"."""
+        """Return how each attention is observed, by name: the `via` of its site, or "declared"."""
         sites = {} if self._monitor is None else self._monitor.sites
         via = {id(each.max_logits): site.via for site in sites.values() for each in site.projections}
         return {name: via.get(id(each.max_logits), "declared") for name, each in self.projections.items()}
 
     def unknown_calls(self) -> str:
-        """What is wrong where attention ran in this step that is not known, or "". Raises RuntimeError where nothing is
-        observed: the observers were removed, or no attention has shown itself."""
+        """Return what is wrong where attention ran in this step that is not known, or "".
+
+        Raises RuntimeError where nothing is observed: the observers were removed, or no attention has run.
+        """
         unknown = ""
         if self._monitor is not None:
             if self._monitor.removed:
@@ -86,7 +89,7 @@ class ClipAttentions:
 
     @property
     def removed(self) -> bool:
-        """Whether the observers were taken off the model."""
+        """True where the observers were taken off the model."""
         return self._monitor is not None and bool(self._monitor.removed)
 
     def remove(self) -> None:
@@ -95,8 +98,10 @@ class ClipAttentions:
             self._monitor.remove("it was removed")
 
     def refresh(self) -> None:
-        """Put the shards that an optimizer updates in the place of the whole weights that FSDP may have left after a
-        forward, and notice where weights were replaced: `placement_version` grows."""
+        """Put an optimizer's shards in place of the whole weights that FSDP may have left after a forward.
+
+        Where weights were replaced, `placement_version` grows.
+        """
         for module in self._sharded:
             module.reshard()
         if self._is_as_read():
@@ -108,7 +113,7 @@ class ClipAttentions:
         self.placement_version += 1
 
     def parameters(self) -> Iterator[Tensor]:
-        """All parameters of the model, or of the modules that hold the given projections."""
+        """Return all parameters of the model, or of the modules that hold the given projections."""
         for root in self._roots():
             yield from root.parameters()
 
@@ -140,9 +145,11 @@ def attentions_of_model(
     threshold: float,
     clip_gains: bool,
 ) -> ClipAttentions:
-    """The attentions that a model declares, those declared for it, and those that are found in it now or at its first
-    forward. Raises ValueError for a declaration without its module and where no attention is found in
-    `example_inputs`."""
+    """Make the attentions that a model declares, those declared for it, and those found in it.
+
+    They are found now, or at the first forward. Raises ValueError for a declaration without its module and where no
+    attention is found in `example_inputs`.
+    """
     projections = declared_qk_projections(model)
     for name, projection in declare.items():
         if name not in dict(model.named_modules()):
@@ -165,7 +172,10 @@ def attentions_of_model(
 
 
 def given_attentions(projections: Mapping[str, QKProjection] | Iterable[QKProjection]) -> ClipAttentions:
-    """Projections by name or in a sequence, whose statistics the caller fills. Raises ValueError for anything else."""
+    """Make attentions of projections by name or in a sequence, whose statistics the caller fills.
+
+    Raises ValueError for anything else.
+    """
     if isinstance(projections, Mapping):
         named = list(cast("Mapping[str, object]", projections).items())
     else:

@@ -1,4 +1,4 @@
-"""What can be wrong in a step of QK-Clip, and how errors that an accelerator found reach the host without a wait."""
+"""The errors of a step of QK-Clip, and how those that an accelerator found reach the host without a wait."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class Error(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What the messages say besides the names of attentions. `unknown`: what is wrong on this rank with attention that
-    nobody observed. `hints`: for attentions that were not observed, by name."""
+    """The details of the messages, in addition to the names of attentions.
+
+    `unknown`: what is wrong on this rank with attention that was not observed. `hints`: for attentions that were not
+    observed, by name.
+    """
 
     tau: float
     unknown: str = ""
@@ -36,7 +39,7 @@ class Details:
 
 
 def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
-    """The message of the gravest of the errors [attentions, 4] that are not 0, of attentions with these names."""
+    """Write the message of the gravest error among [attentions, 4], of attentions with these names."""
     wrong = {kind: [name for name, each in zip(names, errors[:, kind].tolist(), strict=True) if each] for kind in Error}
     kind = next(kind for kind in Error if wrong[kind])
     listed = ", ".join(name or "the model" for name in wrong[kind])
@@ -66,9 +69,9 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
 
 
 class DeferredErrors:
-    """Errors of an accelerator, counted there and copied to the host behind each step, which nobody waits for.
+    """Errors of an accelerator, counted there and copied to the host after each step, without waiting for the copy.
 
-    The counts only grow, on the device and in the copy; what was raised already is a number on the host. So a copy that
+    The counts only grow, on the device and in the copy; the host keeps the number that it has raised. So a copy that
     arrives late, or a replayed CUDA graph that copies without the host's knowledge, brings no error a second time.
     """
 
@@ -79,8 +82,10 @@ class DeferredErrors:
         self._copied: torch.cuda.Event | None = None
 
     def add(self, errors: Tensor, names: tuple[str, ...]) -> None:
-        """Count the errors [attentions, kinds] of one step, other than 0 where there is one. Take what was counted for
-        other attentions before: their counts end here."""
+        """Count the errors [attentions, kinds] of one step, other than 0 where there is one.
+
+        Take what was counted for other attentions before: their counts end here.
+        """
         if self.names != names or self._counts.device != errors.device:
             self.names = names
             self._taken = torch.zeros(errors.shape, dtype=torch.int64, device="cpu")
@@ -93,9 +98,11 @@ class DeferredErrors:
             self._copied.record()
 
     def take(self, *, wait: bool, on_all_ranks: bool = False) -> Tensor | None:
-        """The errors counted since they were last taken, by kind, or None; without `wait`, only where some have reached
-        the host by now. `on_all_ranks`: wait for what the last step has copied, so that all ranks take it at the same
-        time."""
+        """Return the errors counted since they were last taken, by kind, or None.
+
+        Without `wait`, only where some have reached the host by now. `on_all_ranks`: wait for what the last step has
+        copied, so that all ranks take it at the same time.
+        """
         capturing = self._counts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if on_all_ranks and self._copied is not None and not capturing:
             self._copied.synchronize()

@@ -1,4 +1,4 @@
-"""QK-Clip: after the optimizer's step, heads whose maximum logit passed τ have their query and key rows rescaled.
+"""QK-Clip: after the optimizer's step, the query and key rows of heads whose maximum logit exceeded τ are rescaled.
 
 Kimi K2, arXiv 2507.20534, Algorithm 1, lines 8–14; the factors are `muonclip.core.clip_factors`.
 """
@@ -37,25 +37,29 @@ class QKClip:
     If the optimizer's step was skipped, skip `clip.step()` too: the observation stays for the next one.
     `clip.attach(optimizer)` lets every `optimizer.step()` do both.
 
-    model_or_projections: a model, in which the attentions are found (or that declare themselves, see `QKProjection`);
-    or projections, by name or in a sequence, whose statistics you fill. `tau`: the largest logit a head may keep;
-    infinity measures, always, and never clips. `alpha`: the query's share of γ where query and key are private to the
-    head. `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes
-    every one. `declare`: projections of attentions in the model, by module name, in the place of what would be
-    found. `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; to
-    find its attentions now, which `torch.compile` needs. `clip_gains`: after a QK-norm with a gain per head, scale the
-    gain. `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or
-    None; both are scaled. `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the
-    ranks of the largest mesh on which its parameters are, else those of its DistributedDataParallel, else all that have
-    the same attentions with the same weights, which all ranks of the job compare at the first step. Every one of them
-    must take each step.
+    - `model_or_projections`: a model, in which the attentions are found (or that declare themselves, see
+      `QKProjection`); or projections, by name or in a sequence, whose statistics you fill.
+    - `tau`: the largest logit a head may keep, after the softmax scale; infinity measures, always, and never clips.
+    - `alpha`: the query's share of γ where query and key are private to the head.
+    - `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes every
+      one.
+    - `declare`: projections of attentions in the model, by module name, instead of what would be found.
+    - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
+      the attentions are found now, which `torch.compile` needs.
+    - `clip_gains`: after a QK-norm with a gain per head, scale the gain.
+    - `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or None;
+      both are scaled.
+    - `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the ranks of the largest
+      mesh on which its parameters are, else those of its DistributedDataParallel, else all that have the same
+      attentions with the same weights, which all ranks of the job compare at the first step. Every one of them must
+      take each step.
 
-    A second QKClip on a model takes the place of the first. Raises ValueError for wrong arguments and for attention
-    that is not understood, here or in the first forward.
+    A second QKClip on a model replaces the first. Raises ValueError for wrong arguments and for attention that is not
+    understood, here or in the first forward.
     """
 
     attentions: ClipAttentions
-    """The attentions that this clip looks after: `projections` by name, and a `version` that grows with each found."""
+    """The attentions that are clipped: `projections` by name, and a `version` that grows with each found."""
 
     def __init__(
         self,
@@ -111,47 +115,48 @@ class QKClip:
         return self.attentions.projections
 
     def sources(self) -> dict[str, str]:
-        """Where the maxima of each attention come from, by name."""
+        """Return where the maxima of each attention come from, by name."""
         return {
             name: describe(SOURCES[via], self.projections[name], self.observe)
             for name, via in self.attentions.via().items()
         }
 
     def attach(self, optimizer: Optimizer) -> Attachment:
-        """Let each step of an optimizer be followed by the clip's, by torch's own step hooks; `remove()` what is
-        returned to end that.
+        """Clip after each step of an optimizer, by torch's own step hooks.
 
             clip = QKClip(model)
             clip.attach(torch.optim.AdamW(model.parameters()))
 
-        Errors come before the optimizer has changed a weight. A step that a GradScaler skips is skipped here, too.
-        Raises ValueError for a `MuonClip`, which clips by itself.
+        `remove()` of what is returned ends that. Errors are raised before the optimizer has changed a weight. A step
+        that a GradScaler skips is skipped here, too. Raises ValueError for a `MuonClip`, which clips by itself.
         """
         return attach_to(self, optimizer)
 
     def remove(self) -> None:
-        """Take the observers off the model, which is then as it was before. Happens by itself when this QKClip and its
-        optimizer are gone."""
+        """Take the observers off the model, which is then as it was before.
+
+        Happens by itself when this QKClip and its optimizer are gone.
+        """
         self.attentions.remove()
 
     def step(self) -> None:
         """Scale the heads above τ, then forget the observation.
 
-        Raises RuntimeError, before any weight is touched, where a trained attention was not observed since the last
-        step or saw a non-finite logit. An accelerator is not made to wait for that: there such a head keeps its
-        weights and the error comes at the next `step()`, `report()` or `state_dict()` of the optimizer.
+        Raises RuntimeError, before any weight is changed, where a trained attention was not observed since the last
+        step or saw a non-finite logit. The host does not wait for an accelerator to learn that: there such a head keeps
+        its weights and the error is raised by the next `step()`, `report()` or `state_dict()` of the optimizer.
         """
         self.attentions.refresh()
         self.after_update(self._measure(before_update=False))
 
     @torch.no_grad()
     def before_update(self, *, idle: bool = False) -> dict[str, ClipFactors]:
-        """The factors of this step by attention, from the maxima of all ranks, before the optimizer changes a weight
-        and with the gradients that it will use. Raises what `step` raises.
+        """Return the factors of this step by attention, before the optimizer changes a weight.
 
-        An attention that has no gradient will not move and may be unobserved, as long as another one is observed.
-        `idle`: the optimizer's rates are 0, as in the step by which checkpoint libraries make its state. There are no
-        factors then where also nothing was observed or nothing has a gradient, on no rank.
+        The maxima are those of all ranks, the gradients those that the optimizer will use. An attention that has no
+        gradient will not move and may be unobserved, as long as another one is observed. `idle`: the optimizer's rates
+        are 0, as in the step by which checkpoint libraries make its state; the result is empty then where also nothing
+        was observed or nothing has a gradient, on no rank. Raises what `step` raises.
         """
         self.attentions.refresh()
         if idle and not self.attentions.removed and not self._has_work():
@@ -178,13 +183,15 @@ class QKClip:
             state.reset()
 
     def report(self) -> QKClipReport:
-        """What the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
+        """Return what the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
         self._raise_deferred(wait=True)
         return QKClipReport(self.tau, dict(self.last_layers), *self._steps.read())
 
     def _threshold(self) -> float:
-        """The logit from which on maxima must be exact. Without a finite τ nothing needs a maximum; who asks for that
-        wants to see them."""
+        """Return the logit from which on maxima must be exact.
+
+        Without a finite τ none has to be, but whoever asks for that wants to see them: all are.
+        """
         return self._tau if self.observe == "needed" and self._tau < math.inf else -math.inf
 
     @torch.no_grad()
@@ -206,8 +213,10 @@ class QKClip:
         return factors
 
     def _has_work(self) -> bool:
-        """Whether something was observed and a query or key has a gradient other than zero, on any rank; waits for the
-        device. All ranks must call it."""
+        """Tell whether something was observed and a query or key has a gradient other than zero, on any rank.
+
+        Waits for the device. All ranks must call it.
+        """
         parameters = [p for projection in self.projections.values() for p in projection.qk_parameters()]
         observed = any(bool(state.observed) for state in self.attentions.states())
         moves = any(map(has_gradient, parameters)) or not parameters
@@ -219,7 +228,7 @@ class QKClip:
         return observed and moves
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The ranks that clip together; None for this one alone."""
+        """Return the group of the ranks that clip together; None for this one alone."""
         return self._ranks.group(self.attentions.parameters(), self.projections, self.attentions.placement_version)
 
     def _notes(self) -> Tensor:
@@ -253,5 +262,5 @@ class QKClip:
 
 
 def _may_wait_for(device: torch.device) -> bool:
-    """Whether reading a value stalls nobody; on an accelerator it would drain the queue of kernels."""
+    """Tell whether reading a value delays nothing; on an accelerator it would drain the queue of kernels."""
     return device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Which ranks clip together: those that share a part of the model, or train copies of it."""
+"""The ranks that clip together: those that share a part of the model, or train copies of it."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ class ClipRanks:
     def group(
         self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection], version: int | None = None
     ) -> dist.ProcessGroup | None:
-        """The group of the ranks that share these parameters; None where this rank is alone. All of the ranks must call
-        it at the same time: a group may have to be made, and where nothing else says which ranks these are, all of the
-        job come together once. `version`: of the parameters, which are not read again where it is the last one's.
+        """Return the group of the ranks that share these parameters; None where this rank is alone.
 
-        Raises ValueError where the meshes of the parameters do not say which ranks these are.
+        All of the ranks must call it at the same time: a group may have to be made, and where nothing else says which
+        ranks these are, all of the job compare their attentions once. `version`: of the parameters, which are not read
+        again where it is the last one's. Raises ValueError where the meshes of the parameters do not say which ranks
+        these are.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return None

@@ -1,4 +1,4 @@
-"""What all attentions have seen, on all ranks: vectors of their heads, joined by one collective.
+"""The maxima of all attentions on all ranks: vectors over their heads, combined by one collective.
 
 A maximum of maxima is exact, so neither the order of the ranks nor repetition matters. Everything from which an error
 follows travels with them, so that all ranks raise it or none.
@@ -29,8 +29,11 @@ _SEEN = torch.finfo(torch.float32).min  # as a bound: observed, without any logi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JointMaxima:
-    """fp32 vectors: `maximum`, `bound`, `nonfinite` of all heads, as in `MaxLogits`, one attention after the other;
-    `observed` and `notes` of each attention. Notes are None until they are needed."""
+    """The maxima of all attentions, as fp32 vectors.
+
+    `maximum`, `bound`, `nonfinite`: of all heads, as in `MaxLogits`, one attention after the other. `observed` and
+    `notes`: of each attention. Notes are None until they are needed.
+    """
 
     sizes: tuple[int, ...]
     maximum: Tensor
@@ -41,7 +44,7 @@ class JointMaxima:
 
     @classmethod
     def from_states(cls, states: Sequence[MaxLogits], device: torch.device) -> JointMaxima:
-        """Join what this rank has seen."""
+        """Combine what this rank has seen."""
         return cls(
             tuple(state.num_heads for state in states),
             torch.cat([state.maximum.to(device) for state in states]),
@@ -52,11 +55,11 @@ class JointMaxima:
 
     @property
     def upper_bound(self) -> Tensor:
-        """fp32 [heads of all]: no logit is larger; equal to `maximum` where that is exact."""
+        """An upper bound of all logits, fp32 [heads of all]; equal to `maximum` where that is exact."""
         return torch.maximum(self.bound, self.maximum)
 
     def all_reduce(self, group: dist.ProcessGroup, notes: Tensor) -> JointMaxima:
-        """Join what all ranks of the group have seen, by one MAX all-reduce of sum(3 · heads + 1) numbers."""
+        """Combine what all ranks of the group have seen, by one MAX all-reduce of sum(3 · heads + 1) numbers."""
         owner = _owners(self.sizes, self.maximum.device)
         # An attention was observed where its bounds are more than −inf, which leaves a place for its note.
         bound = torch.where(self.observed[owner] > 0, self.bound.clamp(min=_SEEN), self.bound)
@@ -72,15 +75,15 @@ class JointMaxima:
         return self if self.notes is not None else replace(self, notes=notes)
 
     def are_fine(self, tau: float) -> Tensor:
-        """bool []: whether there is certainly no error, whatever the notes say."""
+        """Tell whether there is certainly no error, whatever the notes say; bool []."""
         return self.observed.all() & ~self.nonfinite.any() & ~self._left_open(tau).any()
 
     def errors(self, trains: Sequence[bool], tau: float, *, before_update: bool) -> Tensor:
-        """bool [attentions, 4]: which `Error` each attention has in this step. `before_update`: what has no gradient
-        will not move.
+        """Return which `Error` each attention has in this step, bool [attentions, 4].
 
-        A GradScaler skips the step when the gradients are not finite, and a non-finite logit makes them so. One seen
-        together with finite gradients is therefore left from a step that was skipped, and not an error of this one.
+        `before_update`: what has no gradient will not move. A GradScaler skips the step when the gradients are not
+        finite, and a non-finite logit makes them so. One seen together with finite gradients is therefore left from a
+        step that was skipped, and not an error of this one.
         """
         assert self.notes is not None
         observed = self.observed > 0
@@ -97,17 +100,17 @@ class JointMaxima:
         return torch.stack([columns[kind] for kind in Error], dim=1)
 
     def _left_open(self, tau: float) -> Tensor:
-        """bool [heads of all]: whether a logit above τ may be larger than all that were computed."""
+        """Tell, by head, whether a logit above τ may be larger than all that were computed; bool [heads of all]."""
         return self.upper_bound > self.maximum.clamp(min=tau)
 
     def _any_of_each(self, heads: Tensor) -> Tensor:
-        """fp32 [attentions]: 1 where a head of the attention is true in `heads` [heads of all]."""
+        """Return 1 for each attention of which a head is true in `heads` [heads of all]; fp32 [attentions]."""
         each = torch.zeros(len(self.sizes), device=heads.device)
         return each.scatter_reduce(0, _owners(self.sizes, heads.device), heads.float(), "amax")
 
 
 def note_of(projection: QKProjection, device: torch.device) -> Tensor:
-    """The note about the gradients that this rank has, fp32 []."""
+    """Make the note about the gradients that this rank has, fp32 []."""
     parameters = projection.qk_parameters()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:  # nothing to scale, or nobody has asked for gradients yet
@@ -117,7 +120,7 @@ def note_of(projection: QKProjection, device: torch.device) -> Tensor:
 
 
 def has_gradient(parameter: Tensor) -> bool:
-    """Whether this rank has a gradient of the parameter other than zero; waits for the device."""
+    """Tell whether this rank has a gradient of the parameter other than zero; waits for the device."""
     return parameter.grad is not None and bool(local_part(parameter.grad).any())
 
 

@@ -1,4 +1,4 @@
-"""What a step of QK-Clip saw and did, as a table, numbers and scalars to log."""
+"""The report of a step of QK-Clip, as a table, numbers and scalars to log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 class LayerReport:
     """One attention in the last step; every field [heads].
 
-    `max_logits`: the largest finite logit seen (−inf: none); NaN where the head was only certified. `gamma`: the factor
-    its logits were scaled by. `exact`: whether `max_logits` is the maximum itself. `bound`: what the maximum cannot
-    exceed; equal to it where it is exact.
+    - `max_logits`: the largest finite logit seen (−inf: none); NaN where the head was only certified.
+    - `gamma`: the factor its logits were scaled by; 1 where the head was not clipped.
+    - `exact`: whether `max_logits` is the maximum itself.
+    - `bound`: an upper bound of the logits; equal to the maximum where that is exact.
     """
 
     max_logits: Tensor
@@ -27,8 +28,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QKClipReport:
-    """What the last `QKClip.step()` saw and did; `layers` by module name. `steps`: how many there were by then;
-    `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if none did."""
+    """The report of the last `QKClip.step()`: `layers` by module name.
+
+    `steps`: how many there were by then; `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if
+    none did.
+    """
 
     tau: float
     layers: dict[str, LayerReport]
@@ -43,22 +47,22 @@ class QKClipReport:
 
     @property
     def bound(self) -> float:
-        """No logit of the last step was larger; −inf before the first step."""
+        """An upper bound of all logits of the last step; −inf before the first step."""
         return max((layer.bound.max().item() for layer in self.layers.values()), default=-math.inf)
 
     @property
     def clipped_heads(self) -> int:
-        """How many heads were rescaled."""
+        """Number of heads that were rescaled."""
         return sum(int((layer.gamma < 1).sum()) for layer in self.layers.values())
 
     @property
     def heads(self) -> int:
-        """How many heads there are."""
+        """Number of heads."""
         return sum(layer.gamma.numel() for layer in self.layers.values())
 
     @property
     def status(self) -> str:
-        """When τ last mattered: K2's heads were clipped in the first 30 % of its training only."""
+        """ "no step yet", "active" where the last step rescaled a head, or since which step none was."""
         if self.steps == 0:
             return "no step yet"
         if self.last_clipped_step == self.steps:
@@ -66,8 +70,10 @@ class QKClipReport:
         return f"inactive since step {self.last_clipped_step + 1}"
 
     def scalars(self, prefix: str = "qk_clip/") -> dict[str, float]:
-        """Numbers to log at each step, for `SummaryWriter.add_scalar`, `wandb.log` and their like. `max_logit` is left
-        out where no maximum was computed."""
+        """Return numbers to log at each step, for `SummaryWriter.add_scalar`, `wandb.log` and similar.
+
+        `max_logit` is left out where no maximum was computed.
+        """
         values = {
             "bound": self.bound,
             "clipped_heads": float(self.clipped_heads),
@@ -79,7 +85,7 @@ class QKClipReport:
         return {prefix + name: value for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers and lists; NaN where a head was only certified."""
+        """Return everything as plain numbers and lists; NaN where a head was only certified."""
         layers = {
             name: {
                 "max_logits": layer.max_logits.tolist(),
@@ -98,7 +104,7 @@ class QKClipReport:
         )
 
     def __str__(self) -> str:
-        """A table: the maximum of each head, or ≤ what bounds it."""
+        """Write a table: the maximum of each head, or ≤ its upper bound."""
         lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
         for name, layer in self.layers.items():
             values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
@@ -109,8 +115,10 @@ class QKClipReport:
 
 
 class StepCount:
-    """Counts steps and the last one that rescaled a head, on the device and in place: nobody waits, and a replayed CUDA
-    graph counts as well."""
+    """Counts steps and the last one that rescaled a head.
+
+    It counts on the device and in place, so that the host need not wait and a replayed CUDA graph counts as well.
+    """
 
     def __init__(self) -> None:
         self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -124,6 +132,6 @@ class StepCount:
         last.copy_(torch.where(clipped, taken, last))
 
     def read(self) -> tuple[int, int]:
-        """The steps taken, and the number of the last that rescaled a head; waits for the device."""
+        """Return the steps taken, and the number of the last that rescaled a head; waits for the device."""
         taken, last = self._counts.tolist()
         return taken, last

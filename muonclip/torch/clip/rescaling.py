@@ -1,4 +1,4 @@
-"""From the maxima of all heads to their factors, and from factors to scaled rows."""
+"""The factors of all heads from their maxima, and the scaling of rows by factors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from muonclip.torch.heads.qk_projection import QKProjection
 def decide(
     maxima: JointMaxima, projections: Mapping[str, QKProjection], tau: float, alpha: float
 ) -> tuple[dict[str, ClipFactors], dict[str, LayerReport]]:
-    """The factors of each attention's heads, and what to report of them. A head without anything to scale keeps 1."""
+    """Return the factors of each attention's heads, and what to report of them.
+
+    A head without anything to scale keeps 1.
+    """
     factors = clip_factors(maxima.maximum, tau, alpha, xp=torch)
     keeps = [not clips(projection) for projection in projections.values() for _ in range(projection.num_heads)]
     if any(keeps):
@@ -42,8 +45,10 @@ def scale(
     *,
     skip_quiet: bool,
 ) -> None:
-    """Scale the rows of every head by its factors; each rank those that it has, without communication. `skip_quiet`:
-    read the factors, and skip attentions of which no head is above τ."""
+    """Scale the rows of every head by its factors; each rank those that it has, without communication.
+
+    `skip_quiet`: read the factors, and skip attentions of which no head is above τ.
+    """
     for name, factor in factors.items():
         projection = projections[name]
         if not clips(projection) or (skip_quiet and not bool((factor.gamma < 1).any())):
@@ -58,7 +63,7 @@ def scale(
 
 
 def clips(projection: QKProjection) -> bool:
-    """Whether there is something to scale."""
+    """Tell whether the projection has rows to scale."""
     return bool(projection.scaled_parts()) and projection.trains()
 
 

@@ -1,4 +1,4 @@
-"""Where the maxima of an attention come from, for the plan and for errors: one entry for each way to observe it."""
+"""The ways in which an attention is observed, and where its maxima come from then, for the plan and for errors."""
 
 from __future__ import annotations
 
