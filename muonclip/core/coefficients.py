@@ -108,6 +108,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
         ),
     }
 )
+"""The known sets by name, as `ns_coefficients` takes it; one entry each."""
 
 
 def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:

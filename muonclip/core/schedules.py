@@ -43,6 +43,7 @@ class WarmupConstantCosine:
 
     @property
     def total_steps(self) -> int:
+        """Number of steps from the first warm-up step to the last of the decay."""
         return self.warmup + self.constant + self.decay
 
     def __call__(self, step: Any, *, xp: Any = None) -> Any:

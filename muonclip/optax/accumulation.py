@@ -17,6 +17,8 @@ from muonclip.optax.qk_clip import QKClipState, check_max_logits
 
 
 class AccumulateState(NamedTuple):
+    """The state of `accumulate`: what the micro-steps since the last step have added up to."""
+
     micro_step: jax.Array
     """int32: micro-steps since the last step."""
     step: jax.Array

@@ -108,6 +108,7 @@ class QKProjection:
         )
 
     def parts(self) -> tuple[HeadRows, ...]:
+        """Return every declared part."""
         return self.query + self.key + self.query_facing_shared
 
 
@@ -117,6 +118,8 @@ QKProjections: TypeAlias = Any
 
 
 class QKClipState(NamedTuple):
+    """The state of `qk_clip`: what the last step scaled, and how often it could not."""
+
     nonfinite: jax.Array
     """int32 scalar: how many maxima, of all steps, were NaN or +inf and so left their head as it was."""
     gamma: Any

@@ -53,6 +53,7 @@ class HeadRows:
 
     @property
     def step(self) -> int:
+        """Number of rows from one head to the next."""
         return self.size if self.stride is None else self.stride
 
     def rows(self, device: torch.device | str) -> Tensor:

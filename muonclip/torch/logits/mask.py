@@ -48,10 +48,11 @@ class AttentionMask:
 
     @property
     def is_causal_only(self) -> bool:
+        """True where causality is the only condition."""
         return self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None
 
     def column_tiles(self, rows: slice, size: int) -> list[slice]:
-        """Yield the keys that some of these queries may see by their position, in tiles of at most `size`.
+        """Return the keys that some of these queries may see by their position, in tiles of at most `size`.
 
         Where only position forbids anything, the tiles off the diagonal are whole: they need no mask.
         """
