@@ -12,9 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+from muonclip.core.index_ranges import IndexRanges, sliced
 from muonclip.core.newton_schulz import Array
+
+
+class MatrixAxes(NamedTuple):
+    """The axes of a parameter that number its matrices, those along their rows, and those along their columns."""
+
+    batch: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    fan_in: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,25 @@ class MatrixLayout:
                     f"{count} heads do not divide the {rows * self.repeats} rows of a block of shape {tuple(shape)}."
                 )
         return tuple((batch * h, rows * self.repeats // h, fan_in) for rows, h in zip(blocks, heads, strict=True))
+
+    def axes(self, ndim: int) -> MatrixAxes:
+        """Name the axes of a parameter with `ndim` of them."""
+        first, rest = (self.batch_ndim,), tuple(range(self.batch_ndim + 1, ndim))
+        fan_out, fan_in = (rest, first) if self.transposed else (first, rest)
+        return MatrixAxes(tuple(range(self.batch_ndim)), fan_out, fan_in)
+
+    def rows_of_heads(self, fan_out: int) -> list[list[IndexRanges]]:
+        """Return, by block and head, which of the `fan_out` indices along the out axis are the rows of a matrix."""
+        period = fan_out // self.repeats
+        blocks = self.blocks or (period,)
+        rows_of_heads: list[list[IndexRanges]] = []
+        begin = 0
+        for size, count in zip(blocks, self.heads or (1,) * len(blocks), strict=True):
+            block = tuple((n * period + begin, n * period + begin + size) for n in range(self.repeats))
+            rows = size * self.repeats // count
+            rows_of_heads.append([sliced(block, head * rows, (head + 1) * rows) for head in range(count)])
+            begin += size
+        return rows_of_heads
 
     def split(self, x: Array, *, xp: Any) -> list[Array]:
         """Return one array (count, fan_out, fan_in) per block of a parameter; views where layout and `xp` allow."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
@@ -38,10 +39,7 @@ class ArrayLayout:
         ndim = len(shape)
         if isinstance(layout, MatrixLayout):
             layout.matrix_shapes(shape)
-            first, rest = (layout.batch_ndim,), tuple(range(layout.batch_ndim + 1, ndim))
-            fan_out, fan_in = (rest, first) if layout.transposed else (first, rest)
-            fused = replace(layout, batch_ndim=1, transposed=False)
-            return cls(tuple(range(layout.batch_ndim)), fan_out, fan_in, fused)
+            return cls(*layout.axes(ndim), fused=replace(layout, batch_ndim=1, transposed=False))
         fan_in, fan_out = (_axes(axes, shape) for axes in (layout.reduction_axis, layout.output_axis))
         used = (*fan_in, *fan_out)
         if not fan_in or not fan_out or len(set(used)) < len(used):
@@ -56,6 +54,15 @@ class ArrayLayout:
     def unit_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         batch, out, into = (math.prod(shape[axis] for axis in axes) for axes in (self.batch, self.fan_out, self.fan_in))
         return batch, out, into
+
+    def units(self, x: Any) -> Any:
+        """Read an array as its units [count, fan_out, fan_in]."""
+        return jnp.reshape(jnp.transpose(x, self.order), self.unit_shape(x.shape))
+
+    def array(self, units: Any, shape: Sequence[int]) -> Any:
+        """Store units, of any shape that holds them in order, in an array of this shape; the inverse of `units`."""
+        moved = jnp.reshape(units, tuple(shape[axis] for axis in self.order))
+        return jnp.transpose(moved, sorted(range(len(shape)), key=self.order.__getitem__))
 
     def describe(self, shape: Sequence[int]) -> str:
         """Write the matrices for people: `8 × (128×64)`, fan_out × fan_in."""

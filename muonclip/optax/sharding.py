@@ -46,11 +46,6 @@ class Matrices:
         moved, axes = jnp.transpose(x, self.layout.order), len(self.layout.batch)
         return jnp.reshape(moved, (math.prod(moved.shape[:axes]), *moved.shape[axes:]))
 
-    def array(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
-        order = self.layout.order
-        moved = jnp.reshape(x, tuple(shape[axis] for axis in order))
-        return jnp.transpose(moved, sorted(range(len(shape)), key=order.__getitem__))
-
 
 def orthogonalize_arrays(
     arrays: Sequence[jax.Array],
@@ -171,7 +166,7 @@ def _orthogonalize(
         counts = [len(spread[index]) for index in members]
         edges = [sum(counts[:i]) for i in range(1, len(counts))]
         for index, part in zip(members, jnp.split(back[: sum(counts)], edges), strict=True):
-            done[index] = matrices.array(part.astype(wide) * scales[0], arrays[index].shape)
+            done[index] = matrices.layout.array(part.astype(wide) * scales[0], arrays[index].shape)
     return tuple(done[index] for index in range(len(arrays)))
 
 

@@ -29,7 +29,7 @@ from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.discover import dense_copy as unsharded
 from muonclip.torch.heads.head_rows import scale_heads
 from muonclip.torch.heads.query_heads import QueryHeads
-from muonclip.torch.mesh.shard_indices import local_indices
+from muonclip.torch.mesh.index_ranges import local_indices
 from muonclip.torch.observe.calls import Observer
 
 WORKER = Path(__file__).parents[1] / "support" / "sharded_clip_worker.py"

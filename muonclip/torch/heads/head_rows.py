@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from muonclip.torch.mesh.index_ranges import IndexRanges
-from muonclip.torch.mesh.shard_indices import local_indices
+from muonclip.core.index_ranges import IndexRanges
+from muonclip.torch.mesh.index_ranges import local_indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)

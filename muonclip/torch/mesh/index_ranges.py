@@ -1,33 +1,45 @@
-"""IndexRanges (start, stop): ranges of indices, one after the other."""
+"""The indices of an axis that a rank of a mesh holds: what DTensor does when it shards, in arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import lru_cache
 
-IndexRanges = tuple[tuple[int, int], ...]
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-
-def length(runs: IndexRanges) -> int:
-    return sum(stop - start for start, stop in runs)
-
-
-def merged(runs: Iterable[tuple[int, int]]) -> IndexRanges:
-    """Those that touch, as one."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in runs:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
+from muonclip.core.index_ranges import IndexRanges, length, merged, sliced
 
 
-def sliced(runs: IndexRanges, start: int, stop: int) -> IndexRanges:
-    """The entries of the concatenated runs from `start` to `stop`."""
-    parts, passed = [], 0
-    for first, last in runs:
-        low, high = max(start - passed, 0), min(stop - passed, last - first)
-        if low < high:
-            parts.append((first + low, first + high))
-        passed += last - first
-    return merged(parts)
+def local_indices(
+    size: int, tensor_dim: int, placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]
+) -> IndexRanges:
+    """Return which of the global indices 0 … size−1 along `tensor_dim` a rank holds, in the order of its local tensor.
+
+    `placements`, `mesh_shape`, `coordinate`: by mesh dimension; placements name non-negative axes. What is not sharded
+    along the axis is whole; () where there is nothing.
+    """
+    cuts = tuple(
+        (ways, at, placement.split_factor if isinstance(placement, _StridedShard) else 1)
+        for placement, ways, at in zip(placements, mesh_shape, coordinate, strict=True)
+        if isinstance(placement, Shard | _StridedShard) and placement.dim == tensor_dim
+    )
+    return _cut(size, cuts)
+
+
+@lru_cache(maxsize=65536)
+def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> IndexRanges:
+    ranges: IndexRanges = ((0, size),) if size else ()
+    for ways, at, factor in cuts:
+        parts: list[tuple[int, int]] = []
+        for start, stop in _equal_parts(0, length(ranges), factor):
+            divided = _equal_parts(start, stop, ways)
+            if at < len(divided):
+                parts += sliced(ranges, *divided[at])
+        ranges = merged(parts)
+    return ranges
+
+
+def _equal_parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
+    """Divide a range as `torch.chunk` does: into equal parts, rounded up; the last ones may be shorter or missing."""
+    size = max(1, -(-(stop - start) // count))
+    return [(low, min(low + size, stop)) for low in range(start, stop, size)]

@@ -1,4 +1,4 @@
-"""The part of a slab's matrices that lies in one rank's own tensor, to read and to change in place."""
+"""The part of a parameter's matrices that is in one rank's own tensor, to read and to change in place."""
 
 from __future__ import annotations
 
@@ -11,38 +11,45 @@ import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.mesh.index_ranges import IndexRanges, length
+from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.update.matrix_shards import MatrixShards
 
 
-def local_matrices(tensor: Tensor, layout: MatrixLayout, slab: MatrixShards, position: int) -> Tensor:
-    """(count, rows, columns): what of each matrix of the slab is in this tensor. A view where strides allow it."""
-    return _stack(_by_axes(tensor, layout)[0], slab.local_rows[position])[0]
+def local_matrices(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int) -> Tensor:
+    """Read (count, rows, columns), what of each of these matrices is in this tensor; a view where strides allow it."""
+    return _stack(_by_axes(tensor, layout)[0], shards.local_rows[position])[0]
 
 
 @contextmanager
-def editing(tensor: Tensor, layout: MatrixLayout, slab: MatrixShards, position: int) -> Iterator[Tensor]:
-    """`local_matrices` to write into; what is no view is copied back at the end."""
+def editing(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int) -> Iterator[Tensor]:
+    """Give `local_matrices` to write into; what is not a view is copied back at the end."""
     by_axes, in_place = _by_axes(tensor, layout)
-    heads = slab.local_rows[position]
+    heads = shards.local_rows[position]
     stack, is_view = _stack(by_axes, heads)
     yield stack
     if not is_view:
         rows = stack.reshape(len(by_axes), len(heads) * length(heads[0]), by_axes.shape[-1])
-        by_axes.index_copy_(1, _index(heads, tensor.device), rows)
+        by_axes.index_copy_(1, row_index(heads, tensor.device), rows)
     if not in_place:
         tensor.copy_((by_axes.mT if layout.transposed else by_axes).reshape(tensor.shape))
 
 
+@lru_cache(maxsize=1024)
+def row_index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
+    """Return the indices of these rows along the out axis, head after head."""
+    rows = [torch.arange(start, stop) for head in heads for start, stop in head]
+    return (torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)).to(device)
+
+
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
-    """(batch, out, in), and whether it is a view."""
+    """Reshape a tensor to (batch, out, in), and say whether that is a view."""
     batch, (first, *rest) = math.prod(tensor.shape[: layout.batch_ndim]), tensor.shape[layout.batch_ndim :]
     stacked, is_view = _viewed(tensor, (batch, first, math.prod(rest)))
     return stacked.mT if layout.transposed else stacked, is_view
 
 
 def _stack(by_axes: Tensor, heads: tuple[IndexRanges, ...]) -> tuple[Tensor, bool]:
-    """(batch, out, in) → (batch · heads, rows, in), and whether it is a view."""
+    """Turn (batch, out, in) into (batch · heads, rows, in), and say whether that is a view."""
     if heads == (((0, by_axes.shape[1]),),):  # one matrix of all rows, as most are
         return by_axes, True
     size = length(heads[0])
@@ -50,7 +57,7 @@ def _stack(by_axes: Tensor, heads: tuple[IndexRanges, ...]) -> tuple[Tensor, boo
     flat = len(by_axes) * len(heads), size, by_axes.shape[-1]
     if heads == tuple(((start + n * size, start + (n + 1) * size),) for n in range(len(heads))):
         return _viewed(by_axes.narrow(1, start, len(heads) * size).unflatten(1, (len(heads), size)), flat)
-    return by_axes.index_select(1, _index(heads, by_axes.device)).reshape(flat), False
+    return by_axes.index_select(1, row_index(heads, by_axes.device)).reshape(flat), False
 
 
 def _viewed(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
@@ -58,9 +65,3 @@ def _viewed(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
         return tensor.view(shape), True
     except RuntimeError:
         return tensor.reshape(shape), False
-
-
-@lru_cache(maxsize=1024)
-def _index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
-    runs = [torch.arange(start, stop) for head in heads for start, stop in head]
-    return (torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)).to(device)
