@@ -53,19 +53,19 @@ class CoefficientSet:
         return published + (self.tail,) * missing if self.tail else published
 
 
-_JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
+JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
 
 COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
     {
         "jordan": CoefficientSet(
             source="K. Jordan, Muon: an optimizer for hidden layers in neural networks (2024)",
             steps=(),
-            tail=_JORDAN,
+            tail=JORDAN,
             gram_restarts=(3,),
         ),
         "deepseek_v4": CoefficientSet(
             source="DeepSeek-V4: eight steps of jordan, then two that converge",
-            steps=(_JORDAN,) * 8,
+            steps=(JORDAN,) * 8,
             tail=(2.0, -1.5, 0.5),
             default_steps=10,
             gram_restarts=(2, 4, 6),
@@ -117,7 +117,7 @@ def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:
     Raises ValueError for polynomials for which they are not known, or for which restarts do not help.
     """
     known = COEFFICIENT_SETS.get(ns_coefficients) if isinstance(ns_coefficients, str) else None
-    if not isinstance(ns_coefficients, str) and resolve_coefficients(ns_coefficients, 1) == (_JORDAN,):
+    if not isinstance(ns_coefficients, str) and resolve_coefficients(ns_coefficients, 1) == (JORDAN,):
         known = COEFFICIENT_SETS["jordan"]
     if known is None or known.gram_restarts is None:
         usable = [name for name, each in COEFFICIENT_SETS.items() if each.gram_restarts]

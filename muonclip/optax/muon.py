@@ -8,31 +8,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
 
 from muonclip.core import resolve_coefficients, update_scale
+from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
 from muonclip.core.coefficients import Coefficients, gram_restarts
+from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
-from muonclip.optax.array_layout import KERNEL, ArrayLayout
 from muonclip.optax.newton_schulz import NewtonSchulz
-from muonclip.optax.paths import declared_for, named_arrays
-from muonclip.optax.plan import plan, weight_layouts
+from muonclip.optax.plan import plan
 from muonclip.optax.qk_clip import QKProjections, qk_clip
-from muonclip.optax.sharding import check_visible, orthogonalize_arrays
+from muonclip.optax.update_rule import ScaleByMuonState as ScaleByMuonState  # where pickles look for it
+from muonclip.optax.update_rule import scale_by_rule
 
 Nesterov = bool | Literal["bias_corrected"]
-
-
-class ScaleByMuonState(NamedTuple):
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    """int32 scalar: steps taken."""
-    mu: optax.Updates
-    """Momentum, as `torch.optim.Muon` stores it."""
 
 
 def scale_by_muon(
@@ -75,33 +66,16 @@ def scale_by_muon(
         raise ValueError(f"beta={beta} must lie in [0, 1).")
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form)
 
-    def init(params: optax.Params) -> ScaleByMuonState:
-        _layouts(weight_dimension_numbers, params)
-        check_visible(params, shardings)
-        return ScaleByMuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, ScaleByMuonState]:
-        del params, extra_args
-        layouts = _layouts(weight_dimension_numbers, updates)
-        placed = declared_for(updates, shardings, Sharding, "shardings")
-        count = jnp.asarray(optax.safe_increment(state.count))
-        mu = jax.tree.map(lambda g, m: _average(g, m, beta), updates, state.mu)
-        used = jax.tree.map(lambda g, m: _direction(g, m, beta, nesterov, count), updates, mu)
-        arrays = named_arrays(used)
-        done = orthogonalize_arrays(
-            list(arrays.values()),
-            [layouts[name] for name in arrays],
-            [_scales(layouts[name], array.shape, adjust_lr_fn) for name, array in arrays.items()],
-            newton_schulz,
-            [placed[name] for name in arrays],
-        )
-        leaves, treedef = jax.tree.flatten(updates)
-        done = [new.astype(old.dtype) for new, old in zip(done, leaves, strict=True)]
-        return treedef.unflatten(done), ScaleByMuonState(count, mu)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return scale_by_rule(
+        MuonRule(),
+        newton_schulz,
+        beta,
+        nesterov,
+        mu_dtype,
+        adjust_lr_fn=adjust_lr_fn,
+        weight_dimension_numbers=weight_dimension_numbers,
+        shardings=shardings,
+    )
 
 
 def muonclip(
@@ -149,7 +123,8 @@ def muonclip(
 
         return tree
 
-    options = {"learning_rate": learning_rate, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": weight_decay}
+    b1, b2 = ADAM_BETAS
+    options = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "eps": ADAM_EPS, "weight_decay": weight_decay}
     options |= {"mu_dtype": mu_dtype, "mask": planned("decays") if weight_decay_mask is None else weight_decay_mask}
     options |= adamw or {}
 
@@ -172,46 +147,3 @@ def muonclip(
     )
     update = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
     return update if qk_projections is None else optax.chain(update, qk_clip(qk_projections, tau, alpha))
-
-
-def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayout]:
-    declared = weight_layouts(weight_dimension_numbers, arrays)
-    layouts: dict[str, ArrayLayout] = {}
-    for name, array in named_arrays(arrays).items():
-        layout = declared[name]
-        if layout is None and array.ndim != 2:
-            raise ValueError(
-                f"{name!r} has shape {array.shape}; Muon needs a matrix [in, out]. Say which axes are rows and columns "
-                "by weight_dimension_numbers=, or leave it to AdamW."
-            )
-        if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
-        try:
-            layouts[name] = ArrayLayout.of(layout or KERNEL, array.shape)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-    return layouts
-
-
-def _scales(layout: ArrayLayout, shape: tuple[int, ...], adjust_lr_fn: AdjustLR) -> tuple[float, ...]:
-    blocks = layout.fused.matrix_shapes(layout.unit_shape(shape))
-    return tuple(update_scale(fan_out, fan_in, adjust_lr_fn) for _, fan_out, fan_in in blocks)
-
-
-def _average(gradient: jax.Array, momentum: jax.Array, beta: Any) -> jax.Array:
-    """β M + (1−β) G, in float32 or wider, rounded once."""
-    wide = jnp.promote_types(momentum.dtype, jnp.float32)
-    old, new = momentum.astype(wide), gradient.astype(wide)
-    return (old + (1 - beta) * (new - old)).astype(momentum.dtype)
-
-
-def _direction(gradient: jax.Array, momentum: jax.Array, beta: Any, nesterov: Nesterov, count: jax.Array) -> jax.Array:
-    """What is orthogonalised, in the dtype of the momentum."""
-    if not nesterov:
-        return momentum
-    wide = jnp.promote_types(momentum.dtype, jnp.float32)
-    m, g = momentum.astype(wide), gradient.astype(wide)
-    if nesterov == "bias_corrected":
-        steps = count.astype(wide)
-        m, g = m / (1 - beta ** (steps + 1)), g / (1 - beta**steps)
-    return (g + beta * (m - g)).astype(momentum.dtype)

@@ -1,0 +1,176 @@
+"""An update rule of the core as an Optax transformation: its stages on whole arrays, the iteration on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from muonclip.core import update_scale
+from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
+from muonclip.core.update_scale import AdjustLR
+from muonclip.optax.array_layout import KERNEL, ArrayLayout
+from muonclip.optax.newton_schulz import NewtonSchulz
+from muonclip.optax.paths import declared_for, named_arrays
+from muonclip.optax.plan import weight_layouts
+from muonclip.optax.sharding import check_visible, orthogonalize_arrays
+
+
+class ScaleByMuonState(NamedTuple):
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """int32 scalar: steps taken."""
+    mu: optax.Updates
+    """Momentum, as `torch.optim.Muon` stores it."""
+
+
+class ScaleByRuleState(NamedTuple):
+    """The state of a rule that declares more than the momentum."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    """int32 scalar: steps taken."""
+    mu: optax.Updates
+    """Momentum, as `torch.optim.Muon` stores it."""
+    others: Mapping[str, optax.Updates]
+    """The other states, by name."""
+
+
+def scale_by_rule(
+    rule: MuonRule,
+    newton_schulz: NewtonSchulz,
+    beta: Any = 0.95,
+    nesterov: bool | Literal["bias_corrected"] = True,
+    mu_dtype: Any = None,
+    *,
+    adjust_lr_fn: AdjustLR = 1.0,
+    weight_dimension_numbers: Any = None,
+    shardings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Update matrices by a rule of the core; `scale_by_muon` says what the arguments mean."""
+    names = [declared.name for declared in rule.states]
+
+    def init(params: optax.Params) -> Any:
+        layouts = _layouts(weight_dimension_numbers, params)
+        check_visible(params, shardings)
+        leaves, treedef = jax.tree.flatten(params)
+        states: dict[str, optax.Updates] = {"momentum_buffer": optax.tree.zeros_like(params, dtype=mu_dtype)}
+        for declared in rule.states:
+            if declared.name not in states:
+                each = zip(leaves, layouts.values(), strict=True)
+                states[declared.name] = treedef.unflatten(
+                    [
+                        jnp.zeros(declared.stored_shape(leaf.shape, layout.fan_in), declared.dtype or leaf.dtype)
+                        for leaf, layout in each
+                    ]
+                )
+        return _as_optax(jnp.zeros((), jnp.int32), states)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        layouts = _layouts(weight_dimension_numbers, updates)
+        placed = declared_for(updates, shardings, Sharding, "shardings")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        gradients, treedef = jax.tree.flatten(updates)
+        stored = {"momentum_buffer": state.mu, **getattr(state, "others", {})}
+        columns = [treedef.flatten_up_to(stored[name]) for name in names]
+        states = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        operations = [
+            _operations(layout, each["momentum_buffer"].dtype)
+            for layout, each in zip(layouts.values(), states, strict=True)
+        ]
+        momenta = [Momentum(beta, nesterov, count.astype(_wide_dtype(s["momentum_buffer"].dtype))) for s in states]
+        stages = list(zip(gradients, momenta, operations, strict=True))
+        states = [rule.advance(g, s, m, ops) for (g, m, ops), s in zip(stages, states, strict=True)]
+        directions = [rule.direction(g, s, m, ops) for (g, m, ops), s in zip(stages, states, strict=True)]
+        scales = [_scales(layout, g.shape, adjust_lr_fn) for layout, g in zip(layouts.values(), gradients, strict=True)]
+        plain = type(rule).apply is MuonRule.apply  # then the scale can be taken with the iteration
+        done = orthogonalize_arrays(
+            directions,
+            list(layouts.values()),
+            scales if plain else [(1.0,) * len(each) for each in scales],
+            newton_schulz,
+            [placed[name] for name in layouts],
+        )
+        if not plain:
+            applied = [rule.apply(u, s, ops) for u, s, ops in zip(done, states, operations, strict=True)]
+            states = [s for _, s in applied]
+            done = [
+                u * _by_block(layout, u, each)
+                for (u, _), layout, each in zip(applied, layouts.values(), scales, strict=True)
+            ]
+        done = [new.astype(old.dtype) for new, old in zip(done, gradients, strict=True)]
+        new = {name: treedef.unflatten([s[name] for s in states]) for name in names}
+        return treedef.unflatten(done), _as_optax(count, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_optax(count: jax.Array, states: Mapping[str, optax.Updates]) -> ScaleByMuonState | ScaleByRuleState:
+    others = {name: value for name, value in states.items() if name != "momentum_buffer"}
+    mu = states["momentum_buffer"]
+    return ScaleByRuleState(count, mu, others) if others else ScaleByMuonState(count, mu)
+
+
+def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayout]:
+    declared = weight_layouts(weight_dimension_numbers, arrays)
+    layouts: dict[str, ArrayLayout] = {}
+    for name, array in named_arrays(arrays).items():
+        layout = declared[name]
+        if layout is None and array.ndim != 2:
+            raise ValueError(
+                f"{name!r} has shape {array.shape}; Muon needs a matrix [in, out]. Say which axes are rows and columns "
+                "by weight_dimension_numbers=, or leave it to AdamW."
+            )
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
+        try:
+            layouts[name] = ArrayLayout.of(layout or KERNEL, array.shape)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+    return layouts
+
+
+def _scales(layout: ArrayLayout, shape: tuple[int, ...], adjust_lr_fn: AdjustLR) -> tuple[float, ...]:
+    blocks = layout.fused.matrix_shapes(layout.unit_shape(shape))
+    return tuple(update_scale(fan_out, fan_in, adjust_lr_fn) for _, fan_out, fan_in in blocks)
+
+
+def _operations(layout: ArrayLayout, dtype: Any) -> MatrixOperations:
+    """Make the operations on a whole array of matrices; averages are rounded once, to `dtype`."""
+    wide = _wide_dtype(dtype)
+
+    def lerp(start: jax.Array, end: jax.Array, weight: Any) -> jax.Array:
+        start, end = start.astype(wide), end.astype(wide)
+        return (start + weight * (end - start)).astype(dtype)
+
+    def total(x: jax.Array) -> jax.Array:
+        rows = jnp.sum(x, axis=layout.fan_in, keepdims=True)
+        blocks = layout.fused.split(layout.units(rows), xp=jnp)
+        sums = [jnp.broadcast_to(jnp.sum(block, axis=-2, keepdims=True), block.shape) for block in blocks]
+        return layout.array(layout.fused.join(sums, layout.unit_shape(rows.shape), xp=jnp), rows.shape)
+
+    return MatrixOperations(
+        lerp=lerp,
+        average=lerp,
+        wide=lambda x: x.astype(_wide_dtype(x.dtype)),
+        mean_columns=lambda x: jnp.mean(x, axis=layout.fan_in, keepdims=True),
+        sum=total,
+        xp=jnp,
+    )
+
+
+def _by_block(layout: ArrayLayout, x: jax.Array, scales: tuple[float, ...]) -> jax.Array:
+    """Spread a number for each block over its rows, in a shape that broadcasts over the array."""
+    shape = tuple(1 if axis in layout.fan_in else size for axis, size in enumerate(x.shape))
+    blocks = layout.fused.matrix_shapes(layout.unit_shape(shape))
+    rows = [jnp.full(block, scale, x.dtype) for block, scale in zip(blocks, scales, strict=True)]
+    return layout.array(layout.fused.join(rows, layout.unit_shape(shape), xp=jnp), shape)
+
+
+def _wide_dtype(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
