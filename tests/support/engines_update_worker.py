@@ -38,7 +38,7 @@ for engine in ("ddp", "ddp, inner model given", "fsdp", "hsdp", "three ways"):
     check = torch.stack([p.detach().double().sum() for p in whole])
     everyone = [torch.zeros_like(check) for _ in range(world)]
     dist.all_gather(everyone, check)
-    distribution = optimizer.plan.distribution
+    distribution = optimizer.plan.update_plan
     results[engine] = {
         "losses": losses,
         "norms": norms,

@@ -135,7 +135,7 @@ def run(world, mesh_shape, specification, options, dtype):
             expected = old if rank in missing else q.detach().to_local() if q.ndim == 2 else expected
         if expected.numel():
             errors.append((q.detach().to_local() - expected).abs().max().item())
-    distribution = ours._distribution
+    distribution = ours._update_plan
     planned = sum(by_rank.get(rank, 0) for by_rank in distribution.sent().values())
     return {
         "error": max(errors, default=0.0),
@@ -145,7 +145,7 @@ def run(world, mesh_shape, specification, options, dtype):
         "calls": sorted(set(counted.calls)),
         "itemsize": distribution.parameters[0].iteration.dtype.itemsize,
         "elements": sum(p.numel() for p in whole),
-        "methods": sorted({chunk.method for chunk in distribution.chunks}),
+        "methods": sorted({chunk.method for chunk in distribution.rounds}),
         "state": sorted(ours.state_dict()["state"]),
     }
 

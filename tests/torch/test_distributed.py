@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, plan
-from muonclip.torch.mesh.shard_indices import local_indices
+from muonclip.torch.mesh.index_ranges import local_indices
 from muonclip.torch.update.matrix_shards import matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices
 
@@ -143,7 +143,7 @@ def test_every_matrix_has_its_owner_in_every_chunking(shapes, sharding, workspac
     assert [len(ranks) for ranks in owners.values()] == [1] * len(shapes)
     again = plan(placed(*shapes, mesh=mesh(*mesh_shape), placements=placements), workspace)
     assert again == decided
-    slots = [(chunk.slot, rank) for chunk in decided.chunks for ranks in chunk.bucket.members() for rank in ranks]
+    slots = [(chunk.slot, rank) for chunk in decided.rounds for ranks in chunk.bucket.members() for rank in ranks]
     assert len(set(slots)) == len(slots)
     busiest = max(decided.flops().values())
     biggest = max(FP32.flops(min(shape), max(shape)) for shape in shapes)
@@ -153,7 +153,7 @@ def test_every_matrix_has_its_owner_in_every_chunking(shapes, sharding, workspac
 def test_the_gram_matrices_are_summed_only_where_that_moves_less():
     def method(m, n, ways, **options):
         iteration = NewtonSchulzConfig(torch.float32, "jordan", None, **options)
-        [chunk] = plan(placed((m, n), mesh=mesh(ways), placements=(S1,), iteration=iteration)).chunks
+        [chunk] = plan(placed((m, n), mesh=mesh(ways), placements=(S1,), iteration=iteration)).rounds
         by_rank = chunk.sent()
         return chunk.method, sum(sum(each.values()) for each in by_rank.values())
 
@@ -298,9 +298,9 @@ for shape, mesh, placements in specifications:
 optimizer = Muon(parameters, ns_dtype=torch.float32)
 with SentBytes(512) as counted:
     optimizer.step()
-planned = sum(by_rank.get(137, 0) for by_rank in optimizer._distribution.sent().values())
+planned = sum(by_rank.get(137, 0) for by_rank in optimizer._update_plan.sent().values())
 assert counted.total == planned > 0, (counted.total, planned)
-print(optimizer._distribution)
+print(optimizer._update_plan)
 """
 
 

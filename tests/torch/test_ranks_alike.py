@@ -34,10 +34,10 @@ def test_ddp_is_found_after_forwards_outside_of_it():
     model(x)
     copy.deepcopy(model)(x)
     pickle.loads(pickle.dumps(model))(x)
-    assert optimizer._topology.of(model.weight).mesh.shape == (1,)
+    assert optimizer._topology.position(model.weight).mesh.shape == (1,)
     replica = DistributedDataParallel(model)
     replica(x)
-    assert optimizer._topology.of(model.weight).mesh.shape == (4,)
+    assert optimizer._topology.position(model.weight).mesh.shape == (4,)
     assert not model._forward_pre_hooks
 
 
@@ -65,7 +65,7 @@ def test_what_one_rank_has_alone_stands_behind_what_is_shared():
         shared = [PlacedParameter(f"w{n}", (n, n), MatrixLayout(), FP32, ranks, (Shard(0),)) for n in (32, 8)]
         mine = [PlacedParameter(f"e{n}", (n, n), MatrixLayout(), FP32, alone, (Replicate(),)) for n in own]
         decided = plan([*mine, *shared], workspace_bytes=4 * 16 * 16)
-        return [(chunk.slot, chunk.bucket.m) for chunk in decided.chunks if chunk.bucket.active]
+        return [(chunk.slot, chunk.bucket.m) for chunk in decided.rounds if chunk.bucket.active]
 
     assert slots() == slots(16) == slots(64, 16, 16, 16, 4)
 

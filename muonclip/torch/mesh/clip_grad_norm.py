@@ -1,4 +1,4 @@
-"""The global norm of gradients that lie on several meshes, to clip them by before the momentum takes them in."""
+"""The global norm of gradients on several meshes, to clip them by before the momentum takes them in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.mesh.dtensors import check_parameter, local_part
+from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, local_part
 from muonclip.torch.mesh.process_groups import group_over
 
 
@@ -18,20 +18,21 @@ from muonclip.torch.mesh.process_groups import group_over
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor], max_norm: float, *, stages: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` (2-norm) for DTensors on any meshes, and plain tensors, together: experts over
-    one mesh, dense layers over another. Returns the norm before, fp32 [], the same on every rank.
+    """Clip the 2-norm of gradients on any meshes, and of plain tensors, together: experts over one mesh, dense layers
+    over another. Returns the norm before, fp32 [], the same on every rank.
 
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
     same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
     parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
-    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that lie so that
-    `step` would refuse them.
+    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that
+    `step` would refuse.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for index, parameter in enumerate(given):
         check_parameter(f"parameter {index}", parameter)
+        check_gradient(f"parameter {index}", parameter)
         key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
         if isinstance(parameter, DTensor):  # which says, without a gradient here, what others have to sum
             gradient = parameter.grad

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of it; writing there writes to the tensor."""
+    """Return what this rank holds of a tensor; writing there writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
-    """What this rank holds of the gradient, placed as the parameter is. Sums that are still to be taken over ranks are
-    taken, and of what is whole where the parameter is sharded, the shard. `check_parameter` has found nothing wrong
-    with it."""
+    """Return what this rank holds of the gradient, placed as the parameter is.
+
+    Sums that are still to be taken over ranks are taken, and of what is whole where the parameter is sharded, the
+    shard. `check_gradient` has found nothing wrong with it.
+    """
     gradient = parameter.grad
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient
@@ -28,25 +30,40 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     return gradient.to_local()
 
 
-def check_state(name: str, part: str, value: Any, parameter: Tensor) -> None:
-    """Raises ValueError for a tensor of a saved state that does not lie as its parameter does."""
+def check_state(
+    name: str,
+    part: str,
+    value: Any,
+    parameter: Tensor,
+    shape: Sequence[int] | None = None,
+    placements: Sequence[Placement] | None = None,
+) -> None:
+    """Raise ValueError for a tensor of a saved state that is not shaped and placed as its parameter is.
+
+    `shape`, `placements`: what is expected in place of the parameter's.
+    """
     if not isinstance(value, Tensor) or not value.ndim:
         return
-
-    def lies(tensor: Tensor) -> tuple[Any, ...]:
-        where = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ("a plain tensor",)
-        return (tuple(tensor.shape), *where)
-
-    if lies(value) != lies(parameter):
+    expected = (tuple(parameter.shape if shape is None else shape), "a plain tensor")
+    if isinstance(parameter, DTensor):
+        expected = (
+            expected[0],
+            parameter.device_mesh,
+            tuple(parameter.placements if placements is None else placements),
+        )
+    found = (tuple(value.shape), "a plain tensor")
+    if isinstance(value, DTensor):
+        found = (found[0], value.device_mesh, tuple(value.placements))
+    if found != expected:
         raise ValueError(
-            f"{part} of {name} in the checkpoint is {lies(value)}, the parameter {lies(parameter)}. Nothing was "
-            "loaded. Load states of other meshes by torch.distributed.checkpoint (set_optimizer_state_dict), "
-            "which shards them as the parameters are."
+            f"{part} of {name} in the checkpoint is {found}, here it would be {expected}. Nothing was loaded. Load "
+            "states of other meshes by torch.distributed.checkpoint (set_optimizer_state_dict), which shards them as "
+            "the parameters are."
         )
 
 
 def check_engine(model: Any) -> None:
-    """Raises ValueError for engines whose parameters do not show their matrices."""
+    """Raise ValueError for engines whose parameters do not show their matrices."""
     modules: Iterable[nn.Module] = model.modules() if isinstance(model, nn.Module) else ()
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         raise ValueError(
@@ -56,19 +73,23 @@ def check_engine(model: Any) -> None:
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
-    """Raises ValueError for pieces that an engine has flattened, and for placements that would have to be gathered."""
+    """Raise ValueError for tensors that an engine has flattened, and for sums that are still to be taken."""
     if hasattr(parameter, "ds_id"):
         raise ValueError(f"{name} is sharded by DeepSpeed ZeRO-3, which flattens matrices. Shard it by fully_shard.")
     if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
         raise ValueError(f"{name} is flattened by FSDP1. Shard it by torch.distributed.fsdp.fully_shard (FSDP2).")
+    if isinstance(parameter, DTensor) and any(isinstance(placement, Partial) for placement in parameter.placements):
+        raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is not a weight.")
+
+
+def check_gradient(name: str, parameter: Tensor) -> None:
+    """Raise ValueError for gradients that would have to be gathered to be placed as their parameter is."""
     gradient = parameter.grad
+    if gradient is None:
+        return
     if not isinstance(parameter, DTensor):
         if isinstance(gradient, DTensor):
             raise ValueError(f"{name} is a plain tensor, but its gradient is a DTensor.")
-        return
-    if any(isinstance(placement, Partial) for placement in parameter.placements):
-        raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is no weight.")
-    if gradient is None:
         return
     if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
         raise ValueError(f"{name} is a DTensor on {parameter.device_mesh}, but its gradient is not on that mesh.")

@@ -16,12 +16,12 @@ class Mesh:
     names: tuple[str, ...] = ()
 
     def ranks_along(self, dims: Sequence[int], fixed: Mapping[int, int]) -> list[int]:
-        """The ranks along `dims`, the first outermost, at the coordinates `fixed` in the other dimensions."""
+        """List the ranks along `dims`, the first outermost, at the coordinates `fixed` in the other dimensions."""
         ranges = (range(self.shape[dim]) for dim in dims)
         return [self.rank({**fixed, **dict(zip(dims, at, strict=True))}) for at in itertools.product(*ranges)]
 
     def rank(self, coordinate: Mapping[int, int]) -> int:
-        """The rank at a coordinate by dimension; 0 where none is given."""
+        """Return the rank at a coordinate, given by dimension; it is 0 where none is given."""
         index = 0
         for dim, size in enumerate(self.shape):
             index = index * size + coordinate.get(dim, 0)

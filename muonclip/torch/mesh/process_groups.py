@@ -12,10 +12,10 @@ _MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def group_over(mesh: DeviceMesh, dims: Sequence[int]) -> dist.ProcessGroup | None:
-    """The ranks that differ from this one along these dimensions of its mesh only; None for this rank alone.
+    """Return the group of the ranks that differ from this one along these dimensions only; None for this rank alone.
 
     All of those ranks must call it, in the same order as others that they have in common: a group that does not exist
-    yet is made. Ranks stand in the order of their coordinates, the first dimension outermost.
+    yet is made. Ranks are in the order of their coordinates, the first dimension outermost.
     """
     wide = [dim for dim in dims if mesh.size(dim) > 1]
     if not wide:
@@ -29,7 +29,7 @@ def group_over(mesh: DeviceMesh, dims: Sequence[int]) -> dist.ProcessGroup | Non
 
 
 def ranks_along(mesh: DeviceMesh, dims: Sequence[int]) -> list[int]:
-    """The global ranks that differ from this one along these dimensions of its mesh only, in coordinate order."""
+    """List the global ranks that differ from this one along these dimensions of its mesh only, in coordinate order."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh of a parameter"
     index = tuple(slice(None) if dim in dims else at for dim, at in enumerate(coordinate))
@@ -39,7 +39,7 @@ def ranks_along(mesh: DeviceMesh, dims: Sequence[int]) -> list[int]:
 
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """The group of these global ranks; the default group where they are all there are, in their order."""
+    """Return the group of these global ranks: the default group where they are all ranks, in order."""
     key = tuple(ranks)
     world = dist.group.WORLD
     assert world is not None

@@ -1,4 +1,4 @@
-"""On which ranks the parameters of an optimizer lie: read from their DTensors and from DistributedDataParallel."""
+"""The ranks that share each parameter of an optimizer, read from DTensors and from DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from muonclip.torch.mesh.wrappers import replicas_of, running_ddp, unwrap
 
 
 class RankPosition:
-    """This rank's place in a mesh, and the process groups through it. `group`: of a mesh of one dimension, such as the
-    replicas of DistributedDataParallel. Neither: this rank alone."""
+    """A rank's coordinate in a mesh, and the process groups through it.
+
+    `group` is for a mesh of one dimension, such as the replicas of DistributedDataParallel. With neither a mesh nor a
+    group it is that rank alone.
+    """
 
     def __init__(self, mesh: DeviceMesh | None = None, group: dist.ProcessGroup | None = None) -> None:
         self._device_mesh, self._group = mesh, group
         if mesh is not None:
             coordinate = mesh.get_coordinate()
             if coordinate is None:
-                raise ValueError(f"this rank is not in {mesh}, on which a parameter lies.")
+                raise ValueError(f"this rank is not in {mesh}, on which a parameter is placed.")
             self.mesh = Mesh(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh_dim_names or ()))
             self.coordinate = tuple(coordinate)
         elif group is not None:
@@ -41,13 +44,13 @@ class RankPosition:
             self.mesh, self.coordinate = Mesh(ranks=(rank,)), (0,)
 
     def group(self, dims: Sequence[int]) -> dist.ProcessGroup | None:
-        """The ranks along these dimensions; None where there is only this one."""
+        """Return the group of the ranks along these dimensions; None where there is only this one."""
         if self._device_mesh is not None:
             return group_over(self._device_mesh, dims)
         return self._group if dims else None
 
     def index(self, dims: Sequence[int]) -> int:
-        """The number of this rank among those."""
+        """Return the number of this rank among those along these dimensions."""
         index = 0
         for dim in dims:
             index = index * self.mesh.shape[dim] + self.coordinate[dim]
@@ -55,52 +58,60 @@ class RankPosition:
 
 
 class Topology:
-    """The places of parameters. What is neither a DTensor nor known to be replicated is this rank's alone: an expert of
-    its own, a stage of a pipeline."""
+    """The position of this rank in the mesh of each parameter.
+
+    A parameter that is neither a DTensor nor known to be replicated is this rank's alone: an expert of its own, a stage
+    of a pipeline. `version` grows when replicas are found.
+    """
 
     def __init__(self) -> None:
+        self.version = 0
         self._alone: RankPosition | None = None
-        self._places: dict[DeviceMesh | dist.ProcessGroup, RankPosition] = {}
+        self._positions: dict[DeviceMesh | dist.ProcessGroup, RankPosition] = {}
         self._replicated = WeakTensorKeyDictionary()  # parameter → process group
 
-    def replicated_by(self, module: DistributedDataParallel) -> None:
-        """Its parameters have the same gradients on all ranks of its process group."""
-        group = replicas_of(module)
+    def find_replicas_of(self, model: nn.Module) -> None:
+        """Find out, now or at a forward to come, whether the model runs inside DistributedDataParallel."""
+        model, ddp = unwrap(model)
+        if ddp is not None:
+            self.add_replicas(ddp)
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            finder = _ReplicaFinder(self)
+            finder.handle = model.register_forward_pre_hook(finder)
+
+    def add_replicas(self, ddp: DistributedDataParallel) -> None:
+        """Know the parameters of this module to have the same gradients on all ranks of its process group."""
+        group = replicas_of(ddp)
         if group is None or group.size() == 1:
             return
-        for name, parameter in module.module.named_parameters():
-            if name not in module.parameters_to_ignore and not isinstance(parameter, DTensor):
+        for name, parameter in ddp.module.named_parameters():
+            if name not in ddp.parameters_to_ignore and not isinstance(parameter, DTensor):
                 self._replicated[parameter] = group
+        self.version += 1
 
-    def watch(self, model: nn.Module) -> None:
-        """Find out, at its forwards, whether the model runs inside DistributedDataParallel."""
-        model, replicated = unwrap(model)
-        if replicated is not None:
-            self.replicated_by(replicated)
-        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            look = _LookAround(self)
-            look.handle = model.register_forward_pre_hook(look)
-
-    def of(self, parameter: Tensor) -> RankPosition:
+    def position(self, parameter: Tensor) -> RankPosition:
+        """Return where this rank is in the mesh of a parameter."""
         key = parameter.device_mesh if isinstance(parameter, DTensor) else self._replicated.get(parameter)
         if key is None:
             self._alone = self._alone or RankPosition()
             return self._alone
-        if key not in self._places:
-            self._places[key] = RankPosition(key) if isinstance(key, DeviceMesh) else RankPosition(group=key)
-        return self._places[key]
+        if key not in self._positions:
+            self._positions[key] = RankPosition(key) if isinstance(key, DeviceMesh) else RankPosition(group=key)
+        return self._positions[key]
 
     def placements(self, parameter: Tensor) -> tuple[Placement, ...]:
+        """Return how a parameter is placed on its mesh, by dimension."""
         if isinstance(parameter, DTensor):
             return tuple(parameter.placements)
         return (Replicate(),)
 
-    def by_mesh(self) -> dict[Mesh, RankPosition]:
-        places = [*self._places.values(), *([] if self._alone is None else [self._alone])]
-        return {place.mesh: place for place in places}
+    def positions(self) -> dict[Mesh, RankPosition]:
+        """Return where this rank is in each mesh that `position` was asked about."""
+        known = [*self._positions.values(), *([] if self._alone is None else [self._alone])]
+        return {position.mesh: position for position in known}
 
 
-class _LookAround:
+class _ReplicaFinder:
     """A hook that stays until a forward inside DistributedDataParallel; on copies of the model it does nothing."""
 
     handle: RemovableHandle | None = None
@@ -110,13 +121,13 @@ class _LookAround:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         topology = None if self._topology is None or torch.compiler.is_compiling() else self._topology()
-        replica = running_ddp()
-        if topology is not None and self.handle is not None and replica is not None:
-            topology.replicated_by(replica)
+        ddp = running_ddp()
+        if topology is not None and self.handle is not None and ddp is not None:
+            topology.add_replicas(ddp)
             self.handle.remove()
 
-    def __deepcopy__(self, memo: object) -> _LookAround:
-        return _LookAround()
+    def __deepcopy__(self, memo: object) -> _ReplicaFinder:
+        return _ReplicaFinder()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_LookAround, ())
+        return (_ReplicaFinder, ())

@@ -1,4 +1,4 @@
-"""What torch wraps around a model or a class: DistributedDataParallel, torch.compile, FSDP2."""
+"""Wrappers that torch puts around a model or a class: DistributedDataParallel, torch.compile, FSDP2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """The module inside what torch wraps around a whole model, and the DistributedDataParallel around it, if any."""
+    """Return the module inside what torch wraps around a whole model, and the DistributedDataParallel, if any."""
     replicated: DistributedDataParallel | None = None
     while isinstance(model, DistributedDataParallel | OptimizedModule):
         if isinstance(model, DistributedDataParallel):
@@ -21,17 +21,17 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
 
 
 def running_ddp() -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward is running."""
+    """Return the DistributedDataParallel whose forward is running."""
     active = DistributedDataParallel._active_ddp_module
     return active if isinstance(active, DistributedDataParallel) else None
 
 
 def replicas_of(ddp: DistributedDataParallel | None) -> dist.ProcessGroup | None:
-    """The process group of the replicas of a model."""
+    """Return the process group of the replicas of a model."""
     group = None if ddp is None else ddp.process_group
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; the one behind that of FSDP2, which puts its own in front."""
+    """Return the class of a module; FSDP2 puts its own in front of it."""
     return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))

@@ -1,159 +1,88 @@
-"""Muon's update over ranks: `plan` says who iterates which matrix and which bytes move, `execute` does it.
+"""The update over ranks: `plan` says who iterates which matrix and which bytes move, `execute` does it.
 
 Momentum is every rank's own, shard by shard. Then matrices travel in rounds (`Round`): the packed parts of one shape
 go to the owners, are iterated, and come back; replicas are given what another one has iterated. The communication of
-one round runs beside the iteration of the one before. One process alone does the same with nothing to send.
+one round overlaps with the iteration of the one before. One process alone does the same with nothing to send.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muonclip.core import MatrixLayout, Products, iterate, normalize, update_scale
-from muonclip.torch.mesh.index_ranges import length
+from muonclip.core import Products, iterate, normalize
+from muonclip.core.index_ranges import length
 from muonclip.torch.mesh.mesh import Mesh
 from muonclip.torch.mesh.topology import RankPosition
-from muonclip.torch.update.matrix_shards import MatrixShards
-from muonclip.torch.update.matrix_views import editing, local_matrices
-from muonclip.torch.update.plan import Bucket, NewtonSchulzConfig, Round, Segment, UpdatePlan
+from muonclip.torch.update.plan import UpdatePlan
 from muonclip.torch.update.products import choose_products
+from muonclip.torch.update.rounds import Bucket, NewtonSchulzConfig, Round
+from muonclip.torch.update.stages import ParameterStep, SegmentStep
 
 
-@dataclass(slots=True, eq=False)
-class ParameterStep:
-    """One parameter in one step: what this rank has of it, and the options of its group.
-
-    Without a gradient this rank's shard stays as it is. If the matrices of the parameter are cut, its part of them
-    counts as zero, and the ranks need not agree on who has a gradient; replicas must.
-    """
-
-    parameter: Tensor
-    gradient: Tensor | None
-    momentum_buffer: Tensor
-    layout: MatrixLayout
-    options: Mapping[str, Any]
-
-
-def execute(distribution: UpdatePlan, works: Sequence[ParameterStep], places: Mapping[Mesh, RankPosition]) -> None:
-    """One update of all parameters, `works` in the order of the plan's. `places`: this rank's, by mesh.
+def execute(update_plan: UpdatePlan, steps: Sequence[ParameterStep], positions: Mapping[Mesh, RankPosition]) -> None:
+    """Update all parameters once; `steps` in the order of the plan's, `positions`: of this rank, by mesh.
 
     Every rank of a mesh must call it with the same plan.
     """
-    mine = {chunk.slot: chunk for chunk in distribution.chunks if chunk.bucket.has_part_on(places[chunk.bucket.mesh])}
-    rounds: list[Generator[None]] = []
+    mine = {each.slot: each for each in update_plan.rounds if each.bucket.has_part_on(positions[each.bucket.mesh])}
+    running: list[Generator[None]] = []
     # Every rank passes every slot, so that all of them come to the collectives that they share in one order. The parts
     # of the newest round are on their way while those before are iterated.
     for slot in range(max(mine, default=-1) + 1):
-        newest = [_round(mine[slot], works, places[mine[slot].bucket.mesh])] if slot in mine else []
+        newest = [_run(mine[slot], steps, positions[mine[slot].bucket.mesh])] if slot in mine else []
         newest = _advanced(newest)
-        rounds = _advanced(rounds) + newest
-    while rounds:
-        rounds = _advanced(rounds)
+        running = _advanced(running) + newest
+    while running:
+        running = _advanced(running)
 
 
 def _advanced(rounds: Sequence[Generator[None]]) -> list[Generator[None]]:
-    """Each to its next wait, the oldest first; those that are not at their end."""
+    """Run each round to its next wait, the oldest first; return those that are not at their end."""
     return [each for each in rounds if next(each, rounds) is None]
 
 
-def _round(chunk: Round, works: Sequence[ParameterStep], place: RankPosition) -> Generator[None]:
-    """One chunk from the momentum to the weights; yields, on every rank equally often, where it waits for others."""
-    bucket = chunk.bucket
-    position, replica = place.index(bucket.active), place.index(bucket.replicas)
-    cut, replicas = place.group(bucket.active), place.group(bucket.replicas)
-    shares = [sum(owned) for owned in chunk.counts]
-    pieces = chunk.pieces
+def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> Generator[None]:
+    """Take one round from the momentum to the weights; yields, on every rank equally often, where it waits."""
+    bucket = round_.bucket
+    position, replica = here.index(bucket.active), here.index(bucket.replicas)
+    cut, replicas = here.group(bucket.active), here.group(bucket.replicas)
+    shares = [sum(owned) for owned in round_.counts]
+    segments = round_.segments
     if cut is None and replicas is None:
-        pieces = [piece for piece in pieces if works[piece.parameter].gradient is not None]
-        shares = [sum(piece.stop - piece.start for piece in pieces)]
-    steps = [_SegmentStep(works[piece.parameter], piece, position) for piece in pieces]
+        segments = [segment for segment in segments if steps[segment.parameter].gradient is not None]
+        shares = [sum(segment.stop - segment.start for segment in segments)]
+    inside = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in segments]
     passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
-    updates: list[Tensor] = []
-    for step in steps:
-        update = step.advance(max(start - passed, 0), max(stop - passed, 0), cut)
-        updates.append((update.mT if step.tall else update).to(bucket.iteration.sent))
-        del update
-        passed += step.count
-    if not updates:
+    directions: list[Tensor] = []
+    for each in inside:
+        direction = each.advance(max(start - passed, 0), max(stop - passed, 0))
+        directions.append((direction.mT if each.tall else direction).to(bucket.iteration.sent))
+        del direction
+        passed += each.count
+    if not directions:
         return
-    updates = [torch.cat(updates) if len(updates) > 1 else updates[0]]  # held by nobody else: several rounds may wait
-    if cut is not None and chunk.method == "owner":
-        result = yield from _by_owners(updates.pop(), bucket, chunk.counts[replica], position, cut)
+    # Held by nobody else, for several rounds may wait.
+    directions = [torch.cat(directions) if len(directions) > 1 else directions[0]]
+    if cut is not None and round_.method == "owner":
+        result = yield from _by_owners(directions.pop(), bucket, round_.counts[replica], position, cut)
     else:
-        result = _iterated(updates.pop(), bucket.iteration, cut)
+        result = _iterated(directions.pop(), bucket.iteration, cut)
     if replicas is not None:
         result = yield from _to_replicas(result, shares, replica, replicas)
     done = 0
-    for step in steps:
-        update = result[done : done + step.count]
-        step.apply(update.mT if step.tall else update)
-        done += step.count
-
-
-class _SegmentStep:
-    """The step of the matrices of one piece, on this rank's part of them."""
-
-    def __init__(self, work: ParameterStep, piece: Segment, position: int) -> None:
-        self.work, self.piece, self.position = work, piece, position
-        self.count, self.tall = piece.stop - piece.start, piece.slab.tall
-        self._used: Tensor | None = None
-
-    def advance(self, start: int, stop: int, cut: dist.ProcessGroup | None) -> Tensor:
-        """M ← μ M + (1−μ) G; the update (matrices, rows, columns) of those from `start` to `stop` of the piece."""
-        work, options = self.work, self.work.options
-        momentum = options["momentum"]
-        with editing(work.momentum_buffer, *self._where) as stack:
-            buffer = stack[self.piece.start : self.piece.stop]
-            if work.gradient is None:
-                gradient = torch.zeros_like(buffer)
-            else:
-                gradient = local_matrices(work.gradient, *self._where)[self.piece.start : self.piece.stop]
-                gradient = gradient.to(buffer.dtype)
-            if options["freeze_unused"]:
-                self._used = (gradient != 0).any(-1, keepdim=True).any(-2, keepdim=True)
-                if cut is not None:
-                    used = self._used.to(torch.uint8)
-                    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=cut)
-                    self._used = used.bool()
-            if work.gradient is None:
-                return gradient[start:stop]
-            weight = 1 - momentum if self._used is None else (1 - momentum) * self._used.to(buffer.dtype)
-            buffer.lerp_(gradient, weight)
-            if options["nesterov"]:
-                return gradient[start:stop].lerp(buffer[start:stop], momentum)
-            return buffer[start:stop]
-
-    def apply(self, update: Tensor) -> None:
-        """W ← W − η (O · scale + λ W), the scale by the shape of the whole matrix."""
-        work, options = self.work, self.work.options
-        if work.gradient is None:
-            return
-        lr, decay = options["lr"], options["weight_decay"]
-        scale = update_scale(self.piece.slab.fan_out, self.piece.slab.fan_in, options["adjust_lr_fn"])
-        with editing(work.parameter, *self._where) as stack:
-            rows = stack[self.piece.start : self.piece.stop]
-            kept = None if self._used is None else rows.clone()
-            rows.mul_(1 - lr * decay)
-            if isinstance(lr, Tensor):
-                rows.sub_(update.to(rows.dtype) * (lr * scale))
-            else:
-                rows.add_(update, alpha=-lr * scale)
-            if self._used is not None and kept is not None:
-                rows.copy_(torch.where(self._used, rows, kept))
-
-    @property
-    def _where(self) -> tuple[MatrixLayout, MatrixShards, int]:
-        return self.work.layout, self.piece.slab, self.position
+    for each in inside:
+        update = result[done : done + each.count]
+        each.apply(update.mT if each.tall else update)
+        done += each.count
 
 
 def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGroup | None = None) -> Tensor:
-    """Newton–Schulz of (matrices, m, n). With `cut` every rank has some of the n columns."""
+    """Apply Newton–Schulz to (matrices, m, n). With `cut` every rank has some of the n columns."""
     products = choose_products(iteration.products)
     total = None
     if cut is not None:
@@ -166,7 +95,7 @@ def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGro
 
 
 def _summed(products: Products, cut: dist.ProcessGroup) -> Products:
-    """The same products of columns that are divided over ranks."""
+    """Make the same products for columns that are divided over ranks."""
     return replace(
         products,
         sum_squares=lambda x: _sum(products.sum_squares(x), cut),
@@ -182,7 +111,10 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _by_owners(
     parts: Tensor, bucket: Bucket, owned: Sequence[int], position: int, cut: dist.ProcessGroup
 ) -> Generator[None, None, Tensor]:
-    """Parts (matrices, small, long) of one replica's matrices → their iterated parts. `owned`: matrices by position."""
+    """Send parts (matrices, small, long) of one replica's matrices to their owners, who iterate and return them.
+
+    `owned`: how many matrices each position owns.
+    """
     sizes, here, count = bucket.sizes(), owned[position], len(parts)
     mine, theirs = [number * sizes[position] for number in owned], [here * size for size in sizes]
     received = parts.new_empty(sum(theirs))
@@ -192,12 +124,12 @@ def _by_owners(
         arriving.wait()
     shape = parts.shape
     whole = parts.new_empty(here, bucket.m, bucket.n)
-    for inside, part in _corners(whole, received, bucket, theirs):
+    for inside, part in _rectangles(whole, received, bucket, theirs):
         inside.copy_(part)
     del parts, received
     update = _iterated(whole, bucket.iteration) if here else whole.to(bucket.iteration.dtype)
     outgoing, back = update.new_empty(sum(theirs)), update.new_empty(sum(mine))
-    for inside, part in _corners(update, outgoing, bucket, theirs):
+    for inside, part in _rectangles(update, outgoing, bucket, theirs):
         part.copy_(inside)
     del whole, update
     returning = _exchange(back, outgoing, mine, theirs, cut) if count else None
@@ -207,10 +139,12 @@ def _by_owners(
     return back.view(shape)
 
 
-def _corners(whole: Tensor, packed: Tensor, bucket: Bucket, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rectangles of matrices (count, m, n) that each position holds, and where each stands in the packed parts."""
-    for small, long, segment in zip(bucket.small, bucket.long, packed.split(list(lengths)), strict=True):
-        part = segment.view(len(whole), length(small), length(long))
+def _rectangles(
+    whole: Tensor, packed: Tensor, bucket: Bucket, lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each rectangle of matrices (count, m, n) that a position holds, with its copy in the packed parts."""
+    for small, long, parts in zip(bucket.small, bucket.long, packed.split(list(lengths)), strict=True):
+        part = parts.view(len(whole), length(small), length(long))
         row = 0
         for top, bottom in small:
             column = 0
@@ -224,18 +158,18 @@ def _corners(whole: Tensor, packed: Tensor, bucket: Bucket, lengths: Sequence[in
 def _to_replicas(
     result: Tensor, shares: Sequence[int], replica: int, replicas: dist.ProcessGroup
 ) -> Generator[None, None, Tensor]:
-    """The updates (matrices, …) that this replica has made → those of all replicas. `shares`: matrices by replica."""
+    """Exchange the updates (matrices, …) that each replica has made. `shares`: how many, by replica."""
     everyone = result.new_empty(sum(shares), *result.shape[1:])
     pending: list[dist.Work | None] = []
     if everyone.numel() and len(set(shares)) == 1:
         pending = [dist.all_gather_into_tensor(everyone, result.contiguous(), group=replicas, async_op=True)]
     elif everyone.numel():
-        segments = everyone.split(list(shares))
-        segments[replica].copy_(result)
+        by_replica = everyone.split(list(shares))
+        by_replica[replica].copy_(result)
         pending = [
-            dist.broadcast(segment, group_src=source, group=replicas, async_op=True)
-            for source, segment in enumerate(segments)
-            if len(segment)
+            dist.broadcast(updates, group_src=source, group=replicas, async_op=True)
+            for source, updates in enumerate(by_replica)
+            if len(updates)
         ]
     yield
     for work in pending:

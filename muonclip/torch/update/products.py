@@ -31,15 +31,17 @@ PRODUCTS: Mapping[str, Products] = MappingProxyType(
 
 
 def choose_products(name: str | None) -> Products:
-    """The products by name; None takes the fastest for any device. Raises ValueError for an unknown name."""
+    """Return the products by name; None takes the fastest for any device. Raises ValueError for an unknown name."""
     if name is not None and name not in PRODUCTS:
         raise ValueError(f"products={name!r} is not known; use None, {' or '.join(map(repr, PRODUCTS))}.")
     return PRODUCTS[name or "baddbmm"]
 
 
 def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the products on matrices of `dtype`: bf16 where the device multiplies it faster, float32 elsewhere;
-    float64 stays; `ns_dtype` overrides."""
+    """Return the dtype of the products on matrices of `dtype`.
+
+    It is bf16 where the device multiplies that faster, float32 elsewhere; float64 stays; `ns_dtype` overrides.
+    """
     if ns_dtype is not None:
         return ns_dtype
     if dtype == torch.float64:

@@ -1,0 +1,188 @@
+"""The stages of one update on this rank's part of the matrices, in place; the mathematics is `core.update_rule`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from muonclip.core import MatrixLayout, update_scale
+from muonclip.core.index_ranges import length
+from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
+from muonclip.core.update_scale import AdjustLR
+from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
+from muonclip.torch.update.matrix_views import editing, local_matrices, row_index
+from muonclip.torch.update.rounds import PlacedParameter, Segment
+
+MUON = MuonRule()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """The options of a parameter group that a step reads; see `Muon`."""
+
+    lr: float | Tensor
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    adjust_lr_fn: AdjustLR = None
+    freeze_unused: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class ParameterStep:
+    """One parameter in one step: what this rank has of it and of its state, and the options of its group.
+
+    Without a gradient this rank's shard stays as it is. If the matrices of the parameter are cut, its part of them
+    counts as zero, and the ranks need not agree on who has a gradient; replicas must.
+    """
+
+    parameter: Tensor
+    gradient: Tensor | None
+    state: Mapping[str, Tensor]
+    layout: MatrixLayout
+    options: StepOptions
+    rule: MuonRule = MUON
+
+
+class SegmentStep:
+    """The step of the matrices of one segment, on this rank's part of them."""
+
+    def __init__(self, step: ParameterStep, segment: Segment, position: int, cut: dist.ProcessGroup | None) -> None:
+        self.step, self.segment, self.position, self.cut = step, segment, position, cut
+        self.count, self.tall = segment.stop - segment.start, segment.shards.tall
+        self._used: Tensor | None = None
+
+    def advance(self, start: int, stop: int) -> Tensor:
+        """Let the gradient into the state; return what is orthogonalized of the matrices `start` to `stop`."""
+        step, options = self.step, self.step.options
+        with self._state() as state:
+            buffer = state["momentum_buffer"]
+            if step.gradient is None:
+                gradient = torch.zeros_like(buffer)
+            else:
+                gradient = local_matrices(step.gradient, step.layout, self.segment.shards, self.position)
+                gradient = gradient[self.segment.start : self.segment.stop].to(buffer.dtype)
+            if options.freeze_unused:
+                self._used = self._find_used(gradient)
+            if step.gradient is None:
+                return gradient[start:stop]
+            used = None if self._used is None else self._used.to(buffer.dtype)
+            momentum = Momentum(options.momentum, options.nesterov, used=used)
+            _store(step.rule.advance(gradient, state, momentum, _WHOLE), state)
+            share = {name: value[start:stop] for name, value in state.items()}
+            return step.rule.direction(gradient[start:stop], share, momentum, _WHOLE)
+
+    def apply(self, update: Tensor) -> None:
+        """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix."""
+        step, options = self.step, self.step.options
+        if type(step.rule).apply is not MuonRule.apply:
+            update = self._apply_rule(update)
+        if step.gradient is None:
+            return
+        scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, options.adjust_lr_fn)
+        with self._editing(step.parameter) as rows:
+            kept = None if self._used is None else rows.clone()
+            rows.mul_(1 - options.lr * options.weight_decay)
+            if isinstance(options.lr, Tensor):
+                rows.sub_(update.to(rows.dtype) * (options.lr * scale))
+            else:
+                rows.add_(update, alpha=-options.lr * scale)
+            if self._used is not None and kept is not None:
+                rows.copy_(torch.where(self._used, rows, kept))
+
+    def _apply_rule(self, update: Tensor) -> Tensor:
+        """Let a rule change the update. Every rank that has a part joins in its sums, with or without a gradient."""
+        operations = _operations(self.segment.shards, self.position, self.cut)
+        with self._state() as state:
+            update, new = self.step.rule.apply(update, state, operations)
+            if self._used is not None:
+                new = {name: torch.where(self._used, value, state[name]) for name, value in new.items()}
+            if self.step.gradient is not None:
+                _store(new, state)
+        return update
+
+    def _find_used(self, gradient: Tensor) -> Tensor:
+        """Find the matrices of which some rank has a gradient other than zero: bool (count, 1, 1)."""
+        used = (gradient != 0).any(-1, keepdim=True).any(-2, keepdim=True)
+        if self.cut is None:
+            return used
+        flags = used.to(torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cut)
+        return flags.bool()
+
+    @contextmanager
+    def _state(self) -> Iterator[dict[str, Tensor]]:
+        with ExitStack() as stack:
+            names = [state.name for state in self.step.rule.states]
+            yield {name: stack.enter_context(self._editing(self.step.state[name])) for name in names}
+
+    @contextmanager
+    def _editing(self, tensor: Tensor) -> Iterator[Tensor]:
+        with editing(tensor, self.step.layout, self.segment.shards, self.position) as matrices:
+            yield matrices[self.segment.start : self.segment.stop]
+
+
+def rescale(
+    rule: MuonRule, state: Mapping[str, Tensor], factors: Tensor, placed: PlacedParameter, here: RankPosition
+) -> None:
+    """Let this rank's part of a parameter's state follow rows that were multiplied by `factors`, stored like a state
+    per row."""
+    for shards in matrix_shards(placed.shape, placed.layout, placed.placements, placed.mesh.shape):
+        if any(here.coordinate[dim] != at for dim, at in shards.fixed):
+            continue
+        position = here.index(shards.active)
+        by_row = local_matrices(factors, placed.layout, shards, position)
+        with ExitStack() as stack:
+            matrices = {
+                name: stack.enter_context(editing(value, placed.layout, shards, position))
+                for name, value in state.items()
+            }
+            _store(rule.rescale(matrices, by_row), matrices)
+
+
+def _store(new: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, value in new.items():
+        if value is not state[name]:
+            state[name].copy_(value)
+
+
+def _operations(shards: MatrixShards, position: int, cut: dist.ProcessGroup | None) -> MatrixOperations:
+    """Make the operations on this rank's part of matrices that are cut over the ranks of a group."""
+    if cut is None:
+        return _WHOLE
+    are_whole = all(length(columns) == shards.fan_in for columns in shards.columns)
+
+    def mean_columns(x: Tensor) -> Tensor:
+        if are_whole:
+            return x.mean(-1, keepdim=True)
+        index = row_index((shards.rows[position],), x.device)
+        sums = x.new_zeros(len(x), shards.fan_out, 1).index_copy_(1, index, x.sum(-1, keepdim=True))
+        dist.all_reduce(sums, group=cut)
+        return sums.index_select(1, index) / shards.fan_in
+
+    def total(x: Tensor) -> Tensor:
+        x = x.sum((-2, -1), keepdim=True)
+        dist.all_reduce(x, group=cut)
+        return x
+
+    return MatrixOperations(torch.lerp, Tensor.lerp_, _wide, mean_columns, total, torch)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+_WHOLE = MatrixOperations(
+    lerp=torch.lerp,
+    average=Tensor.lerp_,
+    wide=_wide,
+    mean_columns=lambda x: x.mean(-1, keepdim=True),
+    sum=lambda x: x.sum((-2, -1), keepdim=True),
+    xp=torch,
+)
