@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import re
@@ -30,10 +31,8 @@ import muonclip.optax
 import muonclip.torch
 from benchmarks import kill_trials, scaling
 from benchmarks.options import make_parser
-from muonclip.core import COEFFICIENT_SETS
+from muonclip.core import COEFFICIENT_SETS, coefficients
 from muonclip.torch import distributed
-from muonclip.torch.optimizer import muonclip as optimizer
-from muonclip.torch.optimizer import options as group_options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -258,9 +257,11 @@ def test_the_api_page_has_what_is_public_in_distributed():
 
 def test_the_api_page_explains_the_defaults_of_the_signatures():
     text = (ROOT / "docs" / "api" / "torch.md").read_text(encoding="utf-8")
-    eps, steps = group_options.DEFAULT_EPS, group_options.DEFAULT_STEPS
-    assert f"`DEFAULT_EPS` is {float(eps):.0e}".replace("e-0", "e-") + f", `DEFAULT_STEPS` is {int(steps)}" in text
-    assert COEFFICIENT_SETS["jordan"].polynomials(1) == (optimizer._JORDAN,)
+    assert "`JORDAN` is the triple of the set `jordan`" in text
+    assert COEFFICIENT_SETS["jordan"].polynomials(1) == (coefficients.JORDAN,)
+    defaults = inspect.signature(muonclip.torch.Muon).parameters
+    assert defaults["ns_coefficients"].default == coefficients.JORDAN
+    assert defaults["eps"].default is defaults["ns_steps"].default is None
 
 
 def test_the_coefficient_sets_are_listed_with_their_sources():

@@ -13,7 +13,7 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon, MuonClip
-from muonclip.torch.update import execute as distributed_module
+from muonclip.torch.update import execute as execute_module
 from muonclip.torch.update import products as products_module
 
 
@@ -35,7 +35,48 @@ def clones(params):
 def test_has_torch_s_names_order_and_defaults():
     ours, theirs = (inspect.signature(cls).parameters for cls in (Muon, torch.optim.Muon))
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert {name: p.default for name, p in ours.items() if name in theirs} == {n: p.default for n, p in theirs.items()}
+    defaults = {name: parameter.default for name, parameter in theirs.items()}
+    not_given = {"eps": None, "ns_steps": None}  # may differ from what torch's own numbers do
+    assert {name: ours[name].default for name in theirs} == defaults | not_given
+
+
+def move(optimizer, parameter, gradient_scale):
+    """How far one step with a gradient of this scale moves the parameter."""
+    before = parameter.detach().clone()
+    set_gradients([parameter], 0, gradient_scale)
+    optimizer.step()
+    return parameter.detach() - before
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-9, 1e-12])
+def test_torch_s_own_numbers_given_do_what_they_do_there(scale):
+    """Among them small gradients, which its floor of the norm shrinks or swallows."""
+    defaults = {n: p.default for n, p in inspect.signature(torch.optim.Muon).parameters.items() if n != "params"}
+    (p,), (q,) = parameters((32, 48)), parameters((32, 48))
+    ours = move(Muon([p], ns_dtype=torch.bfloat16, **defaults), p, scale)
+    theirs = move(torch.optim.Muon([q], **defaults), q, scale)
+    assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.parametrize("ns_coefficients", ["jordan", "polar_express", [(2.0, -1.5, 0.5)] * 7])
+def test_five_steps_given_are_five(ns_coefficients):
+    options = dict(lr=1.0, weight_decay=0.0, ns_coefficients=ns_coefficients, ns_dtype=torch.float64)
+    (p,), (q,) = parameters((6, 9), dtype=torch.float64), parameters((6, 9), dtype=torch.float64)
+    given_ = move(Muon([p], ns_steps=5, **options), p, 1.0)
+    expected = orthogonalize(p.grad, ns_coefficients, 5, xp=torch)
+    torch.testing.assert_close(given_, -expected)
+    own_length = move(Muon([q], **options), q, 1.0)
+    assert torch.equal(own_length, given_) == (len(resolve_coefficients(ns_coefficients)) == 5)
+
+
+def test_a_group_s_own_eps_is_its_floor():
+    (p,), (q,) = parameters((32, 48)), parameters((32, 48))
+    optimizer = Muon([dict(params=[p], eps=1e-7), dict(params=[q])], lr=1.0, weight_decay=0.0)
+    set_gradients([p, q], 0, 1e-12)
+    before = clones([p, q])
+    optimizer.step()
+    moved = [(new - old).norm().item() for new, old in zip((p, q), before, strict=True)]
+    assert moved[0] < 0.1 < 1 < moved[1]
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -118,9 +159,9 @@ def test_batching_is_invisible(order, workspace_bytes):
 
 def test_same_shapes_share_one_iteration(monkeypatch):
     shapes = []
-    iterate = distributed_module.iterate
+    iterate = execute_module.iterate
     monkeypatch.setattr(
-        distributed_module, "iterate", lambda x, *a, **k: shapes.append(tuple(x.shape)) or iterate(x, *a, **k)
+        execute_module, "iterate", lambda x, *a, **k: shapes.append(tuple(x.shape)) or iterate(x, *a, **k)
     )
     params = parameters((4, 6), (6, 4), (3, 4, 6), (5, 5))
     set_gradients(params, 0)
@@ -236,6 +277,34 @@ def test_loads_torch_s_state_and_goes_on_from_it():
         assert torch.equal(loaded.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"])
         assert (p - q).norm() <= 0.03 * (q - old).norm()
     torch.optim.Muon(clones(theirs)).load_state_dict(loaded.state_dict())
+
+
+def test_torch_s_state_brings_torch_s_floor():
+    (p,), (q,) = parameters((32, 48)), parameters((32, 48))
+    theirs = torch.optim.Muon([q], lr=1.0, weight_decay=0.0)
+    move(theirs, q, 1e-12)
+    optimizer = Muon([p], lr=1.0, weight_decay=0.0)
+    assert move(optimizer, p, 1e-12).norm() > 1
+    optimizer.load_state_dict(theirs.state_dict())
+    assert move(optimizer, p, 1e-12).norm() < 0.1
+
+
+@pytest.mark.parametrize(("eps_given", "floor"), [(False, False), (True, True)])
+def test_a_state_says_whether_its_eps_was_given(eps_given, floor):
+    """A group as version 0.1 saved it, to the key."""
+    (p,) = parameters((32, 48))
+    saved = Muon([p], lr=1.0, weight_decay=0.0).state_dict()
+    saved["param_groups"] = [
+        dict(
+            lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True, ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-07,
+            ns_steps=5, adjust_lr_fn=None, ns_dtype=None, ns_form=None, products=None, momentum_dtype=None,
+            freeze_unused=False, use="muon", eps_given=eps_given, params=[0],
+        )
+    ]  # fmt: skip
+    optimizer = Muon([p], eps=None if floor else 1e-3)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+    assert (move(optimizer, p, 1e-12).norm() < 0.1) == floor
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32])
@@ -375,8 +444,8 @@ def test_empty_parameters_are_left_alone():
 
 def test_no_batch_is_larger_than_the_workspace(monkeypatch):
     sizes = []
-    iterate = distributed_module.iterate
-    monkeypatch.setattr(distributed_module, "iterate", lambda x, *a, **k: sizes.append(len(x)) or iterate(x, *a, **k))
+    iterate = execute_module.iterate
+    monkeypatch.setattr(execute_module, "iterate", lambda x, *a, **k: sizes.append(len(x)) or iterate(x, *a, **k))
     params = parameters(*[(2, 3)] * 60, (40, 2, 3))
     set_gradients(params, 0)
     Muon(params, workspace_bytes=40 * 6 * 4).step()

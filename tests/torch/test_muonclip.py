@@ -465,7 +465,7 @@ def test_a_deferred_error_is_raised_before_a_checkpoint_is_written(monkeypatch):
 def test_defaults():
     _, optimizer = build(tau=100.0)
     defaults = inspect.signature(MuonClip).parameters
-    assert (defaults["tau"].default, defaults["eps"].default, defaults["lr"].default) == (100.0, 1e-7, 1e-3)
+    assert (defaults["tau"].default, defaults["eps"].default, defaults["lr"].default) == (100.0, None, 1e-3)
     assert optimizer.qk_clip.tau == 100.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,17 +49,21 @@ def scale(
 
     `skip_quiet`: read the factors, and skip attentions of which no head is above τ.
     """
+    loud = {name: each for name, each in factors.items() if not skip_quiet or bool((each.gamma < 1).any())}
+    for rows, by_head in scaled_rows(projections, loud):
+        _scale_rows(rows, by_head, master_of)
+
+
+def scaled_rows(
+    projections: Mapping[str, QKProjection], factors: Mapping[str, ClipFactors]
+) -> Iterator[tuple[HeadRows, Tensor]]:
+    """Yield the rows that these factors scale, each with its factor for every head."""
     for name, factor in factors.items():
         projection = projections[name]
-        if not clips(projection) or (skip_quiet and not bool((factor.gamma < 1).any())):
-            continue
-        for parts, each in (
-            (projection.query, factor.query),
-            (projection.key, factor.key),
-            (projection.query_facing_shared, factor.gamma),
-        ):
-            for rows in parts:
-                _scale_rows(rows, each, master_of)
+        if clips(projection):
+            yield from ((rows, factor.query) for rows in projection.query)
+            yield from ((rows, factor.key) for rows in projection.key)
+            yield from ((rows, factor.gamma) for rows in projection.query_facing_shared)
 
 
 def clips(projection: QKProjection) -> bool:

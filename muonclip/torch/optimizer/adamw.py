@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,30 +10,33 @@ from torch import Tensor
 from torch.optim.adamw import adamw as adamw_functional
 
 from muonclip.torch.mesh.dtensors import local_gradient, local_part
+from muonclip.torch.optimizer.options import AdamWOptions
 
 
-def make_adamw_state(state: dict[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> None:
+def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOptions) -> None:
+    """Fill the state of a parameter that has none."""
     if not state:
-        device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
+        device = parameter.device if options.capturable or options.fused else torch.device("cpu")
         state["step"] = torch.zeros((), device=device)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def adamw_update(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Those parameters of a group that have a gradient."""
+def adamw_update(parameters: Iterable[Tensor], options: AdamWOptions, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Update those parameters of a group that have a gradient."""
     lists: dict[str, list[Tensor]] = {name: [] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")}
-    for parameter in group["params"]:
+    for parameter in parameters:
         gradient = local_gradient(parameter)
         if gradient is None:
             continue
         own = state[parameter]
+        make_adamw_state(own, parameter, options)
         lists["params"].append(local_part(parameter))
         lists["grads"].append(gradient)
         lists["exp_avgs"].append(local_part(own["exp_avg"]))
         lists["exp_avg_sqs"].append(local_part(own["exp_avg_sq"]))
         lists["steps"].append(own["step"])
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = options.betas
     adamw_functional(
         lists["params"],
         lists["grads"],
@@ -41,13 +44,13 @@ def adamw_update(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]
         lists["exp_avg_sqs"],
         [],
         lists["steps"],
-        fused=group["fused"],
-        capturable=group["capturable"],
+        fused=options.fused,
+        capturable=options.capturable,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        eps=options.eps,
         maximize=False,
     )

@@ -5,50 +5,62 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.mesh.dtensors import check_parameter, check_state, local_gradient, local_part
+from muonclip.core.update_rule import MuonRule
+from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, check_state, local_gradient, local_part
 from muonclip.torch.mesh.topology import Topology
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
-from muonclip.torch.optimizer.options import (
-    Group,
-    check_adamw_options,
-    check_loadable,
-    check_muon_options,
-    iteration_of,
-    layouts_of,
-    momentum_dtype,
-    name_of,
-    plain_options,
-)
-from muonclip.torch.update.execute import ParameterStep, execute
-from muonclip.torch.update.plan import PlacedParameter, UpdatePlan
-from muonclip.torch.update.plan import plan as plan_matrices
+from muonclip.torch.optimizer.groups import check_loadable, name_of
+from muonclip.torch.optimizer.layouts import layouts_of
+from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.optimizer.plan_inputs import plan_inputs
+from muonclip.torch.update.execute import execute
+from muonclip.torch.update.plan import UpdatePlan
+from muonclip.torch.update.plan import plan as plan_update
+from muonclip.torch.update.rounds import PlacedParameter
+from muonclip.torch.update.stages import MUON, ParameterStep
+
+
+class Matrix(NamedTuple):
+    """A parameter that Muon updates: its group and its position there, and how it is read as matrices."""
+
+    parameter: Tensor
+    layout: MatrixLayout
+    group: int
+    position: int
 
 
 class MatrixOptimizer(Optimizer):
     """Groups with `use` "muon" or "adamw", a layout for every Muon parameter, and their state.
 
     `_layouts[g][i]` belongs to `param_groups[g]["params"][i]`: by position, because engines replace parameters, and
-    outside the groups, because those are saved.
+    outside the groups, because those are saved. `rule` is what its matrices are updated by.
     """
 
-    def __init__(self, groups: Iterable[Group], options: Mapping[str, Group], workspace_bytes: int | None) -> None:
+    rule: ClassVar[MuonRule] = MUON
+
+    def __init__(
+        self, groups: Iterable[Group], muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
+    ) -> None:
         if workspace_bytes is not None and not (isinstance(workspace_bytes, int) and workspace_bytes > 0):
             raise ValueError(f"workspace_bytes={workspace_bytes} must be a whole number of bytes, or None.")
-        self._options = options
+        self._muon, self._adamw = muon, adamw
         self._workspace_bytes = workspace_bytes
         self._topology = Topology()
-        self._distribution: UpdatePlan | None = None
         self._layouts: list[list[MatrixLayout | None]] = []
-        common = ("lr", "weight_decay", "momentum") if "adamw" in options else options["muon"]
-        super().__init__(groups, {name: options["muon"][name] for name in common})
+        self._forget_plan()
+        defaults = muon.as_group()
+        common = defaults if adamw is None else ("lr", "weight_decay", "momentum")
+        super().__init__(groups, {name: defaults[name] for name in common})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: `params`, and any option of its `use` ("muon", the default, or "adamw").
@@ -59,51 +71,52 @@ class MatrixOptimizer(Optimizer):
         group = dict(param_group)
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         use = group.setdefault("use", "muon")
-        if use not in self._options:
-            raise ValueError(f"use={use!r} in a parameter group; it is one of {', '.join(map(repr, self._options))}.")
         layouts: list[MatrixLayout | None] = [None] * len(group["params"])
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
-        group = {**self._options[use], **group}
-        if use == "muon":
-            group = plain_options(group)
-            check_muon_options(group)
-        else:
-            check_adamw_options(group)
+        group |= self._defaults(use).updated(group).as_group()
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
         super().add_param_group(group)
         self._layouts.append(layouts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's; `torch.optim.Muon`'s state is accepted. Momentum keeps its precision: torch would cast a
-        float32 buffer to the dtype of a bf16 parameter."""
+        """Load a state as any optimizer does; `torch.optim.Muon`'s is accepted, and keeps torch's floor.
+
+        States keep their precision: torch would cast a float32 buffer to the dtype of a bf16 parameter.
+        """
         for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
             check_loadable(saved, group, index)
             for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
-                for part, value in state_dict["state"].get(key, {}).items():
-                    check_state(name_of(group, index, position), part, value, parameter)
+                name, state = name_of(group, index, position), state_dict["state"].get(key, {})
+                layout = self._layouts[index][position]
+                if layout is None:
+                    for part, value in state.items():
+                        check_state(name, part, value, parameter)
+                else:
+                    check_matrix_states(name, state, self.rule, parameter, layout)
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if group["use"] == "muon":
-                for index, parameter in zip(saved["params"], group["params"], strict=True):
-                    buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-                    dtype = momentum_dtype(group, parameter)
-                    if buffer is not None and dtype != parameter.dtype:
-                        buffer = buffer.detach().to(device=parameter.device, dtype=dtype, copy=True)
-                        self.state[parameter]["momentum_buffer"] = buffer
+                options = MuonOptions.from_group(group)
+                for key, parameter in zip(saved["params"], group["params"], strict=True):
+                    self.state[parameter].update(
+                        restored_states(state_dict["state"].get(key, {}), self.rule, parameter, options)
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_options", "_workspace_bytes", "_layouts")
+        own = ("_muon", "_adamw", "_workspace_bytes", "_layouts")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_topology", Topology())
-        self.__dict__.setdefault("_distribution", None)
-        for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options
-            options = self._options[group.setdefault("use", "muon")]
-            for name, value in (plain_options(options) if group["use"] == "muon" else options).items():
+        self._forget_plan()
+        for group in self.param_groups:  # a checkpoint of torch.optim.Muon has fewer options, and means its own eps
+            use = group.setdefault("use", "muon")
+            if use == "muon" and "eps" in group:
+                group.setdefault("eps_given", True)
+            for name, value in self._defaults(use).as_group().items():
                 group.setdefault(name, value)
 
     @overload
@@ -112,80 +125,124 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. `closure` re-evaluates the loss with gradients enabled and is returned from."""
+        """Update every parameter once. `closure` re-evaluates the loss with gradients enabled and is returned from."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_parameters()
+        self._refresh_plan()
+        self._check_gradients()
         self._update()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's; every trainable parameter has its state, whether or not it has had a gradient here."""
+        """Return the state as any optimizer does; every trainable parameter has one, with or without a gradient."""
         self._make_state()
         return super().state_dict()
 
-    @torch.no_grad()
-    def _make_state(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad or parameter.grad is not None:
-                    if group["use"] == "adamw":
-                        make_adamw_state(self.state[parameter], parameter, group)
-                    elif "momentum_buffer" not in self.state[parameter]:
-                        dtype = momentum_dtype(group, parameter)
-                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+    def _defaults(self, use: str) -> MuonOptions | AdamWOptions:
+        if use == "muon":
+            return self._muon
+        if use == "adamw" and self._adamw is not None:
+            return self._adamw
+        known = "'muon'" if self._adamw is None else "'muon', 'adamw'"
+        raise ValueError(f"use={use!r} in a parameter group; it is one of {known}.")
 
     def _update(self) -> None:
-        self._make_state()
-        self._settle()
-        assert self._distribution is not None
-        works = [
-            ParameterStep(
-                local_part(parameter),
-                local_gradient(parameter),
-                local_part(self.state[parameter]["momentum_buffer"]),
-                layout,
-                group,
-            )
-            for _, parameter, layout, group in self._matrices()
-        ]
+        assert self._update_plan is not None
+        if not self._has_state:
+            self._make_state()
+            self._has_state = True
+        muon = {
+            index: MuonOptions.from_group(group)
+            for index, group in enumerate(self.param_groups)
+            if group["use"] == "muon"
+        }
+        steps: list[ParameterStep] = []
+        for parameter, layout, index, _ in self._matrices:
+            state, options = self.state[parameter], muon[index]
+            make_matrix_states(state, self.rule, parameter, layout, options)
+            held = {each.name: local_part(state[each.name]) for each in self.rule.states}
+            gradient = local_gradient(parameter)
+            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, self.rule))
         for group in self.param_groups:
             if group["use"] == "adamw":
-                adamw_update(group, self.state)
-        execute(self._distribution, works, self._topology.by_mesh())
+                adamw_update(group["params"], AdamWOptions.from_group(group), self.state)
+        execute(self._update_plan, steps, self._topology.positions())
 
-    def _settle(self) -> None:
-        """Plan who iterates which matrix, unless the plan there is still holds."""
-        placed = [
-            PlacedParameter(
-                name,
-                tuple(parameter.shape),
-                layout,
-                iteration_of(group, parameter),
-                self._topology.of(parameter).mesh,
-                self._topology.placements(parameter),
+    @torch.no_grad()
+    def _make_state(self) -> None:
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            options = self._defaults(group["use"]).from_group(group)
+            for parameter, layout in zip(group["params"], layouts, strict=True):
+                if not _moves(parameter):
+                    continue
+                if isinstance(options, AdamWOptions):
+                    make_adamw_state(self.state[parameter], parameter, options)
+                elif layout is not None:
+                    make_matrix_states(self.state[parameter], self.rule, parameter, layout, options)
+
+    def _refresh_plan(self) -> None:
+        """Check the parameters and plan their update anew, if what these depend on has changed."""
+        inputs = plan_inputs(self.param_groups, self._topology.version)
+        if inputs != self._inputs:
+            self._check_parameters()
+            self._plan_update()
+            self._inputs, self._has_state = inputs, False
+
+    def _plan_update(self) -> None:
+        """Decide who iterates which matrix."""
+        self._matrices = list(self._find_matrices())
+        options = [MuonOptions.from_group(group) if group["use"] == "muon" else None for group in self.param_groups]
+        placed: list[PlacedParameter] = []
+        for parameter, layout, index, position in self._matrices:
+            muon = options[index]
+            assert muon is not None
+            placed.append(
+                PlacedParameter(
+                    name_of(self.param_groups[index], index, position),
+                    tuple(parameter.shape),
+                    layout,
+                    muon.newton_schulz(parameter),
+                    self._topology.position(parameter).mesh,
+                    self._topology.placements(parameter),
+                )
             )
-            for name, parameter, layout, group in self._matrices()
-        ]
-        if self._distribution is None or list(self._distribution.parameters) != placed:
-            self._distribution = plan_matrices(placed, self._workspace_bytes)
+        self._update_plan = plan_update(placed, self._workspace_bytes)
 
-    def _matrices(self) -> Iterator[tuple[str, Tensor, MatrixLayout, Group]]:
-        """Muon's parameters that may move."""
+    def _forget_plan(self) -> None:
+        self._update_plan: UpdatePlan | None = None
+        self._matrices: list[Matrix] = []
+        self._inputs: list[object] | None = None
+        self._has_state = False  # as far as the plan knows
+
+    def _find_matrices(self) -> Iterator[Matrix]:
+        """Yield Muon's parameters that may move."""
         for index, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
             for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
-                if layout is not None and parameter.numel() and (parameter.requires_grad or parameter.grad is not None):
-                    yield name_of(group, index, position), parameter, layout, group
+                if layout is not None and parameter.numel() and _moves(parameter):
+                    yield Matrix(parameter, layout, index, position)
 
     def _check_parameters(self) -> None:
         for index, group in enumerate(self.param_groups):
             for position, parameter in enumerate(group["params"]):
-                check_parameter(name_of(group, index, position), parameter)
+                name = name_of(group, index, position)
+                check_parameter(name, parameter)
                 if group.get("capturable") and parameter.device.type == "cpu":
-                    name = name_of(group, index, position)
                     raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
-                if parameter.grad is not None and parameter.grad.is_sparse:
+
+    def _check_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
                     name = name_of(group, index, position)
                     raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
+                if isinstance(gradient, DTensor) or isinstance(parameter, DTensor):
+                    check_gradient(name_of(group, index, position), parameter)
+
+
+def _moves(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None

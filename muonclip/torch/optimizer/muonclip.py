@@ -1,4 +1,4 @@
-"""`Muon`, a superset of `torch.optim.Muon`, and `MuonClip`: Muon for matrices, AdamW for the rest, then QK-Clip.
+"""The optimizers: `Muon`, a superset of `torch.optim.Muon`, and `MuonClip`, with AdamW for the rest and QK-Clip.
 
 Their groups, state and step are those of `MatrixOptimizer`.
 """
@@ -6,51 +6,48 @@ Their groups, state and step are those of `MatrixOptimizer`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from muonclip.core.coefficients import Coefficients
+from muonclip.core.coefficients import JORDAN, Coefficients
+from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.clip.attach import is_idle
 from muonclip.torch.clip.attentions import ClipAttentions
 from muonclip.torch.clip.qk_clip import QKClip
+from muonclip.torch.clip.rescaling import scaled_rows
+from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
 from muonclip.torch.mesh.dtensors import check_engine
+from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
+from muonclip.torch.optimizer.layouts import projection_layouts
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
-from muonclip.torch.optimizer.options import (
-    DEFAULT_EPS,
-    DEFAULT_STEPS,
-    Group,
-    adamw_options,
-    given_groups,
-    groups_of,
-    name_of,
-)
-from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module, projection_layouts
-
-_JORDAN = (3.4445, -4.7750, 2.0315)
+from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
 
 
 class Muon(MatrixOptimizer):
-    """Muon for matrices: the arguments, defaults and state of `torch.optim.Muon`, and more.
+    """Muon for matrices: the arguments and the state of `torch.optim.Muon`, and more.
 
     params: matrices, named or not, or groups; vectors raise ValueError. A parameter of three axes is a stack of
     matrices, one of four and more a convolution, unless its group says `layout=MatrixLayout(…)`.
 
-    `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too (`ns_steps=None`: the
-    set's own length); `adjust_lr_fn` a number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
+    `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too; `adjust_lr_fn` a
+    number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
     processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the
     parameter's). `products`: "plain" or "baddbmm". `ns_form`: "gram" iterates on small square
     products, faster the less square a matrix is, and a little less accurate (None: "standard"). `workspace_bytes`:
     largest batch of equal shapes iterated at once, counted in float32.
 
     Three differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
-    updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). `eps` left at its default is no
-    floor, so gradients that torch's floor of 1e-7 swallows get their full-size update; an `eps` that you pass is the
-    floor, as in torch. `ns_steps` left at its default is the own length of a named set or a list of triples.
+    updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). Without `eps` the norm has no
+    floor, so gradients that torch's default of 1e-7 swallows get their full-size update; an `eps` that you give, 1e-7
+    too, is the floor, as in torch. Without `ns_steps` one triple is repeated five times, as in torch; a named set and a
+    list of triples have their own length.
 
     A matrix whose gradient is zero, such as an expert that got no token, still moves by a full-size update along its
     decaying momentum, as in torch. `freeze_unused=True` leaves such matrices, and their momentum, alone for that step.
@@ -63,9 +60,9 @@ class Muon(MatrixOptimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = _JORDAN,
-        eps: float = DEFAULT_EPS,
-        ns_steps: int | None = DEFAULT_STEPS,
+        ns_coefficients: Coefficients = JORDAN,
+        eps: float | None = None,
+        ns_steps: int | None = None,
         adjust_lr_fn: AdjustLR = None,
         *,
         ns_dtype: torch.dtype | None = None,
@@ -75,7 +72,7 @@ class Muon(MatrixOptimizer):
         freeze_unused: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
-        options = dict(
+        options = MuonOptions(
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -90,7 +87,7 @@ class Muon(MatrixOptimizer):
             momentum_dtype=momentum_dtype,
             freeze_unused=freeze_unused,
         )
-        super().__init__(params, {"muon": options}, workspace_bytes)
+        super().__init__(params, options, None, workspace_bytes)
 
 
 class MuonClip(MatrixOptimizer):
@@ -128,7 +125,7 @@ class MuonClip(MatrixOptimizer):
         *,
         ns_coefficients: Coefficients = "jordan",
         ns_steps: int | None = None,
-        eps: float = DEFAULT_EPS,
+        eps: float | None = None,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: bool = False,
         tau: float = 100.0,
@@ -142,7 +139,7 @@ class MuonClip(MatrixOptimizer):
         capturable: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
-        muon_options = dict(
+        muon = MuonOptions(
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -157,7 +154,7 @@ class MuonClip(MatrixOptimizer):
             momentum_dtype=momentum_dtype,
             freeze_unused=freeze_unused,
         )
-        options_of_adamw = adamw_options(adamw or {}, lr=lr, weight_decay=weight_decay, capturable=capturable)
+        adamw_options = AdamWOptions.given(adamw or {}, muon, capturable=capturable)
         check_engine(model)
         self.qk_clip = _find_clip(model, qk_clip, tau)
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
@@ -165,7 +162,7 @@ class MuonClip(MatrixOptimizer):
             projections = self.qk_clip.projections
         elif isinstance(model, nn.Module):
             projections = declared_qk_projections(model)
-        defaults = {**muon_options, "adamw": options_of_adamw, "tau": self.qk_clip and self.qk_clip.tau}
+        defaults = {**asdict(muon), "adamw": asdict(adamw_options), "tau": self.qk_clip and self.qk_clip.tau}
         self.plan = Plan((), projections, defaults, self.qk_clip)
         self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
         self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
@@ -177,12 +174,13 @@ class MuonClip(MatrixOptimizer):
             groups = groups_of(plan_module(model, projections, per_head=per_head), named)
         else:
             groups = given_groups(model)
-        super().__init__(groups, {"muon": muon_options, "adamw": options_of_adamw}, workspace_bytes)
+        super().__init__(groups, muon, adamw_options, workspace_bytes)
         if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
             raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
         if isinstance(model, nn.Module):
-            self._topology.watch(model)
-        self._settle()
+            self._topology.find_replicas_of(model)
+        self._plan_update()
+        self._matrices.clear()  # until the first step an engine may replace the parameters: hold none
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
@@ -211,12 +209,12 @@ class MuonClip(MatrixOptimizer):
             ]  # fmt: skip
         self.plan = replace(self.plan, parameters=(*self.plan.parameters, *planned))
 
-    def _settle(self) -> None:
-        super()._settle()
-        self.plan = replace(self.plan, distribution=self._distribution)
+    def _plan_update(self) -> None:
+        super()._plan_update()
+        self.plan = replace(self.plan, update_plan=self._update_plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's. The clip has no state of its own; errors that it deferred are raised here."""
+        """Return the state as any optimizer does; the clip has none, but raises here the errors that it deferred."""
         if self.qk_clip is not None:
             self.qk_clip.report()  # which raises them
         return super().state_dict()
@@ -233,6 +231,19 @@ class MuonClip(MatrixOptimizer):
         self._take_findings(self.qk_clip.attentions)
         super()._update()
         self.qk_clip.after_update(factors)
+        if type(self.rule).rescale is not MuonRule.rescale:
+            self._rescale_states(scaled_rows(self.qk_clip.projections, factors))
+
+    def _rescale_states(self, scaled: Iterable[tuple[HeadRows, Tensor]]) -> None:
+        """Tell the states of each weight which of its rows the clip has scaled."""
+        by_weight: dict[int, list[tuple[HeadRows, Tensor]]] = {}
+        for rows, factors in scaled:
+            by_weight.setdefault(id(getattr(rows.module, rows.weight)), []).append((rows, factors))
+        assert self._update_plan is not None
+        for matrix, placed in zip(self._matrices, self._update_plan.parameters, strict=True):
+            if id(matrix.parameter) in by_weight:
+                parts, here = by_weight[id(matrix.parameter)], self._topology.position(matrix.parameter)
+                rescale_matrix_states(self.state[matrix.parameter], self.rule, parts, matrix.parameter, placed, here)
 
     def _take_findings(self, attentions: ClipAttentions) -> None:
         """Read weights as the matrices that attentions found since the construction show them to be."""
@@ -250,6 +261,8 @@ class MuonClip(MatrixOptimizer):
                     line = replace(line, layout=known[id(parameter)], reason=SPLIT_REASON)
                 planned.append(line)
         self.plan = replace(self.plan, parameters=tuple(planned))
+        self._forget_plan()
+        self._refresh_plan()
 
 
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:

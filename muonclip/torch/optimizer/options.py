@@ -1,124 +1,177 @@
-"""What a parameter group may say: its options checked, its layouts, and the groups made from what a user passes."""
+"""The options of a parameter group as values: checked in one place, None where nothing was given.
+
+A group of `torch.optim` is a dict, and so is what a checkpoint holds: `as_group` and `from_group` are that edge.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-from muonclip.core import MatrixLayout, resolve_coefficients, update_scale
-from muonclip.core.coefficients import gram_restarts
-from muonclip.torch.optimizer.plan import PlannedParameter, default_layout, plan_named
-from muonclip.torch.update.plan import NewtonSchulzConfig
+from muonclip.core import resolve_coefficients, update_scale
+from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
+from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, gram_restarts
 from muonclip.torch.update.products import choose_products, iteration_dtype
+from muonclip.torch.update.rounds import NewtonSchulzConfig
+from muonclip.torch.update.stages import StepOptions
 
 Group: TypeAlias = dict[str, Any]
 
-
-class TorchEps(float):
-    """`torch.optim.Muon`'s default of `eps`, told apart from the same number given on purpose: see `Muon`."""
-
-
-class TorchSteps(int):
-    """`torch.optim.Muon`'s default of `ns_steps`; a named set or a list of triples then has its own length."""
+TORCH_EPS = 1e-7
+"""`torch.optim.Muon`'s default of `eps`, which it has to find in a checkpoint."""
 
 
-DEFAULT_EPS, DEFAULT_STEPS = TorchEps(1e-7), TorchSteps(5)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MuonOptions(StepOptions):
+    """The options of a Muon group; see `Muon` for what they mean."""
 
+    ns_coefficients: Coefficients
+    eps: float | None = None
+    ns_steps: int | None = None
+    ns_dtype: torch.dtype | str | None = None
+    ns_form: Literal["standard", "gram"] | None = None
+    products: str | None = None
+    momentum_dtype: torch.dtype | str | None = None
 
-def plain_options(group: Group) -> Group:
-    """A Muon group with those defaults as plain numbers, which a checkpoint can hold.
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """Read a group that `as_group` has made."""
+        return cls(**_given(cls, group))
 
-    `eps_given`: whether `eps` is a floor of the norm, or only there for `torch.optim.Muon` to find.
-    """
-    eps, steps, coefficients = group["eps"], group["ns_steps"], group["ns_coefficients"]
-    if isinstance(steps, TorchSteps):
-        is_triple = not isinstance(coefficients, str) and not any(isinstance(item, Sequence) for item in coefficients)
-        steps = int(steps) if is_triple else None
-    dtypes = {name: dtype_name(group[name]) for name in ("ns_dtype", "momentum_dtype")}
-    return {**group, **dtypes, "eps": float(eps), "eps_given": not isinstance(eps, TorchEps), "ns_steps": steps}
+    def updated(self, group: Mapping[str, Any]) -> Self:
+        """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
+        options = replace(self, **_given(type(self), group))
+        options.check()
+        return options
 
+    def as_group(self) -> Group:
+        """Return what a group holds: every checkpoint format can save it, and `torch.optim.Muon` can read it.
 
-def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """`torch.float32` → "float32": what every checkpoint format can hold."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+        `eps_given` tells whether `eps` is a floor of the norm, or only there for torch to find.
+        """
+        group: Group = {each.name: getattr(self, each.name) for each in fields(self)}
+        group["eps"] = TORCH_EPS if self.eps is None else self.eps
+        group["eps_given"] = self.eps is not None
+        if self.ns_steps is None and _is_triple(self.ns_coefficients):
+            group["ns_steps"] = DEFAULT_NS_STEPS
+        for name in ("ns_dtype", "momentum_dtype"):
+            group[name] = None if group[name] is None else str(group[name]).removeprefix("torch.")
+        return group
 
+    def check(self) -> None:
+        """Raise ValueError, naming the option, for a value that does not fit."""
+        _check_rates(self.lr, self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1).")
+        if self.eps is not None:
+            _check_eps(self.eps)
+        resolve_coefficients(self.ns_coefficients, self.ns_steps)
+        update_scale(1, 1, self.adjust_lr_fn)
+        choose_products(self.products)
+        if self.ns_form not in (None, "standard", "gram"):
+            raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the standard one.")
+        if self.ns_form == "gram":
+            gram_restarts(self.ns_coefficients)
 
-def dtype_named(name: torch.dtype | str | None) -> torch.dtype | None:
-    return getattr(torch, name) if isinstance(name, str) else name
+    def momentum_dtype_of(self, parameter: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's momentum."""
+        return _dtype(self.momentum_dtype) or parameter.dtype
 
-
-def momentum_dtype(group: Group, parameter: Tensor) -> torch.dtype:
-    return dtype_named(group["momentum_dtype"]) or parameter.dtype
-
-
-def check_loadable(saved: Group, own: Group, index: int) -> None:
-    """Raises ValueError where a group of a checkpoint is for the other half of the optimizer."""
-    saved_use = saved.get("use", "adamw" if "betas" in saved else "muon")
-    if saved_use != own["use"]:
-        raise ValueError(
-            f"group {index} of the checkpoint is for {saved_use!r}, of the optimizer for {own['use']!r}; build the "
-            "optimizer with the groups it was saved with."
+    def newton_schulz(self, parameter: Tensor) -> NewtonSchulzConfig:
+        """Return how the matrices of a parameter are iterated."""
+        return NewtonSchulzConfig(
+            iteration_dtype(parameter.device.type, self.momentum_dtype_of(parameter), _dtype(self.ns_dtype)),
+            _hashable(self.ns_coefficients),
+            self.ns_steps,
+            self.ns_form or "standard",
+            self.eps or 0.0,
+            self.products,
+            str(parameter.device),
         )
 
 
-def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
-    """At most three groups: Muon, AdamW, AdamW without decay."""
-    groups: list[Group] = []
-    for use, decays in (("muon", True), ("adamw", True), ("adamw", False)):
-        lines = [line for line in planned if line.use == use and line.decays == decays]
-        if lines:
-            group: Group = {"params": [(line.name, named[line.name]) for line in lines], "use": use, "planned": lines}
-            if use == "muon":
-                group["layout"] = [line.layout for line in lines]
-            if not decays:
-                group["weight_decay"] = 0.0
-            groups.append(group)
-    return groups
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWOptions:
+    """The options of an AdamW group, as `torch.optim.AdamW` has them."""
 
+    lr: float | Tensor
+    betas: tuple[float, float] = ADAM_BETAS
+    eps: float = ADAM_EPS
+    weight_decay: float
+    fused: bool | None = None
+    capturable: bool = False
 
-def given_groups(params: Iterable[Any]) -> list[Group]:
-    """Groups as MuonClip takes them, from groups and named parameters; what says no `use` is divided by names."""
-    groups: list[Group] = []
-    given = list(params)
-    if given and not isinstance(given[0], dict):
-        given = [{"params": given}]
-    for group in given:
-        if "use" in group:
-            groups.append(dict(group))
-            continue
-        if "layout" in group:
-            raise ValueError("layout in a parameter group that does not say use='muon': say it.")
-        named = list(group["params"])
-        if not all(isinstance(item, tuple) for item in named):
+    @classmethod
+    def given(cls, options: Mapping[str, Any], muon: MuonOptions, *, capturable: bool) -> Self:
+        """Read `MuonClip`'s `adamw`; `lr` and `weight_decay` are Muon's where they are not given, or None."""
+        known = [each.name for each in fields(cls) if each.name != "capturable"]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
             raise ValueError(
-                "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
-                "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
+                f"adamw={{{', '.join(unknown)}: …}} is not an option of the AdamW half; known: {', '.join(known)}."
             )
-        if len(dict(named)) < len(named):
-            raise ValueError("two parameters have the same name; name them apart, by a prefix for each module.")
-        options = {name: value for name, value in group.items() if name != "params"}
-        groups += [{**options, **part} for part in groups_of(plan_named(named), dict(named))]
-    if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
-        for group in groups:  # torch wants names for all or for none
-            group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
-    return groups
+        shared = {"lr": muon.lr, "weight_decay": muon.weight_decay}
+        said = {name: value for name, value in options.items() if name not in shared or value is not None}
+        result = cls(**{**shared, **said}, capturable=capturable)
+        result.check()
+        return result
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """Read a group that `as_group` has made."""
+        return cls(**_given(cls, group))
+
+    def updated(self, group: Mapping[str, Any]) -> Self:
+        """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if group.get(name):
+                raise ValueError(f"{name}={group[name]} is not an option of the AdamW half.")
+        options = replace(self, **_given(type(self), group))
+        options.check()
+        return options
+
+    def as_group(self) -> Group:
+        """Return what a group holds."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, for a value that does not fit."""
+        _check_rates(self.lr, self.weight_decay)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1).")
+        _check_eps(self.eps)
 
 
-def iteration_of(group: Group, parameter: Tensor) -> NewtonSchulzConfig:
-    """How the matrices of a parameter of this group are iterated."""
-    return NewtonSchulzConfig(
-        iteration_dtype(parameter.device.type, momentum_dtype(group, parameter), dtype_named(group["ns_dtype"])),
-        _hashable(group["ns_coefficients"]),
-        group["ns_steps"],
-        group["ns_form"] or "standard",
-        group["eps"] if group["eps_given"] else 0.0,
-        group["products"],
-        str(parameter.device),
-    )
+def _given(options: type[MuonOptions | AdamWOptions], group: Mapping[str, Any]) -> Group:
+    """Take from a group what these options know."""
+    given = {each.name: group[each.name] for each in fields(options) if each.name in group}
+    if not group.get("eps_given", True):
+        given["eps"] = None
+    return given
+
+
+def _check_rates(lr: float | Tensor, weight_decay: float) -> None:
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be a finite number, zero or more.")
+
+
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} must be zero or more.")
+
+
+def _is_triple(coefficients: Coefficients) -> bool:
+    return not isinstance(coefficients, str) and not any(isinstance(item, Sequence) for item in coefficients)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _hashable(coefficients: Any) -> Any:
@@ -127,75 +180,3 @@ def _hashable(coefficients: Any) -> Any:
         if isinstance(coefficients, Sequence) and not isinstance(coefficients, str)
         else coefficients
     )
-
-
-def adamw_options(given: Mapping[str, Any], *, lr: float, weight_decay: float, capturable: bool) -> Group:
-    known: Group = dict(lr=None, betas=(0.9, 0.95), eps=1e-8, weight_decay=None, fused=None)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(
-            f"adamw={{{', '.join(unknown)}: …}} is not an option of the AdamW half; known: {', '.join(known)}."
-        )
-    options = {**known, **given, "capturable": capturable}
-    options["lr"] = lr if options["lr"] is None else options["lr"]
-    options["weight_decay"] = weight_decay if options["weight_decay"] is None else options["weight_decay"]
-    check_adamw_options(options)
-    return options
-
-
-def layouts_of(group: Group, layout: MatrixLayout | Sequence[MatrixLayout] | None) -> list[MatrixLayout | None]:
-    given = [layout] * len(group["params"]) if layout is None or isinstance(layout, MatrixLayout) else list(layout)
-    if len(given) != len(group["params"]):
-        raise ValueError(f"layout lists {len(given)} layouts for the {len(group['params'])} parameters of its group.")
-    layouts: list[MatrixLayout | None] = []
-    for position, (item, own) in enumerate(zip(group["params"], given, strict=True)):
-        name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"{name!r} is a {type(parameter).__name__}; the optimizer takes tensors.")
-        try:
-            chosen = own or default_layout(parameter.shape)
-            if parameter.numel():
-                chosen.matrix_shapes(parameter.shape)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}" if own else f"{name!r} {error}") from None
-        layouts.append(chosen)
-        if parameter.is_complex():
-            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
-    return layouts
-
-
-def check_muon_options(options: Group) -> None:
-    _check_rate(options)
-    if not 0 <= options["momentum"] < 1:
-        raise ValueError(f"momentum={options['momentum']} must lie in [0, 1).")
-    if not options["eps"] >= 0:
-        raise ValueError(f"eps={options['eps']} must be zero or more.")
-    resolve_coefficients(options["ns_coefficients"], options["ns_steps"])
-    update_scale(1, 1, options["adjust_lr_fn"])
-    choose_products(options["products"])
-    if options["ns_form"] not in (None, "standard", "gram"):
-        raise ValueError(f"ns_form={options['ns_form']!r}; use 'standard', 'gram', or None for the standard one.")
-    if options["ns_form"] == "gram":
-        gram_restarts(options["ns_coefficients"])
-
-
-def check_adamw_options(options: Group) -> None:
-    _check_rate(options)
-    for name in ("amsgrad", "maximize", "differentiable"):
-        if options.get(name):
-            raise ValueError(f"{name}={options[name]} is not an option of the AdamW half.")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"betas={options['betas']} must lie in [0, 1).")
-    if not options["eps"] >= 0:
-        raise ValueError(f"eps={options['eps']} must be zero or more.")
-
-
-def _check_rate(options: Group) -> None:
-    for name in ("lr", "weight_decay"):
-        if not (options[name] >= 0 and math.isfinite(options[name])):
-            raise ValueError(f"{name}={options[name]} must be a finite number, zero or more.")
-
-
-def name_of(group: Group, index: int, position: int) -> str:
-    names = group.get("param_names")
-    return names[position] if names else f"param_groups[{index}]['params'][{position}]"

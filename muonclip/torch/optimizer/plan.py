@@ -6,25 +6,22 @@ matrix (K. Jordan 2024; Moonlight, arXiv 2502.16982, §2.2).
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
 from muonclip.core.text_table import table
-from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection, out_axis
+from muonclip.torch.optimizer.layouts import default_layout, projection_layouts
 from muonclip.torch.update.plan import UpdatePlan
 
 if TYPE_CHECKING:
     from muonclip.torch.clip.qk_clip import QKClip
-
-T = TypeVar("T")
 
 _LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed"}
 _HEAD_NAMES = _LM_HEAD_NAMES | {"head", "output", "output_layer", "score", "classifier", "proj_out"}
@@ -33,7 +30,6 @@ _TABLE_NAME = re.compile(r"(^|_)(a_log|table|latents|tokens?)$|rel_pos|relative_
 _GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w13"}
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
-_MOST_BLOCKS = 8  # in a fused weight; more are no pattern
 _NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -52,13 +48,13 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the optimizer does with each parameter and each attention, and why; `print` it."""
+    """The plan of what the optimizer does with each parameter and each attention, and why; `print` it."""
 
     parameters: tuple[PlannedParameter, ...]
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
     qk_clip: QKClip | None = None
-    distribution: UpdatePlan | None = None
+    update_plan: UpdatePlan | None = None
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
     def __str__(self) -> str:
@@ -91,14 +87,14 @@ class Plan:
             found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.attentions.to_come}"
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
         over_ranks = ""
-        if self.distribution is not None and len(self.distribution.ranks) > 1:
-            over_ranks = str(self.distribution)
+        if self.update_plan is not None and len(self.update_plan.ranks) > 1:
+            over_ranks = str(self.update_plan)
         parts = [parameters, over_ranks, found, options]
         return "\n\n".join(filter(None, parts))
 
 
 def plan_module(model: nn.Module, projections: Mapping[str, QKProjection], *, per_head: bool) -> list[PlannedParameter]:
-    """A line for each parameter of the model, tied ones once."""
+    """Plan each parameter of the model, tied ones once."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -114,7 +110,7 @@ def plan_named(
     owners: Mapping[int, nn.Module] | None = None,
     layouts: Mapping[int, MatrixLayout] | None = None,
 ) -> list[PlannedParameter]:
-    """A line for each named parameter. `owners`: the module each is an attribute of, `layouts`: known ones; by id."""
+    """Plan each named parameter. `owners`: the module each is an attribute of, `layouts`: known ones; by id."""
     owners, layouts = owners or {}, layouts or {}
     named = list(named_parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
@@ -133,14 +129,6 @@ def plan_named(
         )
         planned.append(line)
     return planned
-
-
-def default_layout(shape: Sequence[int]) -> MatrixLayout:
-    """How Muon reads a parameter of which only the shape is known: [out, in] a matrix, [E, out, in] a stack of them,
-    four axes and more a convolution [out, in, *window]. Raises ValueError for vectors."""
-    if len(shape) < 2:
-        raise ValueError(f"has shape {tuple(shape)}; Muon needs a matrix. Leave it to AdamW.")
-    return MatrixLayout(batch_ndim=1) if len(shape) == 3 else MatrixLayout()
 
 
 def _as_vector(name: str, parameter: Tensor, owner: nn.Module | None) -> PlannedParameter | None:
@@ -214,7 +202,7 @@ def _as_matrices(
 
 
 def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> MatrixLayout:
-    """[*E, 2f, d], or [*E, d, 2f] where the `down_proj` beside it, [*E, f, d] then, says so."""
+    """Read [*E, 2f, d], or [*E, d, 2f] where the `down_proj` next to it, [*E, f, d] then, says so."""
     head, _, _ = name.removesuffix(".weight").rpartition(".")
     siblings = (f"{head}.down_proj".lstrip("."), f"{head}.down_proj.weight".lstrip("."))
     down = next((shapes[sibling] for sibling in siblings if sibling in shapes), None)
@@ -223,69 +211,6 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
     if rows % 2:
         return default_layout(shape)
     return MatrixLayout(batch_ndim=len(shape) - 2, transposed=transposed, blocks=(rows // 2, rows // 2))
-
-
-def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) -> dict[int, MatrixLayout]:
-    """Layouts of the weights that attentions declare, by id: fused q|k|v split, and with `per_head` each head."""
-    parts: dict[int, list[tuple[str, HeadRows]]] = {}
-    for projection in projections.values():
-        for side, rows in projection.parts():
-            parts.setdefault(id(getattr(rows.module, rows.weight)), []).append((side, rows))
-    layouts = {key: _split_by_heads(sides, per_head=per_head) for key, sides in parts.items()}
-    return {key: layout for key, layout in layouts.items() if layout is not None}
-
-
-def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> MatrixLayout | None:
-    """The blocks that the rows of the heads cut a weight into; None where it is one matrix.
-
-    The sequence of blocks may repeat along the rows, once for every head or for every group of heads. K2's W_ukv
-    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight
-    whose rows follow no such pattern.
-    """
-    first = parts[0][1]
-    weight: Tensor = getattr(first.module, first.weight)
-    count = weight.shape[first.axis]
-    sides, heads = ["other"] * count, [-1] * count
-    for side, rows in parts:
-        for head, index in enumerate(rows.rows("cpu").tolist()):
-            for row in index:
-                sides[row], heads[row] = side, head
-    if weight.ndim == 3 and first.axis == 1:  # [in, heads, head width]
-        return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
-    if weight.ndim != 2:
-        return None
-    counts = sorted({1, *(rows.num_heads for _, rows in parts)})
-    repeats = min((n for n in counts if _repeats(sides, n)), key=lambda n: len(_runs(sides[: count // n])))
-    blocks = _runs(sides[: count // repeats])
-    interleaved = repeats > 1
-    sides_there = {side for side, _ in blocks}
-    fused = len(sides_there) > 1 and (not interleaved or {"query", "key"} <= sides_there)
-    if (not fused and not per_head) or len(blocks) > _MOST_BLOCKS:
-        return None
-    divisions: list[int] = []
-    position = 0
-    for _, size in blocks:
-        rows = [n for start in range(0, count, count // repeats) for n in heads[start + position :][:size]]
-        runs = _runs(rows)
-        alike = len(set(runs)) == len(runs) and len({length for _, length in runs}) == 1
-        divisions.append(len(runs) if alike else 1)
-        position += size
-    return MatrixLayout(
-        transposed=first.axis == 1,
-        blocks=tuple(size for _, size in blocks),
-        heads=tuple(divisions) if per_head else (),
-        repeats=repeats,
-    )
-
-
-def _repeats(sequence: Sequence[object], times: int) -> bool:
-    period = len(sequence) // times
-    return len(sequence) % times == 0 and sequence[period:] == sequence[:-period]
-
-
-def _runs(sequence: Sequence[T]) -> list[tuple[T, int]]:
-    """Equal neighbours together: [a, a, b] → [(a, 2), (b, 1)]."""
-    return [(value, len(list(group))) for value, group in itertools.groupby(sequence)]
 
 
 def _clipping(projection: QKProjection) -> str:
@@ -298,7 +223,7 @@ def _adamw(name: str, parameter: Tensor, reason: str, *, decays: bool = True) ->
 
 
 def _is_embedding(name: str, owner: nn.Module | None) -> bool:
-    """By its module, or by a name near the leaf: a model called `embedder` is not all embedding."""
+    """Tell by the module, or by a name near the leaf: a model called `embedder` is not all embedding."""
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return True
     path = name.split(".")[-3:]

@@ -1,0 +1,70 @@
+"""Parameter groups made from what a user passes, and compared with those of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from muonclip.torch.optimizer.options import Group
+from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
+
+
+def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
+    """Make at most three groups of planned parameters: Muon, AdamW, AdamW without decay."""
+    groups: list[Group] = []
+    for use, decays in (("muon", True), ("adamw", True), ("adamw", False)):
+        lines = [line for line in planned if line.use == use and line.decays == decays]
+        if lines:
+            group: Group = {"params": [(line.name, named[line.name]) for line in lines], "use": use, "planned": lines}
+            if use == "muon":
+                group["layout"] = [line.layout for line in lines]
+            if not decays:
+                group["weight_decay"] = 0.0
+            groups.append(group)
+    return groups
+
+
+def given_groups(params: Iterable[Any]) -> list[Group]:
+    """Make groups of what a user passed, groups or named parameters; what says no `use` is divided by names."""
+    groups: list[Group] = []
+    given = list(params)
+    if given and not isinstance(given[0], dict):
+        given = [{"params": given}]
+    for group in given:
+        if "use" in group:
+            groups.append(dict(group))
+            continue
+        if "layout" in group:
+            raise ValueError("layout in a parameter group that does not say use='muon': say it.")
+        named = list(group["params"])
+        if not all(isinstance(item, tuple) for item in named):
+            raise ValueError(
+                "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
+                "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
+            )
+        if len(dict(named)) < len(named):
+            raise ValueError("two parameters have the same name; name them apart, by a prefix for each module.")
+        options = {name: value for name, value in group.items() if name != "params"}
+        groups += [{**options, **part} for part in groups_of(plan_named(named), dict(named))]
+    if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
+        for group in groups:  # torch wants names for all or for none
+            group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
+    return groups
+
+
+def check_loadable(saved: Group, own: Group, index: int) -> None:
+    """Raise ValueError where a group of a checkpoint is for the other half of the optimizer."""
+    saved_use = saved.get("use", "adamw" if "betas" in saved else "muon")
+    if saved_use != own["use"]:
+        raise ValueError(
+            f"group {index} of the checkpoint is for {saved_use!r}, of the optimizer for {own['use']!r}; build the "
+            "optimizer with the groups it was saved with."
+        )
+
+
+def name_of(group: Group, index: int, position: int) -> str:
+    """Name a parameter for errors and plans: as the user does, or by its position."""
+    names = group.get("param_names")
+    return names[position] if names else f"param_groups[{index}]['params'][{position}]"

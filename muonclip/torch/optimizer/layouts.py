@@ -1,0 +1,123 @@
+"""Parameters are read as matrices: by what a group says, by the attention they belong to, or by their shape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from muonclip.core import MatrixLayout
+from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.qk_projection import QKProjection
+
+T = TypeVar("T")
+
+_MOST_BLOCKS = 8  # in a fused weight; more are no pattern
+
+
+def default_layout(shape: Sequence[int]) -> MatrixLayout:
+    """Read a parameter of which only the shape is known: [out, in] as a matrix, [E, out, in] as a stack of them, four
+    axes and more as a convolution [out, in, *window]. Raises ValueError for vectors."""
+    if len(shape) < 2:
+        raise ValueError(f"has shape {tuple(shape)}; Muon needs a matrix. Leave it to AdamW.")
+    return MatrixLayout(batch_ndim=1) if len(shape) == 3 else MatrixLayout()
+
+
+def layouts_of(
+    group: Mapping[str, Any], layout: MatrixLayout | Sequence[MatrixLayout] | None
+) -> list[MatrixLayout | None]:
+    """Return the layout of each parameter of a Muon group. Raises ValueError for those that its shape does not fit."""
+    given = [layout] * len(group["params"]) if layout is None or isinstance(layout, MatrixLayout) else list(layout)
+    if len(given) != len(group["params"]):
+        raise ValueError(f"layout lists {len(given)} layouts for the {len(group['params'])} parameters of its group.")
+    layouts: list[MatrixLayout | None] = []
+    for position, (item, own) in enumerate(zip(group["params"], given, strict=True)):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name!r} is a {type(parameter).__name__}; the optimizer takes tensors.")
+        try:
+            chosen = own or default_layout(parameter.shape)
+            if parameter.numel():
+                chosen.matrix_shapes(parameter.shape)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}" if own else f"{name!r} {error}") from None
+        layouts.append(chosen)
+        if parameter.is_complex():
+            raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
+    return layouts
+
+
+def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) -> dict[int, MatrixLayout]:
+    """Find the layouts of the weights of attentions, by id: fused q|k|v split, with `per_head` each head."""
+    parts: dict[int, list[tuple[str, HeadRows]]] = {}
+    for projection in projections.values():
+        for side, rows in projection.parts():
+            parts.setdefault(id(getattr(rows.module, rows.weight)), []).append((side, rows))
+    layouts = {key: _split_by_heads(sides, per_head=per_head) for key, sides in parts.items()}
+    return {key: layout for key, layout in layouts.items() if layout is not None}
+
+
+def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> MatrixLayout | None:
+    """Return the blocks that the rows of the heads cut a weight into; None where it is one matrix.
+
+    The sequence of blocks may repeat along the rows, once for every head or for every group of heads. K2's W_ukv
+    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight
+    whose rows follow no such pattern.
+    """
+    first = parts[0][1]
+    weight: Tensor = getattr(first.module, first.weight)
+    count = weight.shape[first.axis]
+    if weight.ndim == 3 and first.axis == 1:  # [in, heads, head width]
+        return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
+    if weight.ndim != 2:
+        return None
+    sides, heads = _owners_of_rows(parts, count)
+    counts = sorted({1, *(rows.num_heads for _, rows in parts)})
+    repeats = min((n for n in counts if _repeats(sides, n)), key=lambda n: len(_blocks(sides[: count // n])))
+    blocks = _blocks(sides[: count // repeats])
+    sides_there = {side for side, _ in blocks}
+    fused = len(sides_there) > 1 and (repeats == 1 or {"query", "key"} <= sides_there)
+    if (not fused and not per_head) or len(blocks) > _MOST_BLOCKS:
+        return None
+    divisions: list[int] = []
+    position = 0
+    for _, size in blocks:
+        rows = [head for start in range(0, count, count // repeats) for head in heads[start + position :][:size]]
+        divisions.append(_equal_heads(rows))
+        position += size
+    return MatrixLayout(
+        transposed=first.axis == 1,
+        blocks=tuple(size for _, size in blocks),
+        heads=tuple(divisions) if per_head else (),
+        repeats=repeats,
+    )
+
+
+def _owners_of_rows(parts: list[tuple[str, HeadRows]], count: int) -> tuple[list[str], list[int]]:
+    """Tell for each of the rows of a weight which side it belongs to, "query", "key", …, and which head of it."""
+    sides, heads = ["other"] * count, [-1] * count
+    for side, rows in parts:
+        for head, index in enumerate(rows.rows("cpu").tolist()):
+            for row in index:
+                sides[row], heads[row] = side, head
+    return sides, heads
+
+
+def _equal_heads(rows: Sequence[int]) -> int:
+    """Count the heads of these rows, if each has its rows together and as many as the others; else 1."""
+    blocks = _blocks(rows)
+    each_together = len(set(blocks)) == len(blocks)
+    return len(blocks) if each_together and len({length for _, length in blocks}) == 1 else 1
+
+
+def _repeats(sequence: Sequence[object], times: int) -> bool:
+    """Tell whether a sequence repeats this many times."""
+    period = len(sequence) // times
+    return len(sequence) % times == 0 and sequence[period:] == sequence[:-period]
+
+
+def _blocks(sequence: Sequence[T]) -> list[tuple[T, int]]:
+    """Count equal neighbours: [a, a, b] → [(a, 2), (b, 1)]."""
+    return [(value, len(list(group))) for value, group in itertools.groupby(sequence)]

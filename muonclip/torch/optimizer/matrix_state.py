@@ -1,0 +1,111 @@
+"""The declared states of matrices as tensors: made, sharded as the parameter is, and compared with a checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+
+from muonclip.core import MatrixLayout
+from muonclip.core.matrix_state import MatrixState, per_row
+from muonclip.core.update_rule import MuonRule
+from muonclip.torch.heads.head_rows import HeadRows, scale_heads
+from muonclip.torch.mesh.dtensors import check_state, local_part
+from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.optimizer.options import MuonOptions
+from muonclip.torch.update.rounds import PlacedParameter
+from muonclip.torch.update.stages import rescale
+
+
+def make_matrix_states(
+    state: dict[str, Any], rule: MuonRule, parameter: Tensor, layout: MatrixLayout, options: MuonOptions
+) -> None:
+    """Add to a parameter's state what a rule declares and is not there, as zeros; no process is asked."""
+    for declared in rule.states:
+        if declared.name not in state:
+            state[declared.name] = _zeros(declared, parameter, layout, options)
+
+
+def dtype_of(declared: MatrixState, parameter: Tensor, options: MuonOptions) -> torch.dtype:
+    """Return the dtype in which a state of a parameter is kept."""
+    return options.momentum_dtype_of(parameter) if declared.dtype is None else getattr(torch, declared.dtype)
+
+
+def check_matrix_states(
+    name: str, saved: Mapping[str, Any], rule: MuonRule, parameter: Tensor, layout: MatrixLayout
+) -> None:
+    """Raise ValueError for a state of a checkpoint that is not shaped and placed as it would be made here."""
+    for declared in rule.states:
+        if declared.name in saved:
+            shape, placements = _stored(declared, parameter, layout)
+            check_state(name, declared.name, saved[declared.name], parameter, shape, placements)
+
+
+def restored_states(
+    saved: Mapping[str, Any], rule: MuonRule, parameter: Tensor, options: MuonOptions
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield copies of the saved states whose dtype is not the parameter's, to which torch has cast them."""
+    for declared in rule.states:
+        value, dtype = saved.get(declared.name), dtype_of(declared, parameter, options)
+        if value is not None and dtype != parameter.dtype:
+            yield declared.name, value.detach().to(device=parameter.device, dtype=dtype, copy=True)
+
+
+def rescale_matrix_states(
+    state: Mapping[str, Tensor],
+    rule: MuonRule,
+    scaled: Iterable[tuple[HeadRows, Tensor]],
+    parameter: Tensor,
+    placed: PlacedParameter,
+    here: RankPosition,
+) -> None:
+    """Tell a rule that the rows of the heads of a weight were multiplied by these factors [heads], for each part."""
+    factors = _full(_FACTORS, parameter, placed.layout, torch.promote_types(parameter.dtype, torch.float32), 1.0)
+    for rows, by_head in scaled:
+        scale_heads(rows, factors, rows.axis, by_head.to(factors.device))
+    held = {each.name: local_part(state[each.name]) for each in rule.states}
+    rescale(rule, held, local_part(factors), placed, here)
+
+
+_FACTORS = MatrixState("factors", per_row)
+
+
+def _zeros(declared: MatrixState, parameter: Tensor, layout: MatrixLayout, options: MuonOptions) -> Tensor:
+    return _full(declared, parameter, layout, dtype_of(declared, parameter, options), 0.0)
+
+
+def _full(declared: MatrixState, parameter: Tensor, layout: MatrixLayout, dtype: torch.dtype, value: float) -> Tensor:
+    if not declared.is_per_row:
+        return torch.full_like(parameter, value, dtype=dtype, requires_grad=False)
+    shape, placements = _stored(declared, parameter, layout)
+    if not isinstance(parameter, DTensor):
+        return parameter.new_full(shape, value, dtype=dtype)
+    whole = torch.empty(shape, device="meta")
+    held = declared.stored_shape(parameter.to_local().shape, layout.axes(parameter.ndim).fan_in)
+    return DTensor.from_local(
+        parameter.to_local().new_full(held, value, dtype=dtype),
+        parameter.device_mesh,
+        placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def _stored(
+    declared: MatrixState, parameter: Tensor, layout: MatrixLayout
+) -> tuple[tuple[int, ...], tuple[Placement, ...]]:
+    """Return a state's shape and how it is placed: as its parameter, but whole along axes of which it has no part."""
+    fan_in = layout.axes(parameter.ndim).fan_in
+    shape = declared.stored_shape(parameter.shape, fan_in)
+    placements = tuple(parameter.placements) if isinstance(parameter, DTensor) else ()
+    if not declared.is_per_row:
+        return shape, placements
+    return shape, tuple(
+        Replicate() if isinstance(each, Shard | _StridedShard) and each.dim % parameter.ndim in fan_in else each
+        for each in placements
+    )
