@@ -40,21 +40,23 @@ def scale_by_muon(
     ns_form: Literal["standard", "gram"] | None = None,
     shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, orthogonalised: each logical matrix of the updates becomes its polar factor, times its scale.
+    """Replace each logical matrix of the updates by the polar factor of its momentum, times its scale.
 
-    `ns_coefficients`, `ns_steps`, `eps`, `ns_form`: see `muonclip.core.orthogonalize`. `adjust_lr_fn`: the scale, see
-    `muonclip.core.update_scale`; 1.0 leaves the polar factor as it is, as `optax.contrib.scale_by_muon` does.
-    `mu_dtype`: of the momentum; None: the parameter's. `ns_dtype`: of the products; None: bfloat16 on accelerators,
-    float32 on the CPU (float64 for float64).
+    - `ns_coefficients`, `ns_steps`, `eps`: see `muonclip.core.orthogonalize`. `ns_form`: its `form`.
+    - `beta`: of the momentum, an average: M ← β M + (1−β) G.
+    - `mu_dtype`: of the momentum; None: the parameter's.
+    - `nesterov`: True is `torch.optim.Muon`'s, (1−β) G + β M; "bias_corrected" is `optax.contrib.muon`'s, which divides
+      the two terms by 1 − β^t and 1 − β^(t+1) and so has, in the first steps, another direction; False is M.
+    - `adjust_lr_fn`: the scale, see `muonclip.core.update_scale`; 1.0 leaves the polar factor as it is, as
+      `optax.contrib.scale_by_muon` does.
+    - `weight_dimension_numbers`: which axes are rows and columns, a tree (or a prefix of one, or a function of the
+      parameters) with an `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each array; None:
+      all are [in, out].
+    - `ns_dtype`: of the products; None: bfloat16 on accelerators, float32 on the CPU (float64 for float64).
+    - `shardings`: a tree with the sharding of each parameter, needed where a jitted update cannot see it (a mesh of
+      automatic axes).
 
-    `nesterov`: True is `torch.optim.Muon`'s, (1−β) G + β M; "bias_corrected" is `optax.contrib.muon`'s, which divides
-    the two terms by 1 − β^t and 1 − β^(t+1) and so has, in the first steps, another direction; False is M.
-
-    `weight_dimension_numbers`: which axes are rows and columns, a tree (or a prefix of one, or a function of the
-    parameters) with an `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each array; None:
-    all are [in, out]. `shardings`: see `muonclip.optax.sharding`.
-
-    Raises ValueError for polynomials that do not exist, β outside [0, 1) and arrays that are no matrices.
+    Raises ValueError for polynomials that do not exist, β outside [0, 1) and arrays that are not matrices.
     """
     resolve_coefficients(ns_coefficients, ns_steps)
     update_scale(1, 1, adjust_lr_fn)
@@ -99,19 +101,21 @@ def muonclip(
     adamw: Mapping[str, Any] | None = None,
     shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonClip: Muon for the hidden matrices, AdamW for the rest, then QK-Clip.
+    """Chain Muon for the hidden matrices, AdamW for the rest, then QK-Clip.
 
         tx = muonclip(2e-4, qk_projections={"attn": QKProjection.mha(q="attn/query", k="attn/key", num_heads=8)})
         updates, state = tx.update(grads, state, params, max_logits={"attn": …})
 
-    `learning_rate`: per step, a number or a schedule; with the default `adjust_lr_fn` AdamW's. `weight_decay`:
-    decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says. `qk_projections`:
-    see `qk_clip`; None: no clip, and no `max_logits`. `muon_weight_dimension_numbers`: see `plan`, which shows what
-    becomes of each parameter. `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate
-    and decay. The others: see `scale_by_muon` and `qk_clip`.
+    - `learning_rate`: per step, a number or a schedule; with the default `adjust_lr_fn` AdamW's carries over.
+    - `weight_decay`: decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says.
+    - `qk_projections`: see `qk_clip`; None: no clip, and no `max_logits`.
+    - `muon_weight_dimension_numbers`: see `plan`, which shows what becomes of each parameter.
+    - `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
 
-    Under `optax.inject_hyperparams` name as `static_args` what is a function but no schedule, and numbers that shape
-    the computation:
+    The others: see `scale_by_muon` and `qk_clip`.
+
+    Under `optax.inject_hyperparams` name as `static_args` the arguments that are functions but not schedules, and
+    numbers that decide the shape of the computation:
 
         static_args=("muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
     """

@@ -33,24 +33,30 @@ from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, 
 class Muon(MatrixOptimizer):
     """Muon for matrices: the arguments and the state of `torch.optim.Muon`, and more.
 
-    params: matrices, named or not, or groups; vectors raise ValueError. A parameter of three axes is a stack of
-    matrices, one of four and more a convolution, unless its group says `layout=MatrixLayout(…)`.
+    - `params`: matrices, named or not, or groups. A parameter of three axes is a stack of matrices, one of four and
+      more a convolution, unless its group says `layout=MatrixLayout(…)`.
+    - `lr`: the rate, per step. `weight_decay`: decoupled, times the rate. `momentum`, `nesterov`: as in torch.
+    - `ns_coefficients`: a triple, a list of triples, or a name of `muonclip.core.COEFFICIENT_SETS`.
+    - `eps`: floor of the Frobenius norm; None: no floor.
+    - `ns_steps`: number of steps; None: five of one triple, as in torch, and the own length of a named set or a list.
+    - `adjust_lr_fn`: the scale of an update, see `muonclip.core.update_scale`; a number too.
+    - `ns_dtype`: of the matrix products; None: bf16 on CUDA and on processors with bf16 products, float32 elsewhere,
+      float64 for float64.
+    - `ns_form`: "gram" iterates on small square products, faster the less square a matrix is, and a little less
+      accurate; None: "standard".
+    - `products`: "plain" or "baddbmm"; None: the faster one.
+    - `momentum_dtype`: of the momentum; None: the parameter's.
+    - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
+      such a matrix, for instance an expert that got no token, still moves by a full-size update along its decaying
+      momentum, as in torch.
+    - `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32; None: 256 MiB.
 
-    `ns_coefficients` takes a name of `muonclip.core.COEFFICIENT_SETS` and lists of triples too; `adjust_lr_fn` a
-    number too. `ns_dtype`: of the matrix products (None: bf16 on CUDA and on
-    processors with bf16 products, float32 elsewhere, float64 for float64). `momentum_dtype`: of the buffer (None: the
-    parameter's). `products`: "plain" or "baddbmm". `ns_form`: "gram" iterates on small square
-    products, faster the less square a matrix is, and a little less accurate (None: "standard"). `workspace_bytes`:
-    largest batch of equal shapes iterated at once, counted in float32.
-
-    Three differences from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
+    Three things differ from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
     updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). Without `eps` the norm has no
-    floor, so gradients that torch's default of 1e-7 swallows get their full-size update; an `eps` that you give, 1e-7
-    too, is the floor, as in torch. Without `ns_steps` one triple is repeated five times, as in torch; a named set and a
-    list of triples have their own length.
+    floor, so that gradients below torch's default of 1e-7 get their full-size update; an `eps` that you give, 1e-7 too,
+    is the floor, as in torch. A named set and a list of triples have their own length without `ns_steps`.
 
-    A matrix whose gradient is zero, such as an expert that got no token, still moves by a full-size update along its
-    decaying momentum, as in torch. `freeze_unused=True` leaves such matrices, and their momentum, alone for that step.
+    Raises ValueError for vectors, and for options that do not fit.
     """
 
     def __init__(
@@ -91,28 +97,31 @@ class Muon(MatrixOptimizer):
 
 
 class MuonClip(MatrixOptimizer):
-    """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), in the place of `AdamW(model.parameters(), …)`:
+    """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), a replacement for `AdamW(model.parameters(), …)`:
 
         optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)
         print(optimizer.plan)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    model: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given or
-    None. Matrices go to Muon, embeddings, head, norms, biases and the rest to AdamW; `plan` says which and why. With
-    the default `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
+    - `model`: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given
+      or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's; `plan` says which and why.
+    - `lr`: the rate of both halves, per step. `weight_decay`: decoupled, times the rate. With the default
+      `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
+    - `per_head`: every head of q, k (and v) is a matrix of its own.
+    - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step.
+    - `qk_clip`: "auto" finds the attentions of the module; a `QKClip` is used as it is (its own tau); None switches the
+      clip off.
+    - `adamw`: options of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none
+      on norms and biases), `fused`.
+    - `capturable`: for CUDA graphs, as in torch.
 
-    `tau`: attention logits above it are clipped after each step, in units of the logit after its softmax scale.
-    `qk_clip`: "auto" finds the attentions of the module; a `QKClip` is used as it is (its own tau); None switches the
-    clip off. `per_head`: every head of q, k (and v) is a matrix of its own. `adamw`: options
-    of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none on norms and
-    biases), `fused`. `capturable`: for CUDA graphs, as in torch. The other arguments are `Muon`'s.
-
-    Raises ValueError for arguments that do not fit and for attention that is not understood, RuntimeError from `step`,
-    before anything is changed, where the clip lacks its observation (see `QKClip.step`).
+    The other arguments are `Muon`'s. Raises ValueError for arguments that do not fit and for attention that is not
+    understood, RuntimeError from `step`, before anything is changed, where the clip lacks its observation (see
+    `QKClip.step`).
     """
 
     plan: Plan
-    """Who updates each parameter, as which matrices, and why. `print(optimizer.plan)`."""
+    """The plan: who updates each parameter, as which matrices, and why; `print` it."""
     qk_clip: QKClip | None
 
     def __init__(
