@@ -182,6 +182,130 @@ class Flex(Grouped):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+class Keywords(Separate):
+    """Every argument by its name."""
+
+    def heads(self, x):
+        q = F.linear(input=x, weight=self.a.weight, bias=self.a.bias)
+        k = torch.addmm(input=torch.zeros(1), mat1=x.flatten(0, 1), mat2=self.b.weight.T).view(*x.shape[:2], -1)
+        v = torch.matmul(input=x, other=self.c.weight.T)
+        return [y.unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for y in (q, k, v)]
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True)
+
+
+class KeywordsWrittenOut(Keywords):
+    def attend(self, q, k, v):
+        scores = torch.bmm(input=q.flatten(0, 1), mat2=k.flatten(0, 1).mT).view(*q.shape[:3], -1)
+        scores = torch.div(input=scores, other=math.sqrt(HEAD))
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = torch.masked_fill(input=scores, mask=~seen, value=-1e4)
+        return torch.matmul(input=torch.softmax(input=scores, dim=-1), other=v)
+
+
+class AgainInBackward(torch.autograd.Function):
+    """Keeps nothing but its inputs, and runs `function` again to differentiate it."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs = [each.detach().requires_grad_() for each in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        return None, *torch.autograd.grad(output, inputs, gradient)
+
+
+class InAFunction(Separate):
+    def attend(self, q, k, v):
+        return AgainInBackward.apply(attend, q, k, v)
+
+
+class RotatedInAFunction(Separate):
+    """As by a Triton kernel, whose backward computes again."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return AgainInBackward.apply(rotated, q), AgainInBackward.apply(rotated, k), v
+
+
+def _operator(name, function):
+    operator = torch.library.custom_op(f"muonclip_test::{name}", function, mutates_args=())
+    operator.register_fake(lambda q, k, v: torch.empty_like(q))
+
+    def backward(ctx, gradient):
+        return AgainInBackward.backward(ctx, gradient)[1:]
+
+    def setup(ctx, inputs, output):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+
+    operator.register_autograd(backward, setup_context=setup)
+    return operator
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attend(q, k, v).clone()
+
+
+def _linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention without logits."""
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+ATTEND, LINEAR = _operator("attend", _attend), _operator("linear", _linear)
+
+
+class InAnOperator(Separate):
+    def attend(self, q, k, v):
+        return ATTEND(q, k, v)
+
+
+class InAnOperatorOfItsOwn(InAnOperator):
+    """The module holds the operator, which cannot be copied."""
+
+    def build(self):
+        super().build()
+        self.operators = [ATTEND]
+
+    def attend(self, q, k, v):
+        return self.operators[0](q, k, v)
+
+
+class AfterLinearAttention(Separate):
+    """Which has no logits and projections of its own."""
+
+    def build(self):
+        super().build()
+        self.projections = nn.ModuleList(nn.Linear(WIDTH, HEADS * HEAD) for _ in range(6))
+
+    def attend(self, q, k, v):
+        return super().attend(q, k, v) + self.linear
+
+    def heads(self, x):
+        heads = [m(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for m in self.projections]
+        self.linear = LINEAR(*heads[:3]) + AgainInBackward.apply(_linear, *heads[3:])
+        return super().heads(x)
+
+
+class WithExperts(Separate):
+    """Experts as one batch of products, with squared ReLU between them."""
+
+    def build(self):
+        super().build()
+        self.up, self.down = (nn.Parameter(torch.randn(2, *shape) / 3) for shape in ((WIDTH, 13), (13, WIDTH)))
+
+    def forward(self, x):
+        x = super().forward(x)
+        h = torch.bmm(x, self.up).relu()
+        return x + torch.bmm(h * h, self.down)
+
+
 class Torch(nn.Module):
     def __init__(self, weights=False):
         super().__init__()
@@ -218,6 +342,14 @@ LAYOUTS = {
     WrittenOut: "mha",
     Einsum: "mha",
     Flex: "gqa",
+    Keywords: "mha",
+    KeywordsWrittenOut: "mha",
+    InAFunction: "mha",
+    RotatedInAFunction: "mha",
+    InAnOperator: "mha",
+    InAnOperatorOfItsOwn: "mha",
+    AfterLinearAttention: "mha",
+    WithExperts: "mha",
     Torch: "mha",
     TorchWithWeights: "mha",
     TorchCross: "mha",

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from muonclip.torch import QKClip
+from muonclip.torch import MaxLogits, QKClip
 from muonclip.torch.logits.host_sdpa import host_sdpa
+from muonclip.torch.observe.calls import Observer
+from muonclip.torch.observe.eager import ScoreTracker
 
 # torch.compile looks at the gradients of its inputs, whatever they are.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -292,6 +295,16 @@ def written(function):
         lambda q, k, v: (torch.einsum("...id,...jd->...ij", q, k) * HEAD**-0.5).softmax(-1) @ v,
         lambda q, k, v: (q @ k.mT * HEAD**-0.5).log_softmax(-1).exp() @ v,
         lambda q, k, v: torch.special.softmax(q @ k.mT * HEAD**-0.5, -1) @ v,
+        lambda q, k, v: torch.softmax(input=torch.matmul(input=q, other=k.mT) * HEAD**-0.5, dim=-1) @ v,
+        lambda q, k, v: torch.softmax(torch.mul(input=torch.matmul(q, other=k.mT), other=HEAD**-0.5), axis=-1) @ v,
+        lambda q, k, v: F.softmax(
+            input=torch.bmm(input=q.flatten(0, 1), mat2=k.flatten(0, 1).mT).mul(other=HEAD**-0.5), dim=-1
+        ),
+        lambda q, k, v: F.softmax(
+            torch.baddbmm(input=torch.zeros(7, 7), batch1=q.flatten(0, 1), batch2=k.flatten(0, 1).mT, alpha=HEAD**-0.5),
+            dim=-1,
+        ),
+        lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
     ],
 )
 def test_other_ways_to_write_it(function, x):
@@ -302,9 +315,116 @@ def test_other_ways_to_write_it(function, x):
     check(clip, model, x, before, 1.0, "")
 
 
+FORBIDDEN = ~torch.ones(7, 7, dtype=torch.bool).tril()
+
+
+def filled_by_index(q, k, v):
+    scores = q @ k.mT * HEAD**-0.5
+    scores[:, :, FORBIDDEN] = -1e4
+    return scores.softmax(-1) @ v
+
+
+def filled_in_batched_form(q, k, v):
+    """As Bloom and nn.MultiheadAttention do: heads and sequences on one axis for the products, on two for the mask."""
+    mask = FORBIDDEN.expand(len(q), 1, 7, 7).clone()
+    mask[0] = ~torch.eye(7, dtype=torch.bool)
+    scores = torch.baddbmm(torch.zeros(1, 7, 7), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=HEAD**-0.5)
+    scores = scores.view(len(q), HEADS, 7, 7).masked_fill(mask, -1e4).view(-1, 7, 7)
+    return scores.softmax(-1).view(len(q), HEADS, 7, 7) @ v
+
+
+@pytest.mark.parametrize(
+    "masked",
+    [
+        lambda s: (s * HEAD**-0.5).masked_fill(FORBIDDEN, -1e4),
+        lambda s: s.masked_fill(FORBIDDEN, -1e4) / HEAD**0.5,
+        lambda s: s.div(HEAD**0.5).masked_fill(mask=FORBIDDEN, value=torch.tensor(-1e4)),
+        lambda s: torch.where(~FORBIDDEN, s * HEAD**-0.5, torch.full([], -1e4)),
+        lambda s: torch.where(FORBIDDEN, torch.full((7, 7), -1e4), s) * HEAD**-0.5,
+        lambda s: (s * HEAD**-0.5).where(~FORBIDDEN, -1e9),
+        lambda s: (s + torch.zeros(7, 7).masked_fill(FORBIDDEN, -1e4)) * HEAD**-0.5,
+        lambda s: s * HEAD**-0.5 - 1e4 * FORBIDDEN.float(),
+        lambda s: torch.add(input=s * HEAD**-0.5, other=FORBIDDEN.float(), alpha=-1e4),
+        lambda s: (s * HEAD**-0.5).masked_fill(FORBIDDEN, -1e4).unflatten(0, (1, -1)).flatten(0, 1),
+        lambda s: 5 * torch.tanh((s * HEAD**-0.5).masked_fill(FORBIDDEN, -math.inf) / 5),
+    ],
+)
+def test_pairs_are_forbidden_by_what_is_filled_in_or_added(masked, x):
+    check_forbidden(lambda q, k, v: masked(q @ k.mT).softmax(-1) @ v, FORBIDDEN, x)
+
+
+@pytest.mark.parametrize("function", [filled_by_index, filled_in_batched_form])
+def test_pairs_are_forbidden_in_other_ways(function, x):
+    forbidden = FORBIDDEN
+    if function is filled_in_batched_form:
+        forbidden = FORBIDDEN.expand(3, 1, 7, 7).clone()
+        forbidden[0] = ~torch.eye(7, dtype=torch.bool)
+    check_forbidden(function, forbidden, x)
+
+
+def check_forbidden(function, forbidden, x):
+    model = written(function)
+    before = maxima(model, x, ~forbidden)
+    assert not np.allclose(before, maxima(model, x), rtol=1e-3)
+    clip = QKClip(model, tau=0.5, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 0.5, "", allowed=~forbidden)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s: s - s.max(-1, keepdim=True).values,
+        lambda s: s - s.amax(-1, keepdim=True),
+        lambda s: s + s.max(-1, keepdim=True).values.neg(),
+        lambda s: s.masked_fill(FORBIDDEN.mT & FORBIDDEN, -1e4),
+        lambda s: s - 100 * torch.arange(7.0),
+    ],
+)
+def test_an_exploded_logit_is_not_taken_for_a_mask(function, x):
+    """A softmax made stable subtracts maxima, which are as large as they are."""
+    model = written(lambda q, k, v: function(q @ k.mT * HEAD**-0.5).softmax(-1) @ v)
+    with torch.no_grad():
+        model.q.weight.mul_(1e4)
+    before = maxima(model, x)
+    assert before.min() > 1e4
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
+
+
+@pytest.mark.parametrize("factor", [lambda t: t, lambda t: t.view(1, 1, 1), lambda t: nn.Parameter(t)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_a_tensor_is_not_read(factor, dtype):
+    """The host would wait for the device in every forward."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read by the host"
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    q, k = torch.randn(2, HEADS, 7, HEAD, dtype=dtype), torch.randn(2, HEADS, 7, HEAD, dtype=dtype)
+    scale, found = factor(torch.tensor(0.37)), []
+    with NoReading(), ScoreTracker(found.append):
+        torch.softmax(torch.tensor(3.0) * (q @ k.mT * scale) / scale / torch.tensor(7.0), -1)
+    assert len(found) == 1
+    assert not found[0].problem
+    statistic = MaxLogits(HEADS)
+    observer = Observer([statistic], calls=1, written_out=True)
+    with ScoreTracker(lambda each: observer.see(each.q, each.k, each.scale, attn_mask=each.allowed)):
+        torch.softmax(torch.tensor(3.0) * (q @ k.mT * scale) / scale / torch.tensor(7.0), -1)
+    expected = (q.double() @ k.double().mT * 3 / 7).amax((0, 2, 3)).float()
+    torch.testing.assert_close(statistic.maximum, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
+        (lambda q, k, v: ((q @ k.mT).relu() * (q @ k.mT).relu()).softmax(-1) @ v, "pass through relu"),
+        (lambda q, k, v: (lambda s: s * s)(q @ k.mT).softmax(-1) @ v, "are multiplied by themselves"),
+        (lambda q, k, v: (lambda s: s + s)(q @ k.mT).softmax(-1) @ v, "are a sum of two products"),
+        (lambda q, k, v: torch.div(torch.ones(7, 7), q @ k.mT).softmax(-1) @ v, "divide something"),
         (lambda q, k, v: (q @ k.mT + q @ v.mT).softmax(-1) @ v, "are a sum of two products"),
         (lambda q, k, v: (1 - q @ k.mT).softmax(-1) @ v, "are subtracted from something"),
         (

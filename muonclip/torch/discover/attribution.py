@@ -62,16 +62,16 @@ class Product:
                     * output.detach()
                     * (0.5 + torch.rand_like(output))
                 )
-            gradients = torch.autograd.grad(output, parameters, gradient, retain_graph=True, allow_unused=True)
+            by_parameter = gradients(output, parameters, gradient)
         # The weight may be computed from parameters; those that it is proportional to can be scaled, by the same rule.
         total = float((gradient * output.detach()).sum())
         shares = [
-            0.0 if g is None else float((g * p.detach()).sum()) for p, g in zip(parameters, gradients, strict=True)
+            0.0 if g is None else float((g * p.detach()).sum()) for p, g in zip(parameters, by_parameter, strict=True)
         ]
         self.is_proportional &= abs(sum(shares) - total) <= 0.02 * abs(total)
         return [
             _Entries(parameter, {axis: _any_over_others(g != 0, axis) for axis in range(g.ndim)})
-            for parameter, g, share in zip(parameters, gradients, shares, strict=True)
+            for parameter, g, share in zip(parameters, by_parameter, shares, strict=True)
             if g is not None and (abs(share) > 1e-3 * abs(total) or len(parameters) == 1)
         ]
 
@@ -102,6 +102,10 @@ class Source:
     gains: list[Rows] = field(default_factory=list)
     problem: str = ""
     normalised: bool = False
+
+
+class NotDifferentiable(Exception):
+    """What feeds a tensor cannot be told, because what it was computed by has no backward that works here."""
 
 
 def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
@@ -142,9 +146,9 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
     totals = torch.zeros(heads, dtype=torch.float64)
     for head in range(heads):
         probe = _probe(tensor, head)
-        gradients = _gradients(tensor, leaves, probe)
+        by_leaf = gradients(tensor, leaves, probe)
         totals[head] = (probe.double() * tensor.detach().double()).sum()
-        for index, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+        for index, (leaf, gradient) in enumerate(zip(leaves, by_leaf, strict=True)):
             reached[index].append(_entries_of(leaf, gradient))
             if gradient is not None:
                 shares[head, index] = (gradient.double() * leaf.detach().double()).sum()
@@ -175,7 +179,8 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
     elif any(not leaves[i].product.is_proportional for i in chosen & products):  # pyright: ignore
         source.problem = "come from a weight that is computed from its parameters and not proportional to them"
     elif any(not any(reached[index]) for index in chosen):
-        source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"
+        of = f" ({unscalable[0]})" if unscalable else ""
+        source.problem = f"come from a product{of} whose weight is no parameter that could be scaled"
     else:
         source.rows = _rows_of([reached[i] for i in sorted(chosen)], heads)
     source.rows = [rows for rows in source.rows if rows.masks.any()]
@@ -188,7 +193,7 @@ def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
     reached: list[list[list[_Entries]]] = [[] for _ in leaves]
     for head in range(tensor.shape[1]):
         probe = _probe(tensor, head) * coordinates
-        for index, (leaf, gradient) in enumerate(zip(leaves, _gradients(tensor, leaves, probe), strict=True)):
+        for index, (leaf, gradient) in enumerate(zip(leaves, gradients(tensor, leaves, probe), strict=True)):
             reached[index].append(_entries_of(leaf, gradient))
     return _rows_of(reached, tensor.shape[1])
 
@@ -232,8 +237,12 @@ def _probe(tensor: Tensor, head: int) -> Tensor:
     return probe
 
 
-def _gradients(tensor: Tensor, leaves: Sequence[Tensor], probe: Tensor) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(tensor, leaves, probe, retain_graph=True, allow_unused=True)
+def gradients(tensor: Tensor, leaves: Sequence[Tensor], probe: Tensor) -> Sequence[Tensor | None]:
+    """⟨probe, tensor⟩ by its leaves. Raises NotDifferentiable where somebody's own backward does not work here."""
+    try:
+        return torch.autograd.grad(tensor, leaves, probe, retain_graph=True, allow_unused=True)
+    except Exception as error:  # whatever it raises
+        raise NotDifferentiable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def _entries_of(leaf: Tensor, gradient: Tensor | None) -> list[_Entries]:

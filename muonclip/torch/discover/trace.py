@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._library.custom_ops import CustomOpDef
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -145,6 +146,7 @@ class _Uncompiled(nn.Module):
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    memo.update((id(each), each) for each in tree_leaves(value) if isinstance(each, CustomOpDef))  # its copy is broken
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever an object's own copying raises

@@ -16,10 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip.torch.discover.attribution import Product, Rows, Source, feeds, leaves_of, rows_behind, trace
+from muonclip.torch.discover.attribution import (
+    NotDifferentiable,
+    Product,
+    Rows,
+    Source,
+    feeds,
+    gradients,
+    leaves_of,
+    rows_behind,
+    trace,
+)
 from muonclip.torch.logits.host_sdpa import host_sdpa
 from muonclip.torch.observe.calls import listening, with_heads
 from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
+from muonclip.torch.observe.torch_functions import bind, functions
 
 
 @dataclass(slots=True, eq=False)
@@ -40,18 +51,14 @@ class Call:
     facing_shared: list[Rows] = field(default_factory=list)
 
 
-_PRODUCTS = {
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "addmm", "baddbmm", "einsum", "tensordot")
-    if hasattr(home, name)
-} | {F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear}
+_PRODUCTS = functions(
+    "matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "addmm", "baddbmm", "einsum", "tensordot", "linear", "conv1d",
+    "conv2d", "conv3d", "bilinear",
+)  # fmt: skip
 
 
 class Recorder(ScoreTracker):
     """Sees every function of torch that `twin` calls: cuts products with weights, records attention in `calls`."""
-
-    only_with_gradients = False
 
     def __init__(self, twin: nn.Module, prefix: str) -> None:
         super().__init__(self.written)
@@ -82,7 +89,8 @@ class Recorder(ScoreTracker):
         # Innermost hooks and gradients on, whatever checkpointing has set.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             if func is host_sdpa:
-                self.record("sdpa", args[0], args[1], args[2], problem=_BY_ANOTHER_WAY)
+                arguments = bind(func, args, kwargs)
+                self.record("sdpa", arguments["query"], arguments["key"], arguments["value"], problem=_BY_ANOTHER_WAY)
                 return func(*args, **kwargs)
             if func in _PRODUCTS:
                 cut = self._cut(func, args, kwargs)
@@ -94,11 +102,10 @@ class Recorder(ScoreTracker):
 
     def _cut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The product with a weight as a leaf of its own; None if neither factor is a weight."""
-        flat = [args[0], *args[1]] if func is torch.einsum and len(args) == 2 else list(args)
-        flat += list(kwargs.values())
-        tensors = [value for value in flat if isinstance(value, Tensor)]
+        arguments = bind(func, args, kwargs)
+        tensors = [value for value in _flatten(list(arguments.values())) if isinstance(value, Tensor)]
         if func is F.linear:
-            weights = tensors[1:]
+            weights = [each for each in (arguments["weight"], arguments.get("bias")) if each is not None]
         else:
             weights = [tensor for tensor in tensors if self._is_weight(tensor)]
             if not weights or len(weights) == len(tensors):
@@ -117,14 +124,15 @@ class Recorder(ScoreTracker):
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
         name = getattr(func, "__name__", str(func)).strip("_")
-        if func is F.linear or func in (torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
+        arguments = bind(func, args, kwargs)
+        scaled = "alpha" in arguments or "beta" in arguments
+        if func in (F.linear, torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__) and not scaled:
             if func is F.linear:
-                x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-                bias, axis = args[2] if len(args) > 2 else kwargs.get("bias"), 0
-            elif func is torch.addmm and len(args) == 3:
-                (bias, x, weight), axis = args, 1
+                x, weight, bias, axis = arguments["input"], arguments["weight"], arguments.get("bias"), 0
+            elif func is torch.addmm:
+                x, weight, bias, axis = arguments["mat1"], arguments["mat2"], arguments["input"], 1
             else:
-                (x, weight), bias, axis = args[:2], None, 1
+                x, weight, bias, axis = arguments["input"], arguments["other"], None, 1
             found, start = self._part_of(weight, axis)
             bias_found, bias_start = (None, start) if bias is None else self._part_of(bias, 0)
             if found is not None and (bias is None or bias_found is not None) and start == bias_start:
@@ -197,12 +205,23 @@ class Recorder(ScoreTracker):
         where: tuple[str, int] | None = None,
     ) -> None:
         module, run = where or self._running[-1]
-        with torch._C.DisableTorchFunction(), torch.enable_grad():
+        try:
+            call = self._attributed(module, run, via, q, k, v, problem)
+        except NotDifferentiable as error:
+            heads = q.shape[-3] if q.ndim > 2 else 1
+            problem = f"its queries or keys come through code that cannot be differentiated here ({error})"
+            call = Call(module, run, via, heads, Source(heads), Source(heads), None, problem)
+        self.calls.append(call)
+
+    def _attributed(
+        self, module: str, run: int, via: str, q: Tensor, k: Tensor, v: Tensor | None, problem: str
+    ) -> Call:
+        # Somebody's own backward may run attention again, and an operator's own code runs below autograd.
+        with torch._C.DisableTorchFunction(), _with_autograd(), torch.enable_grad(), listening(None):
             heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
             if problem or not _heads_repeat(q, heads):
                 problem = problem or "its heads do not stand together behind the sequences of the batch"
-                self.calls.append(Call(module, run, via, heads, Source(heads), Source(heads), None, problem))
-                return
+                return Call(module, run, via, heads, Source(heads), Source(heads), None, problem)
             q, k, _ = with_heads(q, k, None, heads)
             query, key = trace(q), trace(k)
             value = None
@@ -211,7 +230,7 @@ class Recorder(ScoreTracker):
             call = Call(module, run, via, heads, query, key, value, problem)
             if not query.problem and not query.normalised and not key.problem and not key.normalised:
                 call.facing_private, call.facing_shared = _split_by_key(q, k, key)
-            self.calls.append(call)
+            return call
 
 
 _BY_ANOTHER_WAY = (
@@ -276,8 +295,8 @@ def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
     leaves, _ = leaves_of(slices)
     probe = torch.zeros_like(slices)
     probe[index] = torch.randn_like(probe[index])
-    gradients = torch.autograd.grad(slices, leaves, probe, retain_graph=True, allow_unused=True) if leaves else ()
-    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in gradients]
+    by_leaf = gradients(slices, leaves, probe) if leaves else ()
+    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in by_leaf]
 
 
 def _of_order_one(output: Tensor) -> Tensor:
@@ -289,6 +308,14 @@ def _of_order_one(output: Tensor) -> Tensor:
     if not (0 < size < math.inf):
         return torch.randn_like(output)
     return output / size.to(output.dtype) if size < 1 else output
+
+
+def _with_autograd() -> Any:
+    """A context in which operations are recorded, also in the code of a custom operator, which runs below autograd."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

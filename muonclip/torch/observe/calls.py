@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
 
+from muonclip.torch.logits.exact_maxima import statistic_dtype
 from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -36,8 +37,6 @@ _OBSERVER = "_qk_observer"  # the attribute of a module under which its Observer
 class Listener(Protocol):
     """Somebody who sees the attention calls; each method makes the call and returns what it returned."""
 
-    only_with_gradients: bool
-
     def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor: ...
 
     def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any: ...
@@ -50,7 +49,7 @@ class _OfThread(threading.local):
     which autograd recomputes a module run its hooks, which say so there."""
 
     def __init__(self) -> None:
-        self.listeners: list[Listener | None] = []
+        self.listeners: list[Listener | Silent | None] = []
         self.trackers: list[tuple[Observer, ScoreTracker]] = []
 
 
@@ -58,9 +57,9 @@ of_thread = _OfThread()
 
 
 def listener() -> Listener | None:
-    """Who listens now; an `Observer` does not where gradients are off."""
+    """Who listens now."""
     who = of_thread.listeners[-1] if of_thread.listeners else None
-    return who if who is not None and (torch.is_grad_enabled() or not who.only_with_gradients) else None
+    return None if isinstance(who, Silent) else who
 
 
 @contextmanager
@@ -73,15 +72,21 @@ def listening(who: Listener | None) -> Iterator[None]:
         of_thread.listeners.pop()
 
 
+class Silent:
+    """In the place of an observer whose module was entered without gradients: it is not a forward of the training."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+
 class Observer:
     """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
     statistic, from all of its calls. `written_out`: the module writes its attention out."""
 
-    only_with_gradients = True
-
     def __init__(self, statistics: Sequence[MaxLogits], *, calls: int | None, written_out: bool) -> None:
         self.statistics, self.written_out = list(statistics), written_out
         self.expected, self.calls = calls, 0
+        self.silent = Silent(self)
 
     def statistic(self) -> MaxLogits:
         """The statistic of the next call."""
@@ -102,7 +107,7 @@ class Observer:
             "a module of its own, or give example_inputs that reach all of them."
         )
 
-    def see(self, q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None = None, **mask: Any) -> None:
+    def see(self, q: Tensor, k: Tensor, scale: float | Tensor | None, lse: Tensor | None = None, **mask: Any) -> None:
         """One call: q [..., Tq, d], k [..., Tk, d] with heads in front, this rank's or, as DTensors, all of them;
         `mask`: as `AttentionMask` takes it."""
         statistic = self.statistic()
@@ -114,6 +119,10 @@ class Observer:
         q, k = q.detach(), k.detach()
         if isinstance(q, DTensor):
             q, k = local_queries_and_keys(q, k)
+        if isinstance(scale, Tensor):  # which is not read, because the host would wait for it
+            own = scale.to_local() if isinstance(scale, DTensor) else scale
+            dtype = statistic_dtype(q, k)
+            q, k, scale = q.to(dtype) * own, k.to(dtype), 1.0
         mask = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in mask.items()}
         q, k, dense = with_heads(q, k, mask.pop("attn_mask", None), statistic.heads_in(q))
         allowed = AttentionMask(q.shape[-2], k.shape[-2], attn_mask=dense, **mask)
@@ -145,7 +154,7 @@ class Observer:
             return call()
 
     def written(self, found: WrittenOut) -> None:
-        if torch.is_grad_enabled() and of_thread.listeners and of_thread.listeners[-1] is self:
+        if listener() is self:
             self.see(found.q, found.k, found.scale, attn_mask=found.allowed)
 
     def __deepcopy__(self, memo: object) -> None:
@@ -244,8 +253,6 @@ def flex_door(
 class Unclaimed:
     """Listens to a whole model: what reaches it was called by no module that is known to call attention."""
 
-    only_with_gradients = True
-
     def __init__(self) -> None:
         self.calls = 0
 
@@ -271,7 +278,9 @@ def end_listening(*whom: object) -> None:
     """Take these off, wherever they stand: an interrupted forward may have left them."""
     if not of_thread.listeners:
         return
-    of_thread.listeners[:] = [each for each in of_thread.listeners if each not in whom]
+    of_thread.listeners[:] = [
+        each for each in of_thread.listeners if (each.observer if isinstance(each, Silent) else each) not in whom
+    ]
     while of_thread.trackers and of_thread.trackers[-1][0] in whom:
         of_thread.trackers.pop()[1].__exit__(None, None, None)
 
@@ -328,7 +337,8 @@ def enter(module: nn.Module, args: Any) -> None:
     if observer is None:  # a copy of an observed module
         return
     observer.calls = 0
-    of_thread.listeners.append(observer)
+    # What counts is how the module is entered: an autograd.Function has gradients off for what it runs.
+    of_thread.listeners.append(observer if torch.is_grad_enabled() else observer.silent)
     if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
         tracker = ScoreTracker(observer.written)
         tracker.__enter__()
@@ -338,7 +348,7 @@ def enter(module: nn.Module, args: Any) -> None:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     observer = module.__dict__.get(_OBSERVER)
     listeners, trackers = of_thread.listeners, of_thread.trackers
-    if observer is None or not listeners or listeners[-1] is not observer:
+    if observer is None or not listeners or listeners[-1] not in (observer, observer.silent):
         return
     listeners.pop()
     if trackers and trackers[-1][0] is observer and not torch.compiler.is_compiling():

@@ -3,15 +3,15 @@
     softmax(scale · q kᵀ + bias, masked)            logits S = scale · q_i · k_j, over the pairs that are not masked
 
 `ScoreTracker` follows the product through what happens to it before the softmax. A number that multiplies it belongs to
-the scale; those around a soft cap c·tanh(S/c) undo each other. What is added is a bias or a mask and does not; a pair
-is masked where the mask or the result is hugely negative.
+the scale; those around a soft cap c·tanh(S/c) undo each other. What is added is a bias or a mask and does not. Which
+pairs are masked is read from what is filled in or added, where that happens, and from −inf in the result.
 """
 
 from __future__ import annotations
 
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,22 +21,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from muonclip.core.attention_mask import is_masked
-
-_FILLED = -1e8  # no logit is so low; what masked_fill puts there is −inf, the lowest number of the dtype, or −1e9
+from muonclip.torch.observe.einsum import queries_and_keys
+from muonclip.torch.observe.torch_functions import bind, functions
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A tensor on its way to a softmax. q [..., Tq, d], k [..., Tk, d]; `problem`: what was not understood on it;
-    `place`: where the product was made, whatever the tracker's `place` says."""
+    """A tensor on its way to a softmax. q [..., Tq, d], k [..., Tk, d]; `scale`: a number, or a tensor [] that the host
+    need not read; `forbidden`: bool, broadcastable to the tensor, the pairs that were masked so far; `problem`: what
+    was not understood on the way; `place`: where the product was made, whatever the tracker's `place` says."""
 
     tensor: Tensor
     q: Tensor
     k: Tensor
-    scale: float
-    place: object = None
+    scale: float | Tensor = 1.0
+    forbidden: Tensor | None = None
     problem: str = ""
-    added: tuple[Tensor, ...] = ()  # masks and biases
+    place: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +46,29 @@ class WrittenOut:
 
     q: Tensor
     k: Tensor
-    scale: float
+    scale: float | Tensor
     allowed: Tensor
     problem: str
     place: object
 
 
-def _functions(*names: str) -> set[object]:
-    """The functions and methods of torch by these names."""
-    return {getattr(home, name) for home in (torch, Tensor, F) for name in names if hasattr(home, name)}
-
-
-_PRODUCTS = _functions("matmul", "bmm", "__matmul__", "baddbmm")
-_TIMES = _functions("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
-_OVER = _functions("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
-_REVERSED = _functions("__rsub__", "rsub")
-_MINUS = _REVERSED | _functions("sub", "sub_", "__sub__", "__isub__")
-_PLUS = _MINUS | _functions("add", "add_", "__add__", "__radd__", "__iadd__")
-_SAME = _PLUS | _functions(
-    "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "masked_fill",
-    "masked_fill_", "where", "max", "maximum", "clamp", "clamp_min", "nan_to_num", "view", "reshape", "unflatten",
-    "squeeze", "unsqueeze", "tanh", "tanh_",
+_BATCHED = functions("baddbmm")
+_PRODUCTS = functions("matmul", "bmm", "__matmul__") | _BATCHED
+_TIMES = functions("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
+_OVER = functions("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+_REVERSED = functions("__rsub__", "rsub")
+_MINUS = _REVERSED | functions("sub", "sub_", "__sub__", "__isub__")
+_PLUS = _MINUS | functions("add", "add_", "__add__", "__radd__", "__iadd__")
+_FILL = functions("masked_fill", "masked_fill_")
+_WHERE = functions("where")
+_SAME = functions(
+    "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "max", "maximum", "clamp",
+    "clamp_min", "nan_to_num", "view", "reshape", "unflatten", "squeeze", "unsqueeze", "flatten", "tanh", "tanh_",
 )  # fmt: skip
-_SOFTMAX = _functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
+_SOFTMAX = functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-_CONCATENATE = _functions("cat", "concat")
+_EXTREMES = functions("max", "min")
+_CONCATENATE = functions("cat", "concat")
 
 
 class ScoreTracker(TorchFunctionMode):
@@ -87,8 +86,7 @@ class ScoreTracker(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self.inside(func, *args, **kwargs)
         result = self.run(func, args, kwargs)
-        if isinstance(result, Tensor):
-            self.follow(func, args, kwargs, result)
+        self.follow(func, args, kwargs, result)
         return result
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,112 +104,136 @@ class ScoreTracker(TorchFunctionMode):
         with self:
             return own(*args, **kwargs)
 
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """What became of a score, or a new one."""
         if func in _PRODUCTS or func is torch.einsum:
-            score = _product(func, args, kwargs, result)
+            score = _einsum(args, result) if func is torch.einsum else _product(func, bind(func, args, kwargs), result)
             if score is not None:
                 self._scores[id(result)] = replace(score, place=self.place())
             return
         values = [*args, *kwargs.values()]
-        if func in _CONCATENATE and isinstance(values[0], list | tuple):
-            values = [*values[0]]
+        if func in _CONCATENATE:
+            values += bind(func, args, kwargs)["tensors"]
         scores = [self._scores[id(v)] for v in values if isinstance(v, Tensor) and id(v) in self._scores]
         if not scores:
             return
+        arguments = bind(func, args, kwargs)
         score = min(scores, key=lambda each: bool(each.problem))  # a relative bias is a product that was rearranged
         if func in _PLUS and len(scores) == 2 and not any(each.problem for each in scores):
             score = replace(score, problem="are a sum of two products")
-        if func in _SOFTMAX:
-            self.on_attention(_finish(score, args, kwargs))
+        if func is Tensor.__setitem__:
+            self._scores[id(score.tensor)] = _overwritten(score, arguments)
+        elif func in _SOFTMAX:
+            self.on_attention(_finish(score, arguments.get("dim")))
             self._scores.clear()
-        elif func not in _LINEAR:  # behind which it is no score any more
-            self._scores[id(result)] = replace(_after(func, values, score, result), tensor=result)
+        elif func not in _LINEAR:  # behind which it is not a score any more
+            result = result[0] if func in _EXTREMES and isinstance(result, tuple) else result  # without its indices
+            if isinstance(result, Tensor):
+                self._scores[id(result)] = replace(_after(func, arguments, score, scores, result), tensor=result)
 
 
-def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Score | None:
-    if func is torch.einsum:
-        return _einsum(args, result)
-    batched = func in _functions("baddbmm")
-    a, b = (kwargs.get("batch1", args[1:2]), kwargs.get("batch2", args[2:3])) if batched else (args[:1], args[1:2])
-    a, b = (x[0] if isinstance(x, tuple) and x else x for x in (a, b))
+def _product(func: Any, arguments: Mapping[str, Any], result: Tensor) -> Score | None:
+    first, second = ("batch1", "batch2") if func in _BATCHED else ("input", "mat2" if "mat2" in arguments else "other")
+    a, b = arguments[first], arguments[second]
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and min(a.ndim, b.ndim) >= 3):
         return None
-    return Score(result, a, b.mT, float(kwargs.get("alpha", 1.0)) if batched else 1.0)
+    score = Score(result, a, b.mT)
+    if func in _BATCHED:
+        score = replace(score, scale=float(arguments.get("alpha", 1.0)))
+        if arguments.get("beta", 1) != 0:
+            score = _forbid(score, is_masked(arguments["input"].detach() * arguments.get("beta", 1)))
+    return score
 
 
 def _einsum(args: tuple[Any, ...], result: Tensor) -> Score | None:
-    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if len(operands) != 2 or min(operand.ndim for operand in operands) < 3:
-        return None
-    unknown = Score(
-        result, operands[0], operands[1], 1.0, problem=f"come from an einsum that is not understood, {args[0]}"
-    )
-    if not isinstance(args[0], str) or "->" not in args[0]:
-        return unknown
-    args = (_without_ellipsis(args[0], operands),)
-    inputs, output = args[0].replace(" ", "").split("->")
-    first, second = inputs.split(",")
-    rows, columns = output[-2:-1], output[-1:]
-    if rows in second:
-        first, second, operands = second, first, operands[::-1]
-    summed = set(first) & set(second) - set(output)
-    if len(summed) != 1 or rows not in first or columns not in second or rows in second or columns in first:
-        return unknown
-    width = summed.pop()
-    shared = output[:-2]
-    if set(first) != {*shared, rows, width} or not set(second) <= {*shared, columns, width}:
-        return unknown
-    q = torch.einsum(f"{first}->{shared}{rows}{width}", operands[0])
-    missing = "".join(letter for letter in shared if letter not in second)
-    k = torch.einsum(f"{second}->{''.join(x for x in shared if x not in missing)}{columns}{width}", operands[1])
-    for position, letter in enumerate(shared):
-        if letter in missing:
-            k = k.unsqueeze(position)
-    return Score(result, q, k, 1.0)
+    found = queries_and_keys(args)
+    return None if found is None else Score(result, found[0], found[1], problem=found[2])
 
 
-def _without_ellipsis(equation: str, operands: Any) -> str:
-    """ "...id,...jd->...ij" with letters in the place of the dots."""
-    letters = [letter for letter in "ABCDEFGHIJKLMNOP" if letter not in equation]
-    inputs, output = equation.replace(" ", "").split("->")
-    axes = max(x.ndim - len(part.replace("...", "")) for part, x in zip(inputs.split(","), operands, strict=True))
-    return f"{inputs}->{output}".replace("...", "".join(letters[:axes]))
-
-
-def _after(func: Any, values: list[Any], score: Score, result: Tensor) -> Score:
-    others = [value for value in values if value is not score.tensor]
+def _after(func: Any, arguments: Mapping[str, Any], score: Score, scores: list[Score], result: Tensor) -> Score:
+    """The score that `result` is."""
     if func in _TIMES or func in _OVER:
-        factor = others[0]
-        if isinstance(factor, Tensor) and factor.numel() == 1:
-            factor = factor.item()
-        if not isinstance(factor, numbers.Real):
-            if isinstance(factor, Tensor) and factor.shape[-2:].numel() == 1 and func in _TIMES:
-                return replace(score, q=score.q * factor)
-            return replace(score, problem=f"are multiplied by a tensor of shape {_shape(factor)}")
-        return replace(score, scale=score.scale * float(factor) if func in _TIMES else score.scale / float(factor))
+        return _scaled(func, arguments, score)
     if func in _PLUS:
-        if func in _REVERSED or (func in _MINUS and values[0] is not score.tensor):
-            return replace(score, problem="are subtracted from something")
-        added = tuple(value for value in others if isinstance(value, Tensor) and not value.requires_grad and value.ndim)
-        return replace(score, added=(*score.added, *added))
-    if func in _CONCATENATE or (func in _SAME and result.shape[-2:] == score.tensor.shape[-2:]):
+        return _shifted(func, arguments, score, scores)
+    if func in _FILL and arguments["input"] is score.tensor:
+        return _forbid(score, _where_masked(arguments["mask"].bool(), arguments["value"]))
+    if func in _WHERE and len(arguments) == 3 and arguments["condition"] is not score.tensor:
+        kept, other = arguments["condition"], arguments["other"]
+        if other is score.tensor:
+            kept, other = ~kept, arguments["input"]
+        return _forbid(score, _where_masked(~kept, other))
+    if func in _CONCATENATE:
         return score
+    if func in _SAME and result.shape[-2:] == score.tensor.shape[-2:]:
+        return _reshaped(score, result)
     return replace(score, problem=score.problem or f"pass through {getattr(func, '__name__', func)}")
 
 
-def _shape(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _scaled(func: Any, arguments: Mapping[str, Any], score: Score) -> Score:
+    factor = arguments["other"]
+    if factor is score.tensor:
+        factor = arguments["input"]
+        if func in _OVER or factor is score.tensor:
+            what = "are multiplied by themselves" if func in _TIMES else "divide something"
+            return replace(score, problem=score.problem or what)
+    if isinstance(factor, Tensor) and factor.numel() == 1:
+        factor = factor.detach().reshape(())
+    elif isinstance(factor, Tensor) and factor.shape[-2:].numel() == 1 and func in _TIMES:
+        return replace(score, q=score.q * factor)
+    elif not isinstance(factor, numbers.Real):
+        shape = tuple(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
+        return replace(score, problem=score.problem or f"are multiplied by a tensor of shape {shape}")
+    return replace(score, scale=score.scale * factor if func in _TIMES else score.scale / factor)
 
 
-def _finish(score: Score, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WrittenOut:
+def _shifted(func: Any, arguments: Mapping[str, Any], score: Score, scores: list[Score]) -> Score:
+    is_first = arguments["input"] is score.tensor
+    if func in _REVERSED or (func in _MINUS and not is_first):
+        return replace(score, problem=score.problem or "are subtracted from something")
+    added, alpha = arguments["other" if is_first else "input"], arguments.get("alpha", 1)
+    if not is_first:
+        score, alpha = replace(score, scale=score.scale * alpha), 1
+    if not isinstance(added, Tensor) or not added.ndim or any(added is each.tensor for each in scores):
+        return score  # a maximum or a relative bias is made of scores itself, and masks nothing
+    alpha = -alpha if func in _MINUS else alpha
+    return _forbid(score, is_masked(added.detach() if alpha == 1 else added.detach() * alpha))
+
+
+def _overwritten(score: Score, arguments: Mapping[str, Any]) -> Score:
+    value = arguments["value"]
+    if arguments["input"] is not score.tensor or not (isinstance(value, Tensor) or is_masked(value)):
+        return score
+    forbidden = torch.zeros(score.tensor.shape, dtype=torch.bool, device=score.tensor.device)
+    forbidden[arguments["index"]] = is_masked(value)
+    return _forbid(score, forbidden)
+
+
+def _where_masked(chosen: Tensor, value: Any) -> Tensor | bool:
+    """Where `value` stands in the place of a logit and forbids the pair."""
+    masked = is_masked(value.detach() if isinstance(value, Tensor) else value)
+    return chosen & masked if isinstance(masked, Tensor) else masked and chosen
+
+
+def _forbid(score: Score, pairs: Any) -> Score:
+    if not isinstance(pairs, Tensor):
+        return score
+    return replace(score, forbidden=pairs if score.forbidden is None else score.forbidden | pairs)
+
+
+def _reshaped(score: Score, result: Tensor) -> Score:
+    if score.forbidden is None or result.shape == score.tensor.shape:
+        return score
+    return replace(score, forbidden=score.forbidden.expand(score.tensor.shape).reshape(result.shape))
+
+
+def _finish(score: Score, dimension: int | None) -> WrittenOut:
     logits = score.tensor.detach()
     keys = score.k.shape[-2]
-    dimension = kwargs.get("dim", args[1] if len(args) > 1 else None)
     problem = score.problem
     if dimension not in (-1, logits.ndim - 1) or logits.shape[-2] != score.q.shape[-2] or logits.shape[-1] < keys:
         problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
-    logits = logits[..., :keys]  # what stands behind is a sink
-    allowed = logits > max(torch.finfo(logits.dtype).min / 2, _FILLED)
-    for added in score.added:
-        allowed = allowed & ~is_masked(added[..., :keys] if added.shape[-1] > 1 else added)
-    return WrittenOut(score.q, score.k, score.scale, allowed | logits.isnan(), problem, score.place)
+    allowed = logits[..., :keys] != -torch.inf  # what stands behind is a sink
+    if score.forbidden is not None and not problem:
+        allowed = allowed & ~score.forbidden[..., :keys]
+    return WrittenOut(score.q, score.k, score.scale, allowed, problem, score.place)

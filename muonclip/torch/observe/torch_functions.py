@@ -1,0 +1,71 @@
+"""The functions of torch by name, and their arguments by name, however a call gives them.
+
+torch's C functions have no signature that Python could read: the table below has the names of their parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PARAMETERS: dict[str, str] = {
+    **dict.fromkeys(("matmul", "__matmul__", "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), "other"),
+    **dict.fromkeys(("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__", "rsub"), "other"),
+    **dict.fromkeys(("sub", "sub_", "__sub__", "__isub__", "add", "add_", "__add__", "__radd__", "__iadd__"), "other"),
+    **dict.fromkeys(("bmm", "mm"), "mat2"),
+    "addmm": "mat1 mat2",
+    "baddbmm": "batch1 batch2",
+    **dict.fromkeys(("masked_fill", "masked_fill_"), "mask value"),
+    **dict.fromkeys(("max", "maximum"), "other"),
+    "where": "condition other",  # as a method; the function has the condition in front
+    "clamp": "min max",
+    "clamp_min": "min",
+    **dict.fromkeys(("softmax", "log_softmax", "special_softmax"), "dim dtype"),
+    "special_log_softmax": "dim",
+    "linear": "weight bias",
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "weight bias"),
+    "__setitem__": "index value",
+}  # behind `input`
+_OTHERWISE: dict[Callable[..., Any], tuple[str, ...]] = {
+    torch.where: ("condition", "input", "other"),
+    torch.cat: ("tensors", "dim"),
+    torch.concat: ("tensors", "dim"),
+    F.bilinear: ("input1", "input2", "weight", "bias"),
+    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+}
+_ALIASES = {"self": "input", "x": "input", "x1": "input", "a": "input", "x2": "other", "axis": "dim"}  # NumPy's names
+
+
+def functions(*names: str) -> set[Callable[..., Any]]:
+    """The functions and methods of torch by these names."""
+    return {getattr(home, name) for home in (torch, Tensor, F) for name in names if callable(getattr(home, name, None))}
+
+
+def bind(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the parameters; those without a known name by their position."""
+    names = _positional_names(function)
+    arguments = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
+    for name, value in kwargs.items():
+        arguments[name if name in names else _ALIASES.get(name, name)] = value
+    return arguments
+
+
+@functools.cache
+def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    if function in _OTHERWISE:
+        return _OTHERWISE[function]
+    name = getattr(function, "__name__", "")
+    if name in _PARAMETERS and not inspect.isfunction(function):
+        return ("input", *_PARAMETERS[name].split())
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return ("input",)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(_ALIASES.get(name, name) if position == 0 else name for position, name in enumerate(names))
