@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 OUT = runs/reproduce
 
 PY := .venv/bin/python
+PYTEST = $(PY) -m pytest -n 2 -rs --durations=10
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 python3 python)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 NAME := import sys; print("python%d.%d" % sys.version_info[:2])
@@ -16,11 +17,13 @@ help: ## list the targets
 
 env: .venv/.stamp ## set up .venv (PYTHON=/path/to/python takes that one; TORCH_INDEX=url takes torch from there)
 
-test: format-check lint typecheck ## format check, lint, types, and all tests but the slow ones
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 -rs
+# Types are checked while the tests run. Fast tests run in random order; `--randomly-seed=…`, as printed, repeats one.
+test: env ## format check, lint, types, and all tests but the slow ones
+	@$(PY) .ci/parts.py "make test" 4 format "$(MAKE) -s format-check" lint "$(MAKE) -s lint" \
+	  "types &" "$(MAKE) -s typecheck" tests '$(PYTEST) -m "not slow" --dist worksteal'
 
 test-slow: env ## the slow tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile -rs
+	@$(PY) .ci/parts.py "make test-slow" 14 tests "$(PYTEST) -m slow -p no:randomly --dist loadfile"
 
 format: env ## rewrite the sources in the house format
 	$(PY) -m ruff format .

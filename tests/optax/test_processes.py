@@ -22,7 +22,7 @@ def run(folder, kind, processes, devices):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
     }
     command = [sys.executable, SUPPORT / "process_worker.py", folder, address, str(processes)]
     folder.mkdir()
@@ -31,7 +31,7 @@ def run(folder, kind, processes, devices):
         for rank in range(processes)
     ]
     try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [worker.communicate(timeout=1800)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

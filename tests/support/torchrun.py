@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(ranks, *words, timeout=600, cwd=None):
+def torchrun(ranks, *words, timeout=1800, cwd=None):
     """Run `words`, a script or "-m" and a module and their arguments; what they printed. Fails where a rank does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
