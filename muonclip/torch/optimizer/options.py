@@ -157,6 +157,8 @@ def _given(options: type[MuonOptions | AdamWOptions], group: Mapping[str, Any]) 
 
 def _check_rates(lr: float | Tensor, weight_decay: float) -> None:
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element; it has the shape {tuple(value.shape)}.")
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value} must be a finite number, zero or more.")
 
