@@ -26,11 +26,14 @@ PRELOADED = [  # what the workers import, but for themselves
 ]
 
 
-def run_ranks(ranks, script, *words, timeout=600):
-    """Run `script` with `words` as its arguments on every rank, as torchrun would. Fails where a rank does."""
+def run_ranks(ranks, script, *words, timeout=1800, prints=None):
+    """Run `script` with `words` as its arguments on every rank, as torchrun would. Fails where a rank does.
+
+    prints: a folder that becomes the ranks' current one, and in which each leaves what it prints, as `rank0.txt`.
+    """
     multiprocessing.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    arguments = (ranks, store.port, [str(word) for word in (script, *words)])
+    arguments = (ranks, store.port, [str(word) for word in (script, *words)], prints)
     context = torch.multiprocessing.start_processes(
         _rank, arguments, nprocs=ranks, join=False, daemon=True, start_method="forkserver"
     )
@@ -43,7 +46,10 @@ def run_ranks(ranks, script, *words, timeout=600):
             process.kill()
 
 
-def _rank(rank, ranks, port, argv):
+def _rank(rank, ranks, port, argv, prints):
+    if prints is not None:
+        os.chdir(prints)
+        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT), 1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -57,3 +63,4 @@ def _rank(rank, ranks, port, argv):
     torch.set_num_threads(1)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+    sys.stdout.flush()
