@@ -12,24 +12,28 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
+from muonclip.core.parameter_plan import PlannedParameter, parameter_table
+from muonclip.core.parameter_roles import (
+    GATE_UP_NAMES,
+    ONE_ROW,
+    Role,
+    embedding_shapes,
+    is_one_row,
+    module_of,
+    role_of,
+)
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
 from muonclip.optax.head_rows import HeadRows
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections
 
-_LM_HEAD_NAMES = {"lm_head", "embed_out", "unembed", "logits_dense", "logits"}
-_HEAD_NAMES = _LM_HEAD_NAMES | {"head", "output", "output_layer", "classifier"}
-_EMBEDDING_NAME = re.compile(r"embed|(^|_)emb(s|_|$)|^w[tp]e$", re.IGNORECASE)
-_NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)|^(scale|gamma|beta|gain)$", re.IGNORECASE)
-_BIAS_NAME = re.compile(r"(^|_)bias$|^b$", re.IGNORECASE)
-_GATE_UP_NAMES = {"gate_up_proj", "gate_up", "w13"}
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
 _OUTPUT_NAMES = {"out", "o", "o_proj", "out_proj", "output_proj"}
 _ARRAY_NAMES = {"kernel", "weight", "w", "embedding"}  # what a module calls its array
@@ -41,40 +45,13 @@ DECLARE = (
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedParameter:
-    """One line of the plan.
-
-    `use`: who updates the parameter. `layout`: how Muon reads it; None for AdamW. `decays`: whether weight decay
-    applies.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    use: Literal["muon", "adamw"]
-    reason: str
-    layout: WeightLayout | None = None
-    decays: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """The plan of what `muonclip` does with each parameter, and why; `print` it."""
 
     parameters: tuple[PlannedParameter, ...]
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "update", "matrices", "reason")] + [
-            (
-                row.name,
-                "×".join(map(str, row.shape)) or "scalar",
-                row.use,
-                ArrayLayout.of(row.layout, row.shape).describe(row.shape) if row.layout else "",
-                row.reason + ("" if row.decays else ", no decay"),
-            )
-            for row in self.parameters
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return parameter_table(self.parameters, lambda layout, shape: ArrayLayout.of(layout, shape).describe(shape))
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`."""
@@ -93,16 +70,18 @@ def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKPr
         return Plan(tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items()))
     projections = jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection))
     layer_axes = _layer_axes(projections, shapes)
-    attention = _attention_layouts(projections, {n: shape for n, shape in shapes.items() if not _as_vector(n, shape)})
-    embeddings = {shape: name for name, shape in shapes.items() if _is_embedding(name) and "pos" not in name}
+    embeddings = embedding_shapes((name, shape, None) for name, shape in shapes.items())
+    roles = {name: role_of(name, shape, None, embeddings) for name, shape in shapes.items()}
+    attention = _attention_layouts(projections, {n: shape for n, shape in shapes.items() if roles[n].use == "muon"})
     lines: list[PlannedParameter] = []
     unknown: list[str] = []
     for name, shape in shapes.items():
-        line = _as_vector(name, shape) or _as_embedding_or_head(name, shape, embeddings)
-        if line is None and name in attention:
+        if roles[name].use == "adamw":
+            line = _adamw(name, shape, roles[name])
+        elif name in attention:
             layout = attention[name]
-            line = layout and PlannedParameter(name, shape, "muon", "attention projection", layout)
-        elif line is None:
+            line = layout and _muon(name, shape, "attention projection", layout)
+        else:
             line = _as_matrices(name, shape, layer_axes.get(name))
         if line is None:
             unknown.append(f"{name} {shape}")
@@ -129,8 +108,7 @@ def weight_layouts(weight_dimension_numbers: Any, params: Any) -> dict[str, Weig
 
 def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None) -> PlannedParameter:
     if layout is None:
-        decays = _as_vector(name, shape) is None
-        return PlannedParameter(name, shape, "adamw", "declared", decays=decays)
+        return PlannedParameter(name, shape, "adamw", "declared", decays=role_of(name, shape).decays)
     try:
         ArrayLayout.of(layout, shape)
     except ValueError as error:
@@ -138,59 +116,40 @@ def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None)
     return PlannedParameter(name, shape, "muon", "declared", layout)
 
 
-def _as_vector(name: str, shape: tuple[int, ...]) -> PlannedParameter | None:
-    path = _path(name)
-    if len(shape) < 2:
-        reason = "vector"
-    elif 0 in shape:
-        reason = "empty"
-    elif _BIAS_NAME.search(path[-1]):
-        reason = "biases"
-    elif any(map(_NORM_NAME.search, path[-2:])):
-        reason = "norm"
-    else:
-        return None
-    return PlannedParameter(name, shape, "adamw", reason, decays=False)
+def _adamw(name: str, shape: tuple[int, ...], role: Role) -> PlannedParameter:
+    return PlannedParameter(name, shape, "adamw", role.reason, decays=role.decays)
 
 
-def _as_embedding_or_head(
-    name: str, shape: tuple[int, ...], embeddings: Mapping[tuple[int, ...], str]
-) -> PlannedParameter | None:
-    path = _path(name)
-    in_a_layer = any(re.search(r"(^|_)\d+$|layers|blocks", part) for part in path[:-2])
-    if _is_embedding(name):
-        return PlannedParameter(name, shape, "adamw", "embedding")
-    if _module(path) in _LM_HEAD_NAMES or (_module(path) in _HEAD_NAMES and len(path) <= 3 and not in_a_layer):
-        return PlannedParameter(name, shape, "adamw", "output head, by its name")
-    like = embeddings.get(shape) or embeddings.get(shape[::-1])
-    if not in_a_layer and like and len(set(shape)) > 1:
-        return PlannedParameter(name, shape, "adamw", f"output head: the shape of {like}")
-    return None
+def _muon(name: str, shape: tuple[int, ...], reason: str, layout: WeightLayout) -> PlannedParameter:
+    array = ArrayLayout.of(layout, shape)
+    if is_one_row(array.fused.matrix_shapes(array.unit_shape(shape))):
+        return _adamw(name, shape, ONE_ROW)
+    return PlannedParameter(name, shape, "muon", reason, layout)
 
 
 def _as_matrices(name: str, shape: tuple[int, ...], layer_axis: int | None) -> PlannedParameter | None:
     """Make a line from what name and shape tell; None where they do not tell enough."""
-    path = _path(name)
+    path = re.split(r"[./]", name)
     out_first = path[-1] == "weight"  # PyTorch's and Equinox's name goes with their order
     batch = [] if layer_axis is None else [layer_axis]
     axes = [axis for axis in range(len(shape)) if axis != layer_axis]
     if len(axes) < 2:
-        return PlannedParameter(name, shape, "adamw", "vectors, stacked over layers", decays=False)
+        return _adamw(name, shape, Role("adamw", "vectors, stacked over layers", decays=False))
     what, stacked = "hidden matrix", "" if layer_axis is None else f", stacked over {shape[layer_axis]} layers"
     if any("expert" in part for part in path) and len(axes) >= 3:
         batch, axes, what = [*batch, axes[0]], axes[1:], "experts"
     if len(axes) == 2:
         out, into = axes if out_first else axes[::-1]
-        if _module(path) not in _GATE_UP_NAMES or shape[out] % 2:
+        if module_of(name) not in GATE_UP_NAMES or shape[out] % 2:
             layout = MuonDimensionNumbers(into, out) if batch else MatrixLayout(transposed=not out_first)
         elif batch == list(range(len(batch))):
             layout, what = MatrixLayout(len(batch), not out_first, (shape[out] // 2,) * 2), "fused gate|up"
         else:
             return None  # no layout has its batch behind the rows
-        return PlannedParameter(name, shape, "muon", what + stacked, layout)
+        return _muon(name, shape, what + stacked, layout)
     if any("conv" in part.lower() for part in path) and not batch:
         layout = MatrixLayout() if out_first else MuonDimensionNumbers(tuple(axes[:-1]), axes[-1])
-        return PlannedParameter(name, shape, "muon", "convolution, window flattened", layout)
+        return _muon(name, shape, "convolution, window flattened", layout)
     return None
 
 
@@ -211,7 +170,7 @@ def _attention_layouts(
         for rows in projection.parts():
             stacked = rows.layer_axis is not None
             for name, shape in shapes.items():
-                leaf = _module(_path(name))
+                leaf = module_of(name)
                 known = leaf in _QUERY_KEY_VALUE_NAMES or leaf in _OUTPUT_NAMES
                 if known and below(_parent(rows.path), name) and len(shape) - stacked >= 3:
                     layouts.setdefault(name, _projection_layout(rows, shape, reverse=leaf in _OUTPUT_NAMES))
@@ -275,20 +234,6 @@ def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -
     first = (rows.in_axis == 0) != reverse
     single, several = (axes[0], tuple(axes[1:])) if first else (axes[-1], tuple(axes[:-1]))
     return MuonDimensionNumbers(several, single) if reverse else MuonDimensionNumbers(single, several)
-
-
-def _is_embedding(name: str) -> bool:
-    return any(map(_EMBEDDING_NAME.search, _path(name)[-2:]))
-
-
-def _path(name: str) -> list[str]:
-    """Split a name into modules and array; dots separate too, as in PyTorch's names."""
-    return re.split(r"[/.]", name)
-
-
-def _module(path: Sequence[str]) -> str:
-    """Return the name of the module that an array belongs to."""
-    return path[-2] if path[-1] in _ARRAY_NAMES and len(path) > 1 else path[-1]
 
 
 def _parent(path: str) -> str:

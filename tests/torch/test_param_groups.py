@@ -64,7 +64,7 @@ def test_stacked_biases_and_norms_are_no_matrices():
     plan = uses(Stacked())
     assert plan["experts_bias"] == plan["layer_norm"] == ("adamw", False)
     assert plan["weight"] == ("muon", True)
-    assert plan["gain"] == ("adamw", True)
+    assert plan["gain"] == ("adamw", False)
 
 
 def test_convolutions():

@@ -1,0 +1,38 @@
+"""The lines of a plan: who updates each parameter, as which matrices, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from muonclip.core.text_table import table
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedParameter:
+    """One line of the plan. `layout`: how the parameter is read as matrices, None for AdamW; `decays`: whether weight
+    decay applies; `frozen`: whether it is not trained, as far as the framework knows."""
+
+    name: str
+    shape: tuple[int, ...]
+    use: Literal["muon", "adamw"]
+    reason: str
+    layout: Any = None
+    decays: bool = True
+    frozen: bool = False
+
+
+def parameter_table(lines: Sequence[PlannedParameter], describe: Callable[[Any, tuple[int, ...]], str]) -> str:
+    """Write the lines as a table; `describe`: a layout and a shape as text."""
+    rows = [("parameter", "shape", "update", "matrices", "reason")] + [
+        (
+            line.name,
+            "×".join(map(str, line.shape)) or "scalar",
+            line.use,
+            describe(line.layout, line.shape) if line.layout is not None else "",
+            line.reason + ("" if line.decays else ", no decay") + (", frozen" if line.frozen else ""),
+        )
+        for line in lines
+    ]
+    return table(rows)
