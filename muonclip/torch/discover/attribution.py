@@ -1,12 +1,12 @@
-"""Which rows of which parameters feed which head of a query or key, and whether the head is proportional to them.
+"""Attribution of the heads of a query or key to rows of parameters, and the test whether they are proportional to them.
 
-In a rehearsal (`trace.py`) every product with a weight is cut: its output y is a leaf of autograd. What stands
-between y and a query q is then differentiated: the columns of y with a gradient from head h are the rows behind head h.
+In a traced forward (`trace.py`) every product with a weight is cut: its output y is a leaf of autograd. The computation
+from y to a query q is then differentiated: the columns of y with a gradient from head h are the rows behind head h.
 And Euler's identity says whether scaling them by γ scales the head by γ, without scaling anything:
 
     ⟨r, q_h⟩ = ⟨∂⟨r, q_h⟩ / ∂y, y⟩  for every r   ⇔   q_h(γ y) = γ q_h(y)          (homogeneous of degree one)
 
-A norm between y and q makes the right side zero: there the weights do not reach the logits, and its gain may.
+A norm between y and q makes the right side zero: there the weights do not change the logits, and the norm's gain may.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Product:
     """A product of activations with a weight, cut off: its output depends on nothing.
 
     `name`: of the function. Where it is the usual one, [..., in] → [..., out]: `weight`, its `axis` of out, `bias`,
-    and `first_row`, since the output may come of a part of the weight, as in nn.MultiheadAttention. Else `recompute`
+    and `first_row`, since the output may come from a part of the weight, as in nn.MultiheadAttention. Else `recompute`
     makes the output again with the graph of the weights: all of it, or of a few positions (`by_columns`).
     """
 
@@ -40,7 +40,7 @@ class Product:
     is_proportional: bool = True  # to its parameters, as far as `entries` has seen
 
     def entries(self, gradient: Tensor) -> list[_Entries]:
-        """The entries of parameters behind the places of the output with a gradient."""
+        """Return the entries of parameters behind the positions of the output that have a gradient."""
         if self.weight is not None:
             columns = _any_over_others(gradient != 0, gradient.ndim - 1)
             found = []
@@ -78,7 +78,7 @@ class Product:
 
 @dataclass(slots=True, eq=False)
 class _Entries:
-    """Which indices of a parameter have an entry that counts, along each axis that they may be rows of."""
+    """The indices of a parameter with an entry that counts, along each axis that they may be rows of."""
 
     parameter: nn.Parameter
     along: dict[int, Tensor]
@@ -95,7 +95,11 @@ class Rows:
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """What feeds the heads of one side. `problem`: why they cannot be scaled, in words that follow "its queries"."""
+    """The rows that feed the heads of one side.
+
+    `gains`: the rows of the norm's gain, where the side is `normalised`. `problem`: why the rows cannot be scaled, in
+    words that follow "its queries".
+    """
 
     heads: int
     rows: list[Rows] = field(default_factory=list)
@@ -105,11 +109,11 @@ class Source:
 
 
 class NotDifferentiable(Exception):
-    """What feeds a tensor cannot be told, because what it was computed by has no backward that works here."""
+    """A tensor cannot be attributed, because what computed it has no backward that works here."""
 
 
 def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
-    """The leaves of autograd behind a tensor, and the names of the functions between."""
+    """Return the leaves of autograd behind a tensor, and the names of the functions between."""
     if tensor.grad_fn is None:
         return ([tensor] if tensor.requires_grad else []), set()
     leaves: dict[int, Tensor] = {}
@@ -130,8 +134,10 @@ def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
 
 
 def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
-    """What feeds the heads of `tensor` [B, heads, T, d]. Without `with_values` only where from, not whether in
-    proportion (for values, which the clip never scales)."""
+    """Attribute the heads of `tensor` [B, heads, T, d] to rows of parameters.
+
+    Without `with_values` only from which rows, not whether in proportion (for values, which the clip never scales).
+    """
     heads = tensor.shape[1]
     source = Source(heads)
     leaves, functions = leaves_of(tensor)
@@ -188,7 +194,7 @@ def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
 
 
 def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
-    """The rows behind some coordinates, bool [d], of each head of `tensor`."""
+    """Return the rows behind some coordinates, bool [d], of each head of `tensor`."""
     leaves, _ = leaves_of(tensor)
     reached: list[list[list[_Entries]]] = [[] for _ in leaves]
     for head in range(tensor.shape[1]):
@@ -199,15 +205,17 @@ def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
 
 
 def feeds(masks: Tensor, heads: int) -> Tensor:
-    """bool [heads, rows]: which of the rows behind each key head, [G, rows], each query head meets."""
+    """Repeat the rows behind each key head, [G, rows], for the query heads that use it: bool [heads, rows]."""
     return masks.repeat_interleave(heads // masks.shape[0], 0)
 
 
 def _proportional_to(
     shares: Tensor, totals: Tensor, some: set[int], others: set[int], tolerance: float
 ) -> set[int] | None:
-    """The leaves, of shares [heads, leaves], whose shares make up the totals [heads] in every head: all of `some`,
-    with as few of `others` as needed; then with fewer of `some`, but at least one."""
+    """Find the leaves whose shares [heads, leaves] add up to the totals [heads] in every head; None where none do.
+
+    All of `some` are tried first, with as few of `others` as needed; then fewer of `some`, but at least one.
+    """
     if len(some | others) > _MOST_SOURCES:
         return None
 
@@ -226,7 +234,7 @@ def _proportional_to(
 
 
 def _probe(tensor: Tensor, head: int) -> Tensor:
-    """Cotangents r of one head with ⟨r, q⟩ well away from zero."""
+    """Draw cotangents r of one head with ⟨r, q⟩ well away from zero."""
     probe = torch.zeros_like(tensor)
     q = tensor.detach()[:, head]
     noise = torch.randn(q.shape, dtype=torch.float32, device=q.device)
@@ -238,7 +246,10 @@ def _probe(tensor: Tensor, head: int) -> Tensor:
 
 
 def gradients(tensor: Tensor, leaves: Sequence[Tensor], probe: Tensor) -> Sequence[Tensor | None]:
-    """⟨probe, tensor⟩ by its leaves. Raises NotDifferentiable where somebody's own backward does not work here."""
+    """Return the gradients of ⟨probe, tensor⟩ by its leaves.
+
+    Raises NotDifferentiable where somebody's own backward does not work here.
+    """
     try:
         return torch.autograd.grad(tensor, leaves, probe, retain_graph=True, allow_unused=True)
     except Exception as error:  # whatever it raises
@@ -257,7 +268,7 @@ def _entries_of(leaf: Tensor, gradient: Tensor | None) -> list[_Entries]:
 
 
 def _rows_of(reached: Sequence[Sequence[Sequence[_Entries]]], heads: int) -> list[Rows]:
-    """[leaf][head] entries → rows of each parameter, along the axis on which the heads differ."""
+    """Turn entries [leaf][head] into rows of each parameter, along the axis on which the heads differ."""
     by_parameter: dict[int, tuple[nn.Parameter, dict[int, list[Tensor]]]] = {}
     for per_head in reached:
         for head, entries in enumerate(per_head):
@@ -275,7 +286,7 @@ def _rows_of(reached: Sequence[Sequence[Sequence[_Entries]]], heads: int) -> lis
 
 
 def _overlap(masks: Tensor) -> float:
-    """How many heads share a row on average: 1 where each has its own; more where an axis does not tell them apart."""
+    """Return how many heads share a row on average: 1 where each has its own rows along the axis."""
     return float(masks.sum() / masks.any(0).sum().clamp(min=1))
 
 

@@ -1,8 +1,8 @@
-"""Finds the attentions of a model and keeps them observed, for one `QKClip`.
+"""The search for a model's attentions, and their observation from then on, for one `QKClip`.
 
-Three moments. At construction the model is rehearsed on inputs that it names, or that are guessed, where that works:
-the plan is complete then. At the first forward with gradients it is rehearsed on the real inputs: that finds what is
-still missing and checks what was declared. From then on observers listen.
+There are three moments. At construction the model is traced on inputs that it names, or that are guessed, where that
+works: the plan is complete then. At the first forward with gradients it is traced on the real inputs: that finds what
+is still missing and checks what was declared. From then on observers fill the statistics.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.Wea
 
 
 class Watch:
-    """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
-    seen. `on_forward` is called inside each forward with gradients. `to_come`: why nothing was found yet, or "".
-    `version` counts findings."""
+    """Finds and observes the attentions of one model, until it is removed.
+
+    `projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
+    observed. `on_forward` is called inside each forward with gradients. `to_come`: why nothing was found yet, or "".
+    `version` counts findings.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Watch:
             _watched[module] = weakref.ref(self)
 
     def _open(self) -> None:
-        """Put up the hooks: the entries', and for what was found already the observers'."""
+        """Put on the hooks: where a forward begins, and the observers' for the attentions found already."""
         entry = _Entry(self)
         self._observers = observers()
         self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
@@ -96,12 +99,14 @@ class Watch:
         self._end()
 
     def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Rehearse the model on these inputs. Raises ValueError where an attention is not understood."""
+        """Trace the model on these inputs. Raises ValueError where an attention is not understood."""
         self._rehearse(self.model, "", args, kwargs)
 
     def look_ahead(self) -> None:
-        """Rehearse on inputs that the model names or that are guessed; where none fits, the first forward will tell.
-        Raises ValueError where an attention is not understood, or where there is none."""
+        """Trace the model on inputs that it names or that are guessed; where none fits, wait for the first forward.
+
+        Raises ValueError where an attention is not understood, or where there is none.
+        """
         for kwargs in _guesses(self.model):
             args = kwargs.pop("args", ())
             try:
@@ -117,7 +122,7 @@ class Watch:
             return
 
     def settle(self) -> str:
-        """The forwards of a step are over. Returns what is wrong where attention ran that is not known, or ""."""
+        """End the forwards of a step. Return what is wrong where attention ran that is not known, or ""."""
         unknown, self._unclaimed.calls = self._unclaimed.calls, 0
         if unknown:
             self._rehearsed.clear()  # the next forward shows what it was
@@ -131,7 +136,7 @@ class Watch:
         return ""
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module begins to run."""
+        """Note that a module begins to run; trace it where that is due."""
         if module is self.model:
             end_listening(self._unclaimed, *self._observers.observers())  # of a forward that was interrupted
             self._running.modules = 0
@@ -157,7 +162,7 @@ class Watch:
             enter(module, args)
 
     def end(self, module: nn.Module) -> None:
-        """A module has run, or has raised."""
+        """Note that a module has run, or has raised."""
         self._running.modules = 0 if module is self.model else max(self._running.modules - 1, 0)
         if module is self.model:
             end_listening(self._unclaimed)
@@ -183,7 +188,7 @@ class Watch:
         self._take(*rehearsals)
 
     def _take(self, *rehearsals: Rehearsal) -> None:
-        """Search all rehearsals so far. What one attention has in common with another may show itself late."""
+        """Search all traced forwards so far: what one attention shares with another may show only in a later one."""
         self._rehearsals += rehearsals
         findings = search(self.model, self._rehearsals, self.declared, clip_gains=self.clip_gains)
         if findings.problems:
@@ -212,13 +217,13 @@ class Watch:
         self._observe()
 
     def _fills_itself(self, site: Site) -> bool:
-        """Whether the attention is declared, and hands its statistic to `muonclip.torch.attention`."""
+        """Tell whether the attention is declared, and hands its statistic to `muonclip.torch.attention`."""
         statistics = [id(projection.max_logits) for projection in site.projections]
         copies = [rehearsal.statistics.get(key) for rehearsal in self._rehearsals for key in statistics]
         return any(copied is not None and bool(copied.observed) for copied in copies)
 
     def _observe(self) -> None:
-        """Let what each site's attention shows go to its statistics."""
+        """Let each site's observer fill the statistics of its attentions."""
         self._observers.take_off()
         for site in self.sites.values():
             if site.via != "declared":
@@ -227,7 +232,7 @@ class Watch:
                 attach(self.model.get_submodule(site.module), observer, self._observers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """A copy of the owner with the model: observed by itself."""
+        """Copy it with the model and the owner: the copy observes the copy."""
         twin = object.__new__(Watch)
         memo[id(self)] = twin
         for name in ("projections", "declared", "sites", "model", "on_forward"):
@@ -243,21 +248,24 @@ class Watch:
 
 
 class _Running(threading.local):
-    """How many modules of a model the thread is inside of."""
+    """The number of modules of a model that the thread is inside of."""
 
     modules = 0
 
 
 def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -> QKProjection:
-    """A projection read anew goes on with the statistic that it had."""
+    """Keep the statistic of a projection that is read anew."""
     if earlier is None or earlier.num_heads != projection.num_heads:
         return projection
     return replace(projection, max_logits=earlier.max_logits)
 
 
 class _Entry:
-    """Hooks on every module: the outermost one that runs is where a forward begins. One whose `forward` an engine has
-    replaced for a while (Lightning) runs something else; what it calls begins there."""
+    """Hooks on every module: the outermost one that runs is where a forward begins.
+
+    A module whose `forward` an engine has replaced for a while (Lightning) runs something else; what it calls begins
+    there.
+    """
 
     def __init__(self, watch: Watch) -> None:
         self.watch = weakref.ref(watch)
@@ -290,11 +298,11 @@ class _Entry:
 
 
 _begin: Any = torch.compiler.disable(Watch.begin)
-"""A rehearsal between two graphs is not compiled."""
+"""`Watch.begin`, never compiled: a forward traced between two graphs is not."""
 
 
 class _Nobody(_Entry):
-    """In a copy of the model, which its own optimizer watches."""
+    """The hooks in a copy of the model, which its own optimizer observes."""
 
     def __init__(self) -> None:
         self.watch = lambda: None
@@ -304,7 +312,7 @@ class _Nobody(_Entry):
 
 
 def _is_apart(module: nn.Module) -> bool:
-    """Whether what runs is no forward of the training, or not the module's own."""
+    """Tell whether what runs is not a forward of the training, or not the module's own."""
     return is_rehearsing() or is_unobserved() or has_a_foreign_forward(module)
 
 
@@ -326,8 +334,11 @@ NOTHING_FOUND = (
 
 
 def _guesses(model: nn.Module) -> list[dict[str, Any]]:
-    """Keyword arguments to try, `args` being the positional ones: what a Hugging Face model names, else tokens for a
-    model that begins with an embedding, else numbers of the width of its first module."""
+    """Return keyword arguments to try, `args` being the positional ones.
+
+    They are what a Hugging Face model names, else tokens for a model that begins with an embedding, else numbers of the
+    width of its first module.
+    """
     tensors = next(model.parameters(), None)
     if tensors is None:
         return []
@@ -356,7 +367,7 @@ def _guesses(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
-    """Numbers of its own: those of the model's run do not move."""
+    """Make a generator of its own, so that the random numbers of the model's run do not change."""
     return None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
 

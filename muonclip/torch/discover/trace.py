@@ -1,9 +1,9 @@
-"""One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
+"""A traced forward: a copy of the model runs once, and the queries and keys of every attention are attributed to rows.
 
-The copy shares the memory of its matrices with the model and has everything else of its own, so a rehearsal leaves no
-trace: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped. Of a sharded
-model the copy is whole, with other values (`dense_copy.py`); no rank waits for another.
-What is seen in it, `tracer.py` says.
+The copy shares the memory of its matrices with the model and has everything else of its own, so that tracing has no
+side effects: no buffer, counter or random number of the model changes. In evaluation mode no layer is dropped. Of a
+sharded model the copy is dense, with other values (`dense_copy.py`); no rank waits for another. What is recorded is
+described in `tracer.py`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ from muonclip.torch.observe.patches import Doors
 
 @dataclass(slots=True, eq=False)
 class Rehearsal:
-    """The calls in their order. `places`: where each parameter among their rows stands in the model, by its id: names
-    of module and attribute. `statistics`: the copies of the model's, by the ids of the originals."""
+    """The calls of a traced forward, in their order.
+
+    `places`: the names of module and attribute in the model of each parameter among their rows, by its id.
+    `statistics`: the copies of the model's, by the ids of the originals.
+    """
 
     calls: list[Call]
     places: dict[int, tuple[str, str]]
@@ -50,12 +53,12 @@ _of_thread = _OfThread()
 
 
 def is_rehearsing() -> bool:
-    """Whether this thread runs a rehearsal, whose modules are copies."""
+    """Tell whether this thread runs a traced forward, whose modules are copies."""
     return _of_thread.rehearsing
 
 
 def has_a_foreign_forward(module: nn.Module) -> bool:
-    """Whether `forward` was replaced by what is no method of the module: a copy would run the original."""
+    """Tell whether `forward` is not the module's own method: a copy would run the original."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not module
 
@@ -63,8 +66,11 @@ def has_a_foreign_forward(module: nn.Module) -> bool:
 def rehearse(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, prefix: str = "", training: bool = False
 ) -> Rehearsal:
-    """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
-    `prefix`: of the names. `training`: the mode of the copy."""
+    """Run `model(*args, **kwargs)` on a copy, and record its attentions.
+
+    Raises whatever the model raises; model and arguments are as before. `prefix`: of the names. `training`: the mode of
+    the copy.
+    """
     with ExitStack() as stack:
         Doors.open(model)
         stack.callback(Doors.close)
@@ -103,8 +109,10 @@ def rehearse(
 
 
 def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
-    """A parameter for the copy: the same memory, but for vectors, which are moved a little: a bias that is still zero
-    could not be told from a gain."""
+    """Make a parameter for the copy: the same memory, except for vectors, which are moved a little.
+
+    A bias that is still zero could not be distinguished from a gain.
+    """
     if not parameter.is_floating_point():
         return stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter
     data = stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter.detach()
@@ -114,7 +122,7 @@ def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
 
 
 def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of a module, in which what cannot be copied (a lock, a process group) is shared."""
+    """Copy a module deeply; what cannot be copied (a lock, a process group) is shared."""
     if id(module) in memo:
         return memo[id(module)]
     if isinstance(module, OptimizedModule):
@@ -135,7 +143,7 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _Uncompiled(nn.Module):
-    """In the place of what torch.compile wraps around a module."""
+    """A plain module in place of what torch.compile wraps around a module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -158,8 +166,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 class _ProcessState:
-    """What a rehearsal changes for the whole process, from the first one that runs to the last: random numbers are put
-    back, and nothing is compiled. Rehearsals in several threads would put back what another has changed."""
+    """The changes that traced forwards make to the process, from the first one that runs to the last.
+
+    Random numbers are put back, and nothing is compiled. Each of several threads would put back what another has
+    changed.
+    """
 
     def __init__(self) -> None:
         self._lock, self._users, self._changes = threading.Lock(), 0, ExitStack()

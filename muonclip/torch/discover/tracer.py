@@ -1,4 +1,4 @@
-"""What is seen in a rehearsal: every call of attention, its queries and keys traced to their rows.
+"""The recorder of a traced forward: every call of attention, its queries and keys attributed to rows.
 
 Every product with a weight is cut off from what comes before it (`attribution.py`).
 """
@@ -35,9 +35,12 @@ from muonclip.torch.observe.torch_functions import bind, functions
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call of attention in a rehearsal. `module`: the name of the innermost module that made it, in its `run`-th
-    run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
-    key is of both kinds."""
+    """One call of attention in a traced forward.
+
+    `module`: the name of the innermost module that made it, in its `run`-th run of all modules. `via`: the kernel.
+    `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's key is of both
+    kinds.
+    """
 
     module: str
     run: int
@@ -58,7 +61,10 @@ _PRODUCTS = functions(
 
 
 class Recorder(ScoreTracker):
-    """Sees every function of torch that `twin` calls: cuts products with weights, records attention in `calls`."""
+    """Intercepts every function of torch that the copy calls.
+
+    It cuts products with weights, and records attention in `calls`.
+    """
 
     def __init__(self, twin: nn.Module, prefix: str) -> None:
         super().__init__(self.written)
@@ -76,7 +82,7 @@ class Recorder(ScoreTracker):
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._running.append((name, next(self._runs)))
         if sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2:
-            # A layer or a block: what comes in is no query on its way. Without this the graph would grow with depth.
+            # A layer or a block: what comes in is not a query yet. Without this the graph would grow with depth.
             return tuple(map(_cut_off, args)), {key: _cut_off(value) for key, value in kwargs.items()}
         return None
 
@@ -101,7 +107,7 @@ class Recorder(ScoreTracker):
         return result
 
     def _cut(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The product with a weight as a leaf of its own; None if neither factor is a weight."""
+        """Return the product with a weight as a leaf of its own; None if neither factor is a weight."""
         arguments = bind(func, args, kwargs)
         tensors = [value for value in _flatten(list(arguments.values())) if isinstance(value, Tensor)]
         if func is F.linear:
@@ -143,7 +149,7 @@ class Recorder(ScoreTracker):
         return Product(name, recompute=lambda: func(*args, **kwargs))
 
     def _part_of(self, tensor: Tensor, axis: int) -> tuple[nn.Parameter | None, int]:
-        """The parameter that a tensor is, or is some rows of, and the first of them."""
+        """Return the parameter that a tensor is, or is some rows of, and the first of them."""
         if id(tensor) in self._own:
             return tensor, 0  # pyright: ignore[reportReturnType]
         base = tensor._base
@@ -158,7 +164,7 @@ class Recorder(ScoreTracker):
         return id(tensor) in self._own or getattr(tensor, "of_parameters_only", False)
 
     def _mark(self, args: Any, kwargs: Any, result: Any) -> None:
-        """What is made of parameters alone is a weight as well: a part, a cast, a parametrization."""
+        """Mark what is made of parameters alone as a weight: a part, a cast, a parametrization."""
         tensors = [value for value in _flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
         if tensors and all(map(self._is_weight, tensors)):
             for value in _flatten([result]):
@@ -240,8 +246,10 @@ _BY_ANOTHER_WAY = (
 
 
 def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[Rows]]:
-    """The query's rows that face coordinates of the key of its own, and those that face coordinates that heads share.
-    Empty where all keys are of one kind, or where a coordinate or a row belongs to both."""
+    """Split the query's rows into those that face key coordinates of one head and those that face shared ones.
+
+    Both are empty where all keys are of one kind, or where a coordinate or a row belongs to both.
+    """
     heads, width = q.shape[1], q.shape[-1]
     shared = [feeds(rows.masks, heads).sum(0) > 1 for rows in key.rows]
     private = [feeds(rows.masks, heads).sum(0) == 1 for rows in key.rows]
@@ -269,8 +277,10 @@ def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[R
 
 
 def _heads_of(tensor: Tensor) -> int:
-    """How many heads there are in front of the last two axes, [B · heads]: after how many the same columns of the
-    projections come again."""
+    """Return the number of heads in the axis before the last two, [B · heads].
+
+    It is the number after which the same columns of the projections come again.
+    """
     slices = tensor.reshape(-1, *tensor.shape[-2:])
     first = _columns_behind(slices, 0)
     for index in range(1, len(slices)):
@@ -280,7 +290,7 @@ def _heads_of(tensor: Tensor) -> int:
 
 
 def _heads_repeat(tensor: Tensor, heads: int) -> bool:
-    """Whether the slices in front of the last two axes, [B · heads], are the same heads for every sequence."""
+    """Tell whether the slices of the axes before the last two, [B · heads], are the same heads for every sequence."""
     slices = tensor.reshape(-1, *tensor.shape[-2:])
     if len(slices) % heads:
         return False
@@ -291,7 +301,7 @@ def _heads_repeat(tensor: Tensor, heads: int) -> bool:
 
 
 def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
-    """Which columns of each product feed one of the slices [N, T, d]."""
+    """Return which columns of each product feed one of the slices [N, T, d]."""
     leaves, _ = leaves_of(slices)
     probe = torch.zeros_like(slices)
     probe[index] = torch.randn_like(probe[index])
@@ -300,8 +310,11 @@ def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
 
 
 def _of_order_one(output: Tensor) -> Tensor:
-    """The values do not matter, but where a weight is zero or small yet, the epsilon of a norm behind it would count;
-    and an overflow of the first forward would hide everything."""
+    """Scale the output to values of order one.
+
+    The values do not matter, but where a weight is still zero or small, the epsilon of a norm after it would count; and
+    an overflow of the first forward would hide everything.
+    """
     if output.is_meta or not output.numel():
         return output
     size = output.float().square().mean().sqrt()
@@ -311,7 +324,7 @@ def _of_order_one(output: Tensor) -> Tensor:
 
 
 def _with_autograd() -> Any:
-    """A context in which operations are recorded, also in the code of a custom operator, which runs below autograd."""
+    """Make a context in which operations are recorded, also in a custom operator's code, which runs below autograd."""
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         exclude = exclude.remove(key)

@@ -31,7 +31,7 @@ from muonclip.torch.logits.sharded_attention import local_queries_and_keys
 from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
 
 host_flex = flex_module.flex_attention
-_OBSERVER = "_qk_observer"  # the attribute of a module under which its Observer stands
+_OBSERVER = "_qk_observer"  # the attribute of a module that holds its Observer
 
 
 class Listener(Protocol):
@@ -45,8 +45,10 @@ class Listener(Protocol):
 
 
 class _OfThread(threading.local):
-    """Who listens in the thread that runs: attention of another thread is another model's, or nobody's. The threads in
-    which autograd recomputes a module run its hooks, which say so there."""
+    """The listeners of the running thread: attention of another thread is another model's, or nobody's.
+
+    The threads in which autograd recomputes a module run its hooks, which set the listener there.
+    """
 
     def __init__(self) -> None:
         self.listeners: list[Listener | Silent | None] = []
@@ -57,14 +59,14 @@ of_thread = _OfThread()
 
 
 def listener() -> Listener | None:
-    """Who listens now."""
+    """Return the present listener; an `Observer` is none where gradients are off."""
     who = of_thread.listeners[-1] if of_thread.listeners else None
     return None if isinstance(who, Silent) else who
 
 
 @contextmanager
 def listening(who: Listener | None) -> Iterator[None]:
-    """Attention within is seen by `who`; by nobody with None."""
+    """Let `who` handle the attention calls within; with None nobody does."""
     of_thread.listeners.append(who)
     try:
         yield
@@ -80,8 +82,10 @@ class Silent:
 
 
 class Observer:
-    """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
-    statistic, from all of its calls. `written_out`: the module writes its attention out."""
+    """Fills the statistics of the attentions that one module calls, in the order of its calls.
+
+    Where there is only one statistic, all calls fill it. `written_out`: the module writes its attention out.
+    """
 
     def __init__(self, statistics: Sequence[MaxLogits], *, calls: int | None, written_out: bool) -> None:
         self.statistics, self.written_out = list(statistics), written_out
@@ -89,14 +93,17 @@ class Observer:
         self.silent = Silent(self)
 
     def statistic(self) -> MaxLogits:
-        """The statistic of the next call."""
+        """Return the statistic of the next call."""
         self.calls += 1
         if self.expected is not None and self.calls > self.expected:
             raise RuntimeError(self._unexpected())
         return self.statistics[min(self.calls, len(self.statistics)) - 1]
 
     def check_calls(self) -> None:
-        """Raises RuntimeError at the end of a run whose calls cannot be told apart; one without any is none."""
+        """Raise RuntimeError at the end of a run that made too few calls to know which heads they were.
+
+        A run without any call is not one of the module's attention.
+        """
         if self.expected is not None and 0 < self.calls < self.expected:
             raise RuntimeError(self._unexpected())
 
@@ -108,8 +115,10 @@ class Observer:
         )
 
     def see(self, q: Tensor, k: Tensor, scale: float | Tensor | None, lse: Tensor | None = None, **mask: Any) -> None:
-        """One call: q [..., Tq, d], k [..., Tk, d] with heads in front, this rank's or, as DTensors, all of them;
-        `mask`: as `AttentionMask` takes it."""
+        """Observe one call: q [..., Tq, d], k [..., Tk, d], the heads before these axes.
+
+        The heads are this rank's or, as DTensors, all of them. `mask`: as `AttentionMask` takes it.
+        """
         statistic = self.statistic()
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         if q.is_meta:
@@ -158,15 +167,17 @@ class Observer:
             self.see(found.q, found.k, found.scale, attn_mask=found.allowed)
 
     def __deepcopy__(self, memo: object) -> None:
-        """A copy of the model is not observed by the optimizer of the original."""
+        """Leave a copy of the model unobserved by the optimizer of the original."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(None), ())
 
 
 def with_heads(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q [B, heads, Tq, d], k [B, G, Tk, d] and a mask broadcastable to [B, heads, Tq, Tk], whatever stands in front of
-    the last two axes of q and k, broadcast as attention does it."""
+    """Return q [B, heads, Tq, d], k [B, G, Tk, d] and a mask broadcastable to [B, heads, Tq, Tk].
+
+    q and k may have any axes before the last two; they are broadcast as attention does it.
+    """
     lengths = q.shape[-2], k.shape[-2]
     if q.ndim == k.ndim == 4 and q.shape[1] == heads:
         batch = max(len(q), len(k))
@@ -184,7 +195,7 @@ def with_heads(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> tuple[T
 
 
 def dense_of(block_mask: BlockMask | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask of FlexAttention as bool [B or 1, H or 1, Tq, Tk]."""
+    """Return the mask of FlexAttention as bool [B or 1, H or 1, Tq, Tk]."""
     if block_mask is None:
         return None
     batch, heads = block_mask.shape[:2]
@@ -286,15 +297,17 @@ def end_listening(*whom: object) -> None:
 
 
 class Hooks:
-    """A pair of hooks on any number of modules, under one key in all of them: compiled code asks for a hook's key, so
-    with keys of their own layers could not share their code."""
+    """A pair of hooks on any number of modules, under one key in all of them.
+
+    Compiled code guards on a hook's key, so that layers with keys of their own could not share their code.
+    """
 
     def __init__(self, key: int, before: Callable[..., Any], after: Callable[..., Any], *, with_kwargs: bool) -> None:
         self.key, self.before, self.after, self.with_kwargs = key, before, after, with_kwargs
         self.modules: list[nn.Module] = []
 
     def put_on(self, module: nn.Module) -> None:
-        """`after` is called even if the module raises."""
+        """Put both hooks on a module; `after` is called even if the module raises."""
         self.modules.append(module)
         module._forward_pre_hooks[self.key] = self.before
         if self.with_kwargs:
@@ -332,7 +345,7 @@ def attach(module: nn.Module, observer: Observer, hooks: Hooks) -> None:
 
 
 def enter(module: nn.Module, args: Any) -> None:
-    """The module begins to run."""
+    """Begin the observation of a module that begins to run."""
     observer = module.__dict__.get(_OBSERVER)
     if observer is None:  # a copy of an observed module
         return

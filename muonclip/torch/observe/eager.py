@@ -27,9 +27,12 @@ from muonclip.torch.observe.torch_functions import bind, functions
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A tensor on its way to a softmax. q [..., Tq, d], k [..., Tk, d]; `scale`: a number, or a tensor [] that the host
-    need not read; `forbidden`: bool, broadcastable to the tensor, the pairs that were masked so far; `problem`: what
-    was not understood on the way; `place`: where the product was made, whatever the tracker's `place` says."""
+    """A tensor on its way to a softmax.
+
+    q [..., Tq, d], k [..., Tk, d]. `scale`: a number, or a tensor [] that the host need not read. `forbidden`: bool,
+    broadcastable to the tensor, the pairs that were masked so far. `problem`: what was not understood on the way.
+    `place`: where the product was made, by the tracker's `place`.
+    """
 
     tensor: Tensor
     q: Tensor
@@ -105,7 +108,7 @@ class ScoreTracker(TorchFunctionMode):
             return own(*args, **kwargs)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """What became of a score, or a new one."""
+        """Record what became of a score, or a new one."""
         if func in _PRODUCTS or func is torch.einsum:
             score = _einsum(args, result) if func is torch.einsum else _product(func, bind(func, args, kwargs), result)
             if score is not None:
@@ -151,7 +154,7 @@ def _einsum(args: tuple[Any, ...], result: Tensor) -> Score | None:
 
 
 def _after(func: Any, arguments: Mapping[str, Any], score: Score, scores: list[Score], result: Tensor) -> Score:
-    """The score that `result` is."""
+    """Return the score that `result` is."""
     if func in _TIMES or func in _OVER:
         return _scaled(func, arguments, score)
     if func in _PLUS:
@@ -210,7 +213,7 @@ def _overwritten(score: Score, arguments: Mapping[str, Any]) -> Score:
 
 
 def _where_masked(chosen: Tensor, value: Any) -> Tensor | bool:
-    """Where `value` stands in the place of a logit and forbids the pair."""
+    """Return where `value` replaces a logit and forbids the pair."""
     masked = is_masked(value.detach() if isinstance(value, Tensor) else value)
     return chosen & masked if isinstance(masked, Tensor) else masked and chosen
 
@@ -233,7 +236,7 @@ def _finish(score: Score, dimension: int | None) -> WrittenOut:
     problem = score.problem
     if dimension not in (-1, logits.ndim - 1) or logits.shape[-2] != score.q.shape[-2] or logits.shape[-1] < keys:
         problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
-    allowed = logits[..., :keys] != -torch.inf  # what stands behind is a sink
+    allowed = logits[..., :keys] != -torch.inf  # columns after the keys are a sink
     if score.forbidden is not None and not problem:
         allowed = allowed & ~score.forbidden[..., :keys]
     return WrittenOut(score.q, score.k, score.scale, allowed, problem, score.place)

@@ -41,7 +41,7 @@ def queries_and_keys(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, str] | None
 
 
 def _without_ellipsis(equation: str, operands: Any) -> str:
-    """ "...id,...jd->...ij" with letters in the place of the dots."""
+    """Replace the dots of "...id,...jd->...ij" by letters."""
     letters = [letter for letter in "ABCDEFGHIJKLMNOP" if letter not in equation]
     inputs, output = equation.replace(" ", "").split("->")
     axes = max(x.ndim - len(part.replace("...", "")) for part, x in zip(inputs.split(","), operands, strict=True))

@@ -20,7 +20,7 @@ _host_get_interface = AttentionInterface.get_interface
 
 
 def interface_door() -> tuple[type, str, Callable[..., Any]]:
-    """What to put where: the function by which every model looks its attention up."""
+    """Return where to put what: the function by which every model looks its attention up."""
     return AttentionInterface, "get_interface", _get_interface
 
 
@@ -54,7 +54,7 @@ def _observed(
 def _mask(
     implementation: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The mask as `AttentionMask` takes it; each implementation has its own way to say it."""
+    """Return the mask as `AttentionMask` takes it; each implementation has its own way to give it."""
     if isinstance(mask, BlockMask):
         return {"attn_mask": dense_of(mask, query, key)}
     if implementation == "eager" or (isinstance(mask, Tensor) and mask.ndim == 4):
@@ -73,7 +73,7 @@ def _mask(
 
 
 def _documents(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """int [1, T]: which of the sequences packed into one row each position belongs to."""
+    """Return which of the sequences packed into one row each position belongs to, int [1, T]."""
     ends, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     length = query.shape[-2]
     if ends is not None:

@@ -26,7 +26,7 @@ from muonclip.torch.observe.calls import flex_door, host_flex, sdpa_door
 
 
 def _sdpa_door_for(standing: Any) -> Any:
-    """The door in the place of what stands there: the host's attention, or somebody's own kernel."""
+    """Return the replacement of what is there now: of PyTorch's attention, or of somebody's own kernel."""
     if standing is host_sdpa:
         return sdpa_door
     if sdpa_door in (standing, getattr(standing, "func", None)):  # which somebody put back after it was closed
@@ -60,7 +60,7 @@ class Doors:
 
     @classmethod
     def close(cls) -> None:
-        """One user less. What somebody else has put in the place of a door stays."""
+        """Count one user less; after the last, put the originals back. What somebody else has put there since stays."""
         with cls._lock:
             cls._users -= 1
             if cls._users:

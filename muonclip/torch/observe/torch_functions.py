@@ -43,12 +43,12 @@ _ALIASES = {"self": "input", "x": "input", "x1": "input", "a": "input", "x2": "o
 
 
 def functions(*names: str) -> set[Callable[..., Any]]:
-    """The functions and methods of torch by these names."""
+    """Return the functions and methods of torch by these names."""
     return {getattr(home, name) for home in (torch, Tensor, F) for name in names if callable(getattr(home, name, None))}
 
 
 def bind(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of the parameters; those without a known name by their position."""
+    """Return the arguments of a call by the names of the parameters; those without a known name by their position."""
     names = _positional_names(function)
     arguments = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
     for name, value in kwargs.items():
