@@ -24,12 +24,12 @@ class MatrixState:
 
     The rows of a state are those of its matrix: so that it is cut, moved and joined as the matrix is. Its columns are
     the matrix's too, or one (a number for a whole matrix is kept once for each row). `dtype`: None is the momentum's,
-    which the user chooses. Raises ValueError for other shapes.
+    which the user chooses; "wide" is float32, or float64 for float64 parameters. Raises ValueError for other shapes.
     """
 
     name: str
     shape: Callable[[int, int], tuple[int, int]] = of_its_shape
-    dtype: Literal["float32", "float64"] | None = None
+    dtype: Literal["wide"] | None = None
 
     def __post_init__(self) -> None:
         if self.shape(5, 7) not in ((5, 7), (5, 1)):

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec, Sharding
 
 from muonclip.core import update_scale
+from muonclip.core.matrix_state import MatrixState
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.array_layout import KERNEL, ArrayLayout
@@ -60,12 +61,8 @@ def scale_by_rule(
         for declared in rule.states:
             if declared.name not in states:
                 each = zip(leaves, layouts.values(), strict=True)
-                states[declared.name] = treedef.unflatten(
-                    [
-                        jnp.zeros(declared.stored_shape(leaf.shape, layout.fan_in), declared.dtype or leaf.dtype)
-                        for leaf, layout in each
-                    ]
-                )
+                zeros = [_zeros(declared, leaf, layout, mu_dtype) for leaf, layout in each]
+                states[declared.name] = treedef.unflatten(zeros)
         return _as_optax(jnp.zeros((), jnp.int32), states)
 
     def update(
@@ -98,7 +95,10 @@ def scale_by_rule(
         )
         if not plain:
             applied = [rule.apply(u, s, ops) for u, s, ops in zip(done, states, operations, strict=True)]
-            states = [s for _, s in applied]
+            states = [
+                {name: value.astype(old[name].dtype) for name, value in s.items()}
+                for (_, s), old in zip(applied, states, strict=True)
+            ]
             done = [
                 u * _by_block(layout, u, each)
                 for (u, _), layout, each in zip(applied, layouts.values(), scales, strict=True)
@@ -108,6 +108,13 @@ def scale_by_rule(
         return treedef.unflatten(done), _as_optax(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(declared: MatrixState, leaf: jax.Array, layout: ArrayLayout, mu_dtype: Any) -> jax.Array:
+    """Make a state of all matrices of an array, sharded as the array is."""
+    dtype = _wide_dtype(leaf.dtype) if declared.dtype == "wide" else mu_dtype or leaf.dtype
+    zeros = jnp.zeros_like(leaf, dtype)
+    return jnp.sum(zeros, axis=layout.fan_in, keepdims=True) if declared.is_per_row else zeros
 
 
 def _as_optax(count: jax.Array, states: Mapping[str, optax.Updates]) -> ScaleByMuonState | ScaleByRuleState:
@@ -150,9 +157,11 @@ def _operations(layout: ArrayLayout, dtype: Any) -> MatrixOperations:
 
     def total(x: jax.Array) -> jax.Array:
         rows = jnp.sum(x, axis=layout.fan_in, keepdims=True)
-        blocks = layout.fused.split(layout.units(rows), xp=jnp)
+        spec = jax.typeof(rows).sharding.spec
+        blocks = layout.fused.split(layout.units(_resharded(rows, spec, PartitionSpec())), xp=jnp)
         sums = [jnp.broadcast_to(jnp.sum(block, axis=-2, keepdims=True), block.shape) for block in blocks]
-        return layout.array(layout.fused.join(sums, layout.unit_shape(rows.shape), xp=jnp), rows.shape)
+        whole = layout.array(layout.fused.join(sums, layout.unit_shape(rows.shape), xp=jnp), rows.shape)
+        return _resharded(whole, spec, spec)
 
     return MatrixOperations(
         lerp=lerp,
@@ -169,7 +178,16 @@ def _by_block(layout: ArrayLayout, x: jax.Array, scales: tuple[float, ...]) -> j
     shape = tuple(1 if axis in layout.fan_in else size for axis, size in enumerate(x.shape))
     blocks = layout.fused.matrix_shapes(layout.unit_shape(shape))
     rows = [jnp.full(block, scale, x.dtype) for block, scale in zip(blocks, scales, strict=True)]
-    return layout.array(layout.fused.join(rows, layout.unit_shape(shape), xp=jnp), shape)
+    whole = layout.array(layout.fused.join(rows, layout.unit_shape(shape), xp=jnp), shape)
+    spec = PartitionSpec(
+        *(None if axis in layout.fan_in else axes for axis, axes in enumerate(jax.typeof(x).sharding.spec))
+    )
+    return _resharded(whole, spec, spec)
+
+
+def _resharded(rows: jax.Array, spec: PartitionSpec, wanted: PartitionSpec) -> jax.Array:
+    """Move what there is per row where `wanted` says, if its type says (`spec`) that it is spread over a mesh."""
+    return jax.sharding.reshard(rows, wanted) if any(spec) else rows
 
 
 def _wide_dtype(dtype: Any) -> Any:

@@ -32,7 +32,9 @@ def make_matrix_states(
 
 def dtype_of(declared: MatrixState, parameter: Tensor, options: MuonOptions) -> torch.dtype:
     """Return the dtype in which a state of a parameter is kept."""
-    return options.momentum_dtype_of(parameter) if declared.dtype is None else getattr(torch, declared.dtype)
+    if declared.dtype == "wide":
+        return torch.promote_types(parameter.dtype, torch.float32)
+    return options.momentum_dtype_of(parameter)
 
 
 def check_matrix_states(
