@@ -11,8 +11,11 @@ from muonclip.core.text_table import table
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """One line of the plan. `layout`: how the parameter is read as matrices, None for AdamW; `decays`: whether weight
-    decay applies; `frozen`: whether it is not trained, as far as the framework knows."""
+    """One line of the plan.
+
+    `use`: who updates the parameter. `layout`: how it is read as matrices, None for AdamW. `decays`: whether weight
+    decay applies. `frozen`: whether it is not trained, as far as the framework knows.
+    """
 
     name: str
     shape: tuple[int, ...]
