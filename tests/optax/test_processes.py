@@ -14,8 +14,11 @@ import tiny_jax as tiny
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def run(folder, kind, processes, devices):
-    """What each process ended with."""
+KINDS = ("Auto", "Explicit")
+
+
+def run(folder, processes, devices):
+    """Kind of mesh axes → what each process ended with."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -27,7 +30,7 @@ def run(folder, kind, processes, devices):
     command = [sys.executable, SUPPORT / "process_worker.py", folder, address, str(processes)]
     folder.mkdir()
     workers = [
-        subprocess.Popen([*command, str(rank), kind], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(processes)
     ]
     try:
@@ -36,24 +39,29 @@ def run(folder, kind, processes, devices):
         for worker in workers:
             worker.kill()
     assert not any(worker.returncode for worker in workers), "\n".join(error[-3000:] for error in errors)
-    return [dict(np.load(folder / f"{kind}-{rank}.npz")) for rank in range(processes)]
+    return {kind: [dict(np.load(folder / f"{kind}-{rank}.npz")) for rank in range(processes)] for kind in KINDS}
 
 
 def distance(one, other):
     return max(np.abs(one[name] - other[name]).max() for name in one)
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return run(folder / "two", processes=2, devices=2), run(folder / "one", processes=1, devices=4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_processes_train_as_one(tmp_path, kind):
-    first, second = run(tmp_path / "two", kind, processes=2, devices=2)
-    (alone,) = run(tmp_path / "one", kind, processes=1, devices=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_train_as_one(ended, kind):
+    (first, second), (alone,) = (by_kind[kind] for by_kind in ended)
     assert distance(first, second) == 0
-    assert first.pop("clipped").tolist() == alone.pop("clipped").tolist()
-    assert second.pop("clipped").sum() >= 5
+    assert first["clipped"].tolist() == alone["clipped"].tolist()
+    assert second["clipped"].sum() >= 5
     assert distance(first, alone) < 1e-6
     params, _ = tiny.train(tiny.optimizer(), tiny.init(), tiny.batches(5))
     whole = {
         jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-    assert distance(first, whole) < 1e-5
+    assert distance(whole, first) < 1e-5
