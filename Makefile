@@ -23,7 +23,7 @@ test: env ## format check, lint, types, and all tests but the slow ones
 	  "types &" "$(MAKE) -s typecheck" tests '$(PYTEST) -m "not slow" --dist worksteal'
 
 test-slow: env ## the slow tests
-	@$(PY) .ci/parts.py "make test-slow" 14 tests "$(PYTEST) -m slow -p no:randomly --dist loadfile"
+	@$(PY) .ci/parts.py "make test-slow" 14 tests "$(PYTEST) -m slow -p no:randomly --dist worksteal"
 
 format: env ## rewrite the sources in the house format
 	$(PY) -m ruff format .
