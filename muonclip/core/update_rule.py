@@ -1,7 +1,7 @@
 """The stages of an update, on stacks of logical matrices and for every adapter:
 
     S ← advance(G, S)         the gradient enters the state
-    X = direction(G, S)       what is orthogonalized
+    X = direction(G, S)       what is orthogonalised
     O = orthogonalize(X)      Newton–Schulz; the adapter's, for it batches matrices and moves them between ranks
     U, S ← apply(O, S)        what the weight moves by, before its scale, the rate and the decay
 
@@ -40,7 +40,7 @@ class MatrixOperations:
 
 @dataclass(frozen=True, slots=True)
 class Momentum:
-    """The momentum of one step: β, and how the gradient enters what is orthogonalized.
+    """The momentum of one step: β, and how the gradient enters what is orthogonalised.
 
     `count`: the number of the step, from 1; only "bias_corrected", which is Optax's, needs it. `used`: 1 for matrices
     whose state moves in this step, 0 for others; None: all.
@@ -64,7 +64,7 @@ class MuonRule:
         return {**state, "momentum_buffer": operations.average(state["momentum_buffer"], gradient, weight)}
 
     def direction(self, gradient: Array, state: State, momentum: Momentum, operations: MatrixOperations) -> Array:
-        """Return what is orthogonalized, after `advance`."""
+        """Return what is orthogonalised, after `advance`."""
         buffer = state["momentum_buffer"]
         if not momentum.nesterov:
             return buffer
@@ -74,7 +74,7 @@ class MuonRule:
         return operations.lerp(gradient, buffer, momentum.beta)
 
     def apply(self, update: Array, state: State, operations: MatrixOperations) -> tuple[Array, State]:
-        """Return what the weight moves by, from the orthogonalized matrices."""
+        """Return what the weight moves by, from the orthogonalised matrices."""
         del operations
         return update, state
 

@@ -59,7 +59,7 @@ class SegmentStep:
         self._used: Tensor | None = None
 
     def advance(self, start: int, stop: int) -> Tensor:
-        """Let the gradient into the state; return what is orthogonalized of the matrices `start` to `stop`."""
+        """Let the gradient into the state; return what is orthogonalised of the matrices `start` to `stop`."""
         step, options = self.step, self.step.options
         with self._state() as state:
             buffer = state["momentum_buffer"]
