@@ -59,7 +59,7 @@ class MuonRule:
     states: ClassVar[tuple[MatrixState, ...]] = (MatrixState("momentum_buffer"),)
 
     def advance(self, gradient: Array, state: State, momentum: Momentum, operations: MatrixOperations) -> State:
-        """Let the gradient into the state."""
+        """Add the gradient to the state; return the new state."""
         weight = 1 - momentum.beta if momentum.used is None else (1 - momentum.beta) * momentum.used
         return {**state, "momentum_buffer": operations.average(state["momentum_buffer"], gradient, weight)}
 
