@@ -8,7 +8,7 @@ argument `max_logits`; `muonclip.optax.max_logits` measures it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -20,6 +20,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from muonclip.core.head_parts import FACTOR_OF, HeadPart, check_parts, grouped_parts, latent_parts
 from muonclip.core.qk_clip import check_alpha, check_tau, clip_factors
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked, map_named, name_of, named_leaves
@@ -50,16 +51,12 @@ class QKProjection:
             raise ValueError(
                 "some parts stack layers (layer_axis) and some do not; declare the stack and the rest separately."
             )
-        if not self.reason and not self.query_facing_shared and not (self.query and self.key):
-            raise ValueError(
-                "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for neither."
-            )
+        check_parts([part for part in FACTOR_OF if getattr(self, part)], self.reason)
 
     @classmethod
     def mha(cls, *, q: str, k: str, num_heads: int, in_axis: int = 0, layer_axis: int | None = None) -> QKProjection:
         """Declare multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
-        query, key = (HeadRows(path, num_heads, in_axis=in_axis, layer_axis=layer_axis) for path in (q, k))
-        return cls(num_heads, query=(query,), key=(key,))
+        return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, in_axis=in_axis, layer_axis=layer_axis)
 
     @classmethod
     def gqa(
@@ -70,12 +67,8 @@ class QKProjection:
         Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
         same key keep their weights. Raises ValueError for numbers of heads that do not divide.
         """
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
-        if num_kv_heads == num_heads:
-            return cls.mha(q=q, k=k, num_heads=num_heads, in_axis=in_axis, layer_axis=layer_axis)
-        query = HeadRows(q, num_heads, in_axis=in_axis, layer_axis=layer_axis)
-        return cls(num_heads, query_facing_shared=(query,))
+        _, parts = grouped_parts(num_heads, num_kv_heads)
+        return cls._from_parts(num_heads, parts, {"q": q, "k": k}, in_axis, layer_axis)
 
     @classmethod
     def mla(
@@ -95,21 +88,30 @@ class QKProjection:
         `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
         head. The rotary key is shared and never scaled.
         """
+        _, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        return cls._from_parts(num_heads, parts, {"q": q, "kv": kv}, in_axis, layer_axis)
 
-        def part(path: str, size: int, start: int, stride: int) -> HeadRows:
-            return HeadRows(path, num_heads, size, start, stride, in_axis, layer_axis)
-
-        q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
-        return cls(
-            num_heads,
-            query=(part(q, qk_nope_head_dim, 0, q_stride),),
-            key=(part(kv, qk_nope_head_dim, 0, kv_stride),),
-            query_facing_shared=(part(q, qk_rope_head_dim, qk_nope_head_dim, q_stride),),
-        )
+    @classmethod
+    def _from_parts(
+        cls,
+        num_heads: int,
+        parts: Iterable[HeadPart],
+        paths: Mapping[str, str],
+        in_axis: int,
+        layer_axis: int | None,
+    ) -> QKProjection:
+        rows: dict[str, Any] = {}
+        for part in parts:
+            if part.part in FACTOR_OF:  # what is not scaled is not declared here
+                own = HeadRows(
+                    paths[part.projection], part.num_heads, part.size, part.start, part.stride, in_axis, layer_axis
+                )
+                rows[part.part] = (*rows.get(part.part, ()), own)
+        return cls(num_heads, **rows)
 
     def parts(self) -> tuple[HeadRows, ...]:
         """Return every declared part."""
-        return self.query + self.key + self.query_facing_shared
+        return tuple(rows for part in FACTOR_OF for rows in getattr(self, part))
 
 
 QKProjections: TypeAlias = Any
@@ -242,7 +244,7 @@ def _scalings(
     for number, (name, projection) in enumerate(projections):
         if projection.reason:
             continue
-        sides = (("query", projection.query), ("key", projection.key), ("gamma", projection.query_facing_shared))
+        sides = [(factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()]
         paths = [rows.path for rows in projection.parts()]
         own = {leaf: is_masked(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
         if any(own.values()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from muonclip.core import ClipFactors, clip_factors
+from muonclip.core.head_parts import FACTOR_OF
 from muonclip.torch.clip.reduction import JointMaxima, constant
 from muonclip.torch.clip.report import LayerReport
 from muonclip.torch.heads.head_rows import HeadRows, scale_heads
@@ -61,9 +62,8 @@ def scaled_rows(
     for name, factor in factors.items():
         projection = projections[name]
         if clips(projection):
-            yield from ((rows, factor.query) for rows in projection.query)
-            yield from ((rows, factor.key) for rows in projection.key)
-            yield from ((rows, factor.gamma) for rows in projection.query_facing_shared)
+            for part, own in FACTOR_OF.items():
+                yield from ((rows, getattr(factor, own)) for rows in getattr(projection, part))
 
 
 def clips(projection: QKProjection) -> bool:

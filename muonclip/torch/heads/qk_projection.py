@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, check_parts, grouped_parts, latent_parts
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -40,24 +41,21 @@ class QKProjection:
     def __post_init__(self) -> None:
         if self.max_logits.num_heads != self.num_heads:
             raise ValueError(f"max_logits counts {self.max_logits.num_heads} heads, the projection {self.num_heads}.")
-        for part in ("query", "key", "query_facing_shared", "shared_key", "value"):
+        for part in SIDE_OF:
             for rows in getattr(self, part):
                 rows.check(part)
-                if part in ("query", "key", "query_facing_shared") and rows.num_heads != self.num_heads:
+                if part in FACTOR_OF and rows.num_heads != self.num_heads:
                     raise ValueError(
                         f"{part} has rows for {rows.num_heads} heads, the attention has {self.num_heads}: a part is "
                         f"either each head's own or, for a key that heads share, `shared_key`."
                     )
-        if not self.reason and not self.query_facing_shared and not (self.query and self.key):
-            raise ValueError(
-                "a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for none."
-            )
+        check_parts([part for part in SIDE_OF if getattr(self, part)], self.reason)
         self._tell_the_statistic()
 
     def _tell_the_statistic(self) -> None:
         """Give the statistic the rows of the queries: under tensor parallelism a forward has some of the heads only."""
         for rows in (*self.query, *self.query_facing_shared):
-            self.max_logits.query_heads = QueryHeads.of(rows)
+            self.max_logits.query_heads = QueryHeads.from_rows(rows)
             return
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,15 +89,8 @@ class QKProjection:
         Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
         same key keep their weights. Raises ValueError for numbers of heads that do not divide.
         """
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
-        query = (_whole("q", q, num_heads),)
-        key = (_whole("k", k, num_kv_heads),)
-        value = () if v is None else (_whole("v", v, num_kv_heads),)
-        if num_kv_heads == num_heads:
-            return cls("mha", num_heads, max_logits, query=query, key=key, value=value)
-        kind = "mqa" if num_kv_heads == 1 else "gqa"
-        return cls(kind, num_heads, max_logits, query_facing_shared=query, shared_key=key, value=value)
+        kind, parts = grouped_parts(num_heads, num_kv_heads)
+        return cls._from_parts(kind, num_heads, max_logits, parts, q=q, k=k, v=v)
 
     @classmethod
     def mla(
@@ -124,30 +115,34 @@ class QKProjection:
                 raise ValueError(
                     f"{name} has {_rows(module)} rows; {num_heads} heads of {stride} would have {num_heads * stride}."
                 )
-        return cls(
-            "mla",
-            num_heads,
-            max_logits,
-            query=(HeadRows(q, num_heads, qk_nope_head_dim, 0, q_stride, axis=out_axis(q)),),
-            key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride, axis=out_axis(kv)),),
-            query_facing_shared=(
-                HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride, axis=out_axis(q)),
-            ),
-            value=(HeadRows(kv, num_heads, v_head_dim, qk_nope_head_dim, kv_stride, axis=out_axis(kv)),),
-        )
+        kind, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        return cls._from_parts(kind, num_heads, max_logits, parts, q=q, kv=kv)
+
+    @classmethod
+    def _from_parts(
+        cls,
+        kind: str,
+        num_heads: int,
+        max_logits: MaxLogits,
+        parts: Iterable[HeadPart],
+        **projections: nn.Module | None,
+    ) -> QKProjection:
+        rows: dict[str, Any] = {}
+        for part in parts:
+            module = projections[part.projection]
+            if module is not None:
+                rows[part.part] = (*rows.get(part.part, ()), _rows_of(part, module))
+        return cls(kind, num_heads, max_logits, **rows)
 
     def parts(self) -> Iterator[tuple[str, HeadRows]]:
         """Yield every declared part with the side it is on: "query", "key" or "value"."""
-        for rows in (*self.query, *self.query_facing_shared):
-            yield "query", rows
-        for rows in (*self.key, *self.shared_key):
-            yield "key", rows
-        for rows in self.value:
-            yield "value", rows
+        for part, side in SIDE_OF.items():
+            for rows in getattr(self, part):
+                yield side, rows
 
     def scaled_parts(self) -> tuple[HeadRows, ...]:
         """Return the parts that the clip may scale."""
-        return () if self.reason else self.query + self.key + self.query_facing_shared
+        return () if self.reason else tuple(rows for part in FACTOR_OF for rows in getattr(self, part))
 
     def qk_parameters(self) -> list[Tensor]:
         """Return the weights and biases behind queries and keys."""
@@ -196,7 +191,11 @@ def _rows(module: nn.Module) -> int:
     return weight.shape[out_axis(module)]
 
 
-def _whole(name: str, module: nn.Module, num_heads: int) -> HeadRows:
-    if num_heads < 1 or _rows(module) % num_heads:
-        raise ValueError(f"{name}: {num_heads} heads do not divide the {_rows(module)} rows of its weight.")
-    return HeadRows(module, num_heads, _rows(module) // num_heads, axis=out_axis(module))
+def _rows_of(part: HeadPart, module: nn.Module) -> HeadRows:
+    axis = out_axis(module)
+    if part.size is not None:
+        return HeadRows(module, part.num_heads, part.size, part.start, part.stride, axis=axis)
+    rows = _rows(module)
+    if part.num_heads < 1 or rows % part.num_heads:
+        raise ValueError(f"{part.projection}: {part.num_heads} heads do not divide the {rows} rows of its weight.")
+    return HeadRows(module, part.num_heads, rows // part.num_heads, axis=axis)

@@ -26,7 +26,7 @@ class QueryHeads:
     _first: dict[Any, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: HeadRows) -> QueryHeads:
+    def from_rows(cls, rows: HeadRows) -> QueryHeads:
         return cls(weakref.ref(rows.module), replace(rows, module=_NO_MODULE))
 
     def count(self) -> int | None:
