@@ -13,7 +13,7 @@ MASKED = -9984.0
 """−1e4 as bfloat16 stores it, the largest number that forbids; float16 and float32 hold it exactly."""
 
 
-def is_masked(value: Array | float) -> Array | bool:
+def is_masked(value: Array | float) -> Array:
     """Tell whether a value forbids the pair that it is added to, or filled in for: bool, element by element.
 
     Ask it of the tensor or number that was added or filled in, not of the logits that come out: the same number may be

@@ -34,7 +34,7 @@ class ArrayLayout:
     """The layout of the units [count, fan_out, fan_in]."""
 
     @classmethod
-    def of(cls, layout: WeightLayout, shape: Sequence[int]) -> ArrayLayout:
+    def from_layout(cls, layout: WeightLayout, shape: Sequence[int]) -> ArrayLayout:
         """Read a shape by a layout. Raises ValueError for a shape that the layout cannot read."""
         ndim = len(shape)
         if isinstance(layout, MatrixLayout):

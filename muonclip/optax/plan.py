@@ -51,7 +51,9 @@ class Plan:
     parameters: tuple[PlannedParameter, ...]
 
     def __str__(self) -> str:
-        return parameter_table(self.parameters, lambda layout, shape: ArrayLayout.of(layout, shape).describe(shape))
+        return parameter_table(
+            self.parameters, lambda layout, shape: ArrayLayout.from_layout(layout, shape).describe(shape)
+        )
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`."""
@@ -110,7 +112,7 @@ def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None)
     if layout is None:
         return PlannedParameter(name, shape, "adamw", "declared", decays=role_of(name, shape).decays)
     try:
-        ArrayLayout.of(layout, shape)
+        ArrayLayout.from_layout(layout, shape)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     return PlannedParameter(name, shape, "muon", "declared", layout)
@@ -121,7 +123,7 @@ def _adamw(name: str, shape: tuple[int, ...], role: Role) -> PlannedParameter:
 
 
 def _muon(name: str, shape: tuple[int, ...], reason: str, layout: WeightLayout) -> PlannedParameter:
-    array = ArrayLayout.of(layout, shape)
+    array = ArrayLayout.from_layout(layout, shape)
     if is_one_row(array.fused.matrix_shapes(array.unit_shape(shape))):
         return _adamw(name, shape, ONE_ROW)
     return PlannedParameter(name, shape, "muon", reason, layout)

@@ -136,7 +136,7 @@ def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayou
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise ValueError(f"{name!r} is complex; Muon's polynomials are real. Leave it to AdamW.")
         try:
-            layouts[name] = ArrayLayout.of(layout or KERNEL, array.shape)
+            layouts[name] = ArrayLayout.from_layout(layout or KERNEL, array.shape)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
     return layouts

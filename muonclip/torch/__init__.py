@@ -11,9 +11,10 @@ from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.clip.report import LayerReport, QKClipReport
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.logits.attention import attention
 from muonclip.torch.logits.exact_maxima import measure_max_logits
 from muonclip.torch.logits.mask import AttentionMask
-from muonclip.torch.logits.max_logits import MaxLogits, attention
+from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.optimizer.muonclip import Muon, MuonClip
 from muonclip.torch.optimizer.plan import Plan, PlannedParameter
 

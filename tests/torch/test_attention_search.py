@@ -645,7 +645,7 @@ def test_a_wrong_declaration_is_caught_before_it_is_trained_with(wrong):
         parts = HeadRows(layer, HEADS, HEAD), HeadRows(layer, HEADS, HEAD, HEADS * HEAD)
     else:
         swapped = HeadRows(layer, HEADS, HEAD, 0, stride).rows("cpu")[[1, 0, 2, 3]]
-        parts = HeadRows.at(swapped, layer), HeadRows(layer, HEADS, HEAD, start, stride)
+        parts = HeadRows.from_index(swapped, layer), HeadRows(layer, HEADS, HEAD, start, stride)
     projection = QKProjection("mha", HEADS, MaxLogits(HEADS), query=(parts[0],), key=(parts[1],))
     clip = QKClip(model, declare={"layers.0": projection})
     with pytest.raises(ValueError, match=r"the declaration of layers\.0 is wrong\. It gives head \d the rows"):

@@ -107,7 +107,7 @@ class ProjectionReader:
                     bias = its_attribute
                     with_a_weight.add(id(vector))
                     break
-            parts.append(HeadRows.at(index, self.places.modules[name], attribute, bias, each.axis))
+            parts.append(HeadRows.from_index(index, self.places.modules[name], attribute, bias, each.axis))
         return tuple(parts)
 
 

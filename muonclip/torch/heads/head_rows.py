@@ -41,7 +41,9 @@ class HeadRows:
     index: Tensor | None = None
 
     @classmethod
-    def at(cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0) -> Self:
+    def from_index(
+        cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0
+    ) -> Self:
         """Make the rows `index` [heads, size], by start and stride where they follow one."""
         heads, size = index.shape
         index = index.sort(1).values.cpu()

@@ -1,0 +1,94 @@
+"""Scaled dot-product attention that observes its maximum logits.
+
+Shapes: B batch, H query heads, G key heads (G divides H), T positions, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.logits.host_sdpa import sdpa_with_lse
+from muonclip.torch.logits.mask import AttentionMask
+from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.logits.sharded_attention import on_local_heads
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    softcap: float | None = None,
+    max_logits: MaxLogits | None = None,
+) -> Tensor:
+    """Compute scaled dot-product attention, and observe its maximum logits.
+
+    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d], `v`: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
+    Masks: see `AttentionMask`. `softcap` c: the logits become c·tanh(S/c), computed densely; S is taken before it.
+    With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected.
+    Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
+    Raises ValueError for shapes that do not fit.
+    """
+    if isinstance(q, DTensor):
+        masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
+        return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
+    _check_shapes(q, k, v, max_logits)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    y, lse = _attend(q, k, v, scale, mask, softcap)
+    if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
+        max_logits.observe(q.detach(), k.detach(), scale=scale, mask=mask, lse=lse)
+    return y
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    if softcap is not None:
+        return _softcapped_attention(q, k, v, scale, mask, softcap), None
+    dense = None if mask.is_causal_only else mask.dense(q.device)
+    if dense is not None and q.dtype == torch.float64 and dense.dtype != torch.bool:
+        dense = dense.to(q.dtype)  # PyTorch 2.13's kernel misreads a float32 mask of float64 queries on some CPUs
+    width = v.shape[-1]
+    if width < q.shape[-1] and q.device.type == "cpu":  # its fast kernel takes equal widths only
+        v = F.pad(v, (0, q.shape[-1] - width))
+    y, lse = sdpa_with_lse(
+        q, k, v, dense, is_causal=mask.is_causal_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return y[..., :width], lse
+
+
+def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    scores = (q * scale) @ k.repeat_interleave(repeats, 1).mT
+    scores = softcap * torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap)
+    v = v.repeat_interleave(repeats, 1)
+    dense = mask.dense(q.device)
+    if dense is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    if dense.dtype == torch.bool:
+        dense = torch.zeros(dense.shape, device=dense.device).masked_fill(~dense, -math.inf)
+    blind = (dense == -math.inf).all(-1, keepdim=True)  # a query without allowed keys gets zeros, as from SDPA
+    weights = (scores + dense.masked_fill(blind, 0)).softmax(-1).masked_fill(blind, 0)
+    return weights.to(v.dtype) @ v
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"{shapes}: attention needs q [B, H, Tq, d], k [B, G, Tk, d] and v [B, G, Tk, dv].")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
+    if max_logits is not None:
+        max_logits.first_of(q.shape[1], shapes)
