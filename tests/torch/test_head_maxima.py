@@ -358,7 +358,7 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = _head_maxima.arg_names
-    constants = dict(IS_CAUSAL=True, MASK_THRESHOLD=0, WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
+    constants = dict(IS_CAUSAL=True, HIGHEST_MASKED=0, WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
     constants |= {name.removeprefix("_"): size for name, size in BLOCKS.items()}
     types = dict(q=f"*{dtype}", k=f"*{dtype}", documents="*i64", attn_mask="*u8", scale="fp32")
     types |= dict.fromkeys(["row_bounds", "floor", "maxima", "bounds"], "*fp32") | dict.fromkeys(constants, "constexpr")
