@@ -12,22 +12,23 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import nodes, summary
-from benchmarks.arms import DEFAULT_ARMS, base_of, parse
-from benchmarks.clip_cost import PLANS, QUICK
-from benchmarks.clip_cost import clip_cost as measure_clip_cost
-from benchmarks.clip_cost_page import read_clip_cost, write_into
-from benchmarks.data import Corpus, open_corpus
-from benchmarks.errors import UsageError
-from benchmarks.explosion import Execution, run_panels, train_panels
-from benchmarks.nodes_run import Nodes
+from benchmarks.execution import ranks as nodes
+from benchmarks.execution.rank_runs import Nodes
+from benchmarks.execution.train import Execution, run_panels, train_panels
+from benchmarks.execution.workers import RunFailed
+from benchmarks.experiment.arms import DEFAULT_ARMS, base_of, parse
+from benchmarks.experiment.data import Corpus, open_corpus
+from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.experiment import Framework, Panel, Training
+from benchmarks.experiment.presets import HOT, OWN_RATE, PRESETS
 from benchmarks.options import make_parser
-from benchmarks.panel import Framework, Panel, Training
-from benchmarks.pilot import choose_rate, pilot_panel
-from benchmarks.presets import HOT, OWN_RATE, PRESETS
-from benchmarks.runner import RunFailed
-from benchmarks.sharded_learner import Layout
-from benchmarks.train import Checkpoints
+from benchmarks.records import summary
+from benchmarks.studies.clip_cost import PLANS, QUICK
+from benchmarks.studies.clip_cost import clip_cost as measure_clip_cost
+from benchmarks.studies.clip_cost_page import read_clip_cost, write_into
+from benchmarks.studies.pilot import choose_rate, pilot_panel
+from benchmarks.training.run import Checkpoints
+from benchmarks.training.sharded_learner import Layout
 from muonclip.models import MoEConfig
 from muonclip.models.parallel import Parallelism
 
@@ -122,7 +123,7 @@ def reproduce(options: argparse.Namespace) -> None:
 
 def evidence(options: argparse.Namespace) -> None:
     """The long version: see `benchmarks.evidence`."""
-    from benchmarks.evidence import evidence as run_evidence
+    from benchmarks.studies.evidence import evidence as run_evidence
 
     corpus = open_corpus(options.data)
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
@@ -152,14 +153,14 @@ def clip_cost(options: argparse.Namespace) -> None:
 def optax_speed(options: argparse.Namespace) -> None:
     """Muon's update in JAX beside Optax's own: see `benchmarks.optax_speed`."""
     _check_jax("optax-speed")
-    from benchmarks.optax_speed import optax_speed as measure_optax_speed
+    from benchmarks.studies.optax_speed import optax_speed as measure_optax_speed
 
     print(measure_optax_speed(options.out, options.rounds))
 
 
 def scaling(options: argparse.Namespace) -> None:
     """Training steps on more and more ranks: see `benchmarks.scaling`."""
-    from benchmarks import scaling as measurement
+    from benchmarks.studies import scaling as measurement
 
     plan = measurement.Plan(options.arms, options.preset, options.batch_size, options.rounds)
     if options.ranks is not None:
@@ -170,7 +171,7 @@ def scaling(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Pictures and pages of finished runs: see `benchmarks.redraw`."""
-    from benchmarks.redraw import redraw
+    from benchmarks.report.redraw import redraw
 
     redraw(options.folders, options.out, events=options.tensorboard)
 

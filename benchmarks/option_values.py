@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-from benchmarks.arms import ARMS, parse, with_settings
-from benchmarks.clip_cost_models import MODELS
+from benchmarks.experiment.arms import ARMS, parse, with_settings
+from benchmarks.studies.clip_cost_models import MODELS
 
 T = TypeVar("T")
 

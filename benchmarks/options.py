@@ -7,15 +7,15 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import get_args
 
-from benchmarks import nodes
 from benchmarks import option_values as values
-from benchmarks.arms import ARMS, DEFAULT_ARMS, SETTINGS
-from benchmarks.clip_cost import PLANS
-from benchmarks.clip_cost_models import MODELS
-from benchmarks.panel import Framework
-from benchmarks.precision import PrecisionChoice
-from benchmarks.presets import PRESETS
-from benchmarks.stored import COMPARISON
+from benchmarks.execution import ranks as nodes
+from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, SETTINGS
+from benchmarks.experiment.experiment import Framework
+from benchmarks.experiment.presets import PRESETS
+from benchmarks.records.load_results import COMPARISON
+from benchmarks.studies.clip_cost import PLANS
+from benchmarks.studies.clip_cost_models import MODELS
+from benchmarks.training.precision import PrecisionChoice
 from muonclip.models.config import Attention
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.arms import ARMS
-from benchmarks.data import Corpus, open_corpus
-from benchmarks.panel import Panel, Training
+from benchmarks.experiment.arms import ARMS
+from benchmarks.experiment.data import Corpus, open_corpus
+from benchmarks.experiment.experiment import Panel, Training
 from muonclip.models import MoEConfig
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import metrics
-from benchmarks.arms import ARMS, appearance, label, model_changes, parse, setup, with_settings
-from benchmarks.train import METRICS, Run
+from benchmarks.experiment.arms import ARMS, appearance, label, model_changes, parse, setup, with_settings
+from benchmarks.records import metrics
+from benchmarks.training.run import METRICS, Run
 
 
 def named(panel, *arms):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.clip_cost import AGAIN, ALWAYS, NEEDED, QUICK, REGIMES, TAU, WITHOUT, Bench, median_interval
-from benchmarks.clip_cost_models import MODELS
-from benchmarks.clip_cost_page import BEGIN, END, read_clip_cost, write_into
-from benchmarks.runner import RunFailed
+from benchmarks.execution.workers import RunFailed
+from benchmarks.studies.clip_cost import AGAIN, ALWAYS, NEEDED, QUICK, REGIMES, TAU, WITHOUT, Bench, median_interval
+from benchmarks.studies.clip_cost_models import MODELS
+from benchmarks.studies.clip_cost_page import BEGIN, END, read_clip_cost, write_into
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -5,9 +5,9 @@ import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks.__main__ import main
-from benchmarks.arms import ARMS, DEFAULT_ARMS
-from benchmarks.presets import HOT, OWN_RATE
-from benchmarks.summary import PanelResult
+from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS
+from benchmarks.experiment.presets import HOT, OWN_RATE
+from benchmarks.records.summary import PanelResult
 
 
 @pytest.mark.parametrize(

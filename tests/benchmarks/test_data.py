@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.data import open_corpus
-from benchmarks.errors import UsageError
+from benchmarks.experiment.data import open_corpus
+from benchmarks.experiment.errors import UsageError
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evidence, metrics
 from benchmarks.__main__ import main
-from benchmarks.evidence_reading import read_cost, read_efficiency, read_evidence, read_hot, read_sweep
-from benchmarks.presets import OWN_RATE
-from benchmarks.runner import RunFailed
-from benchmarks.summary import PanelResult
+from benchmarks.execution.workers import RunFailed
+from benchmarks.experiment.presets import OWN_RATE
+from benchmarks.records import metrics
+from benchmarks.records.summary import PanelResult
+from benchmarks.studies import evidence
+from benchmarks.studies.evidence_reading import read_cost, read_efficiency, read_evidence, read_hot, read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)

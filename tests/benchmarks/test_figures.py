@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib import colors, pyplot
 
-from benchmarks import figures, metrics
-from benchmarks.arms import ARMS
-from benchmarks.style import STYLE
+from benchmarks.experiment.arms import ARMS
+from benchmarks.records import metrics
+from benchmarks.report.style import STYLE
+from benchmarks.studies import evidence_plots as figures
 
 BLUE, ORANGE, GREEN = (ARMS[arm].colour for arm in ("adamw", "muon", "muonclip"))
 

@@ -9,10 +9,10 @@ from matplotlib import colormaps, image, pyplot
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 
-from benchmarks import heads
-from benchmarks.arms import ARMS
-from benchmarks.style import STYLE
-from benchmarks.summary import PanelResult
+from benchmarks.experiment.arms import ARMS
+from benchmarks.records.summary import PanelResult
+from benchmarks.report import head_maps as heads
+from benchmarks.report.style import STYLE
 
 
 def logit(layer, head, step):

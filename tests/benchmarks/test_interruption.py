@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import checkpoint, metrics
-from benchmarks.errors import UsageError
-from benchmarks.runner import locked
-from benchmarks.train import CHECKPOINT, METRICS
+from benchmarks.execution.workers import locked
+from benchmarks.experiment.errors import UsageError
+from benchmarks.records import atomic_files as checkpoint
+from benchmarks.records import metrics
+from benchmarks.training.run import CHECKPOINT, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("muon", "muonclip")

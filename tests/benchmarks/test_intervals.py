@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.intervals import crossing, interval
+from benchmarks.records.intervals import crossing, interval
 
 
 def test_interval_of_three_seeds():

@@ -16,19 +16,20 @@ import optax
 import pytest
 import torch
 
-from benchmarks import checkpoint, metrics
 from benchmarks.__main__ import main
-from benchmarks.arms import ARMS
-from benchmarks.comparison import compare
-from benchmarks.data import open_corpus
-from benchmarks.environment import environment
-from benchmarks.measure import Probe
-from benchmarks.panel import Panel, differences
-from benchmarks.presets import HOT
-from benchmarks.runner import _for_jax
-from benchmarks.style import footer
-from benchmarks.summary import PanelResult, ever_clipped, max_logit
-from benchmarks.train import CHECKPOINT, METRICS, RESULT, Run
+from benchmarks.execution.workers import _for_jax
+from benchmarks.experiment.arms import ARMS
+from benchmarks.experiment.data import open_corpus
+from benchmarks.experiment.experiment import Panel, differences
+from benchmarks.experiment.presets import HOT
+from benchmarks.records import atomic_files as checkpoint
+from benchmarks.records import metrics
+from benchmarks.records.environment import environment
+from benchmarks.records.summary import PanelResult, ever_clipped, max_logit
+from benchmarks.report.comparison import compare
+from benchmarks.report.style import footer
+from benchmarks.training.probe import Probe
+from benchmarks.training.run import CHECKPOINT, METRICS, RESULT, Run
 from muonclip.models import MoEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,7 +334,6 @@ def test_what_jax_is_not_made_for(options, message, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_pytorchs_runs_do_not_import_jax():
-    code = (
-        "import sys, benchmarks.__main__, benchmarks.worker; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
-    )
+    loads = "import sys, benchmarks.__main__, benchmarks.execution.worker"
+    code = f"{loads}; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

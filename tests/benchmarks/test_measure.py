@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import metrics
-from benchmarks.measure import causal_entropy, head_norms, rms
-from benchmarks.train import METRICS, Run
+from benchmarks.records import metrics
+from benchmarks.training.probe import causal_entropy, head_norms, rms
+from benchmarks.training.run import METRICS, Run
 
 
 @pytest.mark.parametrize(("groups", "softcap"), [(4, None), (2, None), (4, 0.7)])

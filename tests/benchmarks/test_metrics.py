@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from benchmarks import metrics
-from benchmarks.metrics import MetricsLog
+from benchmarks.records import metrics
+from benchmarks.records.metrics import MetricsLog
 
 
 def write(path, steps):

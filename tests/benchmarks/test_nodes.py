@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from torchrun import torchrun
 
-from benchmarks import kill_trials
 from benchmarks.__main__ import _parallelism, main
-from benchmarks.data import open_corpus
-from benchmarks.errors import UsageError
+from benchmarks.experiment.data import open_corpus
+from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.presets import PRESETS
 from benchmarks.options import make_parser
-from benchmarks.presets import PRESETS
-from benchmarks.sharded_learner import Layout
-from benchmarks.stored import read_folder
+from benchmarks.records.load_results import read_folder
+from benchmarks.studies import kill_trials
+from benchmarks.training.sharded_learner import Layout
 from muonclip.models.parallel import Parallelism
 
 ROOT = Path(__file__).resolve().parents[2]

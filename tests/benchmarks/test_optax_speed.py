@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import optax_speed
 from benchmarks.__main__ import main
+from benchmarks.studies import optax_speed
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.panel import Panel, Training, differences
+from benchmarks.experiment.experiment import Panel, Training, differences
 
 
 def test_json_gives_the_panel_back(panel):

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.pilot import choose_rate, pilot_panel
-from benchmarks.summary import PanelResult
+from benchmarks.records.summary import PanelResult
+from benchmarks.studies.pilot import choose_rate, pilot_panel
 
 
 def test_pilot_panel(panel):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from matplotlib import colors, image, pyplot
 
-from benchmarks.arms import ARMS
-from benchmarks.plot import draw
-from benchmarks.summary import PanelResult
+from benchmarks.experiment.arms import ARMS
+from benchmarks.records.summary import PanelResult
+from benchmarks.report.plots import draw
 
 
 def records(steps, top):

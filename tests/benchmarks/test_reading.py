@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.comparison import compare
-from benchmarks.reading import read
-from benchmarks.summary import PanelResult, summarise
+from benchmarks.records.summary import PanelResult, summarise
+from benchmarks.report.comparison import compare
+from benchmarks.report.verdicts import read
 
 LN2 = math.log(2)
 QUIET = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]  # τ is 10

@@ -11,13 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import kill_trials, metrics, nodes, sharded_checkpoint, sharded_learner
-from benchmarks.errors import UsageError
-from benchmarks.nodes import PIDS, Ranks
-from benchmarks.nodes_run import LOG, STARTS, Nodes, NodesRun
-from benchmarks.sharded_checkpoint import MANIFEST, STATE, ShardedCheckpoints
-from benchmarks.sharded_learner import Layout
-from benchmarks.train import METRICS, RESULT, Checkpoints, Run
+from benchmarks.execution import ranks as nodes
+from benchmarks.execution import sharded_checkpoints as sharded_checkpoint
+from benchmarks.execution.rank_runs import LOG, STARTS, Nodes, NodesRun
+from benchmarks.execution.ranks import PIDS, Ranks
+from benchmarks.execution.sharded_checkpoints import MANIFEST, STATE, ShardedCheckpoints
+from benchmarks.experiment.errors import UsageError
+from benchmarks.records import metrics
+from benchmarks.studies import kill_trials
+from benchmarks.training import sharded_learner
+from benchmarks.training.run import METRICS, RESULT, Checkpoints, Run
+from benchmarks.training.sharded_learner import Layout
 
 # Of torch.distributed.checkpoint and DTensor themselves.
 pytestmark = [

@@ -9,16 +9,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from benchmarks import metrics, redraw, report
 from benchmarks.__main__ import main
-from benchmarks.arms import ARMS, appearance
-from benchmarks.charts import head_maps, line_charts, top_of_logits
-from benchmarks.checkpoint import write_json
-from benchmarks.curves import SMOOTHING, curve, mean, smooth, thin
-from benchmarks.redraw import COMPARISON
-from benchmarks.summary import PanelResult, summarise
-from benchmarks.train import METRICS, RESULT
-from benchmarks.worker import CONFIG, run_folder
+from benchmarks.execution.worker import CONFIG, run_folder
+from benchmarks.experiment.arms import ARMS, appearance
+from benchmarks.records import metrics
+from benchmarks.records.atomic_files import write_json
+from benchmarks.records.summary import PanelResult, summarise
+from benchmarks.report import page as report
+from benchmarks.report import redraw
+from benchmarks.report.charts import head_maps, line_charts, top_of_logits
+from benchmarks.report.curves import SMOOTHING, curve, mean, smooth, thin
+from benchmarks.report.redraw import COMPARISON
+from benchmarks.training.run import METRICS, RESULT
 
 LAYERS = ("layers.0.attn", "layers.1.attn")
 

@@ -7,10 +7,10 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.__main__ import main
-from benchmarks.checkpoint import write_json
-from benchmarks.environment import environment
-from benchmarks.train import Run
-from benchmarks.worker import CONFIG, run_folder
+from benchmarks.execution.worker import CONFIG, run_folder
+from benchmarks.records.atomic_files import write_json
+from benchmarks.records.environment import environment
+from benchmarks.training.run import Run
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from benchmarks import checkpoint, metrics
-from benchmarks.arms import ARMS, model_changes
-from benchmarks.summary import ever_clipped
-from benchmarks.train import CHECKPOINT, METRICS, RESULT, Run
+from benchmarks.experiment.arms import ARMS, model_changes
+from benchmarks.records import atomic_files as checkpoint
+from benchmarks.records import metrics
+from benchmarks.records.summary import ever_clipped
+from benchmarks.training.run import CHECKPOINT, METRICS, RESULT, Run
 
 
 def train(run, stop_after=None):

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scaling
 from benchmarks.__main__ import main
-from benchmarks.collective_times import CollectiveTimes, collective_times
+from benchmarks.studies import scaling
+from benchmarks.studies.collective_times import CollectiveTimes, collective_times
 
 
 @pytest.fixture

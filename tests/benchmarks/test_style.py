@@ -3,8 +3,8 @@
 import pytest
 from matplotlib import pyplot
 
-from benchmarks.environment import environment
-from benchmarks.style import STYLE, footer, save
+from benchmarks.records.environment import environment
+from benchmarks.report.style import STYLE, footer, save
 
 ENVIRONMENT = {
     "python": "3.12.1",

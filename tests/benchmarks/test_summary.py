@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import summary
-from benchmarks.summary import PanelResult, spikes, summarise
+from benchmarks.records import summary
+from benchmarks.records.summary import PanelResult, spikes, summarise
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import tensorboard
-from benchmarks.errors import UsageError
-from benchmarks.summary import PanelResult
+from benchmarks.experiment.errors import UsageError
+from benchmarks.records.summary import PanelResult
+from benchmarks.report import tensorboard
 
 BASE = {"grad_norm": 1.5, "clipped_heads": 2, "tokens_per_second": 100.0}
 FIRST = BASE | {

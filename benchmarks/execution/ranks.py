@@ -1,0 +1,226 @@
+"""The processes that torchrun has started, as one: they train one run together, and the first of them writes.
+
+What one rank alone can know (a folder's content, a clock, a signal) is decided there and told to all, so that every
+rank comes to the same collectives. A rank that waits longer than `timeout` seconds, or whose peer is gone, says so and
+ends; torchrun then ends the others and, with --max-restarts, starts all of them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.rendezvous import rendezvous
+
+from benchmarks.experiment.errors import UsageError
+
+
+class Stopped(KeyboardInterrupt):
+    """All ranks have stopped after the same step, and have saved."""
+
+
+T = TypeVar("T")
+DEFAULT_TIMEOUT = 600.0  # seconds
+PIDS = ".ranks"  # folder in --out: one JSON file per rank
+_TIMED_OUT = ("timed out", "timeout")
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket", "remote process")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all. `restarts`: how often torchrun has started them again."""
+
+    rank: int
+    size: int
+    timeout: float
+    restarts: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def on_first(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on the first rank, on every rank; the UsageError that it raises there, too."""
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = decide()
+            except UsageError as error:
+                answer[1] = (error.option, error.message)
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UsageError(*answer[1])
+        return answer[0]
+
+    def on_each(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; the UsageError that it raises on any of them, on all."""
+        made, wrong = None, None
+        try:
+            made = make()
+        except UsageError as error:
+            wrong = (error.option, error.message)
+        for rank, problem in enumerate(self.gathered(wrong)):
+            if problem is not None:
+                raise UsageError(problem[0], f"{problem[1]} (rank {rank})")
+        return cast(T, made)
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Each flag, whether any rank has raised it."""
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.collective_device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @property
+    def collective_device(self) -> str:
+        """Where the tensors of small collectives live."""
+        return "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+
+    def announce(self, out: Path) -> None:
+        """Leave this rank's process id in the folder of results, for whoever watches the ranks."""
+        folder = out / PIDS
+        folder.mkdir(exist_ok=True)
+        told = {"pid": os.getpid(), "host": socket.gethostname(), "restarts": self.restarts}
+        temporary = folder / f"{self.rank}.tmp"
+        temporary.write_text(json.dumps(told) + "\n")
+        os.replace(temporary, folder / f"{self.rank}.json")
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
+    """All ranks in one process group, until all have left the block. On a GPU: NCCL, and gloo beside it for objects of
+    the host. An error of a collective, or any other, ends this process at once."""
+    limit = timedelta(seconds=timeout)
+    # Groups made later, by device meshes and optimizers, take their limit from here and not from the first group.
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    ranks = Ranks(
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        timeout,
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+    with ending(ranks):
+        store = _store_of_this_start(ranks, next(rendezvous("env://", timeout=limit))[0])
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=limit, store=store, rank=ranks.rank, world_size=ranks.size)
+        yield ranks
+        dist.barrier()  # a rank that leaves first would cut off those that still send to it
+        dist.destroy_process_group()
+
+
+def _store_of_this_start(ranks: Ranks, store: distributed_c10d.Store) -> distributed_c10d.Store:
+    """A part of torchrun's store that no earlier start has written to.
+
+    torchrun keeps one store over its restarts (torch 2.13, pytorch issue 135712), and a rank that reads the address of
+    a dead one there waits for it in vain. The number of the restart does not tell starts apart: nodes may differ in it.
+    So every rank shows the first one a name of its own, and is told the name of this start.
+    """
+    own = uuid.uuid4().hex
+    if not ranks.first:
+        store.set(f"join/{ranks.rank}", own)
+        start = store.get(f"join/{own}").decode()
+        store.set(f"{start}/{ranks.rank}", "joined")
+        return distributed_c10d.PrefixStore(start, store)
+    missing, answered = set(range(1, ranks.size)), set[str]()
+    deadline = time.monotonic() + ranks.timeout
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"join/{rank}"]):
+                name = store.get(f"join/{rank}").decode()  # perhaps of an earlier start: then nobody reads the answer
+                if name not in answered:
+                    store.set(f"join/{name}", own)
+                    answered.add(name)
+            if store.check([f"{own}/{rank}"]):
+                missing.remove(rank)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Timed out waiting for ranks {sorted(missing)} to join.")
+        time.sleep(0.01)
+    return distributed_c10d.PrefixStore(own, store)
+
+
+@contextlib.contextmanager
+def ending(ranks: Ranks) -> Iterator[None]:
+    """What one rank cannot recover from alone ends its process, with a message that names the rank. UsageError and
+    Stopped, which all ranks raise alike, pass once the group is closed."""
+    try:
+        yield
+    except (UsageError, Stopped):
+        dist.barrier()
+        dist.destroy_process_group()
+        raise
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # whatever it is, the others wait
+        if (message := lost_message(error, ranks)) is None:
+            traceback.print_exc()
+            message = f"rank {ranks.rank} of {ranks.size}: failed as above; the other ranks will miss it and end."
+        end(message)
+
+
+def end(message: str) -> NoReturn:
+    """At once: an orderly end would join threads that wait for ranks which are gone."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def lost_message(error: BaseException, ranks: Ranks) -> str | None:
+    """What to tell where the error is of a collective that another rank did not come to; else None."""
+    text = f"{type(error).__name__} {error}".lower()
+    of_collective = isinstance(error, RuntimeError | ConnectionError)
+    if not of_collective:
+        return None
+    if any(words in text for words in _TIMED_OUT):
+        what = f"a collective timed out after {ranks.timeout:g} s: one of the ranks hangs or died"
+    elif any(words in text for words in _LOST) or isinstance(error, dist.DistBackendError):
+        what = "a collective lost its peer: one of the ranks died, or ended after a time-out of its own"
+    else:
+        return None
+    first_line = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"rank {ranks.rank} of {ranks.size} (pid {os.getpid()}, {socket.gethostname()}): {what}. This rank ends with "
+        "status 1; torchrun ends the others and, with --max-restarts, starts all of them again from the newest "
+        f"checkpoint. ({first_line})"
+    )
+
+
+class Stop:
+    """Whether SIGTERM or SIGINT was received, of which torchrun hands both on; the step is finished and saved first."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True

@@ -1,0 +1,175 @@
+"""Many runs side by side, each in a process of its own, with one progress display and one way to stop.
+
+However this ends (Ctrl-C, SIGTERM, kill -9, a failing run), no worker stays behind and every run can be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.execution.progress import Progress
+from benchmarks.execution.worker import run_folder
+from benchmarks.experiment.arms import setup
+from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.experiment import Panel
+from benchmarks.records.metrics import from_json
+from benchmarks.training.run import RESULT, Checkpoints
+
+_GRACE_SECONDS = 20.0  # for a worker to finish its step and save
+
+
+class RunFailed(RuntimeError):
+    """A worker ended with an error; the message carries the end of its log."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    panel: Panel
+    folder: Path  # of the panel
+    arm: str
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.panel.name} {self.arm}/{self.seed}".lstrip()
+
+    @property
+    def steps(self) -> int:
+        return setup(self.panel, self.arm).training.steps
+
+    @property
+    def finished(self) -> bool:
+        return (run_folder(self.folder, self.arm, self.seed) / RESULT).exists()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 10.0) -> Iterator[int]:
+    """Only one command at a time writes to the folder. Workers inherit the lock, so it is free when all are gone."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"another command is writing to {folder}; wait for it, or choose another folder."
+                    raise UsageError("--out", message) from None
+                time.sleep(0.1)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Checkpoints) -> None:
+    """Run what is not finished yet, `workers` at a time. Raises RunFailed, KeyboardInterrupt (also for SIGTERM)."""
+    waiting = [job for job in jobs if not job.finished]
+    events: queue.SimpleQueue[tuple[Job, dict[str, Any] | None]] = queue.SimpleQueue()
+    processes: dict[Job, subprocess.Popen[str]] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    progress = Progress(
+        total=sum(job.steps for job in jobs),
+        done=sum(job.steps for job in jobs if job.finished),
+    )
+    try:
+        while waiting or processes:
+            while waiting and len(processes) < workers:
+                job = waiting.pop(0)
+                processes[job] = _start(job, lock, checkpoints, events)
+            job, message = events.get()
+            if message is not None:
+                progress.update(job.title, job.steps, from_json(message))
+            elif status := _end(processes.pop(job)):
+                raise RunFailed(f"{job.title} failed with status {status}:\n{_log_tail(job)}")
+            else:
+                progress.finish(job.title, job.steps)
+    finally:
+        progress.close()
+        _stop(list(processes.values()))
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(job: Job, lock: int, checkpoints: Checkpoints, events: queue.SimpleQueue[Any]) -> subprocess.Popen[str]:
+    folder = run_folder(job.folder, job.arm, job.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = str(Path(__file__).resolve().parents[2])
+    threads = str(job.panel.threads)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        **(_for_jax(job.panel.threads) if job.panel.framework == "jax" else {}),
+    }
+    arguments = [str(job.folder), job.arm, str(job.seed), str(checkpoints.seconds), str(checkpoints.steps or 0)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.execution.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the workers
+        )
+    threading.Thread(target=_listen, args=(job, process, events), daemon=True).start()
+    return process
+
+
+def _for_jax(threads: int) -> dict[str, str]:
+    """XLA takes a thread for every core that it sees, also beside another worker, unless it is told otherwise."""
+    alone = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": str(threads),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + alone,
+    }
+
+
+def _listen(job: Job, process: subprocess.Popen[str], events: queue.SimpleQueue[Any]) -> None:
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            events.put((job, json.loads(line)))
+    events.put((job, None))
+
+
+def _stop(processes: list[subprocess.Popen[str]]) -> None:
+    """Ask them to save and leave; end those that do not in time, or at a second Ctrl-C."""
+    for process in processes:
+        process.terminate()
+    try:
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in processes:
+            process.kill()
+    for process in processes:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    status = process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    return status
+
+
+def _log_tail(job: Job) -> str:
+    log = run_folder(job.folder, job.arm, job.seed) / "log.txt"
+    return "".join(log.read_text().splitlines(keepends=True)[-15:]) + f"(all of it: {log})"

@@ -1,0 +1,272 @@
+"""What QK-Clip costs, end to end: whole training steps with it and without it, side by side.
+
+    ratio = seconds(forward, backward, AdamW, clip) / seconds(forward, backward, AdamW)
+
+of steps of one round, in one process, in changing order. AdamW, because Newton–Schulz would hide the attention; its
+rate is 0, so that every step starts from the same weights. The arms are copies of the modules that share one set of
+weights, gradients and optimizer state, and call the same attention kernel. One arm is that without the clip a second
+time: the ratio of these two shows how far the others can be trusted.
+
+`added` is the time inside `MaxLogits.observe` and `QKClip.step` over that of the rest of the step, from steps of their
+own. It leaves out what the calls of these two cost, and sees smaller differences than the ratio.
+
+Seconds are those of the clock on the wall; with a single thread they are the CPU's, which other programs disturb less.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from benchmarks.execution.workers import RunFailed
+from benchmarks.experiment.errors import UsageError
+from benchmarks.records import atomic_files as checkpoint
+from benchmarks.records.environment import environment
+from benchmarks.records.intervals import CONFIDENCE
+from benchmarks.studies.clip_cost_models import MODELS, VOCABULARY, build, loss
+from muonclip.models.torch import Attention
+from muonclip.torch import QKClip
+from muonclip.torch.logits.max_logits import MaxLogits
+
+TAU = 100.0
+WITHOUT, AGAIN, NEEDED, ALWAYS = "without", "without, again", "needed", "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of the models and of the measurement."""
+
+    width: int = 256
+    layers: int = 4
+    tokens: tuple[tuple[int, int], ...] = ((2, 512), (1, 2048))  # sequences per step, their length
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    rounds: int = 32
+    added_steps: int = 16
+    warm_up: int = 2
+
+
+PLANS = {"cpu": Plan(), "cuda": Plan(width=1536, tokens=((2, 4096),), dtypes=("bfloat16",))}
+QUICK = Plan(width=128, layers=2, tokens=((2, 32),), rounds=6, added_steps=2, warm_up=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """`hot`: at weights with which every head passes τ. `exact`, `clipped`: all heads are, at every step; else none."""
+
+    name: str
+    arm: str
+    hot: bool
+    exact: bool
+    clipped: bool
+    target: float
+
+
+REGIMES = (
+    Regime("far below τ", NEEDED, hot=False, exact=False, clipped=False, target=1.01),
+    Regime("above τ", NEEDED, hot=True, exact=True, clipped=True, target=1.03),
+    Regime("always, diffuse heads", ALWAYS, hot=False, exact=True, clipped=False, target=1.15),
+)
+
+
+def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, plan: Plan) -> dict[str, Any]:
+    """Measure all cells; write `out`/DEVICE.json. Raises UsageError where device, transformers or `out` fail."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device", f"torch {torch.__version__} sees no CUDA device; --device cpu measures without.")
+    for model in models:
+        build(model, width=QUICK.width, layers=1, length=8)  # now rather than after minutes
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("--out", f"{out} cannot be made a folder: {error.strerror}.") from error
+    cells: list[dict[str, Any]] = []
+    for model in models:
+        for batch, length in plan.tokens:
+            for dtype in plan.dtypes:
+                for cell in Bench(model, batch, length, dtype, device, plan).measure():
+                    print(_progress(cell), file=sys.stderr, flush=True)
+                    cells.append(cell)
+    config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
+    made_with = environment(device) | {"threads": torch.get_num_threads()}
+    result = {"config": config, "environment": made_with, "cells": cells}
+    checkpoint.write_json(out / f"{device}.json", result)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    model: nn.Module
+    clip: QKClip | None = None
+
+
+class Bench:
+    """One model, length and dtype: the arms, and the weights that every step starts from."""
+
+    def __init__(self, model: str, batch: int, length: int, dtype: str, device: str, plan: Plan) -> None:
+        torch.manual_seed(0)
+        self.cell = {"model": model, "batch": batch, "length": length, "dtype": dtype}
+        self.dtype, self.device, self.plan = dtype, device, plan
+        base = build(model, width=plan.width, layers=plan.layers, length=length).to(device)
+        if model == "llama":
+            base = base.to(getattr(torch, dtype))
+        self.tokens = torch.randint(VOCABULARY, (batch, length + 1)).to(device)
+        self.optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        twins = [copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(4)]
+        for module in (module for twin in twins[:2] for module in twin.modules() if isinstance(module, Attention)):
+            module.max_logits = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.arms = {
+            WITHOUT: Arm(twins[0]),
+            AGAIN: Arm(twins[1]),
+            NEEDED: Arm(twins[2], QKClip(twins[2], tau=TAU, observe="needed")),
+            ALWAYS: Arm(twins[3], QKClip(twins[3], tau=TAU, observe="always")),
+        }
+        self.saved: list[tuple[Tensor, Tensor]] = []  # weights that the clip scales, and what they begin with
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """The cells, one for each regime."""
+        for hot in (False, True):
+            if hot:
+                self.inflate()
+            regimes = [regime for regime in REGIMES if regime.hot == hot]
+            seconds = self.rounds(regimes)
+            ratios = {
+                arm: median_interval([own / without for own, without in zip(values, seconds[WITHOUT], strict=True)])
+                for arm, values in seconds.items()
+            }
+            for regime in regimes:
+                yield (
+                    self.cell
+                    | {
+                        "regime": regime.name,
+                        "target": regime.target,
+                        "step_ms": 1e3 * statistics.median(seconds[WITHOUT]),
+                        "ratio": ratios[regime.arm],
+                        "control": ratios[AGAIN],
+                        "added": median_interval([self.added(regime) for _ in range(self.plan.added_steps)]),
+                        "sources": self._clip(regime.arm).sources(),
+                    }
+                    | self.check(regime)
+                )
+
+    def rounds(self, regimes: Sequence[Regime]) -> dict[str, list[float]]:
+        """Seconds of a step by arm, one per round. The order is turned and reversed from round to round."""
+        by_arm = {regime.arm: regime for regime in regimes}
+        arms = [WITHOUT, AGAIN, *by_arm]
+        orders = [(arms[first:] + arms[:first])[::way] for first in range(len(arms)) for way in (1, -1)]
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        for index in range(self.plan.warm_up + self.plan.rounds):
+            for arm in orders[index % len(orders)]:
+                seconds[arm].append(self.step(arm))
+                if arm in by_arm:
+                    self.check(by_arm[arm])
+        return {arm: values[self.plan.warm_up :] for arm, values in seconds.items()}
+
+    def step(self, name: str) -> float:
+        """Seconds of one training step of an arm, the weights being what they always are before it."""
+        arm = self.arms[name]
+        with torch.no_grad():
+            for weight, value in self.saved:
+                weight.copy_(value)
+        begun = self.now()
+        loss(arm.model, self.tokens, self.dtype).backward()
+        self.optimizer.step()
+        if arm.clip is not None:
+            arm.clip.step()
+        self.optimizer.zero_grad()
+        return self.now() - begun
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        elif torch.get_num_threads() == 1:
+            return time.thread_time()
+        return time.perf_counter()
+
+    def added(self, regime: Regime) -> float:
+        """Seconds inside the clip's own functions over those of the rest of one step."""
+        with _clocked(self.now) as spent:
+            whole = self.step(regime.arm)
+        return sum(spent) / (whole - sum(spent))
+
+    def check(self, regime: Regime) -> dict[str, Any]:
+        """What the last step of the regime's arm reports. Raises RunFailed where that is not the regime's."""
+        report = self._clip(regime.arm).report()
+        exact = sum(int(layer.exact.sum()) for layer in report.layers.values())
+        found = {"heads": report.heads, "exact": exact, "clipped": report.clipped_heads}
+        if (exact, report.clipped_heads) != (report.heads * regime.exact, report.heads * regime.clipped):
+            raise RunFailed(f"{self.cell} is not {regime.name!r}: {found}\n{report}")
+        lowest = min(layer.bound.min().item() for layer in report.layers.values())
+        return found | {"lowest_bound": lowest, "highest_bound": report.bound}
+
+    def inflate(self) -> None:
+        """Scale the queries, layer by layer, until every head's maximum is well above τ; begin with these weights."""
+        clip = self._clip(ALWAYS)
+        for _ in range(10):
+            clip.tau = math.inf  # measures, never clips
+            self.step(ALWAYS)
+            clip.tau = TAU
+            lowest = {name: layer.max_logits.min().item() for name, layer in clip.report().layers.items()}
+            if min(lowest.values()) > 1.2 * TAU:
+                weights = {id(w): w for projection in clip.projections.values() for w in projection.qk_parameters()}
+                self.saved = [(weight, weight.detach().clone()) for weight in weights.values()]
+                return
+            for name, projection in clip.projections.items():
+                parts = (*projection.query, *projection.query_facing_shared)
+                with torch.no_grad():
+                    for weight in {id(weight): weight for rows in parts for weight, _ in rows.parameters()}.values():
+                        weight *= max(1.0, 1.5 * TAU / lowest[name])
+        raise RunFailed(f"{self.cell}: no weights were found with which every head is above {TAU:g}.")
+
+    def _clip(self, arm: str) -> QKClip:
+        clip = self.arms[arm].clip
+        assert clip is not None
+        return clip
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, float | None]:
+    """The median and its confidence interval by order statistics, whatever the distribution; None for bounds that so
+    few values cannot give."""
+    ordered, count = sorted(values), len(values)
+    below = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
+    low, high = (ordered[below - 1], ordered[count - below]) if below else (None, None)
+    return {"median": statistics.median(ordered), "low": low, "high": high}
+
+
+@contextmanager
+def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
+    """Seconds of every call of the clip's own functions meanwhile."""
+    spent: list[float] = []
+
+    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begun = now()
+            result = function(*args, **kwargs)
+            spent.append(now() - begun)
+            return result
+
+        return call
+
+    observe, step = MaxLogits.observe, QKClip.step
+    MaxLogits.observe, QKClip.step = clocked(observe), clocked(step)
+    try:
+        yield spent
+    finally:
+        MaxLogits.observe, QKClip.step = observe, step
+
+
+def _progress(cell: dict[str, Any]) -> str:
+    return (
+        f"{cell['model']}, {cell['length']} tokens, {cell['dtype']}, {cell['regime']}: {cell['step_ms']:.0f} ms, ratio "
+        f"{cell['ratio']['median']:.3f} (control {cell['control']['median']:.3f}), added {cell['added']['median']:.2%}"
+    )

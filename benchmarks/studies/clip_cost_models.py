@@ -1,0 +1,72 @@
+"""The models whose steps `clip_cost` measures: one declares its attention, in the other it is found.
+
+Heads of 64 wide, all projections of common proportions. The vocabulary is small: a large one would hide the attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiment.errors import UsageError
+from muonclip.models import MoEConfig
+from muonclip.models.torch import MoE
+
+MODELS = {"moe": "reference MoE, MLA", "llama": "Hugging Face Llama, GQA"}
+BF16 = {"moe": "bf16 autocast", "llama": "bf16 weights"}
+VOCABULARY = 1024
+_HEAD_WIDTH, _ROTARY_WIDTH = 64, 16
+
+
+def build(name: str, *, width: int, layers: int, length: int) -> nn.Module:
+    """In float32, on the CPU. Raises UsageError where transformers is missing."""
+    return (_moe if name == "moe" else _llama)(width, layers, length)
+
+
+def loss(model: nn.Module, tokens: Tensor, dtype: str) -> Tensor:
+    """Of next tokens; int64 [B, T + 1]. In bfloat16 the MoE runs under autocast; a Llama is cast by its owner."""
+    if isinstance(model, MoE):
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model.loss(tokens[:, :-1], tokens[:, 1:])
+    return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+
+
+def _moe(width: int, layers: int, length: int) -> nn.Module:
+    return MoE(
+        MoEConfig.cpu(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            num_layers=layers,
+            max_seq_len=length,
+            num_heads=width // _HEAD_WIDTH,
+            q_lora_rank=width // 2,
+            kv_lora_rank=width // 4,
+            qk_nope_head_dim=_HEAD_WIDTH - _ROTARY_WIDTH,
+            qk_rope_head_dim=_ROTARY_WIDTH,
+            v_head_dim=_HEAD_WIDTH - _ROTARY_WIDTH,
+            intermediate_size=2 * width,
+            moe_intermediate_size=width // 2,
+        )
+    )
+
+
+def _llama(width: int, layers: int, length: int) -> nn.Module:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise UsageError(
+            "--models", "llama comes from transformers, which is not installed. pip install 'muonclip[dev]' brings it."
+        ) from error
+    heads = width // _HEAD_WIDTH
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=length,
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
+        )
+    )

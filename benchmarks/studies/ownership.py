@@ -1,0 +1,128 @@
+"""The picture of docs/distributed.md: where the matrices of one layer lie, and who iterates them.
+
+python -m benchmarks.studies.ownership --out docs/who-owns-what.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+
+from muonclip.core import MatrixLayout
+from muonclip.models import MoEConfig
+from muonclip.models.torch import MoE
+from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, UpdatePlan, plan
+from muonclip.torch.optimizer.plan import plan_module
+from muonclip.torch.update.matrix_shards import matrix_shards
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # by rank; Okabe–Ito, colour-blind safe
+SHARED = "#D9D9D9"
+_WIDTH, _GAP = 620.0, 10.0  # of a row of matrices, in columns of a matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of sharding over four ranks: of dense parameters, and of stacks of experts."""
+
+    title: str
+    mesh: Mesh
+    dense: tuple[Placement, ...]
+    experts: tuple[Placement, ...]
+
+
+RANKS = (0, 1, 2, 3)
+WAYS = (
+    Way("DDP, 4 replicas", Mesh((4,), RANKS), (Replicate(),), (Replicate(),)),
+    Way("FSDP2, 4 shards", Mesh((4,), RANKS), (Shard(0),), (Shard(0),)),
+    Way("HSDP, 2 replicas × 2 shards", Mesh((2, 2), RANKS), (Replicate(), Shard(0)), (Replicate(), Shard(0))),
+)
+
+
+def draw(out: Path) -> None:
+    """The second layer of the small reference model, an expert layer."""
+    figure = Figure(figsize=(11, 9), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(WAYS))
+    for column, way in enumerate(WAYS):
+        distribution = plan(_layer(way))
+        _draw(axes[0, column], distribution, at_rest=True)
+        _draw(axes[1, column], distribution, at_rest=False)
+        first = " (the first replica)" if len(way.mesh.shape) > 1 else ""
+        axes[0, column].set_title(f"{way.title}\nwhere it lies{first}", fontsize=11)
+        axes[1, column].set_title("who iterates it", fontsize=11)
+    legend = [Patch(facecolor=colour, label=f"rank {rank}") for rank, colour in enumerate(COLOURS)]
+    legend.append(Patch(facecolor=SHARED, label="every replica"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    figure.savefig(out)
+
+
+def _layer(way: Way) -> list[PlacedParameter]:
+    with torch.device("meta"):
+        layer = MoE(MoEConfig.cpu()).layers[1]
+    iteration = NewtonSchulzConfig(torch.bfloat16, "jordan", None)
+    return [
+        PlacedParameter(
+            line.name,
+            line.shape,
+            line.layout,
+            iteration,
+            way.mesh,
+            way.experts if isinstance(line.layout, MatrixLayout) and line.layout.batch_ndim else way.dense,
+        )
+        for line in plan_module(layer, {}, per_head=False)
+        if line.layout is not None
+    ]
+
+
+def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
+    """Every matrix as a rectangle of its shape, in lines; its rows in the colours of the ranks that have them."""
+    x = y = highest = 0.0
+    owners = distribution.owners()
+    for parameter in distribution.parameters:
+        matrices = list(_matrices(parameter))
+        for (fan_out, fan_in, bands), owner in zip(matrices, owners[parameter.name], strict=True):
+            if x + fan_in > _WIDTH:
+                x, y, highest = 0.0, y - highest - _GAP, 0.0
+            stripes = bands if at_rest else [(0, fan_out, COLOURS[owner[0]])]
+            for start, stop, colour in stripes:
+                axes.add_patch(Rectangle((x, y - stop), fan_in, stop - start, facecolor=colour, linewidth=0))
+            axes.add_patch(Rectangle((x, y - fan_out), fan_in, fan_out, fill=False, edgecolor="#333333", linewidth=0.6))
+            x, highest = x + fan_in + _GAP, max(highest, fan_out)
+    axes.set_xlim(-_GAP, _WIDTH + _GAP)
+    axes.set_ylim(y - highest - _GAP, _GAP)
+    axes.set_aspect("equal")
+    axes.axis("off")
+
+
+def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple[int, int, str]]]]:
+    """fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
+    numbered: dict[tuple[int, int, int], tuple[int, int, list[tuple[int, int, str]]]] = {}
+    for slab in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
+        ranks: Sequence[int] = parameter.mesh.ranks_along(slab.active, dict(slab.fixed))
+        bands = [
+            (start, stop, COLOURS[rank] if slab.active or slab.fixed else SHARED)
+            for rank, runs in zip(ranks, slab.rows, strict=True)
+            for start, stop in runs
+        ]
+        for start, stop in slab.batches:
+            for batch in range(start, stop):
+                for head in slab.heads:
+                    numbered[slab.block, batch, head] = slab.fan_out, slab.fan_in, bands
+    return (numbered[key] for key in sorted(numbered))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.ownership", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a PNG")
+    draw(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

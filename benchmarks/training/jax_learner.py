@@ -1,0 +1,133 @@
+"""A run's model and optimizer in JAX and Optax, float32 on the CPU.
+
+The whole step is one compiled function, made before the first step; rate and threshold are its arguments, so nothing is
+compiled again. All arms have the clip in it, with an infinite threshold where they have none: so arms that differ in
+the clip alone are the same program, and the same to the bit until it acts.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from jax import Array
+
+from benchmarks.experiment.arms import Setup, setup
+from benchmarks.experiment.experiment import Panel
+from benchmarks.training.learner import Learner, Windows
+from benchmarks.training.torch_learner import first_model
+from muonclip.models import jax as models
+from muonclip.models.torch import MoE
+from muonclip.optax import muonclip, qk_clip
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    params: models.Params
+    buffers: models.Buffers
+    optimizer: optax.OptState
+
+
+class Measured(NamedTuple):
+    loss: Array
+    grad_norm: Array  # before clipping
+    max_logits: dict[str, Array]
+    clipped_heads: Array
+
+
+class JaxLearner(Learner):
+    """`now` is the state after the last step; a step uses its arrays up."""
+
+    def __init__(self, panel: Panel, arm: str, seed: int) -> None:
+        self.setup = own = setup(panel, arm)
+        self._reference = first_model(panel, arm, seed)
+        params, buffers = models.from_torch(self._reference)
+        begin = jax.jit(transformation(own, own.lr, own.training.tau).init)
+        self.now = State(params, buffers, begin(params))
+        windows = jax.ShapeDtypeStruct((own.training.batch_size, own.model.max_seq_len + 1), jnp.int32)
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        step = jax.jit(partial(_step, own), donate_argnums=0)
+        self.compiled = step.lower(self.now, windows, number, number).compile()
+        self._validation_loss = jax.jit(partial(_loss, own))
+
+    def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
+        tau = self.setup.tau(done)
+        self.now, measured = self.compiled(self.now, windows.astype(np.int32), np.float32(lr), np.float32(tau))
+        record: dict[str, Any] = {"loss": measured.loss.item(), "grad_norm": measured.grad_norm.item()}
+        if not math.isfinite(record["loss"] + record["grad_norm"]):
+            return record | {"max_logits": {}, "clipped_heads": 0}
+        return record | {
+            "max_logits": {name: maxima.tolist() for name, maxima in measured.max_logits.items()},
+            "clipped_heads": measured.clipped_heads.item(),
+        }
+
+    def loss(self, windows: Windows) -> float:
+        return self._validation_loss(self.now.params, self.now.buffers, windows.astype(np.int32)).item()
+
+    def reference(self) -> MoE:
+        self._reference.load_state_dict(models.to_torch(self.now.params, self.now.buffers))
+        return self._reference
+
+    def state(self) -> dict[str, Any]:
+        leaves = jax.tree.leaves_with_path(self.now.optimizer)
+        optimizer = {jax.tree_util.keystr(path): torch.from_numpy(np.array(leaf)) for path, leaf in leaves}
+        return {"model": models.to_torch(self.now.params, self.now.buffers), "optimizer": optimizer}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        saved = state["optimizer"]
+        optimizer = jax.tree.map_with_path(
+            lambda path, _: jnp.array(saved[jax.tree_util.keystr(path)].numpy()), self.now.optimizer
+        )
+        self.now = State(*models.from_torch(state["model"]), optimizer)
+
+
+def transformation(own: Setup, lr: Any, tau: Any) -> optax.GradientTransformationExtraArgs:
+    """What the arm makes of gradients; `lr` and `tau` may be traced, and the state does not depend on them."""
+    arm, training = own.arm, own.training
+    projections = models.qk_projections(own.model)
+    b1, b2 = training.betas
+    if arm.optimizer == "muon":
+        update = muonclip(
+            lr,
+            training.weight_decay,
+            training.momentum,
+            qk_projections=projections,
+            tau=tau,
+            nesterov=training.nesterov,
+            ns_dtype=jnp.float32,
+            muon_weight_dimension_numbers=models.matrix_layouts(own.model, per_head=arm.per_head),
+            adamw={"b1": b1, "b2": b2, "eps": 1e-8},
+        )
+    else:
+        adamw = optax.adamw(lr, b1, b2, eps=1e-8, weight_decay=training.weight_decay, mask=_matrices)
+        update = optax.chain(adamw, qk_clip(projections, tau))
+    return optax.chain(optax.clip_by_global_norm(training.grad_clip), update)
+
+
+def _step(own: Setup, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, Measured]:
+    (loss, aux), gradients = jax.value_and_grad(models.loss, has_aux=True)(
+        state.params, state.buffers, windows[:, :-1], windows[:, 1:], own.model
+    )
+    updates, optimizer = transformation(own, lr, tau).update(
+        gradients, state.optimizer, state.params, max_logits=aux.max_logits
+    )
+    clipped = sum(jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in optax.tree.get(optimizer, "gamma").values())
+    params: Any = optax.apply_updates(state.params, updates)
+    state = State(params, models.balance(state.buffers, aux.loads, own.model), optimizer)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
+    return state, Measured(loss, norm, aux.max_logits, jnp.asarray(clipped))
+
+
+def _loss(own: Setup, params: models.Params, buffers: models.Buffers, windows: Array) -> Array:
+    return models.loss(params, buffers, windows[:, :-1], windows[:, 1:], own.model, observe=False)[0]
+
+
+def _matrices(params: models.Params) -> dict[str, bool]:
+    return {name: array.ndim >= 2 for name, array in params.items()}

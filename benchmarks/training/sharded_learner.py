@@ -1,0 +1,173 @@
+"""A run's model and optimizer over all ranks of torchrun: what `TorchLearner` does alone, to rounding.
+
+Of the batch of a step, rank d of D data ranks takes the d-th part, in micro-batches. Loss, gradient norm and maxima of
+the record are of the whole batch, on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from benchmarks.experiment.arms import setup
+from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.experiment import Panel
+from benchmarks.training.learner import Windows
+from benchmarks.training.torch_learner import TorchLearner, first_model, make_optimizer
+from muonclip.models.parallel import Parallelism, parallelize
+from muonclip.models.torch import MoE
+from muonclip.torch.distributed import clip_grad_norm_
+
+LARGEST_MEASURED = 10**9
+"""Parameters. Larger models are not gathered to measure entropies, head norms and update sizes."""
+LARGEST_COPIED = 8 * 10**9
+"""Parameters. Larger models never are whole on one device: every rank draws its shards, and so the first weights depend
+on the layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the ranks divide a step; nothing here changes a number of the result by more than rounding."""
+
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    accumulate: int = 1  # micro-batches
+    recompute: bool = False
+
+    def check(self, panel: Panel, world_size: int) -> None:
+        """Raises UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
+        for arm in panel.arms:
+            own = setup(panel, arm)
+            try:
+                self.parallelism.check(own.model, world_size)
+            except ValueError as error:
+                raise UsageError(f"--{str(error).partition('=')[0]}", str(error)) from error
+            data, training = self.parallelism.data, own.training
+            if training.batch_size % (data * self.accumulate):
+                raise UsageError(
+                    "--batch",
+                    f"{training.batch_size} windows cannot be divided over {data} data ranks × {self.accumulate} "
+                    f"micro-batches; give a multiple of {data * self.accumulate}, or fewer ranks.",
+                )
+            if training.validation_batch_size % data:
+                raise UsageError(
+                    "--shards",
+                    f"{data} data ranks do not divide the {training.validation_batch_size} windows of a validation "
+                    "batch; take fewer.",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self.parallelism), "accumulate": self.accumulate, "recompute": self.recompute}
+
+
+class ShardedLearner(TorchLearner):
+    def __init__(self, panel: Panel, arm: str, seed: int, layout: Layout) -> None:
+        self.panel, self.setup, self.layout = panel, setup(panel, arm), layout
+        size = self.setup.model.num_parameters()
+        self.measurable = size <= LARGEST_MEASURED
+        narrow = panel.precision.autocast == "bfloat16"
+        whole = size <= LARGEST_COPIED
+        if whole:
+            self.model = first_model(panel, arm, seed)
+        else:
+            with torch.device("meta"):
+                self.model = MoE(self.setup.model)
+        self.meshes = parallelize(
+            self.model,
+            layout.parallelism,
+            device_type=panel.device,
+            mixed_precision=narrow,
+            recompute=layout.recompute,
+        )
+        if not whole:
+            self.model.to_empty(device=panel.device)
+            torch.manual_seed(seed)
+            self.model.reset_parameters()
+        self.parameters = dict(self.model.named_parameters())  # as sharded; evaluation leaves others in the modules
+        self.optimizer, self.qk_clip = make_optimizer(self.model, self.setup, panel.precision, foreach=False)
+        self.optimizer.register_step_post_hook(self.model.step_hook)
+        self._whole: MoE | None = None
+
+    def rows(self, batch_size: int) -> range:
+        each = batch_size // self.meshes.data_size
+        return range(self.meshes.data_rank * each, (self.meshes.data_rank + 1) * each)
+
+    def _gradients(self, windows: Windows) -> tuple[float, float]:
+        total = torch.zeros((), device=self.panel.device)
+        for tokens in self._on_device(windows).chunk(self.layout.accumulate):
+            loss = self.model.loss(tokens[:, :-1], tokens[:, 1:]) / self.layout.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = clip_grad_norm_(self.parameters.values(), self.setup.training.grad_clip)
+        return self._mean(total), norm.item()
+
+    @torch.no_grad()
+    def loss(self, windows: Windows) -> float:
+        self.model.eval()
+        tokens = self._on_device(windows)
+        training = self.setup.training
+        at_once = training.batch_size // (self.meshes.data_size * self.layout.accumulate)  # as many as in training
+        total = torch.zeros((), device=self.panel.device)
+        for some in tokens.split(at_once):
+            total += self.model.loss(some[:, :-1], some[:, 1:]) * (len(some) / len(tokens))
+        loss = self._mean(total)
+        self.model.train()
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()  # without a backward pass FSDP leaves the root's parameters gathered
+        return loss
+
+    def reference(self) -> MoE:
+        """On every rank; the same module every time."""
+        if self._whole is None:
+            self._whole = MoE(self.setup.model).to(self.panel.device)
+        self._whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
+        return self._whole
+
+    def state(self) -> dict[str, Any]:
+        """By name, all tensors that the run goes on from: `model.NAME` and `optimizer.NAME.PART`. Options of groups are
+        not there: they follow from the arm."""
+        tensors = self._of_model()
+        for name, parameter in self.parameters.items():
+            for part, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{part}"] = value
+        return tensors
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what was loaded into the tensors of `empty_state`; the model's are its own and hold it already."""
+        for name, parameter in self.parameters.items():
+            prefix = f"optimizer.{name}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if own:
+                self.optimizer.state[parameter] = own
+
+    def empty_state(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors to load a checkpoint of these shapes into: the model's own, and new ones for the optimizer, placed as
+        their parameters are where the shapes agree; its counters are the host's."""
+        tensors = self._of_model()
+        for key, (shape, dtype) in shapes.items():
+            if key.startswith("optimizer."):
+                parameter = self.parameters[key.removeprefix("optimizer.").rpartition(".")[0]].detach()
+                alike = shape == tuple(parameter.shape)
+                tensors[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+        return tensors
+
+    def _of_model(self) -> dict[str, Tensor]:
+        """Parameters and buffers, which share their memory with the model's."""
+        named = (*self.parameters.items(), *self.model.named_buffers())
+        return {f"model.{name}": tensor.detach() for name, tensor in named}
+
+    def _on_device(self, windows: Windows) -> Tensor:
+        return torch.from_numpy(windows).to(self.panel.device)
+
+    def _mean(self, value: Tensor) -> float:
+        """Over the data ranks."""
+        value = value.detach().clone()
+        if self.meshes.data_group is not None:
+            dist.all_reduce(value, group=self.meshes.data_group)
+        return value.item() / self.meshes.data_size

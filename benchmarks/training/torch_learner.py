@@ -1,0 +1,111 @@
+"""A run's model and optimizer in PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.experiment.arms import Setup, setup
+from benchmarks.experiment.experiment import Panel, Precision
+from benchmarks.training.learner import Learner, Windows
+from muonclip.models.torch import MoE
+from muonclip.torch import MuonClip, QKClip
+
+
+class TorchLearner(Learner):
+    """`qk_clip` acts within the step of Muon's arms, and after that of AdamW's."""
+
+    def __init__(self, panel: Panel, arm: str, seed: int) -> None:
+        self.panel, self.setup = panel, setup(panel, arm)
+        self.model = first_model(panel, arm, seed)
+        self.optimizer, self.qk_clip = make_optimizer(self.model, self.setup, panel.precision)
+        self.optimizer.register_step_post_hook(self.model.step_hook)
+
+    def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        loss, norm = self._gradients(windows)
+        measured = {"loss": loss, "grad_norm": norm}
+        if not math.isfinite(loss + norm):
+            return measured | {"max_logits": {}, "clipped_heads": 0}
+        self.qk_clip.tau = self.setup.tau(done)
+        self.optimizer.step()
+        if not isinstance(self.optimizer, MuonClip):
+            self.qk_clip.step()
+        report = self.qk_clip.report()
+        return measured | {
+            "max_logits": {name: layer.max_logits.tolist() for name, layer in report.layers.items()},
+            "clipped_heads": report.clipped_heads,
+        }
+
+    def _gradients(self, windows: Windows) -> tuple[float, float]:
+        """The backward pass of the batch and the clipping of its gradients; its loss, and their norm before."""
+        loss = self._loss(windows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.training.grad_clip)
+        return loss.item(), norm.item()
+
+    @torch.no_grad()
+    def loss(self, windows: Windows) -> float:
+        self.model.eval()
+        loss = self._loss(windows).item()
+        self.model.train()
+        return loss
+
+    def reference(self) -> MoE:
+        return self.model
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _loss(self, windows: Windows) -> Tensor:
+        tokens = torch.from_numpy(windows).to(self.panel.device)
+        with autocast(self.panel):
+            return self.model.loss(tokens[:, :-1], tokens[:, 1:])
+
+
+def first_model(panel: Panel, arm: str, seed: int) -> MoE:
+    """The model before its first step, the same for all arms of a seed but for what an arm changes."""
+    torch.manual_seed(seed)
+    return MoE(setup(panel, arm).model).to(panel.device)
+
+
+def autocast(panel: Panel) -> torch.autocast:
+    narrow = panel.precision.autocast == "bfloat16"
+    return torch.autocast(panel.device, dtype=torch.bfloat16, enabled=narrow)
+
+
+def make_optimizer(
+    model: nn.Module, own: Setup, precision: Precision, *, foreach: bool | None = None
+) -> tuple[torch.optim.Optimizer, QKClip]:
+    """What updates the model, and the clip: within MuonClip's step, to be called after AdamW's. `foreach`: of AdamW
+    alone; it cannot take parameters of several meshes at once."""
+    training = own.training
+    qk_clip = QKClip(model, tau=training.tau if own.arm.clips else math.inf, observe="always")
+    if own.arm.optimizer == "adamw":
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=own.lr, betas=training.betas, eps=1e-8, foreach=foreach), qk_clip
+    muon = MuonClip(
+        model,
+        lr=own.lr,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        per_head=own.arm.per_head,
+        qk_clip=qk_clip,
+        adamw={"betas": training.betas, "eps": 1e-8},
+        ns_dtype=getattr(torch, precision.ns_dtype),
+    )
+    return muon, qk_clip
