@@ -31,7 +31,7 @@ import muonclip.models
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import kill_trials, scaling
+from benchmarks.studies import scaling
 from muonclip.core import COEFFICIENT_SETS, coefficients
 from muonclip.torch import distributed
 
@@ -188,8 +188,6 @@ def check_command(words):
     elif words[:3] == ["python", "-m", "benchmarks"]:
         if len(words) > 3:
             assert accepts(words[3:]), words
-    elif words[:3] == ["python", "-m", "benchmarks.studies.kill_trials"]:
-        kill_trials.parser().parse_args(words[3:])
     elif words[0] == "torchrun":
         launch = distributed_run.get_args_parser().parse_args(words[1:])
         if launch.module:

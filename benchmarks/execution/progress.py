@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -11,11 +12,17 @@ from tqdm import tqdm
 _LINE_SECONDS = 15.0
 
 
-class Progress:
-    """Counts the steps of all runs; writes to standard error."""
+def news(record: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a step's record."""
+    logits = [logit for heads in record["max_logits"].values() for logit in heads]
+    return {"step": record["step"], "loss": record["loss"], "max_logit": max(logits, default=math.nan)}
 
-    def __init__(self, *, total: int, done: int) -> None:
-        self._terminal = sys.stderr.isatty()
+
+class Progress:
+    """Counts the steps of all runs; writes to standard error where it is shown."""
+
+    def __init__(self, *, total: int, done: int, shown: bool = True) -> None:
+        self._terminal, self._shown = shown and sys.stderr.isatty(), shown
         self._total, self._done, self._begun = total, done, time.monotonic()
         self._new = 0  # steps made since the command began, from which the rate is taken
         self._steps: dict[str, int] = {}
@@ -68,5 +75,5 @@ class Progress:
     def _print(self, line: str) -> None:
         if self._terminal:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif self._shown:
             print(line, file=sys.stderr, flush=True)

@@ -32,14 +32,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from benchmarks.execution.ranks import Ranks, end, lost_message
-from benchmarks.records import atomic_files as checkpoint
+from benchmarks.records import atomic_files
 
-FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "state.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 KEPT = 2
 
 
 class ShardedCheckpoints:
-    """Those of one run, in `folder`. Every method is called by all ranks together."""
+    """The checkpoints of one run, in `folder`. Every method is called by all ranks together."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, asynchronous: bool = False) -> None:
         self.folder, self.ranks, self.asynchronous = folder, ranks, asynchronous
@@ -50,8 +50,8 @@ class ShardedCheckpoints:
         self._saving: threading.Thread | None = None
 
     def save(self, done: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Tensors, and a state that JSON can hold, after `done` updates. Asynchronous: the tensors are copied, and the
-        rest goes on beside the training; the next `save` or `finish` waits for it."""
+        """Save tensors, and a state that JSON can hold, after `done` updates. Asynchronous: the tensors are copied, and
+        the rest goes on during the training; the next `save` or `finish` waits for it."""
         self.finish()
         temporary = self.folder / f"{_name(done)}.tmp"
         if self.ranks.first:
@@ -59,10 +59,7 @@ class ShardedCheckpoints:
             for left in self.folder.glob("*.tmp"):
                 shutil.rmtree(left)
             temporary.mkdir()
-            with (temporary / STATE).open("w") as stream:
-                json.dump(dict(state), stream, indent=2, allow_nan=False)
-                stream.flush()
-                os.fsync(stream.fileno())
+            atomic_files.write_json(temporary / STATE, dict(state))
         dist.barrier(group=self._group)
         if not self.asynchronous:
             save(dict(tensors), checkpoint_id=temporary, process_group=self._group)
@@ -87,8 +84,8 @@ class ShardedCheckpoints:
             self._saving = None
 
     def find(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones, which are
-        put aside under the name `….damaged`."""
+        """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones, which are put
+        aside under the name `….damaged`."""
         problems: list[str] = []
         for folder in self.ranks.on_first(self._complete_ones):
             found = sorted(problem for found in self.ranks.gathered(self._damage(folder)) for problem in found)
@@ -100,21 +97,21 @@ class ShardedCheckpoints:
         return None, problems
 
     def put_aside(self) -> None:
-        """All of them: what follows has records of its own."""
+        """Rename all of them: what follows has records of its own."""
         if self.ranks.first:
             for folder in self._complete_ones():
                 _rename(folder, ".unused")
         dist.barrier(group=self._group)
 
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Into these tensors, in place, each as it lies on this rank's meshes."""
+        """Load into these tensors, in place, each as this rank's meshes hold it."""
         load(dict(tensors), checkpoint_id=folder, process_group=self._group)
 
     def state(self, folder: Path) -> dict[str, Any]:
         return self.ranks.on_first(lambda: json.loads((folder / STATE).read_text()))
 
     def shapes(self, folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Of the tensors in it, by name."""
+        """Shape and dtype of the tensors in it, by name."""
         metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
         return {
             name: (tuple(entry.size), entry.properties.dtype)
@@ -123,7 +120,7 @@ class ShardedCheckpoints:
         }
 
     def _complete(self, temporary: Path) -> None:
-        """From written to complete: the manifest, the name, and the end of older ones."""
+        """Turn what is written into a checkpoint: write the manifest, give the name, remove older ones."""
         own = sorted(temporary.glob(f"__{self.ranks.rank}_*"))
         if self.ranks.first:
             own += [temporary / ".metadata", temporary / STATE]
@@ -132,11 +129,11 @@ class ShardedCheckpoints:
         dist.all_gather_object(parts, mine, group=self._group)
         if self.ranks.first:
             files = {name: entry for part in parts for name, entry in part.items()}
-            checkpoint.write_json(temporary / MANIFEST, {"world_size": self.ranks.size, "files": files})
+            atomic_files.write_json(temporary / MANIFEST, {"world_size": self.ranks.size, "files": files})
             folder = temporary.with_suffix("")
             _remove(folder)
             os.replace(temporary, folder)
-            checkpoint.sync_directory(self.folder)
+            atomic_files.sync_directory(self.folder)
             for old in self._complete_ones()[KEPT:]:
                 _remove(old)
         dist.barrier(group=self._group)

@@ -1,4 +1,4 @@
-"""The process of one run: `python -m benchmarks.execution.worker FOLDER ARM SEED`, which `workers` starts.
+"""The process of one run: `python -m benchmarks.execution.worker FOLDER ARM SEED SECONDS STEPS`, started by `workers`.
 
 It tells its progress on standard output, one JSON object per line; SIGTERM makes it save and leave; it does not outlive
 the command that started it, whose end closes its standard input.
@@ -17,25 +17,26 @@ from typing import Any
 
 import torch
 
+from benchmarks.execution.progress import news
 from benchmarks.experiment.data import open_corpus
-from benchmarks.experiment.experiment import Panel
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.records.folders import CONFIG, run_folder
 from benchmarks.records.metrics import to_json
-from benchmarks.training.run import Checkpoints, Run
+from benchmarks.training.run import Run, Schedule
 
-CONFIG = "config.json"
 _REPORT_SECONDS = 0.2
 
 
-def main(folder: Path, arm: str, seed: int, checkpoints: Checkpoints) -> int:
+def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
     """Exit status: 0 the run is finished, 1 it was told to stop."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
-    panel = Panel.from_json(json.loads((folder / CONFIG).read_text())["config"])
-    torch.set_num_threads(panel.threads)
-    corpus = open_corpus(None if panel.data.path is None else Path(panel.data.path))
-    run = Run(panel, corpus, run_folder(folder, arm, seed), arm, seed)
+    experiment = Experiment.from_json(json.loads((folder / CONFIG).read_text())["config"])
+    torch.set_num_threads(experiment.threads)
+    corpus = open_corpus(None if experiment.data.path is None else Path(experiment.data.path))
+    run = Run(experiment, corpus, run_folder(folder, arm, seed), experiment.arm(arm), seed)
     _tell({"step": run.done})
     told = time.monotonic()
 
@@ -43,15 +44,10 @@ def main(folder: Path, arm: str, seed: int, checkpoints: Checkpoints) -> int:
         nonlocal told
         if time.monotonic() - told > _REPORT_SECONDS or run.finished:
             told = time.monotonic()
-            logits = [logit for heads in record["max_logits"].values() for logit in heads]
-            _tell({"step": record["step"], "loss": record["loss"], "max_logit": max(logits, default=float("nan"))})
+            _tell(news(record))
 
     run.train(on_step, stop.is_set, checkpoints)
     return 0 if run.finished else 1
-
-
-def run_folder(folder: Path, arm: str, seed: int) -> Path:
-    return folder / "runs" / f"{arm}-{seed}"
 
 
 def _tell(message: dict[str, Any]) -> None:
@@ -65,5 +61,5 @@ def _leave_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    every = Checkpoints(float(sys.argv[4]), int(sys.argv[5]) or None)
+    every = Schedule(float(sys.argv[4]), int(sys.argv[5]) or None)
     sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), every))

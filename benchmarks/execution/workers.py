@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,39 +19,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.execution.processes import start
 from benchmarks.execution.progress import Progress
-from benchmarks.execution.worker import run_folder
-from benchmarks.experiment.arms import setup
-from benchmarks.experiment.errors import UsageError
-from benchmarks.experiment.experiment import Panel
+from benchmarks.experiment.arms import Arm
+from benchmarks.experiment.errors import RunFailed, UsageError
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.records.folders import LOG, RESULT, run_folder
 from benchmarks.records.metrics import from_json
-from benchmarks.training.run import RESULT, Checkpoints
+from benchmarks.training.run import Schedule
 
 _GRACE_SECONDS = 20.0  # for a worker to finish its step and save
 
 
-class RunFailed(RuntimeError):
-    """A worker ended with an error; the message carries the end of its log."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    panel: Panel
-    folder: Path  # of the panel
-    arm: str
+    experiment: Experiment
+    folder: Path  # of the experiment
+    arm: Arm
     seed: int
 
     @property
     def title(self) -> str:
-        return f"{self.panel.name} {self.arm}/{self.seed}".lstrip()
+        return f"{self.experiment.name} {self.arm.name}/{self.seed}".lstrip()
 
     @property
     def steps(self) -> int:
-        return setup(self.panel, self.arm).training.steps
+        return self.arm.training.steps
+
+    @property
+    def run(self) -> Path:
+        return run_folder(self.folder, self.arm.name, self.seed)
 
     @property
     def finished(self) -> bool:
-        return (run_folder(self.folder, self.arm, self.seed) / RESULT).exists()
+        return (self.run / RESULT).exists()
 
 
 @contextlib.contextmanager
@@ -75,16 +75,13 @@ def locked(folder: Path, patience: float = 10.0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Checkpoints) -> None:
+def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Schedule) -> None:
     """Run what is not finished yet, `workers` at a time. Raises RunFailed, KeyboardInterrupt (also for SIGTERM)."""
     waiting = [job for job in jobs if not job.finished]
     events: queue.SimpleQueue[tuple[Job, dict[str, Any] | None]] = queue.SimpleQueue()
     processes: dict[Job, subprocess.Popen[str]] = {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    progress = Progress(
-        total=sum(job.steps for job in jobs),
-        done=sum(job.steps for job in jobs if job.finished),
-    )
+    progress = Progress(total=sum(job.steps for job in jobs), done=sum(job.steps for job in jobs if job.finished))
     try:
         while waiting or processes:
             while waiting and len(processes) < workers:
@@ -103,41 +100,31 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Checkp
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, lock: int, checkpoints: Checkpoints, events: queue.SimpleQueue[Any]) -> subprocess.Popen[str]:
-    folder = run_folder(job.folder, job.arm, job.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    source = str(Path(__file__).resolve().parents[2])
-    threads = str(job.panel.threads)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        **(_for_jax(job.panel.threads) if job.panel.framework == "jax" else {}),
-    }
-    arguments = [str(job.folder), job.arm, str(job.seed), str(checkpoints.seconds), str(checkpoints.steps or 0)]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.execution.worker", *arguments],
+def for_jax(threads: int) -> dict[str, str]:
+    """XLA takes a thread for every core that it sees, also next to another worker, unless it is told otherwise."""
+    single = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
+    flags = os.environ.get("XLA_FLAGS", "") + single
+    return {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(threads), "XLA_FLAGS": flags}
+
+
+def _start(job: Job, lock: int, checkpoints: Schedule, events: queue.SimpleQueue[Any]) -> subprocess.Popen[str]:
+    job.run.mkdir(parents=True, exist_ok=True)
+    threads = job.experiment.threads
+    words = (job.folder, job.arm.name, job.seed, checkpoints.seconds, checkpoints.steps or 0)
+    with (job.run / LOG).open("w") as log:
+        process = start(
+            "benchmarks.execution.worker",
+            *map(str, words),
+            threads=threads,
+            variables=for_jax(threads) if job.experiment.framework == "jax" else None,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            text=True,
-            env=environment,
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C reaches this process alone, which then tells the workers
         )
     threading.Thread(target=_listen, args=(job, process, events), daemon=True).start()
     return process
-
-
-def _for_jax(threads: int) -> dict[str, str]:
-    """XLA takes a thread for every core that it sees, also beside another worker, unless it is told otherwise."""
-    alone = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "PJRT_NPROC": str(threads),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + alone,
-    }
 
 
 def _listen(job: Job, process: subprocess.Popen[str], events: queue.SimpleQueue[Any]) -> None:
@@ -171,5 +158,5 @@ def _end(process: subprocess.Popen[str]) -> int:
 
 
 def _log_tail(job: Job) -> str:
-    log = run_folder(job.folder, job.arm, job.seed) / "log.txt"
+    log = job.run / LOG
     return "".join(log.read_text().splitlines(keepends=True)[-15:]) + f"(all of it: {log})"

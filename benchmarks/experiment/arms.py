@@ -1,111 +1,160 @@
 """The arms: how each one updates a model, and for some which model. Everything else about a run is shared.
 
-An arm's name may carry settings of its own: `muonclip@tau=10`, `muon@attention=gqa@weight_decay=0`. `SETTINGS` lists
-them. An arm that changes the model starts from the same weights wherever the shapes agree.
-The maximum logits are measured in every arm, by a clip that never acts where the arm has none, so all pay for it.
+`ARMS` is the one table; a new arm is a new entry. On the command line an arm may carry settings of its own, as in
+`muonclip@tau=10` or `muon@attention=gqa@weight_decay=0` (`SETTINGS`). `Choice` is such a word understood, and `resolve`
+makes an `Arm` of it, in which nothing is left to look up. An arm that changes the model starts from the same weights
+wherever the shapes agree. The maximum logits are measured in every arm, by a clip that never acts where the arm has
+none, so all pay for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from benchmarks.experiment.experiment import Panel, Training
+from benchmarks.experiment.settings import Training
 from muonclip.models import MoEConfig
 from muonclip.models.config import Attention
 
+Optimizer = Literal["adamw", "muon"]
+
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """How an arm updates the model that `model(config, training)` gives the sizes of, in every framework.
-
-    Pictures show `label` and `colour` (Okabe–Ito, colour-blind safe).
-    """
+class Entry:
+    """A line of the table. Pictures show `label` and `colour` (Okabe–Ito, colour-blind safe)."""
 
     label: str
     colour: str
-    optimizer: Literal["adamw", "muon"]
+    optimizer: Optimizer
     clips: bool = False
+    baseline: str | None = None  # the entry that is the same but for the clip
     late: bool = False  # whether the clip waits for `Training.rescue_at`
     per_head: bool = False  # whether each head's rows are a matrix of their own
     model: Callable[[MoEConfig, Training], MoEConfig] = lambda config, training: config
 
 
-class Setup(NamedTuple):
-    """What one arm of a panel really does, its settings included."""
+ARMS: dict[str, Entry] = {
+    "adamw": Entry("AdamW", "#0072B2", "adamw"),
+    "muon": Entry("Muon", "#D55E00", "muon"),
+    "muonclip": Entry("MuonClip", "#009E73", "muon", clips=True, baseline="muon"),
+    "rescue": Entry("Muon, clip switched on midway", "#8C6BB1", "muon", clips=True, baseline="muon", late=True),
+    "per-head": Entry("MuonClip per head", "#CC79A7", "muon", clips=True, per_head=True),
+    "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
+    "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
+    "softcap": Entry("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),
+}
+DEFAULT_ARMS = ("adamw", "muon", "muonclip")  # the claim itself; the others are what it is compared with
 
-    arm: Arm
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """An arm of an experiment, resolved: what one run does, its settings included."""
+
+    name: str
+    label: str
+    colour: str
+    optimizer: Optimizer
+    clips: bool
+    clips_from: int  # updates that are done before the clip may act
+    per_head: bool
     model: MoEConfig
     training: Training
     lr: float
+    states_rate: bool  # whether the label says the rate
+    baseline: str | None  # the arm that is the same but for the clip; of another rate where none has this one
+    changes: Mapping[str, Any]  # the fields that its model has otherwise than the experiment's, with its values
 
     def tau(self, done: int) -> float:
         """The threshold in the update that follows `done` others; infinity measures without clipping."""
-        begin = round(self.training.rescue_at * self.training.steps) if self.arm.late else 0
-        return self.training.tau if self.arm.clips and done >= begin else math.inf
+        return self.training.tau if self.clips and done >= self.clips_from else math.inf
+
+    @property
+    def caption(self) -> str:
+        """The arm with its rate, for titles and legends: "Muon, QK-norm, rate 0.03 (changes the model)"."""
+        rate = "" if self.states_rate else f", rate {self.lr:g}"
+        return f"{self.label}{rate}{' (changes the model)' if self.changes else ''}"
+
+    @property
+    def capped(self) -> bool:
+        """Whether its logits pass through a soft cap; they are measured before it."""
+        return "softcap" in self.changes
+
+    @property
+    def change(self) -> str:
+        """What it changes in the model, in words: "softcap = 30"."""
+        return ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.changes.items())
 
 
-class Appearance(NamedTuple):
-    """An arm in pictures and tables."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An arm as it is asked for: an entry of the table, and settings in the order of `SETTINGS`."""
 
-    label: str
-    colour: str
+    entry: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """`muonclip@tau=10`, the same however the settings were ordered or written."""
+        written = (f"{k}={v if isinstance(v, str) else format(v, 'g')}" for k, v in self.settings.items())
+        return "@".join([self.entry, *written])
 
-def setup(panel: Panel, name: str) -> Setup:
-    """The arm of that name in the panel."""
-    base, settings = parse(name)
-    lr = settings.pop("lr", None) or panel.training.lr[base]
-    attention = settings.pop("attention", panel.model.attention)
-    training = replace(panel.training, **settings)
-    model = ARMS[base].model(replace(panel.model, attention=attention), training)
-    return Setup(ARMS[base], model, training, lr)
-
-
-def model_changes(panel: Panel, name: str) -> dict[str, Any]:
-    """The fields that the arm's model has otherwise than the panel's, with its values."""
-    own, shared = asdict(setup(panel, name).model), asdict(panel.model)
-    return {field: value for field, value in own.items() if value != shared[field]}
+    @property
+    def label(self) -> str:
+        """`muonclip@tau=10` → "MuonClip, τ = 10"."""
+        return ", ".join([ARMS[self.entry].label, *(SETTINGS[k].words(v) for k, v in self.settings.items())])
 
 
-def appearance(panel: Panel) -> dict[str, Appearance]:
-    """Labels and colours by arm, all different: arms that differ in their settings are shades of one colour."""
-    looks: dict[str, Appearance] = {}
-    for name in panel.arms:
-        base = base_of(name)
-        alike = [other for other in panel.arms if base_of(other) == base]
-        looks[name] = Appearance(label(name), _shade(ARMS[base].colour, alike.index(name), len(alike)))
-    return looks
+def choose(entry: str, **settings: Any) -> Choice:
+    return Choice(entry, {key: settings[key] for key in SETTINGS if key in settings})
 
 
-def label(name: str) -> str:
-    """`muonclip@tau=10` → "MuonClip, τ = 10"."""
-    base, settings = parse(name)
-    return ", ".join([ARMS[base].label, *(SETTINGS[key].words(value) for key, value in settings.items())])
+def choices(*names: str) -> tuple[Choice, ...]:
+    """The arms of these names. Raises ValueError, saying what is known, for a name that is not understood."""
+    return tuple(map(_parse, names))
 
 
-def base_of(name: str) -> str:
-    """The arm without its settings."""
-    return name.partition("@")[0]
+def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> tuple[Arm, ...]:
+    """The arms that these choices are on the model and the training. Arms of one entry are shades of its colour."""
+    rates = {choice.name: choice.settings.get("lr") or training.lr[choice.entry] for choice in chosen}
+    arms: list[Arm] = []
+    for choice in chosen:
+        entry, settings, lr = ARMS[choice.entry], dict(choice.settings), rates[choice.name]
+        settings.pop("lr", None)
+        attention = settings.pop("attention", model.attention)
+        own = replace(training, **settings)
+        config = entry.model(replace(model, attention=attention), own)
+        before = asdict(model)
+        shades = [other.name for other in chosen if other.entry == choice.entry]
+        others = sorted(
+            (other.name for other in chosen if other.entry == entry.baseline and _rest(other) == _rest(choice)),
+            key=lambda name: rates[name] != lr,
+        )
+        arms.append(
+            Arm(
+                name=choice.name,
+                label=choice.label,
+                colour=_shade(entry.colour, shades.index(choice.name), len(shades)),
+                optimizer=entry.optimizer,
+                clips=entry.clips,
+                clips_from=round(own.rescue_at * own.steps) if entry.late else 0,
+                per_head=entry.per_head,
+                model=config,
+                training=own,
+                lr=lr,
+                states_rate="lr" in choice.settings,
+                baseline=next(iter(others), None),
+                changes={key: value for key, value in asdict(config).items() if value != before[key]},
+            )
+        )
+    return tuple(arms)
 
 
-def with_settings(base: str, **settings: Any) -> str:
-    """The name of an arm with these settings, the same however they are ordered or written."""
-    written = (
-        f"{key}={settings[key]:g}" if key != "attention" else f"{key}={settings[key]}"
-        for key in SETTINGS
-        if key in settings
-    )
-    return "@".join([base, *written])
-
-
-def parse(name: str) -> tuple[str, dict[str, Any]]:
-    """The arm and its settings. Raises ValueError, saying what is known, for a name that is not understood."""
-    base, *parts = name.split("@")
-    if base not in ARMS:
-        raise ValueError(f"unknown arm {base!r}; known: {', '.join(ARMS)}")
+def _parse(name: str) -> Choice:
+    entry, *parts = name.split("@")
+    if entry not in ARMS:
+        raise ValueError(f"unknown arm {entry!r}; known: {', '.join(ARMS)}")
     settings: dict[str, Any] = {}
     for part in parts:
         key, _, written = part.partition("=")
@@ -114,7 +163,22 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
         if key in settings:
             raise ValueError(f"{key} is set twice in {name!r}")
         settings[key] = SETTINGS[key].read(key, written)
-    return base, {key: settings[key] for key in SETTINGS if key in settings}
+    return choose(entry, **settings)
+
+
+def _rest(choice: Choice) -> dict[str, Any]:
+    """The settings in which an arm and its baseline must agree."""
+    return {key: value for key, value in choice.settings.items() if key not in ("tau", "lr")}
+
+
+def _shade(colour: str, position: int, count: int) -> str:
+    """The colour itself for a single arm; else from a dark to a light shade of it."""
+    if count == 1:
+        return colour
+    mix = -0.45 + 1.0 * position / (count - 1)  # below 0 towards black, above 0 towards white
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    mixed = [round(part + mix * (255 - part)) if mix > 0 else round(part * (1 + mix)) for part in parts]
+    return "#" + "".join(f"{part:02X}" for part in mixed)
 
 
 class Setting(NamedTuple):
@@ -141,38 +205,15 @@ def _attention(key: str, written: str) -> str:
     return written
 
 
-_LEAST, _MOST = 1e-300, 1e300
+_POSITIVE = _number(float, 1e-300, 1e300, "a positive number")
 SETTINGS: dict[str, Setting] = {
     "attention": Setting(_attention, str.upper),
-    "lr": Setting(_number(float, _LEAST, _MOST, "a positive number"), lambda lr: f"rate {lr:g}"),
-    "tau": Setting(_number(float, _LEAST, _MOST, "a positive number"), lambda tau: f"τ = {tau:g}"),
-    "weight_decay": Setting(_number(float, 0, _MOST, "a number from 0"), lambda decay: f"λ = {decay:g}"),
+    "lr": Setting(_POSITIVE, lambda lr: f"rate {lr:g}"),
+    "tau": Setting(_POSITIVE, lambda tau: f"τ = {tau:g}"),
+    "weight_decay": Setting(_number(float, 0, 1e300, "a number from 0"), lambda decay: f"λ = {decay:g}"),
     "steps": Setting(_number(int, 1, 10**12, "an integer of at least 1"), lambda steps: f"{steps} steps"),
     "decay_share": Setting(
         _number(float, 0, 1, "a share from 0 to 1"),
         lambda share: f"decay over the last {share:.0%}" if share else "constant rate",
     ),
 }
-
-
-def _shade(colour: str, position: int, count: int) -> str:
-    """The colour itself for one alone; else from a dark to a light shade of it."""
-    if count == 1:
-        return colour
-    mix = -0.45 + 1.0 * position / (count - 1)  # below 0 towards black, above 0 towards white
-    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    mixed = [round(part + mix * (255 - part)) if mix > 0 else round(part * (1 + mix)) for part in parts]
-    return "#" + "".join(f"{part:02X}" for part in mixed)
-
-
-ARMS: dict[str, Arm] = {
-    "adamw": Arm("AdamW", "#0072B2", "adamw"),
-    "muon": Arm("Muon", "#D55E00", "muon"),
-    "muonclip": Arm("MuonClip", "#009E73", "muon", clips=True),
-    "rescue": Arm("Muon, clip switched on midway", "#8C6BB1", "muon", clips=True, late=True),
-    "per-head": Arm("MuonClip per head", "#CC79A7", "muon", clips=True, per_head=True),
-    "adamw-clip": Arm("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True),
-    "qk-norm": Arm("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
-    "softcap": Arm("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),
-}
-DEFAULT_ARMS = ("adamw", "muon", "muonclip")  # the claim itself; the others are what it is compared with

@@ -46,6 +46,11 @@ class DataRecord:
     validation_tokens: int
     sha256: str
 
+    @property
+    def unit(self) -> str:
+        """Of losses in pictures and tables."""
+        return "bits per byte" if self.kind == "bytes" else "bits per token"
+
 
 class Corpus:
     """Two token arrays, `train` and `validation`, 1-D; see `open_corpus`."""

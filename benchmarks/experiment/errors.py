@@ -1,4 +1,4 @@
-"""The one exception of the command line: what a user can put right."""
+"""The exceptions of the command line: what a user can put right, and a run that failed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ class UsageError(ValueError):
     """A wrong option or input, by the option's name; printed without a traceback, exit status 2."""
 
     def __init__(self, option: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(option, message)
         self.option = option
         self.message = message
 
     def __str__(self) -> str:
         return f"argument {self.option}: {self.message}"
+
+
+class RunFailed(RuntimeError):
+    """A run ended with an error, or not as it should have; the message says how. Exit status 1."""

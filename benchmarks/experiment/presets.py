@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.experiment.experiment import Training
+from benchmarks.experiment.arms import ARMS
+from benchmarks.experiment.settings import Training
 from muonclip.core.schedules import WarmupConstantCosine
 from muonclip.models import MoEConfig
 
@@ -23,9 +24,7 @@ class Preset:
 
 def rates(*, adamw: float, muon: float) -> dict[str, float]:
     """By arm. Only those of adamw, muon and muonclip were searched; the other arms take their optimizer's."""
-    return {"adamw": adamw, "adamw-clip": adamw} | dict.fromkeys(
-        ("muon", "muonclip", "rescue", "per-head", "qk-norm", "softcap"), muon
-    )
+    return {name: adamw if entry.optimizer == "adamw" else muon for name, entry in ARMS.items()}
 
 
 HOT = Training(steps=800, batch_size=4, lr=rates(adamw=1e-3, muon=3e-2))
@@ -42,7 +41,20 @@ OWN_RATE = Training(
 """Each optimizer at the rate that serves it best, and a decay to a tenth, which serves them all. `make evidence` finds
 the rates: docs/evidence/sweep.json, of three seeds."""
 
-_K2 = WarmupConstantCosine.k2()
+_LARGE = Training(steps=0, batch_size=0, lr={}, tau=100.0, warmup_steps=100, validation_batches=4)
+_SCHEDULE = WarmupConstantCosine.k2()
+_K2 = Training(
+    steps=0,
+    batch_size=16_384,
+    lr={},
+    warmup_steps=500,
+    decay_share=_SCHEDULE.decay / _SCHEDULE.total_steps,
+    final_factor=_SCHEDULE.final,
+    tau=100.0,
+    validate_every=500,
+    validation_batches=1,
+    validation_batch_size=256,
+)
 
 PRESETS = {
     "cpu": Preset(MoEConfig.cpu, HOT),
@@ -55,50 +67,20 @@ PRESETS = {
     ),
     "node": Preset(
         MoEConfig.node,
-        Training(
-            steps=2000,
-            batch_size=8,
-            lr=rates(adamw=3e-4, muon=1e-2),
-            tau=100.0,
-            warmup_steps=100,
-            validation_batches=4,
-            validation_batch_size=8,
-        ),
+        replace(_LARGE, steps=2000, batch_size=8, lr=rates(adamw=3e-4, muon=1e-2), validation_batch_size=8),
         device="cuda",
         seeds=(0,),
         pilot_rates=(5e-3, 1e-2, 2e-2),
     ),
     "cluster": Preset(
         MoEConfig.k2,
-        Training(
-            steps=_K2.total_steps,
-            batch_size=16_384,
-            lr=rates(adamw=2e-4, muon=2e-4),
-            warmup_steps=_K2.warmup,
-            decay_share=_K2.decay / _K2.total_steps,
-            final_factor=_K2.final,
-            tau=100.0,
-            validate_every=500,
-            validation_batches=1,
-            validation_batch_size=256,
-        ),
+        replace(_K2, steps=_SCHEDULE.total_steps, lr=rates(adamw=2e-4, muon=2e-4), warmup_steps=_SCHEDULE.warmup),
         device="cuda",
         seeds=(0,),
     ),
     "cluster-moonlight": Preset(
         MoEConfig.moonlight,
-        Training(
-            steps=20_000,
-            batch_size=2048,
-            lr=rates(adamw=4.2e-4, muon=4.2e-4),
-            warmup_steps=500,
-            decay_share=_K2.decay / _K2.total_steps,
-            final_factor=_K2.final,
-            tau=100.0,
-            validate_every=500,
-            validation_batches=1,
-            validation_batch_size=64,
-        ),
+        replace(_K2, steps=20_000, batch_size=2048, lr=rates(adamw=4.2e-4, muon=4.2e-4), validation_batch_size=64),
         device="cuda",
         seeds=(0,),
     ),

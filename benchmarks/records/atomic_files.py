@@ -24,8 +24,12 @@ def load(path: Path, device: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        stream.write(text.encode())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""What a result was made with: as it is recorded, and as the one line that pictures, pages and tables show."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import muonclip
-from benchmarks.experiment.experiment import Framework
+from benchmarks.experiment.settings import Framework
 
 
 def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str, Any]:
@@ -34,6 +35,29 @@ def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }
+
+
+def made_with(environment: Mapping[str, Any]) -> str:
+    """Command, date, versions and machine, of what `environment` recorded."""
+    trained = ("jax", "jaxlib", "optax") if "jax" in environment else ("torch",)  # which JAX's runs only measure with
+    commit = str(environment.get("git_commit") or "")
+    commit = commit and f" (commit {commit[:7]}{' with changes' if commit.endswith('+') else ''})"
+    versions = [
+        f"muonclip {environment['muonclip']}{commit}" if "muonclip" in environment else "",
+        *(f"{package} {environment[package]}" for package in trained if package in environment),
+        f"Python {environment['python']}" if "python" in environment else "",
+    ]
+    machine = [
+        environment.get("gpu") or "",
+        f"{environment['cores']} cores of {environment['cpu']}" if {"cores", "cpu"} <= environment.keys() else "",
+    ]
+    parts = [
+        environment.get("command", ""),
+        str(environment.get("date", "")).partition("T")[0],
+        ", ".join(filter(None, versions)),
+        ", ".join(filter(None, machine)),
+    ]
+    return " · ".join(filter(None, parts))
 
 
 def available_cores() -> int:

@@ -1,4 +1,4 @@
-"""What seeds allow to say: means with confidence intervals, and where a curve reaches a value."""
+"""What seeds allow to say: means and medians with confidence intervals, and where a curve reaches a value."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from scipy import stats
 
 CONFIDENCE = 0.95
+Verdict = Literal["not finite", "same to the bit", "one seed", "not told from zero", "lower", "higher"]
 
 
 class Interval(NamedTuple):
@@ -21,8 +22,20 @@ class Interval(NamedTuple):
     high: float
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def verdict(self) -> Verdict:
+        """What the interval of a difference says of its sign."""
+        if not math.isfinite(self.mean):
+            return "not finite"
+        if self.mean == self.low == self.high == 0:
+            return "same to the bit"
+        if not math.isfinite(self.low):
+            return "one seed"
+        return "lower" if self.high < 0 else "higher" if self.low > 0 else "not told from zero"
+
+    def __str__(self) -> str:
+        """A difference: `+0.100 (−0.020 to +0.220)`."""
+        mean, low, high = (difference(value) for value in self)
+        return mean if self.low == self.high or not math.isfinite(self.low) else f"{mean} ({low} to {high})"
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -30,9 +43,25 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = statistics.stdev(values) / math.sqrt(len(values)) if math.isfinite(mean) else math.nan
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
     return Interval(mean, mean - half, mean + half)
+
+
+def difference(value: float) -> str:
+    """Signed, with three decimals, or as a power of ten where those would be zeros."""
+    if not math.isfinite(value):
+        return "not finite"
+    return (f"{value:+.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:+.0e}").replace("-", "−")
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, float | None]:
+    """The median and its confidence interval by order statistics, whatever the distribution; None for bounds that so
+    few values cannot give."""
+    ordered, count = sorted(values), len(values)
+    below = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
+    low, high = (ordered[below - 1], ordered[count - below]) if below else (None, None)
+    return {"median": statistics.median(ordered), "low": low, "high": high}
 
 
 def crossing(budgets: Sequence[float], losses: Sequence[float], target: float) -> float | None:

@@ -1,22 +1,19 @@
-"""What a run's records come to, and the table of a panel."""
+"""What a run's records come to, and the results of an experiment: its finished runs with their summaries."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from benchmarks.execution.worker import run_folder
-from benchmarks.experiment.arms import appearance, model_changes, setup
-from benchmarks.experiment.experiment import Panel
+from benchmarks.experiment.arms import Arm
+from benchmarks.experiment.experiment import Experiment
 from benchmarks.records import metrics
-from benchmarks.training.run import METRICS, RESULT, Result
-
-Record = dict[str, Any]
+from benchmarks.records.folders import RESULT, Result, run_folder
+from benchmarks.records.run_records import RunRecords, read_run
 
 
 class RunSummary(TypedDict):
@@ -29,7 +26,7 @@ class RunSummary(TypedDict):
     clipped_head_steps: int  # clipped heads, summed over steps
     heads_ever_clipped: float  # share of all heads
     last_clipped_step: int | None  # None: no head was ever clipped
-    loss_spikes: int  # steps; see `spikes`
+    loss_spikes: int  # steps; see `RunRecords.spikes`
     attention_entropy: float  # nats, mean over heads, at the end
     query_norm: float  # spectral norm of W_q, largest over heads, at the end
     key_norm: float
@@ -39,148 +36,77 @@ class RunSummary(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class PanelResult:
-    panel: Panel
-    records: dict[str, dict[int, list[Record]]]  # by arm and seed
+class Results:
+    """An experiment and its finished runs, by the arm's name and the seed."""
+
+    experiment: Experiment
+    records: dict[str, dict[int, RunRecords]]
     summaries: dict[str, dict[int, RunSummary]]
     environment: dict[str, Any] = field(default_factory=dict)  # what it was made with, recorded at the first start
 
+    @property
+    def missing(self) -> list[tuple[Arm, int]]:
+        """The runs that are not finished."""
+        return [(arm, seed) for arm, seed in self.experiment.runs() if seed not in self.summaries.get(arm.name, {})]
 
-def collect(panel: Panel, folder: Path, environment: dict[str, Any]) -> PanelResult:
-    """Read the finished runs of a panel."""
-    records: dict[str, dict[int, list[Record]]] = {}
-    summaries: dict[str, dict[int, RunSummary]] = {}
-    for arm in panel.arms:
-        for seed in panel.seeds:
-            run = run_folder(folder, arm, seed)
+    @property
+    def finished(self) -> list[Arm]:
+        """The arms that have a finished run."""
+        return [arm for arm in self.experiment.arms if self.summaries.get(arm.name)]
+
+    def only(self, *names: str) -> Results:
+        """The same with these arms alone."""
+        chosen = tuple(choice for choice in self.experiment.chosen if choice.name in names)
+        parts = ({name: of[name] for name in names if name in of} for of in (self.records, self.summaries))
+        return Results(replace(self.experiment, chosen=chosen), *parts, self.environment)
+
+    def to_json(self) -> dict[str, Any]:
+        """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""
+        arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in self.summaries.items()}
+        changes = {arm.name: arm.changes for arm in self.experiment.arms if arm.changes}
+        config = self.experiment.to_json() | {"model_changes": changes}
+        return metrics.to_json({"config": config, "environment": self.environment, "arms": arms})
+
+
+def collect(experiment: Experiment, folder: Path, environment: dict[str, Any]) -> Results:
+    """Read the finished runs of an experiment."""
+    results = Results(experiment, {}, {}, environment)
+    for arm in experiment.arms:
+        for seed in experiment.seeds:
+            run = run_folder(folder, arm.name, seed)
             if (run / RESULT).exists():
-                records.setdefault(arm, {})[seed] = metrics.read(run / METRICS)
-                result: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
-                summaries.setdefault(arm, {})[seed] = summarise(panel, arm, records[arm][seed], result)
-    return PanelResult(panel, records, summaries, environment)
+                records = read_run(run)
+                ended: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
+                results.records.setdefault(arm.name, {})[seed] = records
+                results.summaries.setdefault(arm.name, {})[seed] = summarise(experiment, arm, records, ended)
+    return results
 
 
-def summarise(panel: Panel, arm: str, records: Sequence[Record], result: Result) -> RunSummary:
-    training, model = setup(panel, arm).training, panel.model
-    measured = [record for record in records if "update_rms" in record]
-    maxima = [maximum for maximum in map(max_logit, records) if maximum is not None]
-    tokens = len(records) * training.batch_size * panel.model.max_seq_len
-    spiking = spikes([record["loss"] for record in records], training.spike_window, training.spike_threshold)
+def summarise(experiment: Experiment, arm: Arm, records: RunRecords, result: Result) -> RunSummary:
+    training, model, steps = arm.training, experiment.model, records.steps
+    maxima = steps["max_logit"].dropna()
+    measured = [heads.dropna().tail(1).to_numpy().ravel().tolist() for heads in records.heads.values()][1:]
+    entropies, query_norms, key_norms = measured
+    acted = steps.index[steps["clipped_heads"] > 0]
+    tokens = len(steps) * training.batch_size * model.max_seq_len
     return RunSummary(
         final_val_loss=result["final_val_loss"],
-        val_bits_per_byte=result["final_val_loss"] / math.log(2) if panel.data.kind == "bytes" else None,
-        max_logit_peak=max(maxima, default=math.nan),
-        max_logit_median_last_quarter=statistics.median(maxima[-math.ceil(len(maxima) / 4) :]) if maxima else math.nan,
-        clipped_head_steps=sum(record["clipped_heads"] for record in records),
-        heads_ever_clipped=len(ever_clipped(records, training.tau)) / (model.num_layers * model.num_heads),
-        last_clipped_step=max((record["step"] for record in records if record["clipped_heads"]), default=None),
-        loss_spikes=len(spiking),
-        attention_entropy=statistics.fmean(_heads(measured[-1:], "attention_entropy") or [math.nan]),
-        query_norm=max(_heads(measured[-1:], "query_norms"), default=math.nan),
-        key_norm=max(_heads(measured[-1:], "key_norms"), default=math.nan),
-        update_rms=statistics.median([record["update_rms"] for record in measured] or [math.nan]),
+        val_bits_per_byte=bits(result["final_val_loss"]) if experiment.data.kind == "bytes" else None,
+        max_logit_peak=maxima.max(),
+        max_logit_median_last_quarter=maxima.tail(math.ceil(len(maxima) / 4)).median(),
+        clipped_head_steps=int(steps["clipped_heads"].sum()),
+        heads_ever_clipped=records.clipped(training.tau).any().sum() / (model.num_layers * model.num_heads),
+        last_clipped_step=int(acted[-1]) if len(acted) else None,
+        loss_spikes=int(records.spikes(training.spike_window, training.spike_threshold).sum()),
+        attention_entropy=statistics.fmean(entropies or [math.nan]),
+        query_norm=max(query_norms, default=math.nan),
+        key_norm=max(key_norms, default=math.nan),
+        update_rms=steps["update_rms"].median(),
         wall_seconds=round(result["wall_seconds"], 2),
         tokens_per_second=round(tokens / result["train_seconds"], 1),
     )
 
 
-def _heads(records: Sequence[Record], field: str) -> list[float]:
-    return [value for record in records for heads in record[field].values() for value in heads]
-
-
-def max_logit(record: Record) -> float | None:
-    """The step's maximum over layers and heads; None for a step whose loss was not finite."""
-    return max((logit for heads in record["max_logits"].values() for logit in heads), default=None)
-
-
-def ever_clipped(records: Sequence[Record], tau: float) -> set[tuple[str, int]]:
-    """(attention, head) of those clipped at any step: where an arm clips, all heads above τ are, and no others."""
-    return {
-        (attention, head)
-        for record in records
-        if record["clipped_heads"]
-        for attention, heads in record["max_logits"].items()
-        for head, logit in enumerate(heads)
-        if logit > tau
-    }
-
-
-def spikes(losses: Sequence[float], window: int, threshold: float) -> list[int]:
-    """Indices where a loss is not finite or exceeds the median of the `window` losses before it by `threshold` nats."""
-    return [
-        index
-        for index, loss in enumerate(losses)
-        if not math.isfinite(loss)
-        or (index >= window and loss > statistics.median(losses[index - window : index]) + threshold)
-    ]
-
-
-def to_json(result: PanelResult) -> dict[str, Any]:
-    """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""
-    arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in result.summaries.items()}
-    changes = {arm: changed for arm in result.panel.arms if (changed := model_changes(result.panel, arm))}
-    config = result.panel.to_json() | {"model_changes": changes}
-    return metrics.to_json({"config": config, "environment": result.environment, "arms": arms})
-
-
-def rows(result: PanelResult) -> list[tuple[str, ...]]:
-    """The head of the table and a row per finished run; bits are per byte, per token for token ids."""
-    panel = result.panel
-    bits = "bits/byte" if panel.data.kind == "bytes" else "bits/token"
-    head = (
-        "arm",
-        "seed",
-        "rate",
-        "val loss",
-        bits,
-        "peak logit",
-        "last quarter",
-        "clips",
-        "spikes",
-        "tokens/s",
-        "time",
-    )
-    lines: list[tuple[str, ...]] = [head]
-    looks = appearance(panel)
-    for arm, seed in panel.runs():
-        run = result.summaries.get(arm, {}).get(seed)
-        if run is None:
-            continue
-        lines.append(
-            (
-                looks[arm].label,
-                str(seed),
-                f"{setup(panel, arm).lr:g}",
-                f"{run['final_val_loss']:.3f}",
-                f"{run['final_val_loss'] / math.log(2):.3f}",
-                f"{run['max_logit_peak']:.1f}",
-                f"{run['max_logit_median_last_quarter']:.1f}",
-                str(run["clipped_head_steps"]),
-                str(run["loss_spikes"]),
-                f"{run['tokens_per_second']:.0f}",
-                f"{run['wall_seconds']:.0f} s",
-            )
-        )
-    return lines
-
-
-def table(result: PanelResult) -> str:
-    """The rows, then a line per arm that changes the model."""
-    lines = rows(result)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    return "\n".join([*text, "", *notes] if (notes := model_notes(result)) else text)
-
-
-def model_notes(result: PanelResult) -> list[str]:
-    """One line per arm that changes the model."""
-    panel, looks = result.panel, appearance(result.panel)
-    return [
-        f"{looks[arm].label} changes the model: {', '.join(f'{name} = {value}' for name, value in changes.items())}"
-        + ("; its logits are measured before the cap." if "softcap" in changes else ".")
-        for arm in panel.arms
-        if (changes := model_changes(panel, arm))
-    ]
+def bits(nats: float) -> float:
+    """A loss per token, or per byte where a token is one, in the unit that `DataRecord.unit` names."""
+    return nats / math.log(2)

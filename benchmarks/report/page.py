@@ -1,251 +1,214 @@
-"""The HTML report: one file with the reading, the table, charts to zoom into, and how it was made.
+"""The HTML report: one file with verdicts, the table, charts to zoom into, and how it was made.
 
 It opens without a network: Plotly's JavaScript is inside, which makes nearly all of the file's 5 MB, and the page's own
-policy forbids it to ask for anything. The page itself is `report.css` and `report.js` beside this file.
+policy forbids it to ask for anything. Charts are Plotly's figures, the rest is `page.html`, a template of jinja2. Every
+trace says in `meta` which arm it belongs to. Numbers have four significant digits and curves at most `POINTS` points.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import numpy as np
+from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from benchmarks.experiment.arms import appearance, setup
-from benchmarks.experiment.experiment import FRAMEWORKS, flat
-from benchmarks.records import summary
+from benchmarks.experiment.arms import Arm, resolve
+from benchmarks.experiment.experiment import flat
+from benchmarks.experiment.settings import FRAMEWORKS
 from benchmarks.records.atomic_files import replacing
-from benchmarks.records.summary import PanelResult
-from benchmarks.report.charts import Chart, head_maps, line_charts, top_of_logits
-from benchmarks.report.comparison import compare
-from benchmarks.report.style import caption
-from benchmarks.report.verdicts import diverged_at, read
+from benchmarks.records.environment import made_with
+from benchmarks.records.summary import Results
+from benchmarks.report.charts import Chart, HeadMap, charts, floor_of_logits, head_map, thin, top_of_logits
+from benchmarks.report.comparison import setting_rows, shared_rows, written
+from benchmarks.report.tables import model_notes, runs_table
+from benchmarks.report.verdicts import arm_facts, clip_facts, effect_rows, logit_rows
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-_MADE = {
-    "command": "command",
-    "date": "date",
-    "git_commit": "commit",
-    "muonclip": "muonclip",
-    "torch": "torch",
-    "jax": "jax",
-    "jaxlib": "jaxlib",
-    "optax": "optax",
-    "python": "Python",
-    "cuda": "CUDA",
-    "platform": "system",
-    "cpu": "CPU",
-    "cores": "cores",
-    "gpu": "GPU",
+POINTS = 800  # of a curve
+COLUMNS, CELLS = 240, 24_000  # of a heat map, at most
+_GREY, _GRID = "#7b828c", "rgba(128, 134, 144, 0.22)"  # legible on white and, inverted, on black
+_SCALE = ["#e3ecf3", "#3f7fb0", "#ffd166", "#e4572e", "#7d1128"]  # the first two under τ, the others above it
+_AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False, "automargin": True, "exponentformat": "none"}
+_LAYOUT: dict[str, Any] = {
+    "template": "none",
+    "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12.5, "color": _GREY},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "margin": {"l": 44, "r": 14, "t": 12, "b": 40},
+    "showlegend": False,
+    "xaxis": {**_AXIS, "title": {"text": "step", "standoff": 6}, "showgrid": False},
+    "yaxis": _AXIS,
+}
+_LOOKS: dict[str, dict[str, Any]] = {
+    "seed": {"mode": "lines", "line_width": 1, "opacity": 0.45, "hoverinfo": "skip"},
+    "mean": {"mode": "lines", "line_width": 2.4, "hovertemplate": "%{y:.4~g}"},
+    "marks": {"mode": "markers", "marker": {"symbol": "x-thin", "size": 6}, "hoverinfo": "skip"},
 }
 
 
-def write(results: Sequence[PanelResult], path: Path, *, title: str | None = None) -> None:
-    """Write the page of these panels, side by side where they are several. Runs that are not finished are named."""
+def write(results: Sequence[Results], path: Path, *, title: str | None = None) -> None:
+    """Write the page of these experiments, side by side where they are several. Unfinished runs are named."""
     with replacing(path) as stream:
         stream.write(page(results, title=title).encode())
 
 
-def page(results: Sequence[PanelResult], *, title: str | None = None) -> str:
+def page(results: Sequence[Results], *, title: str | None = None) -> str:
     """The page as text."""
-    title = title or " · ".join(dict.fromkeys(result.panel.title for result in results))
-    subjects = dict.fromkeys(result.panel.subject for result in results)
-    charts, drawn = _charts(results)
-    body = [
-        "<header>",
-        f"<h1>{escape(title)}</h1>",
-        *(f"<p class=subject>{escape(subject)}</p>" for subject in subjects),
-        "</header>",
-        _reading(results),
-        _tables(results),
-        drawn,
-        _made(results),
-    ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{_beside('report.css')}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            f'<script type="application/json" id="charts">{_json(charts)}</script>',
-            f"<script>{get_plotlyjs()}</script>",
-            f"<script>\n{_beside('report.js')}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
+    arms, top = _all_arms(results), top_of_logits(results)
+    labels = {arm.name: arm.label for arm in arms}
+    colours = {arm.name: arm.colour for arm in arms}
+    made = [charts(result, top) for result in results]
+    titles = dict.fromkeys(chart.title for of in made for chart in of)
+    grid: list[dict[str, Any] | None] = []  # a row per chart; None leaves a place empty
+    columns = len(results) if len(results) in (2, 3) else 2 if len(results) in (1, 4) else 3
+    for name in titles:
+        for result, of in zip(results, made, strict=True):
+            chart = next((chart for chart in of if chart.title == name), None)
+            words = {"title": name, "where": result.experiment.title if len(results) > 1 else ""}
+            figure = None if chart is None else _lines(chart, result.experiment.steps, labels, colours)
+            grid.append(None if chart is None else {**words, "note": chart.note, "json": _json(figure)})
+        if len(results) > 1:
+            grid += [None] * (-len(results) % columns)
+    maps = [[_map(result, arm, labels[arm.name], top) for arm in result.finished] for result in results]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=title or " · ".join(dict.fromkeys(result.experiment.title for result in results)),
+        subjects=list(dict.fromkeys(result.experiment.subject for result in results)),
+        compared=[setting_rows(results), shared_rows(results)] if len(results) > 1 else [],
+        experiments=[_experiment(result, of) for result, of in zip(results, maps, strict=True)],
+        arms=[{"name": arm.name, "label": _caption(results, arm), "colour": arm.colour} for arm in arms],
+        grid=grid,
+        columns=columns,
+        seeds=list(dict.fromkeys(str(seed) for r in results for runs in r.records.values() for seed in runs)),
+        plotly=get_plotlyjs(),
     )
 
 
-def _reading(results: Sequence[PanelResult]) -> str:
-    parts = ["<section>", "<h2>Reading</h2>"]
-    if comparison := compare(results):
-        parts += ["<h3>Side by side</h3>", _sentences(comparison, [])]
-    for result in results:
-        if len(results) > 1:
-            parts.append(f"<h3>{escape(result.panel.heading)}</h3>")
-        labels = [look.label for look in appearance(result.panel).values()]
-        parts.append(_sentences(read(result), labels))
-    return "\n".join([*parts, "</section>"])
-
-
-def _sentences(sentences: Sequence[str], labels: Sequence[str]) -> str:
-    """A list; the arm that a sentence begins with is set in bold."""
-    items: list[str] = []
-    for sentence in sentences:
-        label = next((label for label in labels if sentence.startswith(f"{label}: ")), "")
-        rest = escape(sentence[len(label) :])
-        items.append(f"<li>{f'<b>{escape(label)}</b>' if label else ''}{rest}</li>")
-    return f"<ul class=reading>{''.join(items)}</ul>"
-
-
-def _tables(results: Sequence[PanelResult]) -> str:
-    parts = ["<section>", "<h2>Runs</h2>"]
-    for result in results:
-        if len(results) > 1:
-            parts.append(f"<h3>{escape(result.panel.heading)}</h3>")
-        head, *rows = summary.rows(result)
-        parts.append('<div class="wide"><table class=runs>')
-        parts.append(f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead><tbody>")
-        for row in rows:
-            cells = "".join(f"<td>{escape(cell.replace('nan', 'NaN'))}</td>" for cell in row[1:])
-            parts.append(f"<tr><th>{escape(row[0])}</th>{cells}</tr>")
-        parts.append("</tbody></table></div>")
-        parts += [f"<p class=note>{escape(note)}</p>" for note in _notes(result)]
-    return "\n".join([*parts, "</section>"])
-
-
-def _notes(result: PanelResult) -> list[str]:
-    panel, looks = result.panel, appearance(result.panel)
-    missing = [(arm, seed) for arm, seed in panel.runs() if seed not in result.summaries.get(arm, {})]
-    return [
-        *summary.model_notes(result),
-        *(
-            f"{looks[arm].label}, seed {seed}, diverged: it ended at step {step} of {setup(panel, arm).training.steps}."
-            for arm, runs in result.records.items()
-            for seed, records in runs.items()
-            if (step := diverged_at(records))
-        ),
-        *(f"{looks[arm].label}, seed {seed}, is not finished and left out." for arm, seed in missing),
+def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the template shows of one experiment."""
+    experiment, facts = results.experiment, arm_facts(results)
+    diverged = [
+        f"{fact.arm.label}, seed {seed}, diverged: it ended at step {step} of {fact.arm.training.steps}."
+        for fact in facts
+        for seed, step in fact.diverged.items()
     ]
+    missing = [f"{arm.label}, seed {seed}, is not finished and left out." for arm, seed in results.missing]
+    settings = {"framework": FRAMEWORKS[experiment.framework]} | flat(results.environment) | flat(experiment.to_json())
+    return {
+        "heading": experiment.heading,
+        "verdicts": [logit_rows(facts), effect_rows(clip_facts(results))],
+        "runs": runs_table(results),
+        "notes": [*model_notes(results), *diverged, *missing],
+        "maps": maps,
+        "made": made_with(results.environment),
+        "settings": {name: value if "sha256" in name else written(value) for name, value in settings.items()},
+    }
 
 
-def _charts(results: Sequence[PanelResult]) -> tuple[list[Chart], str]:
-    """The charts' data by the number of their place, and the section with the places. Panels stand side by side."""
-    panel = results[0].panel
-    every = tuple(dict.fromkeys(arm for result in results for arm in result.panel.arms if result.summaries.get(arm)))
-    looks = appearance(replace(panel, arms=every))
-    colours, labels = ({arm: look[part] for arm, look in looks.items()} for part in (1, 0))
-    top = top_of_logits(results)
-    lines = [line_charts(result, colours, top) for result in results]
-    maps = [head_maps(result, labels, top) for result in results]
-    columns = 3 if len(results) == 3 or len(results) > 4 else 2
-    charts: list[Chart] = []
+def _all_arms(results: Sequence[Results]) -> tuple[Arm, ...]:
+    """The finished arms of all, with a colour for each, as if they were of the first experiment."""
+    finished = {arm.name for result in results for arm in result.finished}
+    chosen = {choice.name: choice for result in results for choice in result.experiment.chosen}
+    training = results[0].experiment.training
+    lr = {name: rate for result in reversed(results) for name, rate in result.experiment.training.lr.items()}
+    of = [choice for name, choice in chosen.items() if name in finished]
+    return resolve(of, results[0].experiment.model, replace(training, lr=lr))
 
-    def figure(chart: Chart | None, panel_title: str = "") -> str:
-        if chart is None:
-            return "<div></div>"
-        charts.append(chart)
-        where = f"<span class=panel>{escape(panel_title)}</span>" if panel_title else ""
-        arm = f' data-arm="{escape(chart["arm"])}"' if "arm" in chart else ""
-        words = f"{where}<b>{escape(chart['title'])}</b> <span>{escape(chart['note'])}</span>"
-        return (
-            f"<figure{arm}><figcaption>{words}</figcaption>"
-            f'<div class="chart {chart["kind"]}" id="chart-{len(charts) - 1}"></div></figure>'
+
+def _caption(results: Sequence[Results], arm: Arm) -> str:
+    captions = {own.caption for result in results for own in result.finished if own.name == arm.name}
+    return captions.pop() if len(captions) == 1 else arm.label
+
+
+def _lines(chart: Chart, steps: int, labels: dict[str, str], colours: dict[str, str]) -> go.Figure:
+    figure = go.Figure(layout=_LAYOUT)
+    figure.update_xaxes(range=[0, steps])
+    for line in chart.lines:
+        x, y = thin(line.x, line.y, POINTS) if line.kind != "marks" else (line.x, line.y)
+        look = _LOOKS[line.kind]
+        if len(x) == 1 and line.kind != "marks":  # a line of one point would not be seen
+            look = {**look, "mode": "markers", "marker_size": 3 * look["line_width"]}
+        elif line.dashed:
+            look = {**look, "line_dash": "6px,6px"}
+        trace = go.Scatter(
+            x=x.astype(int).tolist(), y=_rounded(y), name=labels[line.arm], meta={"arm": line.arm}, **look
         )
-
-    parts = ["<section>", "<h2>Charts</h2>", _legend(results, every, colours), f'<div class="grid columns-{columns}">']
-    if len(results) == 1:
-        parts += [figure(chart) for chart in lines[0]]
-    else:
-        for title in dict.fromkeys(chart["title"] for of in lines for chart in of):
-            for result, of in zip(results, lines, strict=True):
-                found = next((chart for chart in of if chart["title"] == title), None)
-                parts.append(figure(found, result.panel.title))
-            parts += [figure(None)] * (-len(results) % columns)
-    parts.append("</div>")
-    if any(maps):
-        seeds = list(dict.fromkeys(seed for of in maps for chart in of for seed in chart["runs"]))
-        options = "".join(f"<option>{escape(seed)}</option>" for seed in seeds)
-        chosen = f"<label>seed <select id=seed>{options}</select></label>" if len(seeds) > 1 else ""
-        parts += [
-            "<h3>Every head</h3>",
-            "<p class=note>Maximum logit of each head over the steps, layer by layer from the top. Blue is at or under "
-            f"τ, yellow to red above it. {chosen}</p>",
-        ]
-        for result, of in zip(results, maps, strict=True):
-            if len(results) > 1:
-                parts.append(f"<h4>{escape(result.panel.heading)}</h4>")
-            parts += ["<div class=grid>", *(figure(chart) for chart in of), "</div>"]
-    return charts, "\n".join([*parts, "</section>"])
-
-
-def _legend(results: Sequence[PanelResult], arms: Sequence[str], colours: Mapping[str, str]) -> str:
-    """Buttons that hide and show an arm in all charts."""
-    buttons = []
-    for arm in arms:
-        captions = dict.fromkeys(caption(r.panel, arm) for r in results if r.summaries.get(arm))
-        label = next(iter(captions)) if len(captions) == 1 else appearance(results[0].panel)[arm].label
-        buttons.append(
-            f'<button type=button data-arm="{escape(arm)}" data-colour="{colours[arm]}" aria-pressed=true>'
-            f"<i></i>{escape(label)}</button>"
+        colour = colours[line.arm]
+        figure.add_trace(
+            trace.update(line_color=colour, marker_color=colour, marker_line={"color": colour, "width": 1})
         )
-    seeds = max(len(runs) for result in results for runs in result.records.values())
-    lines = "Thin lines are seeds, bold lines their mean. " if seeds > 1 else ""
-    return (
-        f'<div class="legend" role="group" aria-label="arms">{"".join(buttons)}</div>\n'
-        f"<p class=note>{lines}A click on an arm hides it, a double click shows it alone. "
-        "<span class=mouse>Drag in a chart to zoom, double-click to see all of it again.</span>"
-        "<span class=touch>Pinch a chart to zoom, tap it twice to see all of it again.</span></p>\n"
-        "<noscript><p>The charts need JavaScript.</p></noscript>"
-    )
+    for tau in chart.taus:
+        figure.add_hline(tau, line={"color": _GREY, "width": 1.2, "dash": "5px,4px"})
+        figure.add_annotation(
+            text=f"τ = {tau:g}", x=0, xref="paper", xanchor="left", y=math.log10(tau) if chart.log else tau,
+            yanchor="bottom", yshift=-1, showarrow=False,
+        )  # fmt: skip
+    if chart.y_range:
+        figure.update_yaxes(range=[math.log10(end) for end in chart.y_range] if chart.log else chart.y_range)
+    if chart.log:
+        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
+    few = len({line.arm for line in chart.lines}) <= 8
+    return figure.update_layout(hovermode="x unified" if few else "closest")
 
 
-def _made(results: Sequence[PanelResult]) -> str:
-    parts = ["<section>", "<h2>How it was made</h2>"]
-    for result in results:
-        panel, environment = result.panel, result.environment
-        if len(results) > 1:
-            parts.append(f"<h3>{escape(panel.heading)}</h3>")
-        made = {"framework": FRAMEWORKS[panel.framework]}
-        made |= {label: environment[name] for name, label in _MADE.items() if environment.get(name) is not None}
-        data = panel.data
-        made["data"] = f"{data.title}, {data.files} file{'s' if data.files != 1 else ''}, split {data.split}"
-        made["data SHA-256"] = data.sha256
-        rest = {name: value for name, value in environment.items() if name not in _MADE}
-        parts.append(_definitions(made))
-        settings = flat(panel.to_json()) | flat(rest)
-        parts.append(f"<details><summary>All settings</summary>{_definitions(settings)}</details>")
-    return "\n".join([*parts, "</section>"])
+def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
+    """A trace for each seed, of which the page shows one."""
+    tau, runs = arm.training.tau, results.records[arm.name]
+    low, high, at = (math.log10(value) for value in (floor_of_logits(tau), top, tau))
+    share = (at - low) / (high - low)
+    stops = [0, share, share, (1 + share) / 2, 1]
+    decades = [power for power in range(math.ceil(low), math.floor(high) + 1) if abs(power - at) > 0.12 * (high - low)]
+    bar = {
+        "thickness": 10, "outlinewidth": 0, "ticks": "", "xpad": 6, "tickvals": [*decades, at],
+        "ticktext": [*(f"{10.0**power:g}" for power in decades), f"<b>τ {tau:g}</b>"],
+    }  # fmt: skip
+    figure = go.Figure(layout=_LAYOUT)
+    rows, layers = 0, [""]
+    for number, (seed, records) in enumerate(runs.items()):
+        heads = records.heads["max_logits"].shape[1]
+        columns = min(COLUMNS, max(1, CELLS // max(heads, 1)))
+        cells = head_map(records, results.experiment, tau, columns=columns, rows=max(heads, 1))
+        rows, layers = len(cells.values), cells.layers
+        figure.add_heatmap(
+            z=[_rounded(np.log10(np.maximum(row, 10**low))) for row in cells.values],
+            customdata=[_rounded(row) for row in cells.values],
+            x=[1 + cells.steps * column + (cells.steps - 1) / 2 for column in range(cells.values.shape[1])],
+            y=_names(cells),
+            hovertemplate="%{y}<br>step %{x}: %{customdata}<extra></extra>",
+            zmin=low,
+            zmax=high,
+            colorscale=list(zip(stops, _SCALE, strict=True)),
+            colorbar=bar,
+            visible=number == 0,
+            meta={"seed": str(seed)},
+        )
+    per, every = rows // len(layers), math.ceil(len(layers) / 10)
+    figure.update_xaxes(range=[0.5, results.experiment.steps + 0.5])
+    figure.update_yaxes(
+        range=[rows - 0.5, -0.5], showgrid=False, ticktext=layers[::every],
+        tickvals=[per * layer + (per - 1) / 2 for layer in range(0, len(layers), every)],
+    )  # fmt: skip
+    for layer in range(1, len(layers)):
+        figure.add_hline(per * layer - 0.5, line={"color": "white", "width": 2})
+    note = "before the soft cap" if arm.capped else ""
+    return {"title": label, "note": note, "arm": arm.name, "json": _json(figure)}
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>" for name, value in values.items())
-    return f'<div class="wide"><table class=made><tbody>{rows}</tbody></table></div>'
+def _names(cells: HeadMap) -> list[str]:
+    per = len(cells.values) // len(cells.layers)
+    return [f"{layer}, head {head}" for layer in cells.layers for head in range(per)]
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+def _rounded(values: Any) -> list[float | None]:
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in np.asarray(values).tolist()]
 
 
-def _json(value: Any) -> str:
+def _json(figure: Any) -> str:
     """For a script element, which any `</script` inside would end."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return figure.to_json().replace("<", "\\u003c")

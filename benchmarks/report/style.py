@@ -1,10 +1,11 @@
-"""What all pictures share: their look, and the line at the foot that says what they were made with."""
+"""What all pictures share: their look, how lines are drawn, and the foot that says what they were made with."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.experiment.arms import label, model_changes, parse, setup
-from benchmarks.experiment.experiment import Panel
 from benchmarks.records.atomic_files import replacing
+from benchmarks.records.environment import made_with
+from benchmarks.report.charts import Line
 
 INK, QUIET, FAINT = "#333333", "#6E6E6E", "#999999"
 STYLE: dict[Any, Any] = {
@@ -35,60 +39,57 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e8e8e8",
     "xtick.color": "#666666",
     "ytick.color": "#666666",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0),
     "lines.solid_capstyle": "round",
 }
 DPI = 120
 DASHED = (0, (3, 3))  # drawn over a solid line that coincides with it, so that both are seen
-THRESHOLD: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3))}  # the line of τ
+_LOOKS: dict[str, dict[str, Any]] = {
+    "seed": {"linewidth": 0.8, "alpha": 0.45},
+    "mean": {"linewidth": 2, "dash_capstyle": "butt", "zorder": 2.8},
+    "marks": {"linestyle": "none", "marker": "x", "markersize": 4, "alpha": 0.6, "zorder": 3},
+}
 _FOOTER_SIZE = 9.0  # points
 _MARGIN = 0.06  # inches, left and right of it
 
 
-def caption(panel: Panel, arm: str) -> str:
-    """An arm with its rate, for titles and legends: "Muon, QK-norm, rate 0.03 (changes the model)"."""
-    rate = "" if "lr" in parse(arm)[1] else f", rate {setup(panel, arm).lr:g}"
-    return f"{label(arm)}{rate}{' (changes the model)' if model_changes(panel, arm) else ''}"
+def draw_lines(axis: Axes, lines: Sequence[Line], **looks: Mapping[str, Any]) -> None:
+    """Thin lines for seeds, thick ones for their mean, marks; `looks` changes what a kind looks like."""
+    for line in lines:
+        dashes = {"linestyle": DASHED} if line.dashed else {}
+        axis.plot(line.x, line.y, color=line.colour, **_LOOKS[line.kind] | dashes | dict(looks.get(line.kind, {})))
 
 
-def footer(environment: Mapping[str, Any]) -> str:
-    """Command, date, versions and machine, of an environment as `benchmarks.environment` records it."""
-    trained = ("jax", "jaxlib", "optax") if "jax" in environment else ("torch",)  # which JAX's runs only measure with
-    commit = str(environment.get("git_commit") or "")
-    if commit:
-        commit = f" (commit {commit[:7]}{' with changes' if commit.endswith('+') else ''})"
-    versions = [
-        f"muonclip {environment['muonclip']}{commit}" if "muonclip" in environment else "",
-        *(f"{package} {environment[package]}" for package in trained if package in environment),
-        f"Python {environment['python']}" if "python" in environment else "",
-    ]
-    machine = [
-        f"{environment['gpu']}" if "gpu" in environment else "",
-        f"{environment['cores']} cores of {environment['cpu']}" if {"cores", "cpu"} <= environment.keys() else "",
-    ]
-    parts = [
-        environment.get("command", ""),
-        str(environment.get("date", "")).partition("T")[0],
-        ", ".join(filter(None, versions)),
-        ", ".join(filter(None, machine)),
-    ]
-    return " · ".join(filter(None, parts))
+def draw_threshold(axis: Axes, tau: float) -> None:
+    axis.axhline(tau, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2.5)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    axis.annotate(f"τ = {tau:g}", (1, tau), (4, 0), **place)
 
 
-def save(figure: Figure, path: Path, environments: Sequence[Mapping[str, Any]]) -> None:
-    """Write the PNG with its footer, a line for each different one, and close the figure."""
-    figure.set_dpi(DPI)
-    lines = [line for text in dict.fromkeys(map(footer, environments)) for line in _wrapped(text, figure)]
-    if lines:
-        figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))  # the axes keep their size
-        left = _MARGIN / figure.get_figwidth()
-        figure.supxlabel("\n".join(lines), x=left, ha="left", size=_FOOTER_SIZE, color=QUIET)
-    with replacing(path) as stream:
-        figure.savefig(stream, dpi=DPI, format="png")
-    pyplot.close(figure)
+def plain_log(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
+    """Numbers as they are said, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@contextlib.contextmanager
+def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, **size: Any) -> Iterator[Figure]:
+    """A figure to draw into, which is then written to `path`: its title on top, at its foot a line for each different
+    environment."""
+    with pyplot.rc_context(STYLE):
+        figure = pyplot.figure(**size, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", size=11.5)
+        yield figure
+        figure.set_dpi(DPI)
+        lines = [line for text in dict.fromkeys(map(made_with, environments)) for line in _wrapped(text, figure)]
+        if lines:
+            figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))  # the axes keep their size
+            left = _MARGIN / figure.get_figwidth()
+            figure.supxlabel("\n".join(lines), x=left, ha="left", size=_FOOTER_SIZE, color=QUIET)
+        with replacing(path) as stream:
+            figure.savefig(stream, dpi=DPI, format="png")
+        pyplot.close(figure)
 
 
 def _wrapped(text: str, figure: Figure) -> list[str]:

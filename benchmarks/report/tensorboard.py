@@ -7,23 +7,18 @@ process into names and first events.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.experiment.errors import UsageError
 from benchmarks.records.atomic_files import replacing
-from benchmarks.records.summary import PanelResult, Record
+from benchmarks.records.run_records import BY_HEAD, SCALARS, RunRecords
+from benchmarks.records.summary import Results
 
 FILE = "events.out.tfevents.0.muonclip"  # TensorBoard reads what has "tfevents" in its name
-_SCALARS = ("loss", "val_loss", "lr", "grad_norm", "clipped_heads", "update_rms", "tokens_per_second")
-_BY_HEAD = {  # what stands for all heads, as in the summary
-    "max_logits": ("max_logit", max),
-    "attention_entropy": ("attention_entropy", statistics.fmean),
-    "query_norms": ("query_norm", max),
-    "key_norms": ("key_norm", max),
-}
 
 
 def require() -> None:
@@ -34,7 +29,7 @@ def require() -> None:
         raise UsageError("--tensorboard", "needs the package tensorboard: pip install tensorboard.") from error
 
 
-def write(result: PanelResult, folder: Path) -> None:
+def write(result: Results, folder: Path) -> None:
     """Write `folder`/arm/seed-N for every run of the result. Losses are mean nats per token, as recorded."""
     require()
     from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -49,20 +44,20 @@ def write(result: PanelResult, folder: Path) -> None:
             with replacing(path) as stream:
                 writer = RecordWriter(stream)
                 writer.write(protocol.Event(file_version="brain.Event:2").SerializeToString())
-                for record in records:
-                    made = [values.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record)]
-                    event = protocol.Event(step=record["step"], summary=values.Summary(value=made))
+                columns = dict(_scalars(records))
+                for step in records.steps.index:
+                    there = {tag: value for tag, column in columns.items() if (value := column.get(step)) is not None}
+                    made = [values.Summary.Value(tag=tag, simple_value=value) for tag, value in there.items()]
+                    event = protocol.Event(step=step, summary=values.Summary(value=made))
                     writer.write(event.SerializeToString())
 
 
-def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """Tags and values of a step: what was recorded as it is; heads by layer, under their common name, and over all."""
-    for name in _SCALARS:
-        if name in record:
-            yield name, record[name]
-    for field, (name, over) in _BY_HEAD.items():
-        layers: dict[str, list[float]] = record.get(field, {})
-        if layers:
-            yield name, over([value for heads in layers.values() for value in heads])
-        for layer, heads in layers.items():
-            yield f"{name}/{layer}", over(heads)
+def _scalars(records: RunRecords) -> Iterator[tuple[str, pd.Series]]:
+    """Tags, and values by step: what was recorded as it is; heads under their common name, over all and by layer."""
+    for name in SCALARS:
+        column = records.steps[name]
+        yield name, column if name == "loss" else column.dropna()  # a loss that is not a number is recorded so
+    for field, (name, over) in BY_HEAD.items():
+        yield name, records.steps[name].dropna()
+        for attention, heads in records.heads[field].T.groupby(level="attention"):
+            yield f"{name}/{attention}", heads.T.agg(over, axis=1).dropna()

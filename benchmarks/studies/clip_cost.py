@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
-from benchmarks.execution.workers import RunFailed
-from benchmarks.experiment.errors import UsageError
-from benchmarks.records import atomic_files as checkpoint
+from benchmarks.execution.train import make_folder
+from benchmarks.experiment.errors import RunFailed, UsageError
+from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
-from benchmarks.records.intervals import CONFIDENCE
+from benchmarks.records.intervals import CONFIDENCE, median_interval
 from benchmarks.studies.clip_cost_models import MODELS, VOCABULARY, build, loss
 from muonclip.models.torch import Attention
 from muonclip.torch import QKClip
@@ -86,10 +85,7 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
         raise UsageError("--device", f"torch {torch.__version__} sees no CUDA device; --device cpu measures without.")
     for model in models:
         build(model, width=QUICK.width, layers=1, length=8)  # now rather than after minutes
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError("--out", f"{out} cannot be made a folder: {error.strerror}.") from error
+    make_folder(out)
     cells: list[dict[str, Any]] = []
     for model in models:
         for batch, length in plan.tokens:
@@ -100,7 +96,7 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
     config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
     made_with = environment(device) | {"threads": torch.get_num_threads()}
     result = {"config": config, "environment": made_with, "cells": cells}
-    checkpoint.write_json(out / f"{device}.json", result)
+    atomic_files.write_json(out / f"{device}.json", result)
     return result
 
 
@@ -122,14 +118,14 @@ class Bench:
             base = base.to(getattr(torch, dtype))
         self.tokens = torch.randint(VOCABULARY, (batch, length + 1)).to(device)
         self.optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-        twins = [copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(4)]
-        for module in (module for twin in twins[:2] for module in twin.modules() if isinstance(module, Attention)):
+        copies = [copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(4)]
+        for module in (module for each in copies[:2] for module in each.modules() if isinstance(module, Attention)):
             module.max_logits = None  # pyright: ignore[reportAttributeAccessIssue]
         self.arms = {
-            WITHOUT: Arm(twins[0]),
-            AGAIN: Arm(twins[1]),
-            NEEDED: Arm(twins[2], QKClip(twins[2], tau=TAU, observe="needed")),
-            ALWAYS: Arm(twins[3], QKClip(twins[3], tau=TAU, observe="always")),
+            WITHOUT: Arm(copies[0]),
+            AGAIN: Arm(copies[1]),
+            NEEDED: Arm(copies[2], QKClip(copies[2], tau=TAU, observe="needed")),
+            ALWAYS: Arm(copies[3], QKClip(copies[3], tau=TAU, observe="always")),
         }
         self.saved: list[tuple[Tensor, Tensor]] = []  # weights that the clip scales, and what they begin with
 
@@ -232,15 +228,6 @@ class Bench:
         clip = self.arms[arm].clip
         assert clip is not None
         return clip
-
-
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, float | None]:
-    """The median and its confidence interval by order statistics, whatever the distribution; None for bounds that so
-    few values cannot give."""
-    ordered, count = sorted(values), len(values)
-    below = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
-    low, high = (ordered[below - 1], ordered[count - below]) if below else (None, None)
-    return {"median": statistics.median(ordered), "low": low, "high": high}
 
 
 @contextmanager

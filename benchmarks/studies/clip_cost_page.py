@@ -1,14 +1,17 @@
-"""What `clip_cost` measured, as Markdown: tables, and sentences made from their numbers. Written into a page between
-two marks, so that no number there is typed by hand."""
+"""What `clip_cost` measured, as Markdown tables. Written into a page between two marks, so that no number there is
+typed by hand."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment.errors import UsageError
+from benchmarks.records.environment import made_with
+from benchmarks.report.tables import markdown
 from benchmarks.studies.clip_cost import REGIMES
 from benchmarks.studies.clip_cost_models import BF16, MODELS
 
@@ -16,21 +19,53 @@ Json = Mapping[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """A regime's rows against its target: the range of their ratios and of the added operations, and which miss it."""
+
+    target: float
+    ratios: tuple[float, float]
+    added: tuple[float, float]
+    rows: int
+    missed: tuple[str, ...]  # rows whose ratio is above the target, the worst first
+    surely: int  # of these, those whose whole interval is
+
+
+def target_facts(cells: Sequence[Json]) -> TargetFacts:
+    target, ratios = cells[0]["target"], [cell["ratio"]["median"] for cell in cells]
+    added = [cell["added"]["median"] for cell in cells]
+    over = sorted(
+        (cell for cell in cells if cell["ratio"]["median"] > target), key=lambda cell: -cell["ratio"]["median"]
+    )
+    surely = sum(cell["ratio"]["low"] is not None and cell["ratio"]["low"] > target for cell in over)
+    ends = (min(ratios), max(ratios)), (min(added), max(added))
+    return TargetFacts(target, *ends, len(cells), tuple(map(_name, over)), surely)
+
+
 def read_clip_cost(result: Json) -> str:
     """The sections, one for each regime, from the object that `DEVICE.json` holds."""
-    parts = [_made_with(result), ""]
+    made, config = result["environment"], result["config"]
+    clock = "the CPU time of one thread" if made["threads"] == 1 else f"the wall clock, {made['threads']} threads"
+    text = (
+        f"Made with {made_with(made)}; {clock}. τ = {config['tau']:g}; {config['layers']} layers, width "
+        f"{config['width']}; {config['rounds']} rounds per row. Ratios are medians with {config['confidence']:.0%} "
+        "intervals."
+    )
+    parts = [text, ""]
     for regime in (regime.name for regime in REGIMES):
         cells = [cell for cell in result["cells"] if cell["regime"] == regime]
-        parts += [
-            f"### {regime[0].upper()}{regime[1:]}",
-            "",
-            _verdict(cells),
-            "",
-            *_table(cells),
-            "",
-            *_sources(cells),
-            "",
-        ]
+        facts = target_facts(cells)
+        missed = "met in every row"
+        if facts.missed:
+            missed = f"missed in {len(facts.missed)} of {facts.rows} rows, most at {facts.missed[0]}; "
+            missed += f"surely in {facts.surely}"
+        ratios, added = "{:.3f} to {:.3f}".format(*facts.ratios), "{:.2%} to {:.2%}".format(*facts.added)
+        head = ["target of the ratio", "verdict", "ratios", "added operations"]
+        verdict = [head, [f"at most {facts.target:g}", missed, ratios, added]]
+        counted = {(MODELS[c["model"]], s, n): None for c in cells for s, n in Counter(c["sources"].values()).items()}
+        sources = [["model", "attentions", "S comes from"], *([model, str(n), source] for model, source, n in counted)]
+        parts += [f"### {regime[0].upper()}{regime[1:]}", ""]
+        parts += [line for rows in (verdict, _rows(cells), sources) for line in (markdown(rows), "")]
     return "\n".join(parts).strip() + "\n"
 
 
@@ -40,69 +75,29 @@ def write_into(page: Path, result: Json) -> None:
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
     except (OSError, ValueError) as error:
-        raise UsageError("--page", f"{page} is no page with the lines {BEGIN} and {END}, once each.") from error
+        raise UsageError("--page", f"{page} does not have the lines {BEGIN} and {END}, once each.") from error
     page.write_text(f"{before}{BEGIN}\n{read_clip_cost(result)}{END}{after}", encoding="utf-8")
 
 
-def _made_with(result: Json) -> str:
-    made, config = result["environment"], result["config"]
-    clock = "one thread, by its CPU time," if made["threads"] == 1 else f"{made['threads']} threads, by the wall clock,"
-    return (
-        f"Made by `{made['command']}` on {made['date'][:10]}: "
-        + (made.get("gpu") or f"{clock} on {made['cores']} cores of {made['cpu']}")
-        + f", Python {made['python']}, PyTorch {made['torch']}, muonclip {made['muonclip']}. τ = {config['tau']:g}; "
-        f"{config['layers']} layers, width {config['width']}; {config['rounds']} rounds per row. Ratios are medians "
-        f"with their {config['confidence']:.0%} intervals."
-    )
-
-
-def _verdict(cells: list[Json]) -> str:
-    target, ratios = cells[0]["target"], [cell["ratio"]["median"] for cell in cells]
-    added = [cell["added"]["median"] for cell in cells]
-    over = [cell for cell in cells if cell["ratio"]["median"] > target]
-    sure = [cell for cell in over if cell["ratio"]["low"] is not None and cell["ratio"]["low"] > target]
-    text = (
-        f"With the clip a step takes {min(ratios):.3f} to {max(ratios):.3f} times as long as without; the added "
-        f"operations by themselves take {min(added):.2%} to {max(added):.2%} of a step without. "
-        f"The target is a ratio of at most {target:g}: "
-    )
-    if not over:
-        return text + "met in every row."
-    worst = max(over, key=lambda cell: cell["ratio"]["median"])
-    text += f"missed in {len(over)} of {len(cells)} rows, most at {_name(worst)}; "
-    return text + f"in {len(sure) or 'none'} of them by more than the interval."
-
-
-def _table(cells: list[Json]) -> list[str]:
-    lines = [
-        "| model | sequences × tokens | dtype | step without | with / without | without / without | added operations "
-        "| heads exact | heads clipped | bounds of the heads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def _rows(cells: Sequence[Json]) -> list[list[str]]:
+    head = "model|sequences × tokens|dtype|step without|with / without|without / without|added operations|heads exact"
+    rows = [[*head.split("|"), "heads clipped", "bounds of the heads"]]
     for cell in cells:
-        columns = (
-            MODELS[cell["model"]],
-            f"{cell['batch']} × {cell['length']}",
-            _dtype(cell),
-            f"{cell['step_ms']:.0f} ms",
-            _interval(cell["ratio"]),
-            _interval(cell["control"]),
-            f"{cell['added']['median']:.2%}",
-            f"{cell['exact']} of {cell['heads']}",
-            f"{cell['clipped']} of {cell['heads']}",
-            f"{cell['lowest_bound']:.1f} to {cell['highest_bound']:.1f}",
+        rows.append(
+            [
+                MODELS[cell["model"]],
+                f"{cell['batch']} × {cell['length']}",
+                _dtype(cell),
+                f"{cell['step_ms']:.0f} ms",
+                _interval(cell["ratio"]),
+                _interval(cell["control"]),
+                f"{cell['added']['median']:.2%}",
+                f"{cell['exact']} of {cell['heads']}",
+                f"{cell['clipped']} of {cell['heads']}",
+                f"{cell['lowest_bound']:.1f} to {cell['highest_bound']:.1f}",
+            ]
         )
-        lines.append(f"| {' | '.join(columns)} |")
-    return lines
-
-
-def _sources(cells: list[Json]) -> list[str]:
-    """Where S comes from, as `QKClip.sources()` says it."""
-    lines: dict[str, None] = {}
-    for cell in cells:
-        for source, count in Counter(cell["sources"].values()).items():
-            lines[f"- {MODELS[cell['model']]}, {count} attentions: {source}."] = None
-    return ["S comes from:", "", *lines]
+    return rows
 
 
 def _name(cell: Json) -> str:
@@ -114,6 +109,5 @@ def _dtype(cell: Json) -> str:
 
 
 def _interval(value: Json) -> str:
-    if value["low"] is None:
-        return f"{value['median']:.3f}"
-    return f"{value['median']:.3f} ({value['low']:.3f}–{value['high']:.3f})"
+    between = "" if value["low"] is None else f" ({value['low']:.3f}–{value['high']:.3f})"
+    return f"{value['median']:.3f}{between}"

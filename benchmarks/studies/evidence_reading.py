@@ -1,277 +1,231 @@
-"""What `make evidence` found, in sentences made from its numbers, as Markdown.
-
-Every sentence has a branch for the number that speaks against it.
-"""
+"""What `make evidence` found: facts from its numbers, and the Markdown page that shows them as tables."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from benchmarks.experiment.arms import label
-from benchmarks.records.intervals import Interval, interval
-from muonclip.models import MoEConfig
+from benchmarks.experiment.arms import choices
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.records.environment import made_with
+from benchmarks.records.intervals import Interval
+from benchmarks.records.summary import bits
+from benchmarks.report.tables import markdown
+from benchmarks.report.verdicts import HELD, compare
 
 Json = Mapping[str, Any]
+HOT_PAIRS = (
+    *(("muonclip", "muon"), ("rescue", "muon"), ("rescue", "muonclip"), ("qk-norm", "muonclip")),
+    *((f"muonclip@attention={kind}", f"muon@attention={kind}") for kind in ("gqa", "mha")),
+)
+SILENT = 0.9  # share of the steps: a last clip before it is called falling silent
+
+
+class Effect(NamedTuple):
+    """What an arm does to the loss of another, in bits, paired by seed."""
+
+    arm: str
+    against: str
+    difference: Interval
+    clipped: float | None = None  # share of the heads, mean over seeds
+
+
+class Share(NamedTuple):
+    """Of AdamW's tokens, at which Muon has AdamW's loss, against Moonlight's figure. None: there is none."""
+
+    verdict: Literal["reached with less", "not reached", "not crossed in every seed", "includes", "above", "below"]
+    interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hot:
+    """The hot rate: peaks over all seeds, means over seeds of the last quarter's median."""
+
+    peak: float  # Muon's
+    median: float  # MuonClip's
+    held: bool
+    rescued: float  # the median of the clip that is switched on midway
+    ever_clipped: float  # share of the heads under MuonClip
+    silent_after: int | None  # the step after which MuonClip clipped nothing; None: it clips up to the end
+    not_finite: tuple[str, ...]  # labels
+
+
+def loud_rates(sweep: Json) -> dict[float, Effect]:
+    """MuonClip against Muon at the rates where Muon's logits pass τ. Empty: the sweep shows nothing about the clip."""
+    muon, clipped = ({rate["lr"]: rate for rate in sweep["arms"][arm]["rates"]} for arm in ("muon", "muonclip"))
+    loud = [lr for lr, rate in muon.items() if max(rate["peak_logit"]) > sweep["tau"]]
+    return {lr: Effect("MuonClip", "Muon", compare(clipped[lr]["loss"], muon[lr]["loss"])) for lr in loud}
+
+
+def token_share(efficiency: Json) -> Share:
+    share, reference, adamw = efficiency["share"], efficiency["reference"], efficiency["adamw"]["loss"]
+    if share is None:
+        losses = [budget["loss"] for budget in sorted(efficiency["muon"]["budgets"], key=lambda of: of["share"])]
+        reached = [[own <= loss for own, loss in zip(of, adamw, strict=True)] for of in losses]
+        none = "not crossed in every seed" if any(map(any, reached)) else "not reached"
+        return Share("reached with less" if all(reached[0]) else none, None)
+    found = Interval(share["mean"], share["low"], share["high"])
+    inside = found.low <= reference <= found.high
+    return Share("includes" if inside else "above" if found.mean > reference else "below", found)
+
+
+def costs(cost: Json) -> list[Effect]:
+    return [
+        Effect(
+            arm["label"],
+            cost["baseline"]["label"],
+            Interval(*(arm["difference"][key] for key in Interval._fields)),
+            statistics.fmean(arm["heads_ever_clipped"]),
+        )
+        for arm in cost["arms"]
+    ]
+
+
+def hot_effects(hot: Json) -> list[Effect]:
+    arms = hot["arms"]
+    losses = {name: [bits(run["final_val_loss"]) for run in arms[name].values()] for name in arms}
+    return [
+        Effect(_label(one), _label(two), compare(losses[one], losses[two]), _mean(arms[one], "heads_ever_clipped"))
+        for one, two in HOT_PAIRS
+    ]
+
+
+def hot_facts(hot: Json) -> Hot:
+    arms, training = hot["arms"], hot["config"]["training"]
+    ends = max(run["last_clipped_step"] or 0 for run in arms["muonclip"].values())
+    median = _mean(arms["muonclip"], "max_logit_median_last_quarter")
+    return Hot(
+        peak=max(run["max_logit_peak"] for run in arms["muon"].values()),
+        median=median,
+        held=median <= HELD * training["tau"],
+        rescued=_mean(arms["rescue"], "max_logit_median_last_quarter"),
+        ever_clipped=_mean(arms["muonclip"], "heads_ever_clipped"),
+        silent_after=ends if ends < SILENT * training["steps"] else None,
+        not_finite=tuple(
+            _label(name) for name, runs in arms.items() if not math.isfinite(_mean(runs, "final_val_loss"))
+        ),
+    )
 
 
 def read_evidence(figures: Mapping[str, Json]) -> str:
-    """The sections, from the objects that `sweep.json`, `efficiency.json`, `clip-cost.json` and `hot.json` hold."""
+    """The page, from the objects that `sweep.json`, `efficiency.json`, `clip-cost.json` and `hot.json` hold."""
+    frame, cost = figures["sweep"], figures["clip-cost"]
+    at_best = f"At Muon's best rate, {cost['baseline']['lr']:g}, with thresholds so low that they act."
     sections = {
-        "The usable range of rates": read_sweep(figures["sweep"]),
-        "Token efficiency": read_efficiency(figures["efficiency"]),
-        "The cost of clipping where nothing explodes": read_cost(figures["clip-cost"]),
-        "A hot rate": [*read_hot(figures["hot"]), "", *hot_table(figures["hot"])],
+        "The usable range of rates": (_sweep(frame), ["sweep.png"]),
+        "Token efficiency": (_efficiency(figures["efficiency"]), ["efficiency.png"]),
+        "The cost of clipping where nothing explodes": ([at_best, _effects(costs(cost))], ["clip-cost.png"]),
+        "A hot rate": (_hot(figures["hot"]), ["hot.png", "heads.png"]),
     }
-    pictures = {
-        "The usable range of rates": ["sweep.png"],
-        "Token efficiency": ["efficiency.png"],
-        "The cost of clipping where nothing explodes": ["clip-cost.png"],
-        "A hot rate": ["hot.png", "heads.png"],
-    }
-    parts = ["# What the runs show", "", _made_with(figures["sweep"]), ""]
-    for title, lines in sections.items():
-        parts += [f"## {title}", "", *lines, ""]
-        parts += [f"![{title}]({name})" for name in pictures[title]] + [""]
-    return "\n".join(parts).strip() + "\n"
+    made = f"Made with {made_with(frame['environment'])}."
+    model = f"The model is a {Experiment.from_json(frame['config']).subject}. Losses are final validation losses in"
+    model += f" {frame['unit']}, means over seeds on held-out files, with 95% intervals."
+    parts = ["# What the runs show", made, model]
+    for title, (text, pictures) in sections.items():
+        parts += [f"## {title}", *text, "\n".join(f"![{title}]({name})" for name in pictures)]
+    return "\n\n".join(parts) + "\n"
 
 
-def read_sweep(sweep: Json) -> list[str]:
-    arms, unit, tau = sweep["arms"], sweep["unit"], sweep["tau"]
-    lines = [
-        f"{_runs(sweep)} Each optimizer was trained at each of its rates; what counts is the final validation loss."
+def _sweep(sweep: Json) -> list[str]:
+    passes = f"logits pass τ = {sweep['tau']:g} from the rate"
+    near = f"rates within {sweep['usable_margin']:g} of it"
+    rows = [["optimizer", "best rate", "loss there", near, "peak logit there", passes]]
+    for entry in sweep["arms"].values():
+        rates = {rate["lr"]: rate for rate in entry["rates"]}
+        best = rates[entry["best_lr"]]
+        edge = "" if min(rates) < best["lr"] < max(rates) else " (the edge of what was tried)"
+        loud = [lr for lr, rate in rates.items() if max(rate["peak_logit"]) > sweep["tau"]]
+        row = [entry["label"], f"{best['lr']:g}{edge}", f"{statistics.fmean(best['loss']):.3f}"]
+        usable = "{:g} to {:g}".format(*entry["usable"])
+        rows.append([*row, usable, f"{max(best['peak_logit']):.0f}", f"{min(loud):g}" if loud else "none"])
+    effects = loud_rates(sweep)
+    if not effects:
+        return [markdown(rows), "No rate made Muon's logits pass τ: this sweep shows nothing about the clip."]
+    head, *found = _effect_rows(list(effects.values()))
+    return [
+        markdown(rows),
+        markdown([["rate", *head], *([f"{lr:g}", *row] for lr, row in zip(effects, found, strict=True))]),
     ]
-    lines.append("")
-    for entry in arms.values():
-        best = _at(entry, entry["best_lr"])
-        rates = [rate["lr"] for rate in entry["rates"]]
-        low, high = entry["usable"]
-        edge = "" if min(rates) < entry["best_lr"] < max(rates) else " This is the edge of what was tried."
-        lines.append(
-            f"- **{entry['label']}** is best at {entry['best_lr']:g} with {_mean(best['loss'])} {unit}.{edge} Within "
-            f"{sweep['usable_margin']:g} of it lie the rates {low:g} to {high:g}, a factor of {high / low:g}. "
-            f"The peak logit at the best rate is {max(best['peak_logit']):.0f}."
-        )
-    muon, clipped = arms["muon"], arms["muonclip"]
-    loud = [rate["lr"] for rate in muon["rates"] if max(rate["peak_logit"]) > tau]
-    best_peak = max(_at(muon, muon["best_lr"])["peak_logit"])
-    lines.append("")
-    if not loud:
-        lines.append(f"No rate made Muon's logits pass τ = {tau:g}: this sweep shows nothing about the clip.")
-        return lines
-    lines.append(
-        f"Muon's logits pass τ = {tau:g} from the rate {min(loud):g} on, with a peak of "
-        f"{max(_at(muon, max(loud))['peak_logit']):.0f} at {max(loud):g}; "
-        + (
-            "at its best rate they do not, so at this size the clip has nothing to do there."
-            if best_peak <= tau
-            else f"at its best rate too ({best_peak:.0f})."
-        )
-    )
-    lines.append("")
-    for lr in loud:
-        difference = _difference(_at(clipped, lr)["loss"], _at(muon, lr)["loss"])
-        lines.append(f"- At {lr:g} MuonClip's loss is {_signed(difference)} from Muon's, {_verdict(difference)}.")
-    lines.append("")
-    if clipped["usable"] == muon["usable"]:
-        lines.append("The usable range, as defined above, is the same with the clip.")
-    else:
-        lines.append(
-            f"With the clip the usable range ends at {clipped['usable'][1]:g} instead of {muon['usable'][1]:g}."
-        )
-    return lines
 
 
-def read_efficiency(efficiency: Json) -> list[str]:
-    share, unit, reference = efficiency["share"], efficiency["unit"], efficiency["reference"]
-    adamw, budgets = efficiency["adamw"], efficiency["muon"]["budgets"]
-    lines = [
-        f"AdamW at its best rate, {adamw['lr']:g}, ends at {_mean(adamw['loss'])} {unit} after {adamw['steps']} steps. "
-        f"Muon at its own, {efficiency['muon']['lr']:g}, was trained anew with the whole schedule on "
-        f"{', '.join(format(budget['share'], '.0%') for budget in budgets)} of these steps. The rate was not tuned "
-        "again for the shorter runs, which favours AdamW."
+def _efficiency(efficiency: Json) -> list[str]:
+    adamw, muon, share = efficiency["adamw"], efficiency["muon"], token_share(efficiency)
+    runs = [("AdamW", adamw["lr"], 1.0, adamw["steps"], adamw["loss"])]
+    runs += [("Muon", muon["lr"], budget["share"], budget["steps"], budget["loss"]) for budget in muon["budgets"]]
+    rows = [["optimizer", "rate", "share of the tokens", "steps", "loss"]]
+    rows += [[name, f"{lr:g}", f"{of:.0%}", str(n), f"{statistics.fmean(loss):.3f}"] for name, lr, of, n, loss in runs]
+    found = f"No share of the tokens can be given: AdamW's loss is {share.verdict}."
+    if share.interval is not None:
+        mean, low, high = share.interval
+        found = f"**{mean:.2f}** of the tokens reach AdamW's loss. The interval, {low:.2f} to {high:.2f}, "
+        found += share.verdict if share.verdict == "includes" else f"is {share.verdict}"
+        found += f" Moonlight's {efficiency['reference']:g} of the training FLOPs at far larger sizes."
+    return [markdown(rows), f"{found} The rate was not tuned again for the shorter runs, which favours AdamW."]
+
+
+def _hot(hot: Json) -> list[str]:
+    facts, training = hot_facts(hot), hot["config"]["training"]
+    held = "held" if facts.held else "not held"
+    silent = "up to the end" if facts.silent_after is None else f"none after step {facts.silent_after}"
+    rows = [
+        ["hot rate", "value"],
+        ["largest logit under Muon", f"{facts.peak:.0f}"],
+        [f"last quarter under MuonClip, τ = {training['tau']:g}", f"{facts.median:.0f}, {held}"],
+        ["last quarter where the clip is switched on midway", f"{facts.rescued:.0f}"],
+        ["heads clipped at some step (K2: 12.7%, none after 30% of the steps)", f"{facts.ever_clipped:.0%}, {silent}"],
+        ["losses that are not finite", ", ".join(facts.not_finite) or "none"],
     ]
-    if share is None:
-        reached = statistics.fmean(budgets[-1]["loss"]) <= statistics.fmean(adamw["loss"])
-        lines.append(
-            "In some seed the smallest of these budgets already reaches AdamW's loss: no share can be given."
-            if reached
-            else "Muon does not reach AdamW's loss within these budgets in every seed: no share can be given."
-        )
-        return lines
-    lines.append(
-        f"It reaches AdamW's loss with **{share['mean']:.2f}** of the tokens ({efficiency['confidence']:.0%} interval "
-        f"over {len(share['per_seed'])} seeds: {share['low']:.2f} to {share['high']:.2f})."
-    )
-    if share["low"] <= reference <= share["high"]:
-        lines.append(
-            f"Moonlight's figure, {reference:g} of the training FLOPs at its sizes, lies inside that interval."
-        )
-    else:
-        side = "more" if share["mean"] > reference else "less"
-        lines.append(
-            f"That is {side} than Moonlight's {reference:g} of the training FLOPs, which comes from a scaling law "
-            "over far larger models."
-        )
-    return lines
+    said = f"The rate is {training['lr']['muon']:g} where the name says no other, constant after the warm-up, for "
+    said += f"{training['steps']} steps. `benchmarks/records/metrics.py` defines what is measured. QK-norm is "
+    said += "another model, and not one that MLA's inference allows."
+    return [said, markdown(rows), _effects(hot_effects(hot)), markdown(hot_rows(hot))]
 
 
-def read_cost(cost: Json) -> list[str]:
-    baseline = cost["baseline"]
-    lines = [
-        f"At Muon's best rate, {baseline['lr']:g}, with thresholds so low that the clip acts though nothing explodes. "
-        f"Muon alone ends at {_mean(baseline['loss'])} {cost['unit']}. Differences from it, paired by seed, with the "
-        f"{cost['confidence']:.0%} interval:",
-        "",
-    ]
-    for arm in cost["arms"]:
-        difference = Interval(*(arm["difference"][key] for key in ("mean", "low", "high")))
-        ever = statistics.fmean(arm["heads_ever_clipped"])
-        if not any(arm["clipped_head_steps"]):
-            same = all(value == 0 for value in arm["difference"]["per_seed"])
-            lines.append(
-                f"- **{arm['label']}**: no head was clipped"
-                + ("; the losses are the same to the bit." if same else ".")
-            )
-            continue
-        lines.append(
-            f"- **{arm['label']}**: {_signed(difference)}, {_verdict(difference)}; {ever:.0%} of the heads were "
-            "clipped at some step."
-        )
-    return lines
-
-
-def read_hot(hot: Json) -> list[str]:
-    tau = hot["config"]["training"]["tau"]
-    runs = {name: list(seeds.values()) for name, seeds in hot["arms"].items()}
-    steps = hot["config"]["training"]["steps"]
-    peak = max(run["max_logit_peak"] for run in runs["muon"])
-    held = statistics.fmean(run["max_logit_median_last_quarter"] for run in runs["muonclip"])
-    lines = [
-        f"{_runs(hot)} The rate is {hot['config']['training']['lr']['muon']:g} where the name says no other, constant "
-        f"after the warm-up, for {steps} steps. Norms are the largest over heads; `benchmarks/metrics.py` defines what "
-        "is measured.",
-        "",
-        f"- Muon's largest logit reaches {peak:.0f}. MuonClip's median over the last quarter is {held:.0f} at τ = "
-        f"{tau:g}" + (": held, but for what one step adds." if held <= 1.5 * tau else ": not held."),
-    ]
-    lines.append(f"- {_compare(runs, 'muonclip', 'muon')}")
-    rescued = statistics.fmean(run["max_logit_median_last_quarter"] for run in runs["rescue"])
-    lines.append(
-        f"- Switched on midway in an exploded run, the clip brings the logits to {rescued:.0f} in the last quarter. "
-        + _compare(runs, "rescue", "muon")
-        + " "
-        + _compare(runs, "rescue", "muonclip")
-    )
-    lines.append(
-        f"- {_compare(runs, 'qk-norm', 'muonclip')} QK-norm is another model, and not one that MLA's inference allows."
-    )
-    for attention in ("gqa", "mha"):
-        pair = [f"{arm}@attention={attention}" for arm in ("muon", "muonclip")]
-        peaks = [max(run["max_logit_peak"] for run in runs[name]) for name in pair]
-        lines.append(
-            f"- {attention.upper()}: peaks {peaks[0]:.0f} without the clip, {peaks[1]:.0f} with it. "
-            + _compare(runs, pair[1], pair[0])
-        )
-    spikes = {name: sum(run["loss_spikes"] for run in runs[name]) for name in ("muon", "muonclip")}
-    infinite = [
-        name for name, several in runs.items() if any(not math.isfinite(run["final_val_loss"]) for run in several)
-    ]
-    lines.append(
-        f"- Steps with a loss spike, over all seeds: Muon {spikes['muon']}, MuonClip {spikes['muonclip']}. "
-        + (
-            f"Losses that are not finite: {', '.join(map(label, infinite))}."
-            if infinite
-            else "No loss became infinite or NaN."
-        )
-    )
-    last = [run["last_clipped_step"] for run in runs["muonclip"]]
-    ever = statistics.fmean(run["heads_ever_clipped"] for run in runs["muonclip"])
-    ends = max(step or 0 for step in last)
-    lines.append(
-        f"- Under MuonClip {ever:.0%} of the heads were clipped at some step"
-        + (
-            f", and none after step {ends}: the clip falls silent, as in K2."
-            if ends < 0.9 * steps
-            else ", up to the end. At a constant hot rate the clip does not fall silent as it did in K2 (12.7 % of the "
-            "heads, none after 30 % of the steps)."
-        )
-    )
-    return lines
-
-
-def hot_table(hot: Json) -> list[str]:
+def hot_rows(hot: Json) -> list[list[str]]:
     """Means over seeds; the spread is that of the loss over seeds."""
-    lines = [
-        "| arm | loss, bits | spread | peak logit | last quarter | clipped | entropy | W_q | W_k | update | spikes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+    columns = {"max_logit_median_last_quarter": ".0f", "heads_ever_clipped": ".0%", "attention_entropy": ".2f"}
+    columns |= {"query_norm": ".1f", "key_norm": ".1f", "update_rms": ".2f"}
+    rows = [
+        [
+            "arm",
+            "loss, bits",
+            "spread",
+            "peak logit",
+            "last quarter",
+            "clipped",
+            "entropy",
+            "W_q",
+            "W_k",
+            "update",
+            "spikes",
+        ]
     ]
-    for name, seeds in hot["arms"].items():
-        runs = list(seeds.values())
-        loss = [run["final_val_loss"] / math.log(2) for run in runs]
-        mean = lambda key, runs=runs: statistics.fmean(run[key] for run in runs)  # noqa: E731
-        lines.append(
-            f"| {label(name)} | {statistics.fmean(loss):.3f} | {max(loss) - min(loss):.3f} | "
-            f"{max(run['max_logit_peak'] for run in runs):.0f} | {mean('max_logit_median_last_quarter'):.0f} | "
-            f"{mean('heads_ever_clipped'):.0%} | {mean('attention_entropy'):.2f} | {mean('query_norm'):.1f} | "
-            f"{mean('key_norm'):.1f} | {mean('update_rms'):.2f} | {sum(run['loss_spikes'] for run in runs)} |"
-        )
-    return lines
+    for name, runs in hot["arms"].items():
+        loss = [bits(run["final_val_loss"]) for run in runs.values()]
+        peak = max(run["max_logit_peak"] for run in runs.values())
+        row = [_label(name), f"{statistics.fmean(loss):.3f}", f"{max(loss) - min(loss):.3f}", f"{peak:.0f}"]
+        row += [format(_mean(runs, column), form) for column, form in columns.items()]
+        rows.append([*row, str(sum(run["loss_spikes"] for run in runs.values()))])
+    return rows
 
 
-def _compare(runs: Mapping[str, list[Any]], one: str, other: str) -> str:
-    losses = [[run["final_val_loss"] / math.log(2) for run in runs[name]] for name in (one, other)]
-    difference = _difference(*losses)
-    return f"{label(one)} ends {_signed(difference)} bits from {label(other)}, {_verdict(difference)}."
+def _effects(effects: Sequence[Effect]) -> str:
+    return markdown(_effect_rows(effects))
 
 
-def _difference(own: list[float], other: list[float]) -> Interval:
-    return interval([a - b for a, b in zip(own, other, strict=True)])
+def _effect_rows(effects: Sequence[Effect]) -> list[list[str]]:
+    rows = [["arm", "against", "difference in loss", "verdict", "heads clipped"]]
+    for arm, against, difference, clipped in effects:
+        rows.append([arm, against, str(difference), difference.verdict, f"{clipped or 0:.0%}"])
+    return rows if effects[0].clipped is not None else [row[:-1] for row in rows]
 
 
-def _verdict(difference: Interval) -> str:
-    if not math.isfinite(difference.mean):
-        return "which cannot be compared: a loss is not finite"
-    if difference.mean == difference.low == difference.high == 0:
-        return "the same to the bit"
-    if not math.isfinite(difference.low):
-        return "from one seed, so no spread is known"
-    if not difference.excludes_zero:
-        return "which the seeds do not tell from zero"
-    return "better beyond the spread of the seeds" if difference.mean < 0 else "worse beyond the spread of the seeds"
+def _mean(runs: Mapping[str, Json], column: str) -> float:
+    return statistics.fmean(run[column] for run in runs.values())
 
 
-def _signed(difference: Interval) -> str:
-    """Mean and interval; lower is better."""
-    if difference.low == difference.high or not math.isfinite(difference.low):
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-
-
-def _made_with(frame: Json) -> str:
-    """One paragraph: the model, the data, the machine."""
-    environment, config = frame["environment"], frame["config"]
-    sizes = MoEConfig(**config["model"])
-    return (
-        f"Made by `{environment['command']}` on {environment['date'][:10]}: {environment['cores']} cores of "
-        f"{environment['cpu']}, Python {environment['python']}, PyTorch {environment['torch']}, muonclip "
-        f"{environment['muonclip']}. The model is the reference MoE: {sizes.num_parameters() / 1e6:.1f}M parameters "
-        f"({sizes.attention.upper()}, width {sizes.hidden_size}, {sizes.num_layers} layers, {sizes.num_heads} heads), "
-        f"the text {config['data']['title']}. These sentences are written by the same command, from the numbers in "
-        "the JSON files beside the pictures. Losses are on held-out files; lower is better."
-    )
-
-
-def _at(entry: Json, lr: float) -> Json:
-    return next(rate for rate in entry["rates"] if rate["lr"] == lr)
-
-
-def _mean(losses: list[float]) -> str:
-    return f"{statistics.fmean(losses):.3f}"
-
-
-def _runs(frame: Json) -> str:
-    config = frame["config"]
-    return f"{len(config['arms'])} settings, {len(config['seeds'])} seeds each."
+def _label(name: str) -> str:
+    return choices(name)[0].label

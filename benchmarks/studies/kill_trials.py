@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.kill_trials --trials 20 --processes 4 --out FILE.jsonl`: does a run survive kill -9?
+"""Does a run survive kill -9? `python -m benchmarks kill-trials --trials 20 --processes 4 --out FILE.jsonl`
 
 Each trial starts a tiny run under torchrun, kills one rank with SIGKILL, drawn at random: after a step, or while a
 checkpoint is being written. torchrun starts all ranks again, and what the run ends with is compared with what it ends
@@ -16,28 +16,26 @@ with undisturbed, bit for bit: every record but its speed. After a line of the e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.execution.rank_runs import STARTS
+from benchmarks.execution.processes import ROOT, kill_session
+from benchmarks.execution.processes import start as start_process
 from benchmarks.execution.ranks import PIDS
-from benchmarks.execution.worker import run_folder
+from benchmarks.experiment.errors import RunFailed
 from benchmarks.records import metrics
 from benchmarks.records.environment import environment
-from benchmarks.training.run import METRICS
+from benchmarks.records.folders import CHECKPOINTS, METRICS, STARTS, run_folder
 
 STEPS, EVERY = 12, 3  # updates, and updates between checkpoints
 _PATIENCE = 600.0  # seconds for one torchrun
@@ -53,46 +51,25 @@ class Trial:
     files: int  # that the folder of the save must hold; 0: after the step, whatever is saved
 
 
-class Missed(RuntimeError):
-    """The run was over before the moment that the trial waits for."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 every trial ended as the undisturbed run, 1 one did not."""
-    options = parser().parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, options.out.open("w") as log:
-        more = ["--async-checkpoints"] if options.async_checkpoints else []
-        lines = kill_trials(Path(scratch), options.trials, options.processes, options.arm, options.seed, *more)
-        equal = []
-        made = environment() | {
-            "command": shlex.join(["python", "-m", "benchmarks.studies.kill_trials", *sys.argv[1:]])
-        }
-        log.write(json.dumps({"environment": made}) + "\n")
-        for line in lines:
+def kill_trials(out: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> None:
+    """Write the lines to `out` and print them. Raises RunFailed where a trial did not end as the undisturbed run."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    equal = []
+    with tempfile.TemporaryDirectory() as scratch, out.open("w") as log:
+        log.write(json.dumps({"environment": environment()}) + "\n")
+        for line in lines(Path(scratch), trials, processes, arm, seed, *more):
             equal.append(line["equal"])
             log.write(json.dumps(line) + "\n")
             log.flush()
             print(json.dumps(line), flush=True)
-    print(f"{sum(equal)} of {len(equal)} trials ended as the undisturbed run, bit for bit.")
-    return 0 if all(equal) else 1
+    told = f"{sum(equal)} of {len(equal)} trials ended as the undisturbed run, bit for bit."
+    if not all(equal):
+        raise RunFailed(told)
+    print(told)
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks.studies.kill_trials", description="Does a run survive kill -9?"
-    )
-    options.add_argument("--trials", type=int, default=20, metavar="N")
-    options.add_argument("--processes", type=int, default=4, metavar="N")
-    options.add_argument("--async-checkpoints", action="store_true", help="written beside the training")
-    options.add_argument("--arm", default="muonclip")
-    options.add_argument("--seed", type=int, default=0, help="of the draws")
-    options.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    return options
-
-
-def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> Any:
-    """Yields the line of each trial; every third kills during a save. `more`: options of the runs."""
+def lines(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> Iterator[dict[str, Any]]:
+    """The line of each trial; every third kills during a save. `more`: options of the runs."""
     draws = random.Random(seed)
     reference = scratch / "undisturbed"
     finish(start(scratch, reference, processes, arm, *more))
@@ -102,8 +79,7 @@ def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int,
         step = draws.randrange(EVERY, STEPS + 1, EVERY) if during_save else draws.randrange(1, STEPS)
         files = draws.randint(1, processes + 1) if during_save else 0
         trial = Trial(draws.randrange(processes), step, files)
-        begun = time.monotonic()
-        out = scratch / str(number)
+        begun, out = time.monotonic(), scratch / str(number)
         process = start(scratch, out, processes, arm, *more)
         told, failure = {}, {}
         try:
@@ -111,10 +87,10 @@ def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int,
             finish(process)
         except subprocess.TimeoutExpired as error:
             failure = {"failure": f"not done {error.timeout:g} s after the kill"}
-        except RuntimeError as error:
+        except RunFailed as error:
             failure = {"failure": str(error)}
         finally:
-            stop(process)
+            kill_session(process)
         seen = records(out, arm)
         starts = [json.loads(line) for line in (run_folder(out, arm, 0) / STARTS).read_text().splitlines()]
         yield {
@@ -135,67 +111,45 @@ def kill_trials(scratch: Path, trials: int, processes: int, arm: str, seed: int,
         }
 
 
-def command(out: Path, text: Path, processes: int, arm: str) -> list[str]:
-    """A run of `STEPS` tiny steps with a checkpoint every `EVERY`."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launch = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "3"]
-    options = f"--preset cpu --arms {arm} --seeds 0 --steps {STEPS} --batch {processes} --tau 0.2 --precision fp32"
-    more = ["--checkpoint-every", str(EVERY), "--data", str(text), "--out", str(out)]
-    return [*torchrun, *launch, "-m", "benchmarks", "explosion", *options.split(), *more]
-
-
 def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> subprocess.Popen[str]:
-    """torchrun, in a session of its own; what it and the ranks say goes to `out`.log."""
+    """torchrun with a run of `STEPS` tiny steps and a checkpoint every `EVERY`, in a session of its own; what it and
+    the ranks say goes to `out`.log."""
     text = scratch / "text.txt"
     if not text.exists():
         text.write_text(" ".join(map(str, range(20_000))))
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    options = f"--preset cpu --arms {arm} --seeds 0 --steps {STEPS} --batch {processes} --tau 0.2 --precision fp32"
+    words = [*options.split(), "--checkpoint-every", str(EVERY), "--data", str(text), "--out", str(out), *more]
     with out.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(
-            [*command(out, text, processes, arm), *more],
-            stdout=log,
-            stderr=log,
-            text=True,
-            env=environment,
-            cwd=root,
-            start_new_session=True,
-        )
+        own = {"stdout": log, "stderr": log, "cwd": ROOT, "start_new_session": True}
+        return start_process("benchmarks", "explosion", *words, ranks=processes, restarts=3, **own)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Raises RuntimeError where it fails."""
+    """Raises RunFailed where torchrun fails."""
     if status := process.wait(_PATIENCE):
-        raise RuntimeError(f"torchrun ended with status {status}")
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """torchrun and its ranks, if they are still there."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        raise RunFailed(f"torchrun ended with status {status}")
 
 
 def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -> dict[str, Any]:
-    """Kill the rank at the moment of the trial; what had been recorded and written by then."""
+    """Kill the rank at the moment of the trial; what had been recorded and written by then. Raises RunFailed where the
+    run is over before that moment."""
     folder = run_folder(out, arm, 0)
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise Missed(f"the run ended with status {process.returncode} before {trial}")
-        complete = folder / "checkpoints" / f"step-{trial.step:09d}"
+            raise RunFailed(f"the run ended with status {process.returncode} before {trial}")
+        complete = folder / CHECKPOINTS / f"step-{trial.step:09d}"
         written = _files(complete.with_suffix(".tmp"))
         saved = trial.files and (len(written) >= trial.files or complete.exists())  # over between two looks, perhaps
-        if saved or (not trial.files and _recorded(folder) >= trial.step):
+        if saved or (not trial.files and recorded(out, arm) >= trial.step):
             pid = json.loads((out / PIDS / f"{trial.rank}.json").read_text())["pid"]
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                raise Missed(f"rank {trial.rank} had ended before {trial}") from None
-            return {"seen": _recorded(folder), **({"folder": written} if trial.files else {})}
+                raise RunFailed(f"rank {trial.rank} had ended before {trial}") from None
+            return {"seen": recorded(out, arm), **({"folder": written} if trial.files else {})}
         time.sleep(_POLL)
-    raise Missed(f"{trial} did not come within {_PATIENCE:g} s")
+    raise RunFailed(f"{trial} did not come within {_PATIENCE:g} s")
 
 
 def records(out: Path, arm: str) -> list[dict[str, Any]]:
@@ -204,13 +158,10 @@ def records(out: Path, arm: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in every]
 
 
-def records_so_far(out: Path, arm: str) -> int:
-    return _recorded(run_folder(out, arm, 0))
-
-
-def _recorded(folder: Path) -> int:
+def recorded(out: Path, arm: str) -> int:
+    """How many steps are recorded so far."""
     with contextlib.suppress(FileNotFoundError):
-        return (folder / METRICS).read_bytes().count(b"\n")
+        return (run_folder(out, arm, 0) / METRICS).read_bytes().count(b"\n")
     return 0
 
 
@@ -218,7 +169,3 @@ def _files(folder: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         return sorted(path.name for path in folder.iterdir())
     return []
-
-
-if __name__ == "__main__":
-    sys.exit(main())

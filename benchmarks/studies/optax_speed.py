@@ -1,4 +1,4 @@
-"""`muonclip.optax.scale_by_muon` and `optax.contrib.scale_by_muon` side by side: time of a jitted update.
+"""`muonclip.optax.scale_by_muon` and `optax.contrib.scale_by_muon` side by side: the time of a jitted update.
 
 The same gradients, momentum and polynomial; calls alternate in one process. "loop" is ours with every matrix iterated
 by itself: what stacking is worth. The last row is the reference model's whole tree, updated by the aliases `muonclip`
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from benchmarks.records import atomic_files as checkpoint
-from benchmarks.records.environment import environment
+from benchmarks.records import atomic_files
+from benchmarks.records.environment import environment, made_with
+from benchmarks.report.tables import markdown
 from muonclip.models import MoEConfig
 from muonclip.models import jax as moe
 from muonclip.optax import muonclip, scale_by_muon
@@ -43,33 +44,34 @@ def optax_speed(out: Path, rounds: int) -> str:
     versions = {"jax": jax.__version__, "optax": optax.__version__, "device": jax.devices()[0].device_kind}
     result = {"environment": environment() | versions, "rounds": rounds, "cases": cases}
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / f"{device}.json", result)
+    atomic_files.write_json(out / f"{device}.json", result)
     table = read_optax_speed(result)
-    (out / f"{device}.md").write_text(table, encoding="utf-8")
+    atomic_files.write_text(out / f"{device}.md", table)
     return table
 
 
 def read_optax_speed(result: dict[str, Any]) -> str:
     """As a Markdown table and what made it."""
-    lines = [
-        "| matrices | optax.contrib, ms | muonclip, ms | factor | by itself, ms | compile, s: optax.contrib | ours |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+    rows = [
+        [
+            "matrices",
+            "optax.contrib, ms",
+            "muonclip, ms",
+            "factor",
+            "by itself, ms",
+            "compile, s: optax.contrib",
+            "ours",
+        ]
     ]
     for case in result["cases"]:
-        ms, compile_s = case["milliseconds"], case["compile_seconds"]
+        ms, compiling = case["milliseconds"], case["compile_seconds"]
         loop = f"{ms['loop']:.1f}" if "loop" in ms else ""
-        lines.append(
-            f"| {case['name']} | {ms['optax']:.1f} | {ms['muonclip']:.1f} | {ms['optax'] / ms['muonclip']:.2f} "
-            f"| {loop} | {compile_s['optax']:.1f} | {compile_s['muonclip']:.1f} |"
-        )
+        numbers = [f"{ms['optax']:.1f}", f"{ms['muonclip']:.1f}", f"{ms['optax'] / ms['muonclip']:.2f}", loop]
+        rows.append([case["name"], *numbers, f"{compiling['optax']:.1f}", f"{compiling['muonclip']:.1f}"])
     made = result["environment"]
-    where = f"{made['cores']} cores of {made['cpu']}" if made["device"] == "cpu" else made["device"]
-    lines += [
-        "",
-        f"Made by `{made['command']}` on {made['date'][:10]}: {where}, JAX {made['jax']}, Optax {made['optax']}, "
-        f"muonclip {made['muonclip']}; medians of {result['rounds']} alternating calls, float32 arrays.",
-    ]
-    return "\n".join(lines) + "\n"
+    where = "" if made["device"] == "cpu" else f" · {made['device']}"
+    said = f"Made with {made_with(made)}{where}; medians of {result['rounds']} alternating calls, float32 arrays."
+    return f"{markdown(rows)}\n\n{said}\n"
 
 
 def _matrices(count: int, m: int, n: int) -> dict[str, tuple[Run, float]]:
@@ -116,11 +118,13 @@ def _compiled(update: Callable[..., Any], *arguments: Any) -> tuple[Run, float]:
 
 def _case(name: str, candidates: dict[str, tuple[Run, float]], rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-    for round_number in range(WARM_UP + rounds):
-        for candidate in _rotated(list(candidates), round_number):
+    order = list(candidates)
+    for _ in range(WARM_UP + rounds):
+        for candidate in order:
             begun = time.perf_counter()
             candidates[candidate][0]()
             seconds[candidate].append(time.perf_counter() - begun)
+        order = [*order[1:], order[0]]
     return {
         "name": name,
         "milliseconds": {
@@ -128,8 +132,3 @@ def _case(name: str, candidates: dict[str, tuple[Run, float]], rounds: int) -> d
         },
         "compile_seconds": {candidate: round(compiling, 2) for candidate, (_, compiling) in candidates.items()},
     }
-
-
-def _rotated(names: Sequence[str], by: int) -> Sequence[str]:
-    by %= len(names)
-    return [*names[by:], *names[:by]]

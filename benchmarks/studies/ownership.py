@@ -1,11 +1,10 @@
 """The picture of docs/distributed.md: where the matrices of one layer lie, and who iterates them.
 
-python -m benchmarks.studies.ownership --out docs/who-owns-what.png
+python -m benchmarks ownership --out docs/who-owns-what.png
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +115,3 @@ def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple
                 for head in slab.heads:
                     numbered[slab.block, batch, head] = slab.fan_out, slab.fan_in, bands
     return (numbered[key] for key in sorted(numbered))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.ownership", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a PNG")
-    draw(parser.parse_args().out)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,8 @@ import optax
 import torch
 from jax import Array
 
-from benchmarks.experiment.arms import Setup, setup
-from benchmarks.experiment.experiment import Panel
+from benchmarks.experiment.arms import Arm
+from benchmarks.experiment.experiment import Experiment
 from benchmarks.training.learner import Learner, Windows
 from benchmarks.training.torch_learner import first_model
 from muonclip.models import jax as models
@@ -45,20 +45,20 @@ class Measured(NamedTuple):
 class JaxLearner(Learner):
     """`now` is the state after the last step; a step uses its arrays up."""
 
-    def __init__(self, panel: Panel, arm: str, seed: int) -> None:
-        self.setup = own = setup(panel, arm)
-        self._reference = first_model(panel, arm, seed)
+    def __init__(self, experiment: Experiment, arm: Arm, seed: int) -> None:
+        self.arm = arm
+        self._reference = first_model(experiment, arm, seed)
         params, buffers = models.from_torch(self._reference)
-        begin = jax.jit(transformation(own, own.lr, own.training.tau).init)
+        begin = jax.jit(transformation(arm, arm.lr, arm.training.tau).init)
         self.now = State(params, buffers, begin(params))
-        windows = jax.ShapeDtypeStruct((own.training.batch_size, own.model.max_seq_len + 1), jnp.int32)
+        windows = jax.ShapeDtypeStruct((arm.training.batch_size, arm.model.max_seq_len + 1), jnp.int32)
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        step = jax.jit(partial(_step, own), donate_argnums=0)
+        step = jax.jit(partial(_step, arm), donate_argnums=0)
         self.compiled = step.lower(self.now, windows, number, number).compile()
-        self._validation_loss = jax.jit(partial(_loss, own))
+        self._validation_loss = jax.jit(partial(_loss, arm))
 
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
-        tau = self.setup.tau(done)
+        tau = self.arm.tau(done)
         self.now, measured = self.compiled(self.now, windows.astype(np.int32), np.float32(lr), np.float32(tau))
         record: dict[str, Any] = {"loss": measured.loss.item(), "grad_norm": measured.grad_norm.item()}
         if not math.isfinite(record["loss"] + record["grad_norm"]):
@@ -88,10 +88,10 @@ class JaxLearner(Learner):
         self.now = State(*models.from_torch(state["model"]), optimizer)
 
 
-def transformation(own: Setup, lr: Any, tau: Any) -> optax.GradientTransformationExtraArgs:
+def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationExtraArgs:
     """What the arm makes of gradients; `lr` and `tau` may be traced, and the state does not depend on them."""
-    arm, training = own.arm, own.training
-    projections = models.qk_projections(own.model)
+    training = arm.training
+    projections = models.qk_projections(arm.model)
     b1, b2 = training.betas
     if arm.optimizer == "muon":
         update = muonclip(
@@ -102,7 +102,7 @@ def transformation(own: Setup, lr: Any, tau: Any) -> optax.GradientTransformatio
             tau=tau,
             nesterov=training.nesterov,
             ns_dtype=jnp.float32,
-            muon_weight_dimension_numbers=models.matrix_layouts(own.model, per_head=arm.per_head),
+            muon_weight_dimension_numbers=models.matrix_layouts(arm.model, per_head=arm.per_head),
             adamw={"b1": b1, "b2": b2, "eps": 1e-8},
         )
     else:
@@ -111,22 +111,22 @@ def transformation(own: Setup, lr: Any, tau: Any) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(training.grad_clip), update)
 
 
-def _step(own: Setup, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, Measured]:
+def _step(arm: Arm, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, Measured]:
     (loss, aux), gradients = jax.value_and_grad(models.loss, has_aux=True)(
-        state.params, state.buffers, windows[:, :-1], windows[:, 1:], own.model
+        state.params, state.buffers, windows[:, :-1], windows[:, 1:], arm.model
     )
-    updates, optimizer = transformation(own, lr, tau).update(
+    updates, optimizer = transformation(arm, lr, tau).update(
         gradients, state.optimizer, state.params, max_logits=aux.max_logits
     )
     clipped = sum(jnp.sum(gamma < 1, dtype=jnp.int32) for gamma in optax.tree.get(optimizer, "gamma").values())
     params: Any = optax.apply_updates(state.params, updates)
-    state = State(params, models.balance(state.buffers, aux.loads, own.model), optimizer)
+    state = State(params, models.balance(state.buffers, aux.loads, arm.model), optimizer)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
     return state, Measured(loss, norm, aux.max_logits, jnp.asarray(clipped))
 
 
-def _loss(own: Setup, params: models.Params, buffers: models.Buffers, windows: Array) -> Array:
-    return models.loss(params, buffers, windows[:, :-1], windows[:, 1:], own.model, observe=False)[0]
+def _loss(arm: Arm, params: models.Params, buffers: models.Buffers, windows: Array) -> Array:
+    return models.loss(params, buffers, windows[:, :-1], windows[:, 1:], arm.model, observe=False)[0]
 
 
 def _matrices(params: models.Params) -> dict[str, bool]:

@@ -14,7 +14,7 @@ Windows = NDArray[np.int64]  # [B, T + 1]: tokens, and one position later their 
 
 
 class Learner(ABC):
-    """One arm and seed of a panel. Every framework begins from the weights that PyTorch draws for the seed."""
+    """One arm and seed of an experiment. Every framework begins from the weights that PyTorch draws for the seed."""
 
     measurable: bool = True
     """Whether `reference()` can be had: not of a model too large for one device."""

@@ -1,6 +1,6 @@
 """Where bf16 is used: only where this machine is found to be faster with it. Old processors are slower.
 
-Two choices, each by the medians of interleaved timings on the panel's own model and batch: the forward and backward
+Two choices, each by the medians of interleaved timings on the experiment's model and batch: the forward and backward
 pass, and the optimizer's step with its Newton–Schulz products. JAX's runs have fp32 in both.
 """
 
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.experiment.data import Corpus
-from benchmarks.experiment.experiment import DTYPES, Dtype, Panel, Precision
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.experiment.settings import DTYPES, Dtype, Precision
 from benchmarks.training.torch_learner import autocast, first_model
 from muonclip.torch import MuonClip
 
@@ -23,48 +24,50 @@ PrecisionChoice = Literal["auto", "fp32", "bf16"]
 _ROUNDS, _GAIN = 9, 1.05  # bf16 must win by 5 %, more than the noise
 
 
-def choose(panel: Panel, corpus: Corpus, wanted: PrecisionChoice | Precision) -> tuple[Precision, dict[str, Any]]:
+def choose(
+    experiment: Experiment, corpus: Corpus, wanted: PrecisionChoice | Precision
+) -> tuple[Precision, dict[str, Any]]:
     """The precision, and what was measured: median milliseconds by dtype (nothing unless "auto")."""
     if isinstance(wanted, Precision):
         return wanted, {}
-    if panel.framework == "jax":
+    if experiment.framework == "jax":
         return Precision(), {}
-    if wanted == "auto" and panel.device == "cuda":
+    if wanted == "auto" and experiment.device == "cuda":
         wanted = "bf16"  # tensor cores: nothing to find out
     if wanted != "auto":
         return Precision(DTYPES[wanted], DTYPES[wanted]), {}
     threads = torch.get_num_threads()
-    torch.set_num_threads(panel.threads)
-    passes = _interleaved({dtype: _forward_backward(panel, corpus, dtype) for dtype in DTYPES.values()})
-    updates = _interleaved({dtype: _update(panel, corpus, dtype) for dtype in DTYPES.values()})
+    torch.set_num_threads(experiment.threads)
+    passes = _interleaved({dtype: _forward_backward(experiment, corpus, dtype) for dtype in DTYPES.values()})
+    updates = _interleaved({dtype: _update(experiment, corpus, dtype) for dtype in DTYPES.values()})
     torch.set_num_threads(threads)
     return Precision(_faster(passes), _faster(updates)), {"forward_backward_ms": passes, "optimizer_step_ms": updates}
 
 
-def _forward_backward(panel: Panel, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
-    panel = replace(panel, precision=Precision(dtype, "float32"))
-    model = first_model(panel, panel.arms[0], seed=0)
-    windows = _windows(panel, corpus)
+def _forward_backward(experiment: Experiment, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
+    experiment = replace(experiment, precision=Precision(dtype, "float32"))
+    model = first_model(experiment, experiment.arms[0], seed=0)
+    windows = _windows(experiment, corpus)
 
     def run() -> None:
-        with autocast(panel):
+        with autocast(experiment):
             loss = model.loss(windows[:, :-1], windows[:, 1:])
         loss.backward()
 
     return run
 
 
-def _update(panel: Panel, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
-    model = first_model(panel, panel.arms[0], seed=0)
-    windows = _windows(panel, corpus)
+def _update(experiment: Experiment, corpus: Corpus, dtype: Dtype) -> Callable[[], None]:
+    model = first_model(experiment, experiment.arms[0], seed=0)
+    windows = _windows(experiment, corpus)
     model.loss(windows[:, :-1], windows[:, 1:]).backward()
     return MuonClip(model, lr=0.0, qk_clip=None, ns_dtype=getattr(torch, dtype)).step
 
 
-def _windows(panel: Panel, corpus: Corpus) -> torch.Tensor:
-    training = panel.training
-    batch = corpus.batch(seed=0, step=0, batch_size=training.batch_size, length=panel.model.max_seq_len)
-    return torch.from_numpy(batch).to(panel.device)
+def _windows(experiment: Experiment, corpus: Corpus) -> torch.Tensor:
+    training = experiment.training
+    batch = corpus.batch(seed=0, step=0, batch_size=training.batch_size, length=experiment.model.max_seq_len)
+    return torch.from_numpy(batch).to(experiment.device)
 
 
 def _interleaved(candidates: dict[Dtype, Callable[[], None]]) -> dict[Dtype, float]:

@@ -1,7 +1,8 @@
-"""One run: an arm and a seed. Stopped anywhere, it goes on from its checkpoint to the same bits.
+"""One run: an arm and a seed, on one process or on all ranks of torchrun. Stopped, it goes on to the same bits.
 
 Nothing carries over from step to step but the model and the optimizer, which a `Learner` keeps: batches are a function
-of (seed, step), rates of the step.
+of (seed, step), rates of the step. What differs between one process and many is asked of `Ranks` and of the `Store` of
+checkpoints.
 """
 
 from __future__ import annotations
@@ -11,36 +12,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.experiment.arms import Setup, setup
+from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.data import Corpus
-from benchmarks.experiment.experiment import Panel
-from benchmarks.records import atomic_files as checkpoint
-from benchmarks.records import metrics
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.records import atomic_files, metrics
+from benchmarks.records.folders import CHECKPOINT, METRICS, RESULT, Result
 from benchmarks.training.learner import Learner
 from benchmarks.training.probe import Probe
 from benchmarks.training.torch_learner import TorchLearner, autocast
 
-CHECKPOINT, METRICS, RESULT = "checkpoint.pt", "metrics.jsonl", "result.json"
-
-
-class Result(TypedDict):
-    """What a finished run leaves beside its records. Seconds are summed over the parts of an interrupted run."""
-
-    steps: int
-    diverged: bool  # ended early by a loss or gradient that is not finite
-    final_val_loss: float  # mean nats per token
-    wall_seconds: float
-    train_seconds: float  # the steps alone, without validation and checkpoints
+T = TypeVar("T")
+State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """When the next one is due: after so many seconds, or, where `steps` is given, after every so many updates."""
+class Schedule:
+    """When the next checkpoint is due: after so many seconds, or, where `steps` is given, every so many updates."""
 
     seconds: float = 20.0
     steps: int | None = None
@@ -49,19 +41,106 @@ class Checkpoints:
         return since_last >= self.seconds if self.steps is None else done % self.steps == 0
 
 
-EVERY_20_SECONDS = Checkpoints()
+class Ranks(Protocol):
+    """The processes that train the run together."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes the records."""
+        ...
+
+    def on_first(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on the first, on all of them."""
+        ...
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Each flag, whether any of them has raised it."""
+        ...
+
+
+class Store(Protocol):
+    """The checkpoints of a run. `notes` is added to its result."""
+
+    notes: dict[str, Any]
+
+    def find(self) -> State | None:
+        """The state of the newest that is whole, without its tensors."""
+        ...
+
+    def load(self, learner: Learner) -> None:
+        """The tensors of what was found, into the learner."""
+        ...
+
+    def begin(self, done: int) -> None:
+        """The run begins at this step: where it is 0, nothing that was found is used."""
+        ...
+
+    def save(self, learner: Learner, state: State) -> None: ...
+
+    def finish(self) -> None:
+        """Wait for a save that is under way."""
+        ...
+
+
+class Alone:
+    """A process that has no others."""
+
+    first = True
+
+    def on_first(self, decide: Callable[[], T]) -> T:
+        return decide()
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        return list(flags)
+
+
+class FileStore:
+    """The one file of a process on its own."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.path, self.device = folder / CHECKPOINT, device
+        self.notes: dict[str, Any] = {}
+        self._found: State | None = None
+
+    def find(self) -> State | None:
+        self._found = atomic_files.load(self.path, self.device)
+        return self._found
+
+    def load(self, learner: Learner) -> None:
+        assert self._found is not None
+        learner.restore(self._found)
+
+    def begin(self, done: int) -> None:
+        self._found = None
+
+    def save(self, learner: Learner, state: State) -> None:
+        atomic_files.save(self.path, state | learner.state())
+
+    def finish(self) -> None: ...
 
 
 class Run:
     """A run where its folder left it: at the last checkpoint, or at the start."""
 
-    def __init__(self, panel: Panel, corpus: Corpus, folder: Path, arm: str, seed: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        corpus: Corpus,
+        folder: Path,
+        arm: Arm,
+        seed: int,
+        *,
+        learner: Learner | None = None,
+        ranks: Ranks | None = None,
+        store: Store | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.panel, self.corpus, self.folder, self.arm, self.seed = panel, corpus, folder, arm, seed
-        self.setup: Setup = setup(panel, arm)
-        self.learner = self._make_learner()
+        self.experiment, self.corpus, self.folder, self.arm, self.seed = experiment, corpus, folder, arm, seed
+        self.learner = learner or make_learner(experiment, arm, seed)
+        self.ranks = ranks or Alone()
+        self.store = store or FileStore(folder, experiment.device)
         self.probe = Probe(self._validation_windows(0))
-        self.done = 0  # updates
+        self.done = self.saved = 0  # updates, and those in the newest checkpoint
         self.wall_seconds = self.train_seconds = 0.0
         self.last: dict[str, Any] = {}  # record of the last step
         self.log = metrics.MetricsLog(folder / METRICS)
@@ -73,59 +152,53 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.done == self.setup.training.steps or self.diverged
+        return self.done == self.arm.training.steps or self.diverged
 
     def train(
         self,
-        on_step: Callable[[dict[str, Any]], None],
+        on_step: Callable[[dict[str, Any]], None] = lambda record: None,
         stopping: Callable[[], bool] = lambda: False,
-        checkpoints: Checkpoints = EVERY_20_SECONDS,
+        checkpoints: Schedule | None = None,
     ) -> None:
-        """To the end, or until `stopping()`; either way the checkpoint holds the state then. `on_step` gets records."""
+        """Train to the end, or until `stopping()` on any rank, which stops all after the same step; either way the
+        checkpoint holds the state then. `on_step` gets the records; the first rank's clock says when to save."""
+        checkpoints = checkpoints or Schedule()
         started, earlier = time.perf_counter(), self.wall_seconds
-        saved = started
-        while not (self.finished or stopping()):
+        saved, stopped = started, False
+        while not (self.finished or stopped):
             self.last = self.step()
-            self.log.append(self.last)
+            if self.ranks.first:
+                self.log.append(self.last)
             on_step(self.last)
             now = time.perf_counter()
             self.wall_seconds = earlier + now - started
-            if checkpoints.due(self.done, now - saved):
+            due = self.ranks.first and checkpoints.due(self.done, now - saved)
+            stopped, due = self.ranks.any_of(stopping(), due)
+            if due:
                 self.save()
                 saved = now
-        self.save()
-        if self.finished:
-            self.write_result()
-
-    def write_result(self) -> None:
-        result = Result(
-            steps=self.done,
-            diverged=self.diverged,
-            final_val_loss=self.last["val_loss"],
-            wall_seconds=self.wall_seconds,
-            train_seconds=self.train_seconds,
-        )
-        checkpoint.write_json(self.folder / RESULT, metrics.to_json(result))
+        if self.saved != self.done:
+            self.save()
+        self.store.finish()
+        if self.finished and self.ranks.first:
+            self._write_result()
 
     def step(self) -> dict[str, Any]:
         """One update and, where it is due, the validation after it; its record (see `metrics`)."""
-        training = self.setup.training
+        training, length = self.arm.training, self.experiment.model.max_seq_len
         validates = training.validates_after(self.done + 1)
         measures = validates and self.learner.measurable
         before = self.probe.weights(self.learner.reference()) if measures else None
         begun = time.perf_counter()
+        rows = self.learner.rows(training.batch_size)
         windows = self.corpus.batch(
-            seed=self.seed,
-            step=self.done,
-            batch_size=training.batch_size,
-            length=self.panel.model.max_seq_len,
-            rows=self.learner.rows(training.batch_size),
+            seed=self.seed, step=self.done, batch_size=training.batch_size, length=length, rows=rows
         )
-        lr = self.setup.lr * training.schedule(self.done)
+        lr = self.arm.lr * training.schedule(self.done)
         record: dict[str, Any] = {"step": self.done + 1, "lr": lr}
         record |= self.learner.step(windows, self.done, lr)
         seconds = time.perf_counter() - begun
-        record["tokens_per_second"] = training.batch_size * self.panel.model.max_seq_len / seconds
+        record["tokens_per_second"] = training.batch_size * length / seconds
         self.train_seconds += seconds
         self.done += 1
         if not math.isfinite(record["loss"] + record["grad_norm"]):
@@ -134,50 +207,54 @@ class Run:
         if validates:
             record["val_loss"] = self.validate()
         if before is not None:
-            with autocast(self.panel):
+            with autocast(self.experiment):
                 record |= self.probe.measure(self.learner.reference(), before, lr)
         return record
 
     def validate(self) -> float:
         """Mean nats per token of the same validation windows every time."""
-        count = self.setup.training.validation_batches
-        rows = self.learner.rows(self.setup.training.validation_batch_size)
-        losses = [self.learner.loss(self._validation_windows(index, rows)) for index in range(count)]
-        return math.fsum(losses) / len(losses)
-
-    def _validation_windows(self, index: int, rows: range | None = None) -> NDArray[np.int64]:
-        size, length = self.setup.training.validation_batch_size, self.panel.model.max_seq_len
-        return self.corpus.validation_batch(index=index, batch_size=size, length=length, rows=rows)
+        training = self.arm.training
+        rows = self.learner.rows(training.validation_batch_size)
+        windows = (self._validation_windows(index, rows) for index in range(training.validation_batches))
+        return math.fsum(map(self.learner.loss, windows)) / training.validation_batches
 
     def save(self) -> None:
-        self.log.sync()
-        state = {
-            "done": self.done,
-            **self.learner.state(),
-            "last": metrics.to_json(self.last),
-            "wall_seconds": self.wall_seconds,
-            "train_seconds": self.train_seconds,
-        }
-        checkpoint.save(self.folder / CHECKPOINT, state)
-
-    def _make_learner(self) -> Learner:
-        return learner(self.panel, self.arm, self.seed)
+        if self.ranks.first:
+            self.log.sync()
+        state = {"done": self.done, "last": metrics.to_json(self.last)}
+        seconds = {"wall_seconds": self.wall_seconds, "train_seconds": self.train_seconds}
+        self.store.save(self.learner, state | seconds)
+        self.saved = self.done
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.folder / CHECKPOINT, self.panel.device)
-        if self.log.begin(state["done"] if state else 0) and state:
-            self._restore(state)
+        state = self.store.find()
+        whole = self.ranks.on_first(lambda: self.log.begin(state["done"] if state else 0))
+        if state is not None and whole:
+            self.store.load(self.learner)
+            self.done = self.saved = state["done"]
+            self.last = metrics.from_json(state["last"])
+            self.wall_seconds, self.train_seconds = state["wall_seconds"], state["train_seconds"]
+        self.store.begin(self.done)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.learner.restore(state)
-        self.last = metrics.from_json(state["last"])
-        self.done, self.wall_seconds, self.train_seconds = state["done"], state["wall_seconds"], state["train_seconds"]
+    def _write_result(self) -> None:
+        result = Result(
+            steps=self.done,
+            diverged=self.diverged,
+            final_val_loss=self.last["val_loss"],
+            wall_seconds=self.wall_seconds,
+            train_seconds=self.train_seconds,
+        )
+        atomic_files.write_json(self.folder / RESULT, metrics.to_json(result | self.store.notes))
+
+    def _validation_windows(self, index: int, rows: range | None = None) -> NDArray[np.int64]:
+        size, length = self.arm.training.validation_batch_size, self.experiment.model.max_seq_len
+        return self.corpus.validation_batch(index=index, batch_size=size, length=length, rows=rows)
 
 
-def learner(panel: Panel, arm: str, seed: int) -> Learner:
-    """What trains that run, in the panel's framework."""
-    if panel.framework == "jax":
+def make_learner(experiment: Experiment, arm: Arm, seed: int) -> Learner:
+    """What trains that run, in the experiment's framework."""
+    if experiment.framework == "jax":
         from benchmarks.training.jax_learner import JaxLearner  # JAX need not be installed for PyTorch's runs
 
-        return JaxLearner(panel, arm, seed)
-    return TorchLearner(panel, arm, seed)
+        return JaxLearner(experiment, arm, seed)
+    return TorchLearner(experiment, arm, seed)

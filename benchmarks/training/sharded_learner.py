@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from benchmarks.experiment.arms import setup
+from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.errors import UsageError
-from benchmarks.experiment.experiment import Panel
+from benchmarks.experiment.experiment import Experiment
 from benchmarks.training.learner import Windows
 from benchmarks.training.torch_learner import TorchLearner, first_model, make_optimizer
 from muonclip.models.parallel import Parallelism, parallelize
@@ -40,15 +40,14 @@ class Layout:
     accumulate: int = 1  # micro-batches
     recompute: bool = False
 
-    def check(self, panel: Panel, world_size: int) -> None:
+    def check(self, experiment: Experiment, world_size: int) -> None:
         """Raises UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
-        for arm in panel.arms:
-            own = setup(panel, arm)
+        for arm in experiment.arms:
             try:
-                self.parallelism.check(own.model, world_size)
+                self.parallelism.check(arm.model, world_size)
             except ValueError as error:
                 raise UsageError(f"--{str(error).partition('=')[0]}", str(error)) from error
-            data, training = self.parallelism.data, own.training
+            data, training = self.parallelism.data, arm.training
             if training.batch_size % (data * self.accumulate):
                 raise UsageError(
                     "--batch",
@@ -67,30 +66,30 @@ class Layout:
 
 
 class ShardedLearner(TorchLearner):
-    def __init__(self, panel: Panel, arm: str, seed: int, layout: Layout) -> None:
-        self.panel, self.setup, self.layout = panel, setup(panel, arm), layout
-        size = self.setup.model.num_parameters()
+    def __init__(self, experiment: Experiment, arm: Arm, seed: int, layout: Layout) -> None:
+        self.experiment, self.arm, self.layout = experiment, arm, layout
+        size = arm.model.num_parameters()
         self.measurable = size <= LARGEST_MEASURED
-        narrow = panel.precision.autocast == "bfloat16"
+        narrow = experiment.precision.autocast == "bfloat16"
         whole = size <= LARGEST_COPIED
         if whole:
-            self.model = first_model(panel, arm, seed)
+            self.model = first_model(experiment, arm, seed)
         else:
             with torch.device("meta"):
-                self.model = MoE(self.setup.model)
+                self.model = MoE(arm.model)
         self.meshes = parallelize(
             self.model,
             layout.parallelism,
-            device_type=panel.device,
+            device_type=experiment.device,
             mixed_precision=narrow,
             recompute=layout.recompute,
         )
         if not whole:
-            self.model.to_empty(device=panel.device)
+            self.model.to_empty(device=experiment.device)
             torch.manual_seed(seed)
             self.model.reset_parameters()
         self.parameters = dict(self.model.named_parameters())  # as sharded; evaluation leaves others in the modules
-        self.optimizer, self.qk_clip = make_optimizer(self.model, self.setup, panel.precision, foreach=False)
+        self.optimizer, self.qk_clip = make_optimizer(self.model, arm, experiment.precision, foreach=False)
         self.optimizer.register_step_post_hook(self.model.step_hook)
         self._whole: MoE | None = None
 
@@ -99,21 +98,21 @@ class ShardedLearner(TorchLearner):
         return range(self.meshes.data_rank * each, (self.meshes.data_rank + 1) * each)
 
     def _gradients(self, windows: Windows) -> tuple[float, float]:
-        total = torch.zeros((), device=self.panel.device)
+        total = torch.zeros((), device=self.experiment.device)
         for tokens in self._on_device(windows).chunk(self.layout.accumulate):
             loss = self.model.loss(tokens[:, :-1], tokens[:, 1:]) / self.layout.accumulate
             loss.backward()
             total += loss.detach()
-        norm = clip_grad_norm_(self.parameters.values(), self.setup.training.grad_clip)
+        norm = clip_grad_norm_(self.parameters.values(), self.arm.training.grad_clip)
         return self._mean(total), norm.item()
 
     @torch.no_grad()
     def loss(self, windows: Windows) -> float:
         self.model.eval()
         tokens = self._on_device(windows)
-        training = self.setup.training
+        training = self.arm.training
         at_once = training.batch_size // (self.meshes.data_size * self.layout.accumulate)  # as many as in training
-        total = torch.zeros((), device=self.panel.device)
+        total = torch.zeros((), device=self.experiment.device)
         for some in tokens.split(at_once):
             total += self.model.loss(some[:, :-1], some[:, 1:]) * (len(some) / len(tokens))
         loss = self._mean(total)
@@ -125,7 +124,7 @@ class ShardedLearner(TorchLearner):
     def reference(self) -> MoE:
         """On every rank; the same module every time."""
         if self._whole is None:
-            self._whole = MoE(self.setup.model).to(self.panel.device)
+            self._whole = MoE(self.arm.model).to(self.experiment.device)
         self._whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
         return self._whole
 
@@ -153,8 +152,8 @@ class ShardedLearner(TorchLearner):
         for key, (shape, dtype) in shapes.items():
             if key.startswith("optimizer."):
                 parameter = self.parameters[key.removeprefix("optimizer.").rpartition(".")[0]].detach()
-                alike = shape == tuple(parameter.shape)
-                tensors[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+                same = shape == tuple(parameter.shape)
+                tensors[key] = torch.zeros_like(parameter, dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
         return tensors
 
     def _of_model(self) -> dict[str, Tensor]:
@@ -163,7 +162,7 @@ class ShardedLearner(TorchLearner):
         return {f"model.{name}": tensor.detach() for name, tensor in named}
 
     def _on_device(self, windows: Windows) -> Tensor:
-        return torch.from_numpy(windows).to(self.panel.device)
+        return torch.from_numpy(windows).to(self.experiment.device)
 
     def _mean(self, value: Tensor) -> float:
         """Over the data ranks."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiment.arms import Setup, setup
-from benchmarks.experiment.experiment import Panel, Precision
+from benchmarks.experiment.arms import Arm
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.experiment.settings import Precision
 from benchmarks.training.learner import Learner, Windows
 from muonclip.models.torch import MoE
 from muonclip.torch import MuonClip, QKClip
@@ -18,10 +19,10 @@ from muonclip.torch import MuonClip, QKClip
 class TorchLearner(Learner):
     """`qk_clip` acts within the step of Muon's arms, and after that of AdamW's."""
 
-    def __init__(self, panel: Panel, arm: str, seed: int) -> None:
-        self.panel, self.setup = panel, setup(panel, arm)
-        self.model = first_model(panel, arm, seed)
-        self.optimizer, self.qk_clip = make_optimizer(self.model, self.setup, panel.precision)
+    def __init__(self, experiment: Experiment, arm: Arm, seed: int) -> None:
+        self.experiment, self.arm = experiment, arm
+        self.model = first_model(experiment, arm, seed)
+        self.optimizer, self.qk_clip = make_optimizer(self.model, arm, experiment.precision)
         self.optimizer.register_step_post_hook(self.model.step_hook)
 
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
@@ -32,7 +33,7 @@ class TorchLearner(Learner):
         measured = {"loss": loss, "grad_norm": norm}
         if not math.isfinite(loss + norm):
             return measured | {"max_logits": {}, "clipped_heads": 0}
-        self.qk_clip.tau = self.setup.tau(done)
+        self.qk_clip.tau = self.arm.tau(done)
         self.optimizer.step()
         if not isinstance(self.optimizer, MuonClip):
             self.qk_clip.step()
@@ -46,7 +47,7 @@ class TorchLearner(Learner):
         """The backward pass of the batch and the clipping of its gradients; its loss, and their norm before."""
         loss = self._loss(windows)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.training.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.arm.training.grad_clip)
         return loss.item(), norm.item()
 
     @torch.no_grad()
@@ -67,43 +68,43 @@ class TorchLearner(Learner):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _loss(self, windows: Windows) -> Tensor:
-        tokens = torch.from_numpy(windows).to(self.panel.device)
-        with autocast(self.panel):
+        tokens = torch.from_numpy(windows).to(self.experiment.device)
+        with autocast(self.experiment):
             return self.model.loss(tokens[:, :-1], tokens[:, 1:])
 
 
-def first_model(panel: Panel, arm: str, seed: int) -> MoE:
+def first_model(experiment: Experiment, arm: Arm, seed: int) -> MoE:
     """The model before its first step, the same for all arms of a seed but for what an arm changes."""
     torch.manual_seed(seed)
-    return MoE(setup(panel, arm).model).to(panel.device)
+    return MoE(arm.model).to(experiment.device)
 
 
-def autocast(panel: Panel) -> torch.autocast:
-    narrow = panel.precision.autocast == "bfloat16"
-    return torch.autocast(panel.device, dtype=torch.bfloat16, enabled=narrow)
+def autocast(experiment: Experiment) -> torch.autocast:
+    narrow = experiment.precision.autocast == "bfloat16"
+    return torch.autocast(experiment.device, dtype=torch.bfloat16, enabled=narrow)
 
 
 def make_optimizer(
-    model: nn.Module, own: Setup, precision: Precision, *, foreach: bool | None = None
+    model: nn.Module, arm: Arm, precision: Precision, *, foreach: bool | None = None
 ) -> tuple[torch.optim.Optimizer, QKClip]:
     """What updates the model, and the clip: within MuonClip's step, to be called after AdamW's. `foreach`: of AdamW
     alone; it cannot take parameters of several meshes at once."""
-    training = own.training
-    qk_clip = QKClip(model, tau=training.tau if own.arm.clips else math.inf, observe="always")
-    if own.arm.optimizer == "adamw":
+    training = arm.training
+    qk_clip = QKClip(model, tau=training.tau if arm.clips else math.inf, observe="always")
+    if arm.optimizer == "adamw":
         parameters = list(model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=own.lr, betas=training.betas, eps=1e-8, foreach=foreach), qk_clip
+        return torch.optim.AdamW(groups, lr=arm.lr, betas=training.betas, eps=1e-8, foreach=foreach), qk_clip
     muon = MuonClip(
         model,
-        lr=own.lr,
+        lr=arm.lr,
         weight_decay=training.weight_decay,
         momentum=training.momentum,
         nesterov=training.nesterov,
-        per_head=own.arm.per_head,
+        per_head=arm.per_head,
         qk_clip=qk_clip,
         adamw={"betas": training.betas, "eps": 1e-8},
         ns_dtype=getattr(torch, precision.ns_dtype),

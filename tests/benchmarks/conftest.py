@@ -1,28 +1,29 @@
-"""A panel small enough for a test: a model of a few thousand weights on a text of a few thousand bytes."""
-
-from dataclasses import replace
+"""An experiment small enough for a test, and its runs, each of which is trained once for all tests that read it."""
 
 import pytest
+from bench_runs import trained, with_arms
 
-from benchmarks.experiment.arms import ARMS
+from benchmarks.experiment.arms import ARMS, choices
 from benchmarks.experiment.data import Corpus, open_corpus
-from benchmarks.experiment.experiment import Panel, Training
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.experiment.settings import Training
+from benchmarks.training.run import Run
 from muonclip.models import MoEConfig
 
 
-@pytest.fixture
-def corpus(tmp_path) -> Corpus:
-    path = tmp_path / "counting.txt"
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    path = tmp_path_factory.mktemp("text") / "counting.txt"
     path.write_text(" ".join(map(str, range(2000))))
     return open_corpus(path)
 
 
-@pytest.fixture
-def panel(corpus) -> Panel:
-    return Panel(
+@pytest.fixture(scope="session")
+def experiment(corpus) -> Experiment:
+    return Experiment(
         name="tiny",
         title="Tiny",
-        arms=("adamw", "muon", "muonclip"),
+        chosen=choices("adamw", "muon", "muonclip"),
         seeds=(0, 3),
         model=MoEConfig.cpu(hidden_size=32, num_layers=2, max_seq_len=16, q_lora_rank=24, kv_lora_rank=16),
         training=Training(
@@ -39,6 +40,22 @@ def panel(corpus) -> Panel:
     )
 
 
-@pytest.fixture
-def every_arm(panel) -> Panel:
-    return replace(panel, arms=tuple(ARMS), training=replace(panel.training, lr=dict.fromkeys(ARMS, 1e-2)))
+@pytest.fixture(scope="session")
+def every_arm(experiment) -> Experiment:
+    return with_arms(experiment, *ARMS, lr=dict.fromkeys(ARMS, 1e-2))
+
+
+@pytest.fixture(scope="session")
+def run_of(corpus, tmp_path_factory):
+    """A finished run of an experiment, by arm and seed. Read only: other tests have the same."""
+    done: list[tuple[Experiment, str, int, Run]] = []
+
+    def get(experiment: Experiment, arm: str, seed: int = 3) -> Run:
+        for other, name, number, run in done:
+            if (other, name, number) == (experiment, arm, seed):
+                return run
+        run = trained(Run(experiment, corpus, tmp_path_factory.mktemp("run"), experiment.arm(arm), seed))
+        done.append((experiment, arm, seed, run))
+        return run
+
+    return get

@@ -1,59 +1,53 @@
-"""An arm's name says what it sets otherwise than the panel, and the run does so."""
+"""An arm's name says what it sets otherwise than the experiment; it is resolved once, into all that a run needs."""
 
 import math
 from dataclasses import replace
 
 import pytest
+from bench_runs import with_arms
 
-from benchmarks.experiment.arms import ARMS, appearance, label, model_changes, parse, setup, with_settings
-from benchmarks.records import metrics
-from benchmarks.training.run import METRICS, Run
-
-
-def named(panel, *arms):
-    return replace(panel, arms=arms)
+from benchmarks.experiment.arms import ARMS, choices, choose
 
 
-def test_settings_replace_those_of_the_panel(panel, every_arm):
-    plain = setup(panel, "muonclip")
-    assert (plain.training, plain.model, plain.lr) == (panel.training, panel.model, 3e-2)
-    own = setup(panel, "muonclip@lr=0.5@tau=7@weight_decay=0@steps=5@decay_share=0.5@attention=gqa")
-    expected = replace(panel.training, tau=7.0, weight_decay=0.0, steps=5, decay_share=0.5)
-    assert (own.training, own.model, own.lr) == (expected, replace(panel.model, attention="gqa"), 0.5)
-    assert model_changes(panel, "muon@attention=mha") == {"attention": "mha"}
-    assert model_changes(every_arm, "softcap@tau=7") == {"softcap": 7.0}
+def only(experiment, name):
+    return with_arms(experiment, name).arms[0]
 
 
-def test_a_run_follows_its_settings(panel, corpus, tmp_path):
-    name = "muon@lr=0.5@weight_decay=0@steps=4@attention=gqa"
-    run = Run(panel, corpus, tmp_path, name, 0)
-    run.train(lambda record: None)
-    assert run.finished
-    records = metrics.read(tmp_path / METRICS)
-    assert [record["lr"] for record in records] == [0.25, 0.5, 0.5, 0.5]
-    assert run.learner.model.config.attention == "gqa"
-    assert {group["weight_decay"] for group in run.learner.optimizer.param_groups} == {0.0}
+def label(name):
+    return choices(name)[0].label
 
 
-def test_a_threshold_of_its_own(panel, corpus, tmp_path):
-    clipped = {}
-    for tau in (0.02, 1e9):
-        run = Run(panel, corpus, tmp_path / str(tau), f"muonclip@tau={tau}", 0)
-        clipped[tau] = run.step()["clipped_heads"]
-    assert clipped[0.02] > 0 == clipped[1e9]
+def test_settings_replace_those_of_the_experiment(experiment):
+    plain = experiment.arm("muonclip")
+    assert (plain.training, plain.model, plain.lr) == (experiment.training, experiment.model, 3e-2)
+    own = only(experiment, "muonclip@lr=0.5@tau=7@weight_decay=0@steps=5@decay_share=0.5@attention=gqa")
+    assert (own.training.tau, own.training.weight_decay, own.training.steps, own.training.decay_share) == (7, 0, 5, 0.5)
+    assert (own.model, own.lr) == (replace(experiment.model, attention="gqa"), 0.5)
+    assert only(experiment, "muon@attention=mha").changes == {"attention": "mha"}
+    assert only(experiment, "softcap@tau=7").changes == {"softcap": 7.0}
+    assert [arm for arm in ARMS if not only(experiment, arm).changes] == [
+        "adamw", "muon", "muonclip", "rescue", "per-head", "adamw-clip",
+    ]  # fmt: skip
 
 
-def test_rescue_is_muon_until_it_clips(every_arm, corpus, tmp_path):
-    records = {}
-    for arm in ("muon", "rescue"):
-        Run(every_arm, corpus, tmp_path / arm, arm, 0).train(lambda record: None)
-        records[arm] = metrics.read(tmp_path / arm / METRICS)
-    for muon, rescue in zip(records["muon"][:4], records["rescue"][:4], strict=True):
-        assert rescue["max_logits"] == muon["max_logits"]
-        assert rescue["clipped_heads"] == 0
-    assert records["rescue"][4]["max_logits"] == records["muon"][4]["max_logits"]  # seen before the fifth update
-    assert records["rescue"][4]["clipped_heads"] > 0
-    assert records["rescue"][5]["max_logits"] != records["muon"][5]["max_logits"]
+def test_thresholds(experiment):
+    assert [only(experiment, "rescue").tau(done) for done in (3, 4)] == [math.inf, 0.02]
+    assert [only(experiment, arm).tau(0) for arm in ("muon", "muonclip")] == [math.inf, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("arms", "baselines"),
+    [
+        (("muon", "muonclip", "rescue", "per-head"), (None, "muon", "muon", None)),
+        (("adamw", "muonclip", "adamw-clip"), (None, None, "adamw")),
+        (("muon", "muonclip@attention=gqa"), (None, None)),
+        (("muon@attention=gqa", "muonclip@attention=gqa@tau=7"), (None, "muon@attention=gqa")),
+        (("muon@lr=0.5", "muonclip"), (None, "muon@lr=0.5")),
+        (("muon@lr=0.5", "muon@lr=2", "muonclip@lr=2"), (None, None, "muon@lr=2")),
+    ],
+)
+def test_a_baseline_has_the_same_settings_and_the_same_rate_where_one_does(experiment, arms, baselines):
+    assert tuple(arm.baseline for arm in with_arms(experiment, *arms).arms) == baselines
 
 
 @pytest.mark.parametrize(
@@ -74,26 +68,40 @@ def test_rescue_is_muon_until_it_clips(every_arm, corpus, tmp_path):
 )
 def test_a_name_that_is_not_understood(name, message):
     with pytest.raises(ValueError, match=message):
-        parse(name)
+        choices(name)
 
 
 def test_one_name_per_meaning():
-    base, settings = parse("muonclip@tau=1e1@lr=3e-2@attention=gqa")
-    assert with_settings(base, **settings) == "muonclip@attention=gqa@lr=0.03@tau=10"
-    assert parse(with_settings(base, **settings)) == (base, settings)
+    (choice,) = choices("muonclip@tau=1e1@lr=3e-2@attention=gqa")
+    assert choice.name == "muonclip@attention=gqa@lr=0.03@tau=10"
+    assert choices(choice.name) == (choice,)
+    assert choose("muonclip", tau=10.0, attention="gqa", lr=0.03) == choice
 
 
-def test_labels():
+def test_labels(experiment):
     assert label("muonclip") == "MuonClip"
     assert label("muonclip@tau=10@attention=gqa") == "MuonClip, GQA, τ = 10"
     assert label("muon@decay_share=0") == "Muon, constant rate"
     assert label("muon@decay_share=0.5@weight_decay=0@steps=40") == "Muon, λ = 0, 40 steps, decay over the last 50%"
+    assert only(experiment, "qk-norm").caption == "Muon, QK-norm, rate 0.01 (changes the model)"
+    assert only(experiment, "muon@lr=2").caption == "Muon, rate 2"
 
 
-def test_every_arm_of_a_panel_looks_different(panel):
-    arms = [*ARMS, *(f"muon@lr={rate:g}" for rate in (1, 2, 3, 4)), "muonclip@tau=5"]
-    looks = appearance(named(panel, *arms))
-    assert list(looks) == arms
-    assert len({look.label for look in looks.values()}) == len({look.colour for look in looks.values()}) == len(arms)
-    assert appearance(named(panel, "muon@lr=1"))["muon@lr=1"].colour == ARMS["muon"].colour
-    assert all(len(look.colour) == 7 and not math.isnan(int(look.colour[1:], 16)) for look in looks.values())
+def test_every_arm_of_an_experiment_looks_different(experiment):
+    names = [*ARMS, *(f"muon@lr={rate:g}" for rate in (1, 2, 3, 4)), "muonclip@tau=5"]
+    arms = with_arms(experiment, *names).arms
+    assert [arm.name for arm in arms] == names
+    assert len({arm.label for arm in arms}) == len({arm.colour for arm in arms}) == len(arms)
+    assert only(experiment, "muon@lr=1").colour == ARMS["muon"].colour
+    assert all(len(arm.colour) == 7 and int(arm.colour[1:], 16) >= 0 for arm in arms)
+
+
+def test_an_arm_is_one_entry_of_one_table(experiment, monkeypatch):
+    """A new entry has a name on the command line, a rate in the presets, a colour, a baseline, a model of its own."""
+    from benchmarks.experiment.arms import Entry
+    from benchmarks.experiment.presets import rates
+
+    monkeypatch.setitem(ARMS, "half", Entry("Half", "#123456", "muon", clips=True, baseline="muon"))
+    assert rates(adamw=1.0, muon=2.0)["half"] == 2.0
+    arm = with_arms(experiment, "muon", "half@tau=7", lr=rates(adamw=1.0, muon=2.0)).arms[1]
+    assert (arm.label, arm.colour, arm.tau(0), arm.baseline) == ("Half, τ = 7", "#123456", 7.0, "muon")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.execution.workers import RunFailed
-from benchmarks.studies.clip_cost import AGAIN, ALWAYS, NEEDED, QUICK, REGIMES, TAU, WITHOUT, Bench, median_interval
+from benchmarks.experiment.errors import RunFailed
+from benchmarks.studies.clip_cost import AGAIN, ALWAYS, NEEDED, QUICK, REGIMES, TAU, WITHOUT, Bench
 from benchmarks.studies.clip_cost_models import MODELS
-from benchmarks.studies.clip_cost_page import BEGIN, END, read_clip_cost, write_into
+from benchmarks.studies.clip_cost_page import BEGIN, END, read_clip_cost, target_facts, write_into
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -110,13 +110,6 @@ def test_every_arm_stands_everywhere_equally_often(bench, monkeypatch):
         assert sorted(each[place] for each in rounds) == sorted(2 * [WITHOUT, AGAIN, NEEDED, ALWAYS])
 
 
-def test_interval_of_the_median():
-    assert median_interval([3.0, 1.0, 2.0]) == {"median": 2.0, "low": None, "high": None}
-    assert median_interval([float(n) for n in range(1, 7)]) == {"median": 3.5, "low": 1.0, "high": 6.0}
-    found = median_interval([float(n) for n in range(1, 33)])  # 10th and 23rd of 32: by a table of the sign test
-    assert found == {"median": 16.5, "low": 10.0, "high": 23.0}
-
-
 def test_the_page_gets_the_numbers_between_its_marks(quick, tmp_path, capsys):
     (tmp_path / "cpu.json").write_text(json.dumps(quick))
     page = tmp_path / "page.md"
@@ -130,17 +123,19 @@ def test_the_page_gets_the_numbers_between_its_marks(quick, tmp_path, capsys):
     assert "argument --page:" in capsys.readouterr().err
 
 
-def test_sentences_say_what_is_missed(quick):
-    met, missed = json.loads(json.dumps(quick)), json.loads(json.dumps(quick))
-    for cell in met["cells"]:
+def test_what_is_missed_is_counted(quick):
+    cells = [json.loads(json.dumps(cell)) for cell in quick["cells"] if cell["regime"] == REGIMES[0].name]
+    for cell in cells:
         cell["ratio"] = {"median": 1.001, "low": 0.999, "high": 1.002}
-    assert read_clip_cost(met).count("met in every row") == len(REGIMES)
-    for cell in missed["cells"]:
+    assert target_facts(cells).missed == ()
+    for cell in cells:
         cell["ratio"] = {"median": 1.2, "low": 1.19, "high": 1.21}
-    missed["cells"][0]["ratio"] = {"median": 1.3, "low": 1.0, "high": 1.5}
-    text = read_clip_cost(missed)
-    assert "met in every row" not in text
-    assert f"missed in 4 of 4 rows, most at {MODELS['moe']}, 32 tokens, fp32; in 3 of them by more" in text
+    cells[0]["ratio"] = {"median": 1.3, "low": 1.0, "high": 1.5}
+    facts = target_facts(cells)
+    assert facts.ratios == (1.2, 1.3)
+    assert len(facts.missed) == facts.rows == 4
+    assert facts.missed[0] == f"{MODELS['moe']}, 32 tokens, fp32"
+    assert facts.surely == 3
 
 
 @pytest.mark.skipif(not (DOCS / "clip-cost.md").exists(), reason="no page")

@@ -1,4 +1,4 @@
-"""From runs to figures and sentences: the sentences change where the numbers do."""
+"""From runs to figures and facts: the facts change where the numbers do."""
 
 import copy
 import json
@@ -7,14 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_runs import with_arms
 
 from benchmarks.__main__ import main
-from benchmarks.execution.workers import RunFailed
+from benchmarks.experiment.arms import choices
+from benchmarks.experiment.errors import RunFailed
 from benchmarks.experiment.presets import OWN_RATE
 from benchmarks.records import metrics
-from benchmarks.records.summary import PanelResult
+from benchmarks.records.summary import Results
 from benchmarks.studies import evidence
-from benchmarks.studies.evidence_reading import read_cost, read_efficiency, read_evidence, read_hot, read_sweep
+from benchmarks.studies.evidence_reading import (
+    costs,
+    hot_effects,
+    hot_facts,
+    hot_rows,
+    loud_rates,
+    read_evidence,
+    token_share,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -36,14 +46,14 @@ def run(bits, peak=20.0, **fields):
     } | fields
 
 
-def result(panel, summaries, **training):
+def result(experiment, summaries, **training):
     """`summaries`: by arm, one per seed."""
-    panel = replace(panel, arms=tuple(summaries), seeds=SEEDS, training=replace(panel.training, **training))
-    return PanelResult(panel, {}, {arm: dict(zip(SEEDS, runs, strict=True)) for arm, runs in summaries.items()}, {})
+    experiment = replace(with_arms(experiment, *summaries, **training), seeds=SEEDS)
+    return Results(experiment, {}, {arm: dict(zip(SEEDS, runs, strict=True)) for arm, runs in summaries.items()}, {})
 
 
 @pytest.fixture
-def sweep(panel):
+def sweep(experiment):
     losses = {"adamw": {1e-3: 2.5, 2e-3: 2.4, 4e-3: 2.6}, "muon": {5e-3: 2.23, 1e-2: 2.2, 2e-2: 2.5}}
     losses["muonclip"] = losses["muon"]
     peaks = {5e-3: 15.0, 1e-2: 25.0, 2e-2: 400.0}
@@ -52,7 +62,7 @@ def sweep(panel):
         for arm, rates in losses.items()
         for lr, bits in rates.items()
     }
-    return result(panel, summaries, steps=100, tau=30.0)
+    return result(experiment, summaries, steps=100, tau=30.0)
 
 
 def test_best_rates_and_usable_ranges(sweep):
@@ -73,85 +83,76 @@ def test_a_rate_that_diverges_is_never_the_best(sweep):
         evidence.sweep_json(sweep)
 
 
-def test_reading_of_the_sweep(sweep):
-    text = "\n".join(read_sweep(evidence.sweep_json(sweep)))
-    assert "**Muon** is best at 0.01 with 2.210 bits per byte." in text
-    assert "the rates 0.005 to 0.01, a factor of 2" in text
-    assert "pass τ = 30 from the rate 0.02 on, with a peak of 400 at 0.02; at its best rate they do not" in text
-    assert "- At 0.02 MuonClip's loss is +0.000 from Muon's, the same to the bit." in text
-    assert "edge" not in text
-    assert "The usable range, as defined above, is the same with the clip." in text
+def test_the_clip_is_judged_at_the_rates_that_explode(sweep):
+    found = loud_rates(evidence.sweep_json(sweep))
+    assert {lr: effect.difference.verdict for lr, effect in found.items()} == {2e-2: "same to the bit"}
     for seed in SEEDS:
         sweep.summaries["muon@lr=0.01"][seed]["max_logit_peak"] = 31.0
-        sweep.summaries["muonclip@lr=0.02"][seed]["final_val_loss"] = (2.2 + 0.01 * seed) * math.log(2)
-        sweep.summaries["adamw@lr=0.001"][seed]["final_val_loss"] = 1.0
-    text = "\n".join(read_sweep(evidence.sweep_json(sweep)))
-    assert "at its best rate too (31)" in text
-    assert "This is the edge of what was tried." in text
-    assert "better beyond the spread of the seeds" in text
-    assert "With the clip the usable range ends at 0.02 instead of 0.01." in text
+        sweep.summaries["muonclip@lr=0.02"][seed] = run(2.2 + 0.01 * seed)
+    found = loud_rates(evidence.sweep_json(sweep))
+    assert {lr: effect.difference.verdict for lr, effect in found.items()} == {1e-2: "same to the bit", 2e-2: "lower"}
     for runs in sweep.summaries.values():
         for seed in SEEDS:
             runs[seed]["max_logit_peak"] = 3.0
-    assert "this sweep shows nothing about the clip" in "\n".join(read_sweep(evidence.sweep_json(sweep)))
+    assert loud_rates(evidence.sweep_json(sweep)) == {}
 
 
-def shorter(panel, *bits, lr="0.01"):
+def shorter(experiment, *bits, lr="0.01"):
     arms = {
         f"muon@lr={lr}@steps={steps}": [run(loss + 0.01 * seed) for seed in SEEDS]
         for steps, loss in zip((40, 60), bits, strict=True)
     }
-    return result(panel, arms, steps=100)
+    return result(experiment, arms, steps=100)
 
 
-def test_share_of_the_tokens(panel, sweep):
-    found = evidence.efficiency_json(sweep, shorter(panel, 2.6, 2.4))
+def test_share_of_the_tokens(experiment, sweep):
+    found = evidence.efficiency_json(sweep, shorter(experiment, 2.6, 2.4))
     assert found["adamw"]["loss"] == pytest.approx([2.4, 2.41, 2.42])
     assert [budget["share"] for budget in found["muon"]["budgets"]] == [0.4, 0.6, 1.0]
     assert found["share"]["per_seed"] == pytest.approx([0.6] * 3)
-    assert found["share"]["mean"] == pytest.approx(0.6)
-    text = "\n".join(read_efficiency(found))
-    assert "with **0.60** of the tokens" in text
-    assert "That is more than Moonlight's 0.52" in text
-    halfway = read_efficiency(evidence.efficiency_json(sweep, shorter(panel, 2.5, 2.3)))
-    assert f"with **{math.sqrt(0.4 * 0.6):.2f}** of the tokens" in "\n".join(halfway)
-    assert "That is less than Moonlight's 0.52" in "\n".join(halfway)
+    share = token_share(found)
+    assert (share.verdict, share.interval.mean) == ("above", pytest.approx(0.6))
+    share = token_share(evidence.efficiency_json(sweep, shorter(experiment, 2.5, 2.3)))
+    assert (share.verdict, share.interval.mean) == ("below", pytest.approx(math.sqrt(0.4 * 0.6)))
+    assert token_share(found | {"reference": 0.6}).verdict == "includes"
 
 
-def test_no_share_outside_the_budgets(panel, sweep):
-    early = evidence.efficiency_json(sweep, shorter(panel, 2.3, 2.25))
+def test_no_share_outside_the_budgets(experiment, sweep):
+    early = evidence.efficiency_json(sweep, shorter(experiment, 2.3, 2.25))
     assert early["share"] is None
-    assert "the smallest of these budgets already reaches AdamW's loss" in "\n".join(read_efficiency(early))
+    assert token_share(early) == ("reached with less", None)
     for seed in SEEDS:
         sweep.summaries["muon@lr=0.01"][seed]["final_val_loss"] = 2.45 * math.log(2)
         sweep.summaries["muon@lr=0.005"][seed]["final_val_loss"] = 2.9 * math.log(2)
-    never = evidence.efficiency_json(sweep, shorter(panel, 2.9, 2.8))
+    never = evidence.efficiency_json(sweep, shorter(experiment, 2.9, 2.8))
     assert never["share"] is None
-    assert "Muon does not reach AdamW's loss" in "\n".join(read_efficiency(never))
+    assert token_share(never) == ("not reached", None)
 
 
-def test_cost_is_paired_by_seed(panel, sweep):
+def test_cost_is_paired_by_seed(experiment, sweep):
     worse = [run(2.2 + 0.01 * seed + 0.1, clipped_head_steps=9, heads_ever_clipped=0.5) for seed in SEEDS]
     unclear = [
         run(2.2 + 0.01 * seed + shift, clipped_head_steps=1) for seed, shift in zip(SEEDS, (-1, 0, 1), strict=True)
     ]
     arms = {"muonclip@lr=0.01@tau=5": worse, "muonclip@lr=0.01@tau=10": unclear}
-    found = evidence.cost_json(sweep, result(panel, arms))
+    found = evidence.cost_json(sweep, result(experiment, arms))
     assert found["baseline"]["loss"] == pytest.approx([2.2, 2.21, 2.22])
     assert [arm["name"] for arm in found["arms"]] == [*arms, "muonclip@lr=0.01@tau=30"]
     assert found["arms"][0]["difference"]["per_seed"] == pytest.approx([0.1] * 3)
     assert found["arms"][2]["difference"]["per_seed"] == [0.0] * 3
-    lines = read_cost(found)[-3:]
-    assert "+0.100" in lines[0]
-    assert "worse beyond the spread of the seeds; 50% of the heads" in lines[0]
-    assert "which the seeds do not tell from zero" in lines[1]
-    assert "no head was clipped; the losses are the same to the bit" in lines[2]
+    effects = costs(found)
+    assert [effect.difference.verdict for effect in effects] == ["higher", "not told from zero", "same to the bit"]
+    assert [effect.clipped for effect in effects] == [0.5, 0.0, 0.0]
+    assert {effect.against for effect in effects} == {"Muon"}
 
 
 @pytest.fixture
-def hot(panel):
+def hot():
     loud, held = (3.8, 900.0), (3.0, 40.0)
-    runs = {name: loud if name.startswith("muon@") or name == "muon" else held for name in evidence.HOT_ARMS}
+    runs = {
+        name: loud if name.startswith("muon@") or name == "muon" else held
+        for name in [choice.name for choice in evidence.HOT_ARMS]
+    }
     arms = {name: {str(seed): run(bits + 0.01 * seed, peak) for seed in SEEDS} for name, (bits, peak) in runs.items()}
     config = {"training": {"tau": 30.0, "steps": 100, "lr": {"muon": 0.03}}, "arms": list(arms), "seeds": list(SEEDS)}
     for seed, step in zip(SEEDS, (100, 40, 50), strict=True):
@@ -159,24 +160,29 @@ def hot(panel):
     return {"config": config, "environment": {}, "arms": arms}
 
 
-def test_reading_of_the_hot_rate(hot):
-    text = "\n".join(read_hot(hot))
-    assert "Muon's largest logit reaches 900. MuonClip's median over the last quarter is 40 at τ = 30: held" in text
-    assert "MuonClip ends -0.800 (-0.800 to -0.800) bits from Muon, better beyond the spread" in text
-    assert "75% of the heads were clipped at some step, up to the end" in text
-    assert "No loss became infinite or NaN." in text
+def test_facts_of_the_hot_rate(hot):
+    facts = hot_facts(hot)
+    assert (facts.peak, facts.median, facts.held, facts.rescued) == (900.0, 40.0, True, 40.0)
+    assert (facts.ever_clipped, facts.silent_after, facts.not_finite) == (0.75, None, ())
+    first, *_, gqa, mha = hot_effects(hot)
+    assert (first.arm, first.against, first.clipped, first.difference.verdict) == ("MuonClip", "Muon", 0.75, "lower")
+    assert first.difference.mean == pytest.approx(-0.8)
+    assert (gqa.arm, mha.against) == ("MuonClip, GQA", "Muon, MHA")
     other = copy.deepcopy(hot)
     for seed in map(str, SEEDS):
-        other["arms"]["muonclip"][seed] |= {
-            "final_val_loss": 4.0, "max_logit_median_last_quarter": 90.0, "last_clipped_step": 30,
-        }  # fmt: skip
+        own = {"final_val_loss": 4.0, "max_logit_median_last_quarter": 90.0, "last_clipped_step": 30}
+        other["arms"]["muonclip"][seed] |= own
     other["arms"]["adamw@lr=0.01"]["1"]["final_val_loss"] = math.nan
-    text = "\n".join(read_hot(other))
-    assert ": not held" in text
-    assert "MuonClip ends +1.9" in text
-    assert "worse beyond the spread" in text
-    assert "none after step 30: the clip falls silent, as in K2" in text
-    assert "Losses that are not finite: AdamW, rate 0.01." in text
+    facts = hot_facts(other)
+    assert (facts.held, facts.silent_after, facts.not_finite) == (False, 30, ("AdamW, rate 0.01",))
+    assert hot_effects(other)[0].difference.verdict == "higher"
+
+
+def test_the_hot_table_has_a_row_per_arm(hot):
+    head, *rows = hot_rows(hot)
+    assert [row[0] for row in rows] == [choice.label for choice in evidence.HOT_ARMS]
+    assert {len(row) for row in rows} == {len(head)}
+    assert rows[0][1:4] == ["3.810", "0.020", "900"]
 
 
 def test_the_committed_figures_are_those_of_the_text():
@@ -208,7 +214,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evidence, "OWN_RATE", replace(OWN_RATE, steps=10, warmup_steps=3, batch_size=2))
     attentions = [f"{arm}@attention={kind}" for arm in ("muon", "muonclip") for kind in ("gqa", "mha")]
     monkeypatch.setattr(evidence, "IN_PICTURE", ("muon", "muonclip"))
-    monkeypatch.setattr(evidence, "HOT_ARMS", ("muon", "muonclip", "rescue", "qk-norm", *attentions))
+    monkeypatch.setattr(evidence, "HOT_ARMS", choices("muon", "muonclip", "rescue", "qk-norm", *attentions))
     (tmp_path / "text").write_text(" ".join(map(str, range(4000))))
     arguments = ["evidence", "--data", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--precision", "fp32"]
     assert main(arguments) == 0

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import steps_of
 
-from benchmarks import __main__ as command_line
+from benchmarks import commands
+from benchmarks.__main__ import main
 from benchmarks.execution.workers import locked
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records import atomic_files as checkpoint
-from benchmarks.records import metrics
-from benchmarks.training.run import CHECKPOINT, METRICS
+from benchmarks.records import atomic_files
+from benchmarks.records.folders import CHECKPOINT, METRICS
+from benchmarks.records.summary import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("muon", "muonclip")
@@ -78,8 +80,7 @@ def wait_for_the_middle(out, process):
 
 
 def numbers(out, arm):
-    records = metrics.read(out / "runs" / f"{arm}-0" / METRICS)
-    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+    return steps_of(out / "runs" / f"{arm}-0")
 
 
 def assert_same_bits(first, second):
@@ -129,7 +130,7 @@ def test_stopped_in_the_middle_and_started_again(stop, framework, uninterrupted,
         done = {arm: len(numbers(tmp_path, arm)) for arm in ARMS} if stop is interrupt else {}
     reached = []
     for arm in ARMS:
-        state = checkpoint.load(tmp_path / "runs" / f"{arm}-0" / CHECKPOINT, "cpu")
+        state = atomic_files.load(tmp_path / "runs" / f"{arm}-0" / CHECKPOINT, "cpu")
         assert state is not None
         reached.append(state["done"])
         assert state["done"] == done.get(arm, state["done"]), "Ctrl-C saves before it leaves"
@@ -139,7 +140,7 @@ def test_stopped_in_the_middle_and_started_again(stop, framework, uninterrupted,
     finish(start(tmp_path, framework))
     for arm in ARMS:
         assert numbers(tmp_path, arm) == numbers(uninterrupted, arm)
-        states = [checkpoint.load(out / "runs" / f"{arm}-0" / CHECKPOINT, "cpu") for out in (tmp_path, uninterrupted)]
+        states = [atomic_files.load(out / "runs" / f"{arm}-0" / CHECKPOINT, "cpu") for out in (tmp_path, uninterrupted)]
         first, second = ({key: state[key] for key in ("done", "model", "optimizer")} for state in states if state)
         assert_same_bits(first, second)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -158,24 +159,8 @@ def test_summary(uninterrupted):
     assert set(summary["arms"]) == set(ARMS)
     for arm in ARMS:
         assert set(summary["arms"][arm]) == {"0"}
-        run = summary["arms"][arm]["0"]
-        assert set(run) == {
-            "final_val_loss",
-            "val_bits_per_byte",
-            "max_logit_peak",
-            "max_logit_median_last_quarter",
-            "clipped_head_steps",
-            "heads_ever_clipped",
-            "last_clipped_step",
-            "loss_spikes",
-            "attention_entropy",
-            "query_norm",
-            "key_norm",
-            "update_rms",
-            "wall_seconds",
-            "tokens_per_second",
-        }
-        assert 2 < run["final_val_loss"] < 5
+        assert set(summary["arms"][arm]["0"]) == set(RunSummary.__annotations__)
+        assert 2 < summary["arms"][arm]["0"]["final_val_loss"] < 5
     assert summary["arms"]["muon"]["0"]["clipped_head_steps"] == 0
     assert summary["arms"]["muon"]["0"]["heads_ever_clipped"] == 0
     assert summary["arms"]["muon"]["0"]["last_clipped_step"] is None
@@ -200,9 +185,9 @@ def test_a_finished_command_only_draws_again_and_another_one_is_refused(framewor
 @pytest.mark.slow
 def test_reproduce_in_small(monkeypatch, tmp_path, capsys):
     few = {"steps": 4, "validate_every": 2, "validation_batches": 1}
-    monkeypatch.setattr(command_line, "HOT", replace(command_line.HOT, **few))
-    monkeypatch.setattr(command_line, "OWN_RATE", replace(command_line.OWN_RATE, **few))
-    assert command_line.main(["reproduce", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(commands, "HOT", replace(commands.HOT, **few))
+    monkeypatch.setattr(commands, "OWN_RATE", replace(commands.OWN_RATE, **few))
+    assert main(["reproduce", "--out", str(tmp_path)]) == 0
     hot, own = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("hot", "own-rate"))
     assert {arm: set(runs) for arm, runs in hot["arms"].items()} == {"muon": {"0", "1"}, "muonclip": {"0", "1"}}
     assert {arm: set(runs) for arm, runs in own["arms"].items()} == {"adamw": {"0"}, "muon": {"0"}, "muonclip": {"0"}}

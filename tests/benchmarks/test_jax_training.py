@@ -2,34 +2,30 @@
 
 import importlib.util
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
 import torch
+from bench_runs import steps_of, trained, with_arms
 
 from benchmarks.__main__ import main
-from benchmarks.execution.workers import _for_jax
-from benchmarks.experiment.arms import ARMS
+from benchmarks.execution.workers import for_jax
+from benchmarks.experiment.arms import ARMS, choices
 from benchmarks.experiment.data import open_corpus
-from benchmarks.experiment.experiment import Panel, differences
+from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import HOT
-from benchmarks.records import atomic_files as checkpoint
-from benchmarks.records import metrics
-from benchmarks.records.environment import environment
-from benchmarks.records.summary import PanelResult, ever_clipped, max_logit
-from benchmarks.report.comparison import compare
-from benchmarks.report.style import footer
-from benchmarks.training.probe import Probe
-from benchmarks.training.run import CHECKPOINT, METRICS, RESULT, Run
+from benchmarks.records import atomic_files
+from benchmarks.records.folders import CHECKPOINT, METRICS, RESULT
+from benchmarks.records.run_records import read_run
+from benchmarks.training.run import Run
 from muonclip.models import MoEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,21 +49,17 @@ def _float32_and_compiled_once(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture
-def in_jax(every_arm) -> Panel:
+@pytest.fixture(scope="module")
+def in_jax(every_arm) -> Experiment:
     return replace(every_arm, framework="jax")
 
 
-def train(run, stop_after=None):
-    run.train(lambda record: None, lambda: run.done == stop_after)
-    return run
-
-
-def records(folder):
-    return [
-        {name: value for name, value in record.items() if name != "tokens_per_second"}
-        for record in metrics.read(folder / METRICS)
-    ]
+@pytest.fixture
+def begin(corpus, tmp_path):
+    """A run of one's own."""
+    return lambda experiment, arm, seed=0, folder="run": Run(
+        experiment, corpus, tmp_path / folder, experiment.arm(arm), seed
+    )
 
 
 SAME_PROGRAMS = ("adamw", "adamw-clip", "muon", "muonclip", "rescue")  # two of them; each other arm is its own
@@ -75,25 +67,24 @@ OTHERS = [*(arm for arm in ARMS if arm not in SAME_PROGRAMS), "muonclip@attentio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", [*SAME_PROGRAMS, *(pytest.param(arm, marks=pytest.mark.slow) for arm in OTHERS)])
-def test_it_trains_as_pytorch_does(every_arm, in_jax, corpus, tmp_path, arm):
-    short = {"steps": 4, "validate_every": 2}
-    for framework, panel in (("torch", every_arm), ("jax", in_jax)):
-        panel = replace(panel, training=replace(panel.training, tau=0.03, **short))
-        train(Run(panel, corpus, tmp_path / framework, arm, 3))
-    theirs, ours = records(tmp_path / "torch"), records(tmp_path / "jax")
+@pytest.mark.parametrize("arm", [*SAME_PROGRAMS, *OTHERS])
+def test_it_trains_as_pytorch_does(every_arm, run_of, arm):
+    short = with_arms(every_arm, arm, tau=0.03, steps=4, validate_every=2)
+    folders = [run_of(replace(short, framework=framework), arm).folder for framework in ("torch", "jax")]
+    theirs, ours = map(steps_of, folders)
     assert len(ours) == 4
     for their, own in zip(theirs, ours, strict=True):
         assert own.keys() == their.keys()
         assert (own["step"], own["lr"]) == (their["step"], their["lr"])
         for name in own.keys() - {"step", "lr", "clipped_heads"}:
             assert_close(own[name], their[name], rtol=1e-4)
-        assert own["clipped_heads"] == their["clipped_heads"] == len(ever_clipped([own], 0.03))
-    clips = ARMS[arm.partition("@")[0]].clips
-    assert any(record["clipped_heads"] for record in ours) == clips
-    for name in ("torch", "jax"):
-        assert {path.name for path in (tmp_path / name).iterdir()} == {METRICS, CHECKPOINT, RESULT}
-    results = [json.loads((tmp_path / name / RESULT).read_text()) for name in ("torch", "jax")]
+        assert own["clipped_heads"] == their["clipped_heads"]
+    read = read_run(folders[1])
+    assert read.clipped(0.03).sum(axis=1).tolist() == read.steps["clipped_heads"].tolist()
+    assert any(record["clipped_heads"] for record in ours) == ARMS[choices(arm)[0].entry].clips
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {METRICS, CHECKPOINT, RESULT}
+    results = [json.loads((folder / RESULT).read_text()) for folder in folders]
     assert results[0].keys() == results[1].keys()
     assert results[1]["final_val_loss"] == ours[-1]["val_loss"]
 
@@ -109,17 +100,17 @@ def assert_close(own, their, rtol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["adamw-clip", "rescue", pytest.param("qk-norm", marks=pytest.mark.slow)])
-def test_stopped_and_resumed_is_uninterrupted(in_jax, corpus, tmp_path, arm):
-    whole = train(Run(in_jax, corpus, tmp_path / "whole", arm, 3))
-    train(Run(in_jax, corpus, tmp_path / "parts", arm, 3), stop_after=3)
-    assert not (tmp_path / "parts" / RESULT).exists()
-    with (tmp_path / "parts" / METRICS).open("a") as stream:  # as kill -9 leaves it
+@pytest.mark.parametrize("arm", ["adamw-clip", "rescue", "qk-norm"])
+def test_stopped_and_resumed_is_uninterrupted(in_jax, begin, run_of, tmp_path, arm):
+    whole = run_of(in_jax, arm)
+    trained(begin(in_jax, arm, 3), until=3)
+    folder = tmp_path / "run"
+    assert not (folder / RESULT).exists()
+    with (folder / METRICS).open("a") as stream:  # as kill -9 leaves it
         stream.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
-    parts = train(Run(in_jax, corpus, tmp_path / "parts", arm, 3))
-
-    assert len(records(tmp_path / "whole")) == in_jax.training.steps
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    parts = trained(begin(in_jax, arm, 3))
+    assert len(steps_of(folder)) == in_jax.training.steps
+    assert steps_of(folder) == steps_of(whole.folder)
     ours, theirs = parts.learner.state(), whole.learner.state()
     assert ours["optimizer"].keys() == theirs["optimizer"].keys()
     assert len(ours["optimizer"]) > len(ours["model"])
@@ -137,10 +128,10 @@ def test_its_curves_lie_within_the_spread_of_pytorchs_seeds(arm, tmp_path):
     text, steps, early, compared, bin_, seeds = open_corpus(None), 120, 25, 100, 20, (0, 1)
     curves: dict[str, dict[int, list[tuple[float, float]]]] = {"torch": {}, "jax": {}}
     for framework, of in curves.items():
-        panel = Panel(
+        experiment = Experiment(
             name="",
             title="",
-            arms=(arm,),
+            chosen=choices(arm),
             seeds=seeds,
             model=MoEConfig.cpu(),
             training=replace(HOT, steps=steps),
@@ -148,11 +139,11 @@ def test_its_curves_lie_within_the_spread_of_pytorchs_seeds(arm, tmp_path):
             framework=framework,
         )
         for seed in seeds:
-            train(Run(panel, text, tmp_path / f"{framework}-{seed}", arm, seed))
-            made = records(tmp_path / f"{framework}-{seed}")
-            of[seed] = [(record["loss"], math.log(max_logit(record))) for record in made]
-            median = statistics.median(max_logit(record) for record in made[-steps // 4 :])
-            assert (median > 2 * HOT.tau) == (arm == "muon")
+            folder = tmp_path / f"{framework}-{seed}"
+            trained(Run(experiment, text, folder, experiment.arms[0], seed))
+            made = read_run(folder).steps
+            of[seed] = list(zip(made["loss"], np.log(made["max_logit"]), strict=True))
+            assert (made["max_logit"].tail(steps // 4).median() > 2 * HOT.tau) == (arm == "muon")
 
     def apart(one, other):
         """Mean absolute distance of two runs in (loss, ln maximum logit), between means of `bin_` steps."""
@@ -166,22 +157,56 @@ def test_its_curves_lie_within_the_spread_of_pytorchs_seeds(arm, tmp_path):
         assert (apart(ours, theirs) < spread / 2).all()
 
 
-def test_a_checkpoint_is_read_without_pickle_and_its_model_by_pytorch(in_jax, corpus, tmp_path):
-    run = train(Run(in_jax, corpus, tmp_path, "muon", 0), stop_after=2)
-    state = checkpoint.load(tmp_path / CHECKPOINT, "cpu")
-    assert state is not None
+def shapes(state):
+    return jax.tree.map(lambda array: (array.shape, array.dtype, array.weak_type), state)
+
+
+@pytest.fixture(scope="module")
+def story(in_jax, corpus, tmp_path_factory):
+    """What is seen of one run on its way, which is compiled once: at its start, after two steps, at its end."""
+    seen = SimpleNamespace(folder=tmp_path_factory.mktemp("run"))
+    run = Run(in_jax, corpus, seen.folder, in_jax.arm("muonclip"), 0)
+    seen.first, seen.shapes, seen.weights = run.learner.now, shapes(run.learner.now), weights(run)
+    trained(run, until=2)
+    seen.later_weights = weights(run)
     windows = corpus.validation_batch(index=0, batch_size=3, length=in_jax.model.max_seq_len)
-    model = run.learner.reference()
-    model.load_state_dict(state["model"])
-    tokens = torch.from_numpy(windows)
-    assert run.learner.loss(windows) == pytest.approx(model.loss(tokens[:, :-1], tokens[:, 1:]).item(), rel=1e-5)
+    seen.loss = run.learner.loss(windows)
+    model, tokens = run.learner.reference(), torch.from_numpy(windows)
+    saved = atomic_files.load(seen.folder / CHECKPOINT, "cpu")
+    assert saved is not None
+    model.load_state_dict(saved["model"])
+    seen.expected_loss = model.loss(tokens[:, :-1], tokens[:, 1:]).item()
+    trained(run)  # its step is compiled, and would refuse other shapes and types
+    seen.run = run
+    return seen
+
+
+def weights(run):
+    return run.probe.weights(run.learner.reference())
+
+
+def test_a_checkpoint_is_read_without_pickle_and_its_model_by_pytorch(story):
+    assert story.loss == pytest.approx(story.expected_loss, rel=1e-5)
+
+
+def test_no_step_is_compiled_again(story):
+    assert shapes(story.run.learner.now) == story.shapes
+    assert story.run.learner._validation_loss._cache_size() <= 2  # the windows of validation, and those of this test
+    assert story.run.finished
+
+
+def test_a_step_uses_its_arrays_up(story):
+    for arrays in (story.first.params, story.first.buffers, optax.tree.get(story.first.optimizer, "inner_states")):
+        assert all(array.is_deleted() for array in jax.tree.leaves(arrays))
+
+
+def test_the_probe_sees_the_weights_of_now(story):
+    assert all(not torch.equal(old, new) for old, new in zip(story.weights, story.later_weights, strict=True))
 
 
 @pytest.mark.slow
-def test_rescue_is_muon_until_it_clips(in_jax, corpus, tmp_path):
-    for arm in ("muon", "rescue"):
-        train(Run(in_jax, corpus, tmp_path / arm, arm, 0), stop_after=6)
-    muon, rescue = (records(tmp_path / arm) for arm in ("muon", "rescue"))
+def test_rescue_is_muon_until_it_clips(in_jax, run_of):
+    muon, rescue = (steps_of(run_of(in_jax, arm).folder) for arm in ("muon", "rescue"))
     assert rescue[:4] == muon[:4]
     assert rescue[4]["max_logits"] == muon[4]["max_logits"]  # seen before the fifth update
     assert rescue[4]["clipped_heads"] > 0
@@ -190,98 +215,47 @@ def test_rescue_is_muon_until_it_clips(in_jax, corpus, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [("muon", "muonclip"), ("adamw", "adamw-clip")])
-def test_a_clip_that_has_nothing_to_do_changes_no_bit(in_jax, corpus, tmp_path, pair):
-    quiet = replace(in_jax, training=replace(in_jax.training, tau=1e9))
-    for arm in pair:
-        train(Run(quiet, corpus, tmp_path / arm, arm, 0))
-    assert records(tmp_path / pair[0]) == records(tmp_path / pair[1])
-
-
-def test_no_step_is_compiled_again(in_jax, corpus, tmp_path):
-    run = Run(in_jax, corpus, tmp_path, "muonclip", 0)
-    before = jax.tree.map(lambda array: (array.shape, array.dtype, array.weak_type), run.learner.now)
-    train(run)  # its step is compiled, and would refuse other shapes and types
-    assert jax.tree.map(lambda array: (array.shape, array.dtype, array.weak_type), run.learner.now) == before
-    assert run.learner._validation_loss._cache_size() == 1
+def test_a_clip_that_has_nothing_to_do_changes_no_bit(in_jax, run_of, pair):
+    quiet = with_arms(in_jax, *pair, tau=1e9)
+    one, other = (steps_of(run_of(quiet, arm).folder) for arm in pair)
+    assert one == other
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_worker_computes_with_the_threads_of_its_panel(threads, monkeypatch):
+def test_a_worker_computes_with_the_threads_of_its_experiment(threads, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # several devices
     code = (
         "import jax; from pathlib import Path; jax.numpy.ones(2).block_until_ready(); "
         "print(sum('XLAEigen' in path.read_text() for path in Path('/proc/self/task').glob('*/comm')))"
     )
     made = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | _for_jax(threads), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=os.environ | for_jax(threads), capture_output=True, text=True, check=True
     )
     assert int(made.stdout) == threads
 
 
-def test_a_step_uses_its_arrays_up(in_jax, corpus, tmp_path):
-    run = Run(in_jax, corpus, tmp_path, "muonclip", 0)
-    before = run.learner.now
-    run.step()
-    for arrays in (before.params, before.buffers, optax.tree.get(before.optimizer, "inner_states")):
-        assert all(array.is_deleted() for array in jax.tree.leaves(arrays))
-
-
 @pytest.mark.slow
-def test_measuring_changes_nothing(in_jax, corpus, tmp_path):
-    weights = {}
+def test_measuring_changes_nothing(in_jax, run_of):
+    models = {}
     for every in (1, 8):
-        often = replace(in_jax, training=replace(in_jax.training, validate_every=every))
-        weights[every] = train(Run(often, corpus, tmp_path / str(every), "muonclip", 0)).learner.state()["model"]
-    for name, weight in weights[1].items():
-        assert torch.equal(weights[8][name], weight)
-
-
-def test_the_probe_sees_the_weights_of_now(in_jax, corpus, tmp_path):
-    run = Run(in_jax, corpus, tmp_path, "muon", 0)
-    before = Probe.weights(run.probe, run.learner.reference())
-    run.step()
-    after = run.probe.weights(run.learner.reference())
-    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        models[every] = run_of(with_arms(in_jax, "muonclip", validate_every=every), "muonclip").learner.state()["model"]
+    for name, weight in models[1].items():
+        assert torch.equal(models[8][name], weight)
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_ends_there(in_jax, corpus, tmp_path):
-    run = train(Run(in_jax, corpus, tmp_path, "muon", 0), stop_after=2)
+def test_a_run_that_diverges_ends_there(in_jax, begin, tmp_path):
+    run = trained(begin(in_jax, "muon"), until=2)
     params = run.learner.now.params
     params["norm.weight"] = jax.numpy.full_like(params["norm.weight"], np.inf)
     run.save()
-    train(Run(in_jax, corpus, tmp_path, "muon", 0))
-    assert Run(in_jax, corpus, tmp_path, "muon", 0).finished
-    assert len(records(tmp_path)) == 3
-    result = json.loads((tmp_path / RESULT).read_text())
+    trained(begin(in_jax, "muon"))
+    assert begin(in_jax, "muon").finished
+    assert len(steps_of(tmp_path / "run")) == 3
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert (result["steps"], result["diverged"], result["final_val_loss"]) == (3, True, "nan")
-
-
-def test_the_framework_is_recorded_and_recognised(panel):
-    in_jax = replace(panel, framework="jax")
-    assert in_jax.to_json()["framework"] == "jax"
-    assert Panel.from_json(json.loads(json.dumps(in_jax.to_json()))) == in_jax
-    assert differences(panel.to_json(), in_jax.to_json()) == ["framework: recorded torch, asked for jax"]
-    old = {name: value for name, value in panel.to_json().items() if name != "framework"}
-    assert Panel.from_json(old) == panel
-    assert differences(old, panel.to_json()) == []
-    assert differences(old, in_jax.to_json()) == ["framework: recorded torch, asked for jax"]
-
-
-def test_pictures_and_pages_name_the_framework(panel):
-    made = environment(framework="jax")
-    for name in ("jax", "jaxlib", "optax"):
-        assert f"{name} {made[name]}" in footer(made)
-    assert "torch" not in footer(made)
-    assert "jaxlib" not in footer(environment())
-    in_jax, in_torch = PanelResult(replace(panel, framework="jax"), {}, {}, made), PanelResult(panel, {}, {})
-    told = compare([in_torch, replace(in_jax, environment=made)])
-    assert told[0] == "The panels differ in framework (torch / jax)."
-    assert not any("jaxlib" in sentence for sentence in told)
-    other = replace(in_jax, environment=made | {"jax": "99"})
-    assert compare([in_jax, other])[1] == f"They were made with different jax ({made['jax']} / 99)."
 
 
 @pytest.mark.slow
@@ -298,7 +272,7 @@ def test_the_command(tmp_path, capsys):
     assert recorded["config"]["precision"] == {"autocast": "float32", "ns_dtype": "float32"}
     assert {"jax", "jaxlib", "optax", "torch"} <= recorded["environment"].keys()
     html = (tmp_path / "report.html").read_text()
-    assert "<tr><th>framework</th><td>JAX</td></tr>" in html
+    assert "<td>JAX</td>" in html
     assert "Attention logits, JAX" in html
     with pytest.raises(SystemExit):
         main(command)

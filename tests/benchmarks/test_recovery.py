@@ -10,17 +10,18 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from bench_runs import steps_of
 
-from benchmarks.execution import ranks as nodes
-from benchmarks.execution import sharded_checkpoints as sharded_checkpoint
-from benchmarks.execution.rank_runs import LOG, STARTS, Nodes, NodesRun
+from benchmarks.execution import ranks, sharded_checkpoints
+from benchmarks.execution.processes import kill_session
+from benchmarks.execution.rank_runs import Team
 from benchmarks.execution.ranks import PIDS, Ranks
 from benchmarks.execution.sharded_checkpoints import MANIFEST, STATE, ShardedCheckpoints
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records import metrics
+from benchmarks.records.folders import LOG, METRICS, RESULT, STARTS
 from benchmarks.studies import kill_trials
 from benchmarks.training import sharded_learner
-from benchmarks.training.run import METRICS, RESULT, Checkpoints, Run
+from benchmarks.training.run import Schedule
 from benchmarks.training.sharded_learner import Layout
 
 # Of torch.distributed.checkpoint and DTensor themselves.
@@ -122,7 +123,7 @@ def test_a_damaged_manifest(alone, folder, harm, said):
 
 def test_an_asynchronous_save_that_fails_ends_the_rank(alone, folder, monkeypatch):
     ended = []
-    monkeypatch.setattr(sharded_checkpoint, "end", ended.append)
+    monkeypatch.setattr(sharded_checkpoints, "end", ended.append)
     checkpoints = ShardedCheckpoints(folder, alone, asynchronous=True)
     save(checkpoints, 2)
 
@@ -144,27 +145,22 @@ def test_what_was_left_half_written_is_no_checkpoint(alone, folder):
     assert not (folder / "step-000000004.tmp").exists()
 
 
-def records(folder):
-    timing = ("tokens_per_second",)
-    return [{k: v for k, v in record.items() if k not in timing} for record in metrics.read(folder / METRICS)]
-
-
-def train(panel, corpus, folder, arm, ranks, until=None, asynchronous=False):
-    run = NodesRun(panel, corpus, folder, arm, 3, Nodes(ranks, Layout(), asynchronous))
-    run.train(lambda record: None, lambda: run.done == until, Checkpoints(steps=2))
+def train(experiment, corpus, folder, arm, ranks, until=None, asynchronous=False):
+    run = Team(ranks, Layout(), asynchronous).run(experiment, corpus, folder, experiment.arm(arm), 3)
+    run.train(stopping=lambda: run.done == until, checkpoints=Schedule(steps=2))
     return run
 
 
 @pytest.mark.parametrize("arm", ["adamw", "muonclip"])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_resumed_is_uninterrupted(alone, panel, corpus, tmp_path, arm, asynchronous):
-    train(panel, corpus, tmp_path / "whole", arm, alone)
+def test_resumed_is_uninterrupted(alone, experiment, corpus, tmp_path, arm, asynchronous):
+    train(experiment, corpus, tmp_path / "whole", arm, alone)
     parts = tmp_path / "parts"
-    train(panel, corpus, parts, arm, alone, until=5, asynchronous=asynchronous)
+    train(experiment, corpus, parts, arm, alone, until=5, asynchronous=asynchronous)
     assert not (parts / RESULT).exists()
     flip(parts / "checkpoints" / "step-000000005" / "__0_0.distcp")
-    train(panel, corpus, parts, arm, alone, asynchronous=asynchronous)
-    assert records(parts) == records(tmp_path / "whole")
+    train(experiment, corpus, parts, arm, alone, asynchronous=asynchronous)
+    assert steps_of(parts) == steps_of(tmp_path / "whole")
     starts = [json.loads(line) for line in (parts / STARTS).read_text().splitlines()]
     assert [start["resumed_from"] for start in starts] == [0, 4]
     assert "step-000000005/__0_0.distcp has SHA-256" in starts[1]["damaged"][0]
@@ -173,48 +169,48 @@ def test_resumed_is_uninterrupted(alone, panel, corpus, tmp_path, arm, asynchron
     assert f"goes on from {parts}/checkpoints/step-000000004" in log
 
 
-def test_without_a_whole_checkpoint_it_starts_again_and_says_so(alone, panel, corpus, tmp_path, capsys):
-    train(panel, corpus, tmp_path, "adamw", alone, until=4)
-    whole = records(tmp_path)
+def test_without_a_whole_checkpoint_it_starts_again_and_says_so(alone, experiment, corpus, tmp_path, capsys):
+    train(experiment, corpus, tmp_path, "adamw", alone, until=4)
+    whole = steps_of(tmp_path)
     for file in tmp_path.glob("checkpoints/step-*/__0_0.distcp"):
         cut(file)
-    train(panel, corpus, tmp_path, "adamw", alone, until=4)
-    assert records(tmp_path) == whole
+    train(experiment, corpus, tmp_path, "adamw", alone, until=4)
+    assert steps_of(tmp_path) == whole
     assert "starts from the beginning: no checkpoint is left" in capsys.readouterr().err
 
 
-def test_without_its_records_a_checkpoint_is_put_aside(alone, panel, corpus, tmp_path, capsys):
-    train(panel, corpus, tmp_path, "adamw", alone, until=4)
-    whole = records(tmp_path)
+def test_without_its_records_a_checkpoint_is_put_aside(alone, experiment, corpus, tmp_path, capsys):
+    train(experiment, corpus, tmp_path, "adamw", alone, until=4)
+    whole = steps_of(tmp_path)
     (tmp_path / METRICS).write_text("")
-    train(panel, corpus, tmp_path, "adamw", alone, until=2)
+    train(experiment, corpus, tmp_path, "adamw", alone, until=2)
     assert "is put aside" in capsys.readouterr().err
-    train(panel, corpus, tmp_path, "adamw", alone, until=4)
-    assert records(tmp_path) == whole
+    train(experiment, corpus, tmp_path, "adamw", alone, until=4)
+    assert steps_of(tmp_path) == whole
     starts = [json.loads(line)["resumed_from"] for line in (tmp_path / STARTS).read_text().splitlines()]
     assert starts == [0, 0, 2]
 
 
-def test_one_rank_trains_as_one_process(alone, panel, corpus, tmp_path):
-    train(panel, corpus, tmp_path / "rank", "muonclip", alone)
-    run = Run(panel, corpus, tmp_path / "process", "muonclip", 3)
-    run.train(lambda record: None)
-    for one, other in zip(records(tmp_path / "rank"), records(tmp_path / "process"), strict=True):
+def test_one_rank_trains_as_one_process(alone, experiment, corpus, run_of, tmp_path):
+    train(experiment, corpus, tmp_path, "muonclip", alone)
+    for one, other in zip(steps_of(tmp_path), steps_of(run_of(experiment, "muonclip").folder), strict=True):
         assert one.keys() == other.keys()
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert one["clipped_heads"] == other["clipped_heads"]
+    result = json.loads((tmp_path / RESULT).read_text())
+    assert (result["world_size"], result["layout"]) == (1, Layout().to_json())
 
 
-def test_large_models_are_not_gathered(alone, panel, corpus, tmp_path, monkeypatch):
+def test_large_models_are_not_gathered(alone, experiment, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sharded_learner, "LARGEST_MEASURED", 0)
     monkeypatch.setattr(sharded_learner, "LARGEST_COPIED", 0)
-    run = train(panel, corpus, tmp_path, "muonclip", alone)
+    run = train(experiment, corpus, tmp_path, "muonclip", alone)
     monkeypatch.setattr(run.learner, "reference", pytest.fail)
-    last = records(tmp_path)[-1]
+    last = steps_of(tmp_path)[-1]
     assert "val_loss" in last
     assert "update_rms" not in last
-    assert last["loss"] < records(tmp_path)[0]["loss"]
+    assert last["loss"] < steps_of(tmp_path)[0]["loss"]
 
 
 def test_what_is_wrong_on_one_rank_is_told_on_all(alone, monkeypatch):
@@ -230,23 +226,23 @@ def test_what_is_wrong_on_one_rank_is_told_on_all(alone, monkeypatch):
 
 
 def test_messages_of_lost_ranks():
-    ranks = Ranks(3, 8, 10.0)
-    late = nodes.lost_message(RuntimeError("[gloo] Timed out waiting 10000ms for recv operation"), ranks)
+    third = Ranks(3, 8, 10.0)
+    late = ranks.lost_message(RuntimeError("[gloo] Timed out waiting 10000ms for recv operation"), third)
     assert late is not None
     assert late.startswith("rank 3 of 8")
     assert "a collective timed out after 10 s: one of the ranks hangs or died" in late
     assert "torchrun ends the others and, with --max-restarts, starts all of them again from the newest" in late
-    gone = nodes.lost_message(RuntimeError("Connection closed by peer [127.0.0.1]:1"), ranks)
+    gone = ranks.lost_message(RuntimeError("Connection closed by peer [127.0.0.1]:1"), third)
     assert gone is not None
     assert "lost its peer" in gone
-    assert nodes.lost_message(RuntimeError("size mismatch"), ranks) is None
-    assert nodes.lost_message(ValueError("timed out"), ranks) is None
+    assert ranks.lost_message(RuntimeError("size mismatch"), third) is None
+    assert ranks.lost_message(ValueError("timed out"), third) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--async-checkpoints",)], ids=["", "asynchronous"])
 def test_kill_trials(tmp_path, more):
-    lines = list(kill_trials.kill_trials(tmp_path, 3, 2, "muonclip", 1, *more))
+    lines = list(kill_trials.lines(tmp_path, 3, 2, "muonclip", 1, *more))
     for line in lines:
         assert line["equal"], line
         assert line["restarts"] == 1
@@ -266,7 +262,7 @@ def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(tmp_path):
         os.kill(json.loads((out / PIDS / "1.json").read_text())["pid"], signal.SIGSTOP)
         kill_trials.finish(process)
     finally:
-        kill_trials.stop(process)
+        kill_session(process)
     said = out.with_suffix(".log").read_text()
     assert "rank 0 of 2" in said
     assert "a collective timed out after 10 s: one of the ranks hangs or died" in said
@@ -284,7 +280,7 @@ def test_on_other_numbers_of_ranks(tmp_path):
     for processes, until in ((4, 4), (2, 8), (8, None)):
         process = kill_trials.start(tmp_path, out, processes, "muonclip", "--batch", "8")
         try:
-            while until and kill_trials.records_so_far(out, "muonclip") < until:
+            while until and kill_trials.recorded(out, "muonclip") < until:
                 assert process.poll() is None
                 time.sleep(0.002)
             if until:
@@ -293,7 +289,7 @@ def test_on_other_numbers_of_ranks(tmp_path):
             else:
                 kill_trials.finish(process)
         finally:
-            kill_trials.stop(process)
+            kill_session(process)
     told = [json.loads(line) for line in (out / "runs" / "muonclip-0" / STARTS).read_text().splitlines()]
     assert [start["world_size"] for start in told] == [4, 2, 8]
     assert 0 < told[1]["resumed_from"] < told[2]["resumed_from"]
@@ -305,7 +301,7 @@ def test_on_other_numbers_of_ranks(tmp_path):
 def test_the_oldest_is_removed_so_that_a_cut_leaves_no_ruin(alone, folder, monkeypatch):
     checkpoints = ShardedCheckpoints(folder, alone)
     save(checkpoints, 2, 4)
-    monkeypatch.setattr(sharded_checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed there
+    monkeypatch.setattr(sharded_checkpoints.shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed there
     save(checkpoints, 6)
     assert not (folder / "step-000000002" / MANIFEST).exists()
     assert loaded(checkpoints) == (6, [])

@@ -1,13 +1,33 @@
-"""The figures of the summary on hand-made records."""
+"""A run's summary against its definition, and the table and JSON of an experiment."""
 
 import json
 import math
 from dataclasses import replace
 
 import pytest
+from bench_runs import results_of, with_arms
 
-from benchmarks.records import summary
-from benchmarks.records.summary import PanelResult, spikes, summarise
+from benchmarks.experiment.arms import ARMS
+from benchmarks.records.run_records import run_records
+from benchmarks.records.summary import Results, summarise
+from benchmarks.report.tables import aligned, markdown, model_notes, runs_table
+
+
+def records(maxima, losses=None, clipped=None):
+    return [
+        {
+            "step": i + 1,
+            "loss": losses[i] if losses else 2.0,
+            "max_logits": {"a": [maximum, -5.0], "b": [maximum - 1]},
+            "clipped_heads": clipped[i] if clipped else 0,
+        }
+        for i, maximum in enumerate(maxima)
+    ]
+
+
+def summary_of(experiment, made, **result):
+    given = {"steps": 9, "diverged": False, "final_val_loss": 1.5, "wall_seconds": 12.0, "train_seconds": 4.0}
+    return summarise(experiment, experiment.arm("muonclip"), run_records(made), given | result)
 
 
 @pytest.mark.parametrize(
@@ -23,27 +43,11 @@ from benchmarks.records.summary import PanelResult, spikes, summarise
     ],
 )
 def test_spikes(losses, found):
-    assert spikes(losses, window=3, threshold=0.5) == found
+    spikes = run_records(records([1.0] * len(losses), losses)).spikes(window=3, threshold=0.5)
+    assert [index for index, spiked in enumerate(spikes) if spiked] == found
 
 
-def records(maxima, losses=None, clipped=None):
-    return [
-        {
-            "step": i + 1,
-            "loss": losses[i] if losses else 2.0,
-            "max_logits": {"a": [maximum, -5.0], "b": [maximum - 1]},
-            "clipped_heads": clipped[i] if clipped else 0,
-        }
-        for i, maximum in enumerate(maxima)
-    ]
-
-
-def result(**changes):
-    given = {"steps": 9, "diverged": False, "final_val_loss": 1.5, "wall_seconds": 12.0, "train_seconds": 4.0}
-    return given | changes
-
-
-def test_summary_of_a_run(panel):
+def test_summary_of_a_run(experiment):
     made = records([1, 50, 3, 4, 5, 6, 30, 10, 20], clipped=[0, 2, 0, 0, 1, 0, 0, 0, 3])
     for index, update in ((0, 0.2), (4, 0.25), (8, 0.7)):
         made[index] |= {
@@ -52,8 +56,7 @@ def test_summary_of_a_run(panel):
             "key_norms": {"a": [3.0], "b": [2.0]},
             "update_rms": update,
         }
-    run = summarise(panel, "muonclip", made, result())
-    assert run == {
+    assert summary_of(experiment, made) == {
         "final_val_loss": 1.5,
         "val_bits_per_byte": pytest.approx(1.5 / math.log(2)),
         "max_logit_peak": 50,
@@ -78,46 +81,55 @@ def test_summary_of_a_run(panel):
         ([1.0, 7.0, 2.0], [0, 2, 0], 2 / 8, 2),
         ([5.5, 7.0, 2.0], [1, 0, 0], 1 / 8, 1),  # only the first of its two heads passed τ at that step
         ([7.0, 7.0, 7.0], [2, 2, 2], 2 / 8, 3),  # a head counts once
-        ([], [], 0.0, None),
     ],
 )
-def test_heads_ever_clipped(panel, maxima, clipped, share, last):
-    panel = replace(panel, training=replace(panel.training, tau=5.0))
-    run = summarise(panel, "muonclip", records(maxima, clipped=clipped), result())
+def test_heads_ever_clipped(experiment, maxima, clipped, share, last):
+    run = summary_of(with_arms(experiment, "muonclip", tau=5.0), records(maxima, clipped=clipped))
     assert (run["heads_ever_clipped"], run["last_clipped_step"]) == (share, last)
 
 
-def test_tokens_have_no_bits_per_byte(panel):
-    tokens = replace(panel, data=replace(panel.data, kind="tokens"))
-    assert summarise(tokens, "muonclip", records([1.0] * 4), result())["val_bits_per_byte"] is None
+def test_tokens_have_no_bits_per_byte(experiment):
+    tokens = replace(experiment, data=replace(experiment.data, kind="tokens"))
+    assert summary_of(tokens, records([1.0] * 4))["val_bits_per_byte"] is None
+    assert (experiment.data.unit, tokens.data.unit) == ("bits per byte", "bits per token")
 
 
-def test_a_diverged_run_is_reported_in_json(panel):
+def test_a_diverged_run_is_reported_in_json(experiment):
     made = records([1.0, 7.0, 9.0], losses=[2.0, 2.0, math.nan])
     made[-1]["max_logits"] = {}
-    run = summarise(panel, "muonclip", made, result(diverged=True, final_val_loss=math.nan))
+    run = summary_of(experiment, made, diverged=True, final_val_loss=math.nan)
     assert (run["max_logit_peak"], run["loss_spikes"]) == (7.0, 1)
-    whole = summary.to_json(PanelResult(panel, {}, {"muon": {0: run}}, {"cpu": "abacus"}))
+    whole = Results(experiment, {}, {"muon": {0: run}}, {"cpu": "abacus"}).to_json()
     assert json.loads(json.dumps(whole, allow_nan=False))["arms"]["muon"]["0"]["final_val_loss"] == "nan"
 
 
-def test_table_has_a_line_per_run(panel):
-    run = summarise(panel, "muonclip", records([1.0] * 4), result())
-    lines = summary.table(
-        PanelResult(panel, {}, {arm: dict.fromkeys(panel.seeds, run) for arm in panel.arms})
-    ).splitlines()
-    assert len(lines) == 1 + 6
-    assert len({len(line) for line in lines}) == 1
-    assert lines[3].split()[:5] == ["MuonClip", "0", "0.03", "1.500", "2.164"]
+def test_the_summary_is_plain_json(every_arm):
+    made = results_of(with_arms(every_arm, "softcap", "qk-norm", "muon"), {arm: {0: records([1.0] * 4)} for arm in ("softcap", "qk-norm", "muon")})  # fmt: skip  # noqa: E501
+    summary = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    assert summary["config"]["model_changes"] == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
+    assert set(summary) == {"config", "environment", "arms"}
 
 
-def test_an_arm_that_changes_the_model_says_so(every_arm):
-    run = summarise(every_arm, "muonclip", records([1.0] * 4), result())
-    made = PanelResult(every_arm, {}, {arm: dict.fromkeys(every_arm.seeds, run) for arm in every_arm.arms})
-    changes = summary.to_json(made)["config"]["model_changes"]
-    assert changes == {"qk-norm": {"qk_norm": True}, "softcap": {"softcap": 0.02}}
-    assert summary.table(made).splitlines()[-3:] == [
-        "",
-        "Muon, QK-norm changes the model: qk_norm = True.",
-        "Muon, soft cap changes the model: softcap = 0.02; its logits are measured before the cap.",
-    ]
+def test_the_table_has_a_line_per_run(experiment):
+    run = summary_of(experiment, records([1.0] * 4))
+    made = Results(experiment, {}, {arm.name: dict.fromkeys(experiment.seeds, run) for arm in experiment.arms})
+    text = aligned(runs_table(made)).splitlines()
+    assert len(text) == 1 + 6
+    assert len({len(line) for line in text}) == 1
+    assert text[3].split()[:5] == ["MuonClip", "0", "0.03", "1.500", "2.164"]
+
+
+def test_arms_that_change_the_model_are_named(every_arm):
+    made = Results(every_arm, {}, {})
+    notes = model_notes(made)
+    assert [note.partition(" changes")[0] for note in notes] == [ARMS["qk-norm"].label, ARMS["softcap"].label]
+    assert "before the cap" in notes[1]
+
+
+def test_markdown():
+    assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_results_of_some_arms(experiment):
+    made = results_of(experiment, {arm: {0: records([1.0])} for arm in ("muon", "muonclip")})
+    assert [arm.name for arm in made.only("muonclip").finished] == ["muonclip"]

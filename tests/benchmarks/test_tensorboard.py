@@ -2,23 +2,18 @@
 
 import math
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from bench_runs import results_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records.summary import PanelResult
 from benchmarks.report import tensorboard
 
 BASE = {"grad_norm": 1.5, "clipped_heads": 2, "tokens_per_second": 100.0}
-FIRST = BASE | {
-    "step": 1,
-    "loss": 2.5,
-    "lr": 0.25,
-    "max_logits": {"layers.0.attn": [1.0, 4.0], "layers.1.attn": [-3.0, 2.0]},
-}
+LOGITS = ({"layers.0.attn": [1.0, 4.0], "layers.1.attn": [-3.0, 2.0]}, {"layers.0.attn": [7.0, 4.0], "layers.1.attn": [9.0, 2.0]})  # fmt: skip  # noqa: E501
+FIRST = BASE | {"step": 1, "loss": 2.5, "lr": 0.25, "max_logits": LOGITS[0]}
 MEASURED = {
     "val_loss": 3.25,
     "update_rms": 0.5,
@@ -26,18 +21,15 @@ MEASURED = {
     "query_norms": {"layers.0.attn": [1.0, 8.0], "layers.1.attn": [2.0, 3.0]},
     "key_norms": {"layers.0.attn": [5.0], "layers.1.attn": [6.0]},
 }
-SECOND = (
-    BASE
-    | MEASURED
-    | {"step": 2, "loss": 2.0, "lr": 0.5, "max_logits": {"layers.0.attn": [7.0, 4.0], "layers.1.attn": [9.0, 2.0]}}
-)
+SECOND = BASE | MEASURED | {"step": 2, "loss": 2.0, "lr": 0.5, "max_logits": LOGITS[1]}
 DIVERGED = BASE | {"step": 3, "loss": math.nan, "lr": 0.5, "max_logits": {}, "val_loss": math.nan}
 
 
 @pytest.fixture
-def result(panel):
-    runs = {"muon": {0: [FIRST, SECOND, DIVERGED], 3: [FIRST]}, "muonclip@tau=10": {0: [FIRST, SECOND]}}
-    return PanelResult(replace(panel, arms=tuple(runs)), runs, {}, {})
+def result(experiment):
+    return results_of(
+        experiment, {"muon": {0: [FIRST, SECOND, DIVERGED], 3: [FIRST]}, "muonclip@tau=10": {0: [FIRST, SECOND]}}
+    )
 
 
 def read(folder):
@@ -47,10 +39,13 @@ def read(folder):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_every_scalar_comes_back(result, tmp_path):
     tensorboard.write(result, tmp_path)
-    found = read(tmp_path / "muonclip@tau=10" / "seed-0")
-    assert found == {
+    assert read(tmp_path / "muonclip@tau=10" / "seed-0") == {
         "loss": [(1, 2.5), (2, 2.0)],
         "val_loss": [(2, 3.25)],
         "lr": [(1, 0.25), (2, 0.5)],
@@ -73,11 +68,15 @@ def test_every_scalar_comes_back(result, tmp_path):
     }
 
 
-def test_a_folder_per_run(result, tmp_path):
-    tensorboard.write(result, tmp_path / "events")
-    runs = {path.parent.as_posix() for path in contents(tmp_path / "events")}
-    assert runs == {"muon/seed-0", "muon/seed-3", "muonclip@tau=10/seed-0"}
-    assert [step for step, _ in read(tmp_path / "events" / "muon" / "seed-3")["loss"]] == [1]
+def test_a_folder_per_run_and_the_same_records_are_the_same_bytes(result, experiment, tmp_path):
+    tensorboard.write(result, tmp_path / "one")
+    tensorboard.write(result, tmp_path / "other")
+    written = contents(tmp_path / "one")
+    assert {path.parent.as_posix() for path in written} == {"muon/seed-0", "muon/seed-3", "muonclip@tau=10/seed-0"}
+    assert written == contents(tmp_path / "other")
+    tensorboard.write(results_of(experiment, {"muon": {0: [FIRST]}}), tmp_path / "one")
+    assert read(tmp_path / "one" / "muon" / "seed-0")["loss"] == [(1, 2.5)]
+    assert contents(tmp_path / "one").keys() == written.keys()
 
 
 def test_a_step_that_is_not_finite_is_written_so(result, tmp_path):
@@ -85,23 +84,6 @@ def test_a_step_that_is_not_finite_is_written_so(result, tmp_path):
     found = read(tmp_path / "muon" / "seed-0")
     np.testing.assert_array_equal(found["loss"], [(1, 2.5), (2, 2.0), (3, math.nan)])
     assert [step for step, _ in found["max_logit"]] == [1, 2]
-
-
-def test_writing_again_replaces_and_the_same_records_are_the_same_bytes(result, tmp_path):
-    tensorboard.write(result, tmp_path / "one")
-    tensorboard.write(result, tmp_path / "other")
-    assert contents(tmp_path / "one") == contents(tmp_path / "other")
-    tensorboard.write(replace_records(result, {"muon": {0: [FIRST]}}), tmp_path / "one")
-    assert read(tmp_path / "one" / "muon" / "seed-0")["loss"] == [(1, 2.5)]
-    assert contents(tmp_path / "one").keys() == contents(tmp_path / "other").keys()
-
-
-def replace_records(result, records):
-    return PanelResult(result.panel, records, {}, {})
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_without_the_package_it_says_what_to_do(result, tmp_path, monkeypatch):

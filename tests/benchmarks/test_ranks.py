@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_runs import with_arms
 from torchrun import torchrun
 
-from benchmarks.__main__ import _parallelism, main
+from benchmarks.__main__ import main
+from benchmarks.commands import parallelism
 from benchmarks.experiment.data import open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.presets import PRESETS
@@ -49,8 +51,7 @@ def alone(tmp_path_factory):
         (2, "--accumulate 2"),
         (2, "--tensor 2"),
         (4, "--replicas 2 --shards 2 --experts 2 --recompute"),
-        (8, "--shards 4 --tensor 2 --experts 4"),
-        (8, "--async-checkpoints --checkpoint-every 7"),
+        (8, "--shards 4 --tensor 2 --experts 4 --async-checkpoints --checkpoint-every 7"),
     ],
 )
 def test_the_curves_of_one_process(processes, layout, alone, tmp_path):
@@ -107,10 +108,10 @@ def test_wrong_options_alone(arguments, message, tmp_path, capsys):
         (Layout(Parallelism(shards=4)), 4, "--shards", "4 data ranks do not divide the 3 windows of a validation"),
     ],
 )
-def test_layouts_that_do_not_fit(layout, ranks, option, words, panel):
-    panel = replace(panel, training=replace(panel.training, batch_size=4))
+def test_layouts_that_do_not_fit(layout, ranks, option, words, experiment):
+    four = with_arms(experiment, "muon", batch_size=4)
     with pytest.raises(UsageError) as raised:
-        layout.check(panel, ranks)
+        layout.check(four, ranks)
     assert raised.value.option == option
     assert words in str(raised.value)
 
@@ -144,7 +145,7 @@ def launched(tmp_path, nodes, script=LAUNCH / "torchrun.sh", **variables):
 
 @pytest.mark.parametrize("nodes", [1, 4, 32])
 @pytest.mark.parametrize("slurm", [False, True])
-def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, panel):
+def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, experiment):
     tokens = tmp_path / "tokens.u32"
     tokens.write_bytes(bytes(4 * 100_000))
     variables = {"DATA": str(tokens), "OUT": "/shared/out"}
@@ -165,8 +166,8 @@ def test_launched_commands_fit_the_nodes(nodes, slurm, tmp_path, panel):
     options = make_parser()[0].parse_args(arguments)
     preset, ranks = PRESETS[options.preset], 8 * nodes
     model = preset.model(vocab_size=open_corpus(tokens).vocab_size)
-    on_nodes = replace(panel, arms=options.arms, model=model, training=preset.training, device="cuda")
-    layout = Layout(_parallelism(options, ranks), options.accumulate, options.recompute)
+    on_nodes = replace(experiment, chosen=options.arms, model=model, training=preset.training, device="cuda")
+    layout = Layout(parallelism(options, ranks), options.accumulate, options.recompute)
     layout.check(on_nodes, ranks)
     per_rank = 12 * model.num_parameters() / (ranks // layout.parallelism.replicas)
     assert per_rank < 50e9, "weights, momentum and gradients in fp32 beside what training needs, of 80 GB"

@@ -1,4 +1,4 @@
-"""Entropy, spectral norms and update sizes against their definitions; measuring leaves no trace in the training."""
+"""Entropy, spectral norms and update sizes against their definitions."""
 
 import math
 from dataclasses import replace
@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.records import metrics
 from benchmarks.training.probe import causal_entropy, head_norms, rms
-from benchmarks.training.run import METRICS, Run
+from benchmarks.training.torch_learner import first_model
 
 
 @pytest.mark.parametrize(("groups", "softcap"), [(4, None), (2, None), (4, 0.7)])
@@ -36,9 +35,10 @@ def test_entropy_of_even_and_of_single_attention():
 
 
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
-def test_norms_are_those_of_the_rows_of_each_head(panel, corpus, tmp_path, attention):
-    run = Run(replace(panel, model=replace(panel.model, attention=attention)), corpus, tmp_path, "muon", 0)
-    config, attn = run.learner.model.config, run.learner.model.layers[1].attn
+def test_norms_are_those_of_the_rows_of_each_head(experiment, attention):
+    other = replace(experiment, model=replace(experiment.model, attention=attention))
+    model = first_model(other, other.arm("muon"), 0)
+    config, attn = model.config, model.layers[1].attn
     parts = {side: [rows for of, rows in attn.declare().parts() if of == side] for side in ("query", "key")}
     if attention == "mla":
         q = attn.q_b_proj.weight.detach().numpy().reshape(config.num_heads, config.qk_head_dim, -1)
@@ -53,29 +53,3 @@ def test_norms_are_those_of_the_rows_of_each_head(panel, corpus, tmp_path, atten
 
 def test_rms():
     assert rms([torch.tensor([3.0, 4.0]), torch.zeros(2)]) == pytest.approx(2.5)
-
-
-def test_records_hold_measurements_where_validation_is_due(panel, corpus, tmp_path):
-    plain = replace(panel, training=replace(panel.training, weight_decay=0.0))
-    Run(plain, corpus, tmp_path, "muon", 0).train(lambda record: None)
-    records = metrics.read(tmp_path / METRICS)
-    assert [record["step"] for record in records if "update_rms" in record] == [4, 8]
-    assert [record["step"] for record in records if "val_loss" in record] == [4, 8]
-    for field in ("attention_entropy", "query_norms", "key_norms"):
-        assert {name: len(heads) for name, heads in records[3][field].items()} == {
-            "layers.0.attn": 4, "layers.1.attn": 4,
-        }  # fmt: skip
-    assert 0.1 < records[3]["update_rms"] < 0.25  # Muon's update has the RMS of AdamW's, 0.2 and less where rank lacks
-    even = np.mean([math.log(n) for n in range(1, panel.model.max_seq_len + 1)])
-    assert all(0 < value <= even for heads in records[3]["attention_entropy"].values() for value in heads)
-
-
-def test_measuring_changes_nothing(panel, corpus, tmp_path):
-    weights = {}
-    for every in (1, 8):
-        often = replace(panel, training=replace(panel.training, validate_every=every))
-        run = Run(often, corpus, tmp_path / str(every), "muonclip", 0)
-        run.train(lambda record: None)
-        weights[every] = run.learner.model.state_dict()
-    for name, weight in weights[1].items():
-        assert torch.equal(weights[8][name], weight)

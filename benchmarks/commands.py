@@ -1,0 +1,250 @@
+"""What each command does with its options: from their values to experiments and studies."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from benchmarks.execution.rank_runs import Team
+from benchmarks.execution.train import Execution, train
+from benchmarks.experiment.arms import DEFAULT_ARMS, Choice, choices
+from benchmarks.experiment.data import Corpus, open_corpus
+from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.experiment import Experiment
+from benchmarks.experiment.presets import HOT, OWN_RATE, PRESETS
+from benchmarks.experiment.settings import Framework, Training
+from benchmarks.training.run import Schedule
+from benchmarks.training.sharded_learner import Layout
+from muonclip.models import MoEConfig
+from muonclip.models.parallel import Parallelism
+
+T = TypeVar("T")
+
+
+def explosion(options: argparse.Namespace) -> None:
+    """One experiment, by hand."""
+    preset, training = PRESETS[options.preset], PRESETS[options.preset].training
+    _check_framework(options)
+    device = check_device(options.device or preset.device, options.framework)
+    ranks = options.ranks
+    corpus = open_corpus(options.data) if ranks is None else ranks.on_each(lambda: open_corpus(options.data))
+    given = {name: getattr(options, name) for name in ("steps", "batch_size", "tau")}
+    training = replace(training, **{name: value for name, value in given.items() if value is not None})
+    rates = training.lr if options.lr is None else options.lr
+    entries = list(dict.fromkeys(choice.entry for choice in options.arms if "lr" not in choice.settings))
+    if missing := [entry for entry in entries if entry not in rates and "" not in rates]:
+        raise UsageError(
+            "--lr", f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
+        )
+    training = replace(training, lr={entry: rates.get(entry, rates.get("")) for entry in entries})
+    model = preset.model(attention=options.attention, vocab_size=corpus.vocab_size)
+    title = "Attention logits" if options.framework == "torch" else "Attention logits, JAX"
+    experiment = _experiment("", title, options.arms, options.seeds or preset.seeds, model, training, corpus)
+    experiment = replace(experiment, framework=options.framework, device=device)
+    tried = options.pilot or (preset.pilot_rates if options.lr is None else ())
+    piloted = [entry for entry in entries if not entry.startswith("adamw")]
+    if tried and piloted:
+        from benchmarks.studies.pilot import choose_rate, pilot_experiment
+
+        pilots = train([pilot_experiment(experiment, tried)], corpus, _execution(options))
+        rate, reason = _on_first(options, lambda: choose_rate(pilots[0]))
+        if pilots:
+            print(reason, file=sys.stderr)
+        lr = dict(training.lr) | dict.fromkeys(piloted, rate)
+        experiment = replace(experiment, training=replace(training, lr=lr))
+    _run([experiment], corpus, options)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """The experiments of the README: what explodes, and what a careful user gets."""
+    corpus = open_corpus(options.data)
+    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
+    best = "Each optimizer at its own best rate"
+    experiments = [
+        _experiment("hot", "A hot rate", choices("muon", "muonclip"), (0, 1), model, HOT, corpus),
+        _experiment("own-rate", best, choices(*DEFAULT_ARMS), (0,), model, OWN_RATE, corpus),
+    ]
+    _run(experiments, corpus, options)
+
+
+def evidence(options: argparse.Namespace) -> None:
+    """The long version: see `benchmarks.studies.evidence`."""
+    from benchmarks.studies.evidence import evidence as run_evidence
+
+    corpus = open_corpus(options.data)
+    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
+    corpus.require(model.max_seq_len)
+    run_evidence(model, corpus, _execution(options))
+
+
+def clip_cost(options: argparse.Namespace) -> None:
+    """The time of training steps with QK-Clip and without: see `benchmarks.studies.clip_cost`."""
+    from benchmarks.studies import clip_cost as study
+    from benchmarks.studies.clip_cost_page import read_clip_cost, write_into
+
+    written = options.out / f"{options.device}.json"
+    if options.page is not None:
+        if not written.exists():
+            raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
+        write_into(options.page, json.loads(written.read_text()))
+        return
+    plan = study.QUICK if options.quick else study.PLANS[options.device]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        result = study.clip_cost(options.out, models=options.models, device=options.device, plan=plan)
+    finally:
+        torch.set_num_threads(threads)
+    print(read_clip_cost(result))
+    print(f"figures  {written}", file=sys.stderr)
+
+
+def optax_speed(options: argparse.Namespace) -> None:
+    """Muon's update in JAX next to Optax's own: see `benchmarks.studies.optax_speed`."""
+    _check_jax("optax-speed")
+    from benchmarks.studies.optax_speed import optax_speed as measure_optax_speed
+
+    print(measure_optax_speed(options.out, options.rounds))
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """Training steps on more and more ranks: see `benchmarks.studies.scaling`."""
+    from benchmarks.studies import scaling as study
+
+    device = options.device or PRESETS[options.preset].device
+    plan = study.Plan(options.arms, options.preset, options.batch_size, options.rounds, options.data, device)
+    if options.ranks is not None:
+        study.measure_ranks(plan, options.ranks, options.out)
+    else:
+        print(study.scaling(plan, options.processes, options.out))
+
+
+def kill_trials(options: argparse.Namespace) -> None:
+    """See `benchmarks.studies.kill_trials`."""
+    from benchmarks.studies.kill_trials import kill_trials as run_trials
+
+    more = ["--async-checkpoints"] if options.async_checkpoints else []
+    run_trials(options.out, options.trials, options.processes, options.arm, options.seed, *more)
+
+
+def ownership(options: argparse.Namespace) -> None:
+    """The picture of docs/distributed.md: see `benchmarks.studies.ownership`."""
+    from benchmarks.studies.ownership import draw
+
+    draw(options.out)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Pictures and pages of finished runs: see `benchmarks.report.redraw`."""
+    from benchmarks.report.redraw import redraw
+
+    redraw(options.folders, options.out, events=options.tensorboard)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "explosion": explosion,
+    "reproduce": reproduce,
+    "evidence": evidence,
+    "clip-cost": clip_cost,
+    "optax-speed": optax_speed,
+    "scaling": scaling,
+    "kill-trials": kill_trials,
+    "ownership": ownership,
+    "report": report,
+}
+
+
+def check_device(name: str, framework: Framework = "torch") -> str:
+    if name == "cuda" and framework == "jax":
+        raise UsageError("--device", "--framework jax runs on the CPU alone: take --device cpu.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device",
+            f"torch {torch.__version__} sees no CUDA device. --preset cpu is made for this machine; --device cpu runs "
+            "any preset on it, slowly.",
+        )
+    return name
+
+
+def parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
+    """By default every rank that is neither a replica nor a part of a tensor is a shard."""
+    others = (options.replicas or 1) * (options.tensor or 1)
+    if options.shards is None and world_size % others:
+        name = "--replicas" if options.replicas else "--tensor"
+        raise UsageError(name, f"replicas · tensor = {others} must divide the {world_size} processes.")
+    return Parallelism(
+        shards=options.shards or world_size // others,
+        replicas=options.replicas or 1,
+        experts=options.experts or 1,
+        tensor=options.tensor or 1,
+    )
+
+
+def _check_framework(options: argparse.Namespace) -> None:
+    if options.framework == "torch":
+        return
+    _check_jax("--framework")
+    if options.precision == "bf16":
+        raise UsageError("--precision", "--framework jax runs in fp32.")
+
+
+def _check_jax(wanted_by: str) -> None:
+    if missing := [package for package in ("jax", "optax") if importlib.util.find_spec(package) is None]:
+        raise UsageError(wanted_by, f'jax needs {" and ".join(missing)}: pip install ".[jax]".')
+
+
+def _experiment(
+    name: str,
+    title: str,
+    chosen: tuple[Choice, ...],
+    seeds: tuple[int, ...],
+    model: MoEConfig,
+    training: Training,
+    corpus: Corpus,
+) -> Experiment:
+    corpus.require(model.max_seq_len)
+    entries = dict.fromkeys(choice.entry for choice in chosen)
+    training = replace(training, lr={entry: training.lr[entry] for entry in entries if entry in training.lr})
+    data = corpus.record()
+    return Experiment(name=name, title=title, chosen=chosen, seeds=seeds, model=model, training=training, data=data)
+
+
+def _on_first(options: argparse.Namespace, decide: Callable[[], T]) -> T:
+    return decide() if options.ranks is None else options.ranks.on_first(decide)
+
+
+def _run(experiments: list[Experiment], corpus: Corpus, options: argparse.Namespace) -> None:
+    """Train, then draw all in `out`, and print the tables."""
+    results = train(experiments, corpus, _execution(options))
+    if not results:
+        return
+    from benchmarks.report import redraw, tables  # what they import costs seconds, and only who draws should pay
+
+    redraw.draw(results, options.out)
+    for result in results:
+        text = "\n\n".join(
+            filter(None, [tables.aligned(tables.runs_table(result)), "\n".join(tables.model_notes(result))])
+        )
+        print(f"\n{result.experiment.heading}\n{result.experiment.subject}\n\n{text}")
+    print(f"\npage     {options.out / 'report.html'}")
+    print(f"pictures {options.out / 'curves.png'}, {options.out / 'heads.png'}")
+    for experiment in experiments:
+        print(f"figures  {options.out / experiment.name / 'summary.json'}")
+
+
+def _execution(options: argparse.Namespace) -> Execution:
+    checkpoints = Schedule(options.checkpoint_seconds, options.checkpoint_every)
+    team = None
+    if options.ranks is not None:
+        divided = parallelism(options, options.ranks.size)
+        team = Team(
+            options.ranks, Layout(divided, options.accumulate or 1, options.recompute), options.async_checkpoints
+        )
+    return Execution(options.out, options.jobs, options.precision, checkpoints, team)
