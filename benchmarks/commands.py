@@ -107,15 +107,15 @@ def clip_cost(options: argparse.Namespace) -> None:
 
 
 def optax_speed(options: argparse.Namespace) -> None:
-    """Muon's update in JAX next to Optax's own: see `benchmarks.studies.optax_speed`."""
+    """Muon's update in JAX next to Optax's own."""
     _check_jax("optax-speed")
-    from benchmarks.studies.optax_speed import optax_speed as measure_optax_speed
+    from benchmarks.studies import optax_speed as study
 
-    print(measure_optax_speed(options.out, options.rounds))
+    print(study.optax_speed(options.out, options.rounds))
 
 
 def scaling(options: argparse.Namespace) -> None:
-    """Training steps on more and more ranks: see `benchmarks.studies.scaling`."""
+    """Training steps on more and more ranks."""
     from benchmarks.studies import scaling as study
 
     device = options.device or PRESETS[options.preset].device
@@ -127,37 +127,32 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def kill_trials(options: argparse.Namespace) -> None:
-    """See `benchmarks.studies.kill_trials`."""
-    from benchmarks.studies.kill_trials import kill_trials as run_trials
+    from benchmarks.studies import kill_trials as study
 
     more = ["--async-checkpoints"] if options.async_checkpoints else []
-    run_trials(options.out, options.trials, options.processes, options.arm, options.seed, *more)
+    study.kill_trials(options.out, options.trials, options.processes, options.arm, options.seed, *more)
 
 
 def ownership(options: argparse.Namespace) -> None:
-    """The picture of docs/distributed.md: see `benchmarks.studies.ownership`."""
+    """The picture of docs/distributed.md."""
     from benchmarks.studies.ownership import draw
 
     draw(options.out)
 
 
 def report(options: argparse.Namespace) -> None:
-    """Pictures and pages of finished runs: see `benchmarks.report.redraw`."""
+    """Pictures and pages of finished runs."""
     from benchmarks.report.redraw import redraw
 
     redraw(options.folders, options.out, events=options.tensorboard)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "explosion": explosion,
-    "reproduce": reproduce,
-    "evidence": evidence,
-    "clip-cost": clip_cost,
-    "optax-speed": optax_speed,
-    "scaling": scaling,
-    "kill-trials": kill_trials,
-    "ownership": ownership,
-    "report": report,
+COMMANDS = {
+    command.__name__.replace("_", "-"): command
+    for command in (
+        *(explosion, reproduce, evidence, clip_cost, optax_speed),
+        *(scaling, kill_trials, ownership, report),
+    )
 }
 
 
@@ -201,18 +196,12 @@ def _check_jax(wanted_by: str) -> None:
 
 
 def _experiment(
-    name: str,
-    title: str,
-    chosen: tuple[Choice, ...],
-    seeds: tuple[int, ...],
-    model: MoEConfig,
-    training: Training,
+    name: str, title: str, chosen: tuple[Choice, ...], seeds: tuple[int, ...], model: MoEConfig, training: Training,
     corpus: Corpus,
-) -> Experiment:
+) -> Experiment:  # fmt: skip
     corpus.require(model.max_seq_len)
-    entries = dict.fromkeys(choice.entry for choice in chosen)
-    training = replace(training, lr={entry: training.lr[entry] for entry in entries if entry in training.lr})
-    data = corpus.record()
+    lr = {choice.entry: training.lr[choice.entry] for choice in chosen if choice.entry in training.lr}
+    training, data = replace(training, lr=lr), corpus.record()
     return Experiment(name=name, title=title, chosen=chosen, seeds=seeds, model=model, training=training, data=data)
 
 
@@ -229,10 +218,7 @@ def _run(experiments: list[Experiment], corpus: Corpus, options: argparse.Namesp
 
     redraw.draw(results, options.out)
     for result in results:
-        text = "\n\n".join(
-            filter(None, [tables.aligned(tables.runs_table(result)), "\n".join(tables.model_notes(result))])
-        )
-        print(f"\n{result.experiment.heading}\n{result.experiment.subject}\n\n{text}")
+        print(f"\n{result.experiment.heading}\n{result.experiment.subject}\n\n{tables.runs_text(result)}")
     print(f"\npage     {options.out / 'report.html'}")
     print(f"pictures {options.out / 'curves.png'}, {options.out / 'heads.png'}")
     for experiment in experiments:

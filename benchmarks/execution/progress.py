@@ -23,8 +23,8 @@ class Progress:
 
     def __init__(self, *, total: int, done: int, shown: bool = True) -> None:
         self._terminal, self._shown = shown and sys.stderr.isatty(), shown
-        self._total, self._done, self._begun = total, done, time.monotonic()
-        self._new = 0  # steps made since the command began, from which the rate is taken
+        self._begun = time.monotonic()
+        self._new, self._left = 0, total - done  # steps made since the command began, and those still to make
         self._steps: dict[str, int] = {}
         self._news: dict[str, str] = {}
         self._lines: dict[str, float] = {}
@@ -35,42 +35,36 @@ class Progress:
 
     def update(self, title: str, steps: int, record: dict[str, Any]) -> None:
         """A run is at `record["step"]` of `steps`; its first record says where it begins."""
-        begins = title not in self._steps
         made = record["step"] - self._steps.get(title, 0)
-        self._steps[title] = record["step"]
-        if not begins:
+        if title in self._steps:
             self._new += made
         elif self._terminal:  # a bar that is off has no such field
             self._bar.initial += made
-        self._advance(made)
+        self._advance(title, record["step"])
         if "loss" not in record:
             return
         self._news[title] = f"{title} loss {record['loss']:.2f} max logit {record['max_logit']:.0f}"
-        self._describe()
-        if not self._terminal and time.monotonic() - self._lines.get(title, self._begun) >= _LINE_SECONDS:
-            self._lines[title] = time.monotonic()
-            self._print(f"{self._news[title]}, step {record['step']}/{steps}; {self._left()} left for all")
+        self._bar.set_description_str(" · ".join(self._news.values()), refresh=False)
+        now = time.monotonic()
+        if not self._terminal and now - self._lines.get(title, self._begun) >= _LINE_SECONDS:
+            self._lines[title] = now
+            rate = self._new / (now - self._begun)
+            left = tqdm.format_interval(self._left / rate) if rate else "?"
+            self._print(f"{self._news[title]}, step {record['step']}/{steps}; {left} left for all")
 
     def finish(self, title: str, steps: int) -> None:
         """A run is done, perhaps before its last step."""
-        self._advance(steps - self._steps.get(title, 0))
-        self._steps[title] = steps
+        self._advance(title, steps)
         self._print(f"{self._news.pop(title, title)}, finished")
-        self._describe()
 
     def close(self) -> None:
         self._bar.close()
 
-    def _advance(self, steps: int) -> None:
-        self._done += steps
-        self._bar.update(steps)
-
-    def _describe(self) -> None:
-        self._bar.set_description_str(" · ".join(self._news.values()), refresh=False)
-
-    def _left(self) -> str:
-        rate = self._new / (time.monotonic() - self._begun)
-        return tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+    def _advance(self, title: str, step: int) -> None:
+        made = step - self._steps.get(title, 0)
+        self._steps[title] = step
+        self._left -= made
+        self._bar.update(made)
 
     def _print(self, line: str) -> None:
         if self._terminal:

@@ -20,7 +20,7 @@ from benchmarks.experiment.data import Corpus
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records.folders import CHECKPOINTS, LOG, STARTS
 from benchmarks.training.learner import Learner
-from benchmarks.training.run import Run, Schedule, State
+from benchmarks.training.run import Run, Schedule, State, Store
 from benchmarks.training.sharded_learner import Layout, ShardedLearner
 
 
@@ -32,10 +32,6 @@ class Team:
     layout: Layout
     asynchronous: bool = False  # checkpoints
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        return {"world_size": self.ranks.size, "layout": self.layout.to_json()}
-
     def run(self, experiment: Experiment, corpus: Corpus, folder: Path, arm: Arm, seed: int) -> Run:
         """A run of which each rank has its part of model and optimizer; the first one writes the records."""
         learner = ShardedLearner(experiment, arm, seed, self.layout)
@@ -43,12 +39,13 @@ class Team:
         return Run(experiment, corpus, folder, arm, seed, learner=learner, ranks=self.ranks, store=store)
 
 
-class RankStore:
+class RankStore(Store):
     """The run's sharded checkpoints. In its folder are also `starts.jsonl`, a line per start with its ranks and the
     step that it went on from, and the same in words."""
 
     def __init__(self, folder: Path, team: Team, title: str) -> None:
-        self.folder, self.ranks, self.title, self.notes = folder, team.ranks, title, team.notes
+        super().__init__(folder, notes={"world_size": team.ranks.size, "layout": team.layout.to_json()})
+        self.ranks, self.title = team.ranks, title
         self.checkpoints = ShardedCheckpoints(folder / CHECKPOINTS, team.ranks, asynchronous=team.asynchronous)
         self.found: Path | None = None
         self.problems: list[str] = []
@@ -59,7 +56,7 @@ class RankStore:
             self._say(f"damaged: {problem}. The checkpoint before it is taken; this one is kept as ….damaged.")
         return None if self.found is None else self.checkpoints.state(self.found)
 
-    def load(self, learner: Learner) -> None:
+    def load(self, learner: Learner, found: State) -> None:
         assert self.found is not None
         assert isinstance(learner, ShardedLearner)
         tensors = learner.empty_state(self.checkpoints.shapes(self.found))
@@ -71,15 +68,11 @@ class RankStore:
             self._say(f"goes on from {self.found}")
         elif self.found is not None:
             self.checkpoints.put_aside()
-            self._say(
-                f"starts from the beginning: {self.found} is whole, but the records up to it are not; it is put aside"
-            )
+            self._say(f"starts from the beginning: {self.found} is put aside, for its records are not all there")
         else:
             self._say("starts from the beginning" + (": no checkpoint is left" if self.problems else ""))
-        if self.ranks.first:
-            start = {"restart": self.ranks.restarts, "resumed_from": done, **self.notes, "damaged": self.problems}
-            with (self.folder / STARTS).open("a") as stream:
-                stream.write(json.dumps(start) + "\n")
+        start = {"restart": self.ranks.restarts, "resumed_from": done, **self.notes, "damaged": self.problems}
+        self._append(STARTS, json.dumps(start))
 
     def save(self, learner: Learner, state: State) -> None:
         self.checkpoints.save(state["done"], learner.state(), state | {"layout": self.notes["layout"]})
@@ -88,10 +81,14 @@ class RankStore:
         self.checkpoints.finish()
 
     def _say(self, message: str) -> None:
+        line = f"{self.title} on {self.ranks.size} ranks, restart {self.ranks.restarts}: {message}"
         if self.ranks.first:
-            line = f"{self.title} on {self.ranks.size} ranks, restart {self.ranks.restarts}: {message}"
             print(line, file=sys.stderr, flush=True)
-            with (self.folder / LOG).open("a") as stream:
+        self._append(LOG, line)
+
+    def _append(self, name: str, line: str) -> None:
+        if self.ranks.first:
+            with (self.folder / name).open("a") as stream:
                 stream.write(line + "\n")
 
 

@@ -8,7 +8,6 @@ ends; torchrun then ends the others and, with --max-restarts, starts all of them
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -29,11 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.experiment.errors import UsageError
-
-
-class Stopped(KeyboardInterrupt):
-    """All ranks have stopped after the same step, and have saved."""
-
+from benchmarks.records.atomic_files import write_json
+from benchmarks.training.run import Alone
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 600.0  # seconds
@@ -42,13 +38,17 @@ _TIMED_OUT = ("timed out", "timeout")
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket", "remote process")
 
 
+class Stopped(KeyboardInterrupt):
+    """All ranks have stopped after the same step, and have saved."""
+
+
 def launched() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class Ranks(Alone):
     """This process among all. `restarts`: how often torchrun has started them again."""
 
     rank: int
@@ -62,12 +62,7 @@ class Ranks:
 
     def on_first(self, decide: Callable[[], T]) -> T:
         """What `decide` returns on the first rank, on every rank; the UsageError that it raises there, too."""
-        answer: list[Any] = [None, None]
-        if self.first:
-            try:
-                answer[0] = decide()
-            except UsageError as error:
-                answer[1] = (error.option, error.message)
+        answer: list[Any] = list(_attempt(decide)) if self.first else [None, None]
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
             raise UsageError(*answer[1])
@@ -75,18 +70,13 @@ class Ranks:
 
     def on_each(self, make: Callable[[], T]) -> T:
         """What `make` returns on this rank; the UsageError that it raises on any of them, on all."""
-        made, wrong = None, None
-        try:
-            made = make()
-        except UsageError as error:
-            wrong = (error.option, error.message)
+        made, wrong = _attempt(make)
         for rank, problem in enumerate(self.gathered(wrong)):
             if problem is not None:
                 raise UsageError(problem[0], f"{problem[1]} (rank {rank})")
         return cast(T, made)
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """Each flag, whether any rank has raised it."""
         raised = torch.tensor(flags, dtype=torch.int32, device=self.collective_device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
@@ -107,27 +97,29 @@ class Ranks:
         folder = out / PIDS
         folder.mkdir(exist_ok=True)
         told = {"pid": os.getpid(), "host": socket.gethostname(), "restarts": self.restarts}
-        temporary = folder / f"{self.rank}.tmp"
-        temporary.write_text(json.dumps(told) + "\n")
-        os.replace(temporary, folder / f"{self.rank}.json")
+        write_json(folder / f"{self.rank}.json", told)
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, tuple[str, str] | None]:
+    """What it returns, or option and message of the UsageError that it raises."""
+    try:
+        return make(), None
+    except UsageError as error:
+        return None, (error.option, error.message)
 
 
 @contextlib.contextmanager
 def joined(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
-    """All ranks in one process group, until all have left the block. On a GPU: NCCL, and gloo beside it for objects of
-    the host. An error of a collective, or any other, ends this process at once."""
+    """All ranks in one process group, until all have left the block. On a GPU: NCCL, and gloo for objects of the host.
+    An error of a collective, or any other, ends this process at once."""
     limit = timedelta(seconds=timeout)
     # Groups made later, by device meshes and optimizers, take their limit from here and not from the first group.
     distributed_c10d.default_pg_timeout = limit
     distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    ranks = Ranks(
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        timeout,
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-    )
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    ranks = Ranks(rank, size, timeout, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     with ending(ranks):
         store = _store_of_this_start(ranks, next(rendezvous("env://", timeout=limit))[0])
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -177,10 +169,7 @@ def ending(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
         dist.destroy_process_group()
         raise
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # whatever it is, the others wait
+    except (Exception, CheckpointException) as error:  # whatever it is, the others wait
         if (message := lost_message(error, ranks)) is None:
             traceback.print_exc()
             message = f"rank {ranks.rank} of {ranks.size}: failed as above; the other ranks will miss it and end."
@@ -197,8 +186,7 @@ def end(message: str) -> NoReturn:
 def lost_message(error: BaseException, ranks: Ranks) -> str | None:
     """What to tell where the error is of a collective that another rank did not come to; else None."""
     text = f"{type(error).__name__} {error}".lower()
-    of_collective = isinstance(error, RuntimeError | ConnectionError)
-    if not of_collective:
+    if not isinstance(error, RuntimeError | ConnectionError):
         return None
     if any(words in text for words in _TIMED_OUT):
         what = f"a collective timed out after {ranks.timeout:g} s: one of the ranks hangs or died"

@@ -147,22 +147,23 @@ class ShardedCheckpoints:
         """What this rank finds wrong with its share of the files."""
         try:
             files = json.loads((folder / MANIFEST).read_text())["files"]
-            expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in sorted(files.items())]
+            written = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in sorted(files.items())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return [f"{folder / MANIFEST} cannot be read ({error!r})"] if self.ranks.first else []
-        wrong: list[str] = []
-        for name, size, digest in expected[self.ranks.rank :: self.ranks.size]:
-            path = folder / name
-            try:
-                seen = _fingerprint(path)
-            except OSError as error:
-                wrong.append(f"{path} cannot be read ({error.strerror})")
-                continue
-            if seen["bytes"] != size:
-                wrong.append(f"{path} has {seen['bytes']} bytes, {size} were written")
-            elif seen["sha256"] != digest:
-                wrong.append(f"{path} has SHA-256 {seen['sha256'][:16]}…, written was {digest[:16]}…")
-        return wrong
+        return [wrong for file in written[self.ranks.rank :: self.ranks.size] if (wrong := _difference(*file))]
+
+
+def _difference(path: Path, size: int, digest: str) -> str | None:
+    """What is wrong with a file of which these were written."""
+    try:
+        seen = _fingerprint(path)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if seen["bytes"] != size:
+        return f"{path} has {seen['bytes']} bytes, {size} were written"
+    if seen["sha256"] != digest:
+        return f"{path} has SHA-256 {seen['sha256'][:16]}…, written was {digest[:16]}…"
+    return None
 
 
 def _name(done: int) -> str:
@@ -170,9 +171,9 @@ def _name(done: int) -> str:
 
 
 def _rename(folder: Path, ending: str) -> None:
-    aside = folder.with_name(folder.name + ending)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+    other = folder.with_name(folder.name + ending)
+    shutil.rmtree(other, ignore_errors=True)
+    os.replace(folder, other)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _begin(experiment: Experiment, corpus: Corpus, folder: Path, execution: Exec
     decided, measured = precision.choose(experiment, corpus, execution.precision)
     experiment = replace(experiment, precision=decided)
     made = environment(experiment.device, experiment.framework) | {"precision_probe": measured}
-    made |= {} if execution.team is None else execution.team.notes
+    if team := execution.team:
+        made |= {"world_size": team.ranks.size, "layout": team.layout.to_json()}
     atomic_files.write_json(config, {"config": experiment.to_json(), "environment": made})
     return experiment, made

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,12 +57,10 @@ class Corpus:
     """Two token arrays, `train` and `validation`, 1-D; see `open_corpus`."""
 
     def __init__(
-        self, title: str, path: Path | None, kind: Kind, train: NDArray[Any], validation: NDArray[Any]
+        self, title: str, path: Path | None, kind: Kind, parts: Sequence[NDArray[Any]], names: list[str]
     ) -> None:
-        self.title, self.path = title, path
-        self.kind: Kind = kind
-        self.train, self.validation = train, validation
-        self.names: list[str] = []
+        self.title, self.path, self.kind, self.names = title, path, kind, names
+        self.train, self.validation = parts
         self._digest = hashlib.sha256()
 
     def batch(
@@ -132,11 +131,9 @@ def open_corpus(path: Path | None = None) -> Corpus:
     if path.is_dir():
         return _from_files(f"{path.resolve().name}/, bytes", path, path, _text_files(path))
     try:
-        return (
-            _from_tokens(path)
-            if path.suffix in TOKEN_DTYPES
-            else _from_files(f"{path.name}, bytes", path, path.parent, [path])
-        )
+        if path.suffix in TOKEN_DTYPES:
+            return _from_tokens(path)
+        return _from_files(f"{path.name}, bytes", path, path.parent, [path])
     except OSError as error:
         raise UsageError("--data", f"{path} cannot be read: {error.strerror}.") from error
 
@@ -154,8 +151,8 @@ def _from_files(title: str, path: Path | None, root: Path, files: list[Path]) ->
         held_out = set(validation_names(names))
         train = b"".join(texts[name] for name in names if name not in held_out)
         validation = b"".join(texts[name] for name in names if name in held_out)
-    corpus = Corpus(title, path, "bytes", np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8))
-    corpus.names = names
+    parts = (np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8))
+    corpus = Corpus(title, path, "bytes", parts, names)
     for name in names:
         corpus._digest.update(_frame(name, len(texts[name])) + texts[name])
     return corpus
@@ -171,9 +168,7 @@ def _from_tokens(path: Path) -> Corpus:
         )
     tokens = np.memmap(path, dtype, mode="r")
     cut = len(tokens) - len(tokens) // VALIDATION_SHARE
-    corpus = Corpus(f"{path.name}, tokens", path, "tokens", tokens[:cut], tokens[cut:])
-    corpus.names = [path.name]
-    return corpus
+    return Corpus(f"{path.name}, tokens", path, "tokens", (tokens[:cut], tokens[cut:]), [path.name])
 
 
 def validation_names(names: list[str]) -> list[str]:
@@ -187,12 +182,12 @@ def _text_files(folder: Path) -> list[Path]:
     for directory, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path.is_file() and _is_text(path)]
+    return [path for path in found if path.is_file() and b"\0" not in _beginning(path)]
 
 
-def _is_text(path: Path) -> bool:
+def _beginning(path: Path) -> bytes:
     with path.open("rb") as stream:
-        return b"\0" not in stream.read(8192)
+        return stream.read(8192)
 
 
 def _frame(name: str, size: int) -> bytes:

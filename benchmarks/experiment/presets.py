@@ -31,13 +31,7 @@ HOT = Training(steps=800, batch_size=4, lr=rates(adamw=1e-3, muon=3e-2))
 """A rate above Muon's best, constant after the warm-up: the maximum logit grows in minutes as it does over weeks in a
 large model. AdamW keeps a rate that suits it."""
 
-OWN_RATE = Training(
-    steps=300,
-    batch_size=16,
-    lr=rates(adamw=1e-3, muon=5e-3),
-    decay_share=0.5,
-    validate_every=50,
-)
+OWN_RATE = Training(steps=300, batch_size=16, lr=rates(adamw=1e-3, muon=5e-3), decay_share=0.5, validate_every=50)
 """Each optimizer at the rate that serves it best, and a decay to a tenth, which serves them all. `make evidence` finds
 the rates: docs/evidence/sweep.json, of three seeds."""
 

@@ -51,6 +51,12 @@ def runs_table(results: Results) -> Rows:
     return rows
 
 
+def runs_text(results: Results) -> str:
+    """The table for the terminal, and a line for each arm that changes the model."""
+    notes = model_notes(results)
+    return "\n".join([aligned(runs_table(results)), *([""] if notes else []), *notes])
+
+
 def model_notes(results: Results) -> list[str]:
     """A line for each arm that changes the model."""
     capped = "; its logits are measured before the cap."

@@ -1,13 +1,12 @@
 """How long collectives take, and how much of that the host waits: measured around the calls of `torch.distributed`.
 
-    blocked     seconds in which this rank's Python thread stood in a collective: inside synchronous calls, and in
+    blocked     seconds in which this rank's Python thread was in a collective: inside synchronous calls, and in
                 `wait()` of asynchronous ones, issuing them included
     in flight   seconds between the issue of a collective and its completion, which for asynchronous ones a callback on
                 their future notes, for synchronous ones their return; those in flight together count once
 
     communication share = blocked / step        what the step would lose if collectives took no time at all
-    compute share       = 1 − communication share
-    overlap share       = 1 − blocked / in flight    of the time that collectives took, how much was computed beside
+    overlap share       = 1 − blocked / in flight    of the time that collectives took, how much was computed meanwhile
 
 Completion includes waiting for ranks that come late: imbalance counts as communication. On an accelerator `wait()` does
 not hold the host, and none of this means anything: only whole steps are timed there.
@@ -25,14 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-_WRAPPED = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "all_to_all_single",
-    "broadcast",
-    "reduce_scatter_tensor",
-)
+_WRAPPED = ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "broadcast")
+_WRAPPED += ("reduce_scatter_tensor",)
 
 
 @dataclass

@@ -5,8 +5,10 @@ None of it touches the training: no gradients, no observation of logits, no rand
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,21 +53,17 @@ class Probe:
     def _entropies(self, model: MoE) -> dict[str, list[float]]:
         entropies: dict[str, list[float]] = {}
 
-        def observe(name: str) -> Any:
-            def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
-                q, k, _ = attention.queries_keys_values(*inputs[:2])
-                with torch.autocast(q.device.type, enabled=False):
-                    config = attention.config
-                    entropies[name] = causal_entropy(q.float(), k.float(), config.softmax_scale, config.softcap)
+        def observe(name: str, attention: Any, inputs: tuple[Any, ...]) -> None:
+            q, k, _ = attention.queries_keys_values(*inputs[:2])
+            with torch.autocast(q.device.type, enabled=False):
+                config = attention.config
+                entropies[name] = causal_entropy(q.float(), k.float(), config.softmax_scale, config.softcap)
 
-            return hook
-
-        handles = [attention.register_forward_pre_hook(observe(name)) for name, attention in _attentions(model)]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, attention in _attentions(model):
+                handle = attention.register_forward_pre_hook(partial(observe, name))
+                hooks.callback(handle.remove)
             model(self.tokens.to(model.lm_head.weight.device))
-        finally:
-            for handle in handles:
-                handle.remove()
         return entropies
 
 

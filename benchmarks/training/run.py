@@ -1,8 +1,7 @@
 """One run: an arm and a seed, on one process or on all ranks of torchrun. Stopped, it goes on to the same bits.
 
 Nothing carries over from step to step but the model and the optimizer, which a `Learner` keeps: batches are a function
-of (seed, step), rates of the step. What differs between one process and many is asked of `Ranks` and of the `Store` of
-checkpoints.
+of (seed, step), rates of the step. What many ranks do otherwise is in what they give instead of `Alone` and `Store`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,82 +40,43 @@ class Schedule:
         return since_last >= self.seconds if self.steps is None else done % self.steps == 0
 
 
-class Ranks(Protocol):
-    """The processes that train the run together."""
+class Alone:
+    """The processes that train a run together: here one. `first` is whether this one writes the records."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes the records."""
-        ...
+        return True
 
     def on_first(self, decide: Callable[[], T]) -> T:
         """What `decide` returns on the first, on all of them."""
-        ...
-
-    def any_of(self, *flags: bool) -> list[bool]:
-        """Each flag, whether any of them has raised it."""
-        ...
-
-
-class Store(Protocol):
-    """The checkpoints of a run. `notes` is added to its result."""
-
-    notes: dict[str, Any]
-
-    def find(self) -> State | None:
-        """The state of the newest that is whole, without its tensors."""
-        ...
-
-    def load(self, learner: Learner) -> None:
-        """The tensors of what was found, into the learner."""
-        ...
-
-    def begin(self, done: int) -> None:
-        """The run begins at this step: where it is 0, nothing that was found is used."""
-        ...
-
-    def save(self, learner: Learner, state: State) -> None: ...
-
-    def finish(self) -> None:
-        """Wait for a save that is under way."""
-        ...
-
-
-class Alone:
-    """A process that has no others."""
-
-    first = True
-
-    def on_first(self, decide: Callable[[], T]) -> T:
         return decide()
 
     def any_of(self, *flags: bool) -> list[bool]:
+        """Each flag, whether any of them has raised it."""
         return list(flags)
 
 
-class FileStore:
-    """The one file of a process on its own."""
+class Store:
+    """The checkpoints of a run: here one file. `notes` are added to the run's result."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.path, self.device = folder / CHECKPOINT, device
-        self.notes: dict[str, Any] = {}
-        self._found: State | None = None
+    def __init__(self, folder: Path, device: str = "cpu", notes: dict[str, Any] | None = None) -> None:
+        self.folder, self.device, self.notes = folder, device, notes or {}
 
     def find(self) -> State | None:
-        self._found = atomic_files.load(self.path, self.device)
-        return self._found
+        """The state of the newest checkpoint that is whole."""
+        return atomic_files.load(self.folder / CHECKPOINT, self.device)
 
-    def load(self, learner: Learner) -> None:
-        assert self._found is not None
-        learner.restore(self._found)
+    def load(self, learner: Learner, found: State) -> None:
+        learner.restore(found)
 
     def begin(self, done: int) -> None:
-        self._found = None
+        """The run begins at this step: where it is 0, nothing that was found is used."""
 
     def save(self, learner: Learner, state: State) -> None:
-        atomic_files.save(self.path, state | learner.state())
+        atomic_files.save(self.folder / CHECKPOINT, state | learner.state())
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Wait for a save that is under way."""
 
 
 class Run:
@@ -131,14 +91,13 @@ class Run:
         seed: int,
         *,
         learner: Learner | None = None,
-        ranks: Ranks | None = None,
+        ranks: Alone | None = None,
         store: Store | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.experiment, self.corpus, self.folder, self.arm, self.seed = experiment, corpus, folder, arm, seed
         self.learner = learner or make_learner(experiment, arm, seed)
-        self.ranks = ranks or Alone()
-        self.store = store or FileStore(folder, experiment.device)
+        self.ranks, self.store = ranks or Alone(), store or Store(folder, experiment.device)
         self.probe = Probe(self._validation_windows(0))
         self.done = self.saved = 0  # updates, and those in the newest checkpoint
         self.wall_seconds = self.train_seconds = 0.0
@@ -230,7 +189,7 @@ class Run:
         state = self.store.find()
         whole = self.ranks.on_first(lambda: self.log.begin(state["done"] if state else 0))
         if state is not None and whole:
-            self.store.load(self.learner)
+            self.store.load(self.learner, state)
             self.done = self.saved = state["done"]
             self.last = metrics.from_json(state["last"])
             self.wall_seconds, self.train_seconds = state["wall_seconds"], state["train_seconds"]
