@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.experiment.experiment import flat
@@ -65,8 +65,6 @@ def written(value: Any) -> str:
     """A setting's value for a table."""
     if isinstance(value, list):
         return ", ".join(map(written, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {written(item)}" for key, item in value.items())
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}\+?", value):
         return value[:10] + value[40:].strip(string.hexdigits)  # a hash; "+" where files differ from the commit
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -41,6 +41,7 @@ _LAYOUT: dict[str, Any] = {
     "plot_bgcolor": "rgba(0,0,0,0)",
     "margin": {"l": 44, "r": 14, "t": 12, "b": 40},
     "showlegend": False,
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": _GREY},
     "xaxis": {**_AXIS, "title": {"text": "step", "standoff": 6}, "showgrid": False},
     "yaxis": _AXIS,
 }

@@ -85,30 +85,30 @@ def compare(own: Sequence[float], other: Sequence[float]) -> Interval:
 
 def logit_rows(facts: Sequence[ArmFacts]) -> list[list[str]]:
     """Sorted by loss within each model; losses of different models are not compared."""
-    rows = [["arm", "logits", "passed τ at step", "peak", "last quarter ÷ τ", "heads ever clipped", "last clip"]]
-    rows[0] += ["loss spikes", "entropy", "loss, bits", "from the lowest"]
+    head = (
+        "arm|logits|passed τ at step|peak|last quarter ÷ τ|heads ever clipped|last clip|loss spikes|entropy|loss, bits"
+    )
+    rows = [[*head.split("|"), "from the lowest"]]
     groups = {fact.arm.change: [other for other in facts if other.arm.change == fact.arm.change] for fact in facts}
     for group in groups.values():
         lowest = min((fact.loss for fact in group if math.isfinite(fact.loss)), default=math.nan)
         for fact in sorted(group, key=lambda fact: (not math.isfinite(fact.loss), fact.loss)):
+            arm, tau = fact.arm, fact.arm.training.tau
             spikes = f"{len(fact.spikes)}, first at {fact.spikes[0]}" if fact.spikes else "none"
-            ends = [f"seed {seed} diverged at step {step}" for seed, step in fact.diverged.items()]
             gap = "lowest" if fact.loss == lowest else difference(fact.loss - lowest)
-            rows.append(
-                [
-                    fact.arm.label,
-                    f"{fact.logits} (τ = {fact.arm.training.tau:g}){', before the cap' * fact.arm.capped}",
-                    _span(sorted(fact.passed)) or "never",
-                    number(fact.peak),
-                    f"{fact.last_quarter / fact.arm.training.tau:.3g}",
-                    _span([f"{share:.0%}" for share in sorted(fact.ever_clipped)]) if fact.arm.clips else "no clip",
-                    "none" if fact.last_clipped is None else str(fact.last_clipped),
-                    "; ".join([spikes, *ends]),
-                    f"{fact.entropy:.2f}" if math.isfinite(fact.entropy) else "",
-                    f"{fact.loss:.3f}" if math.isfinite(fact.loss) else "not finite",
-                    gap if len(groups) == 1 or len(group) > 1 else "another model",
-                ]
-            )
+            cells = {
+                "logits": f"{fact.logits} (τ = {tau:g}){', before the cap' * arm.capped}",
+                "passed": _span(sorted(fact.passed)) or "never",
+                "peak": number(fact.peak),
+                "last quarter": f"{fact.last_quarter / tau:.3g}",
+                "clipped": _span([f"{share:.0%}" for share in sorted(fact.ever_clipped)]) if arm.clips else "no clip",
+                "last clip": str(fact.last_clipped or "none"),
+                "spikes": "; ".join([spikes, *(f"seed {s} diverged at step {at}" for s, at in fact.diverged.items())]),
+                "entropy": f"{fact.entropy:.2f}" if math.isfinite(fact.entropy) else "",
+                "loss": f"{fact.loss:.3f}" if math.isfinite(fact.loss) else "not finite",
+                "gap": gap if len(groups) == 1 or len(group) > 1 else "another model",
+            }
+            rows.append([arm.label, *cells.values()])
     return rows
 
 

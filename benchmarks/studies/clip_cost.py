@@ -16,6 +16,7 @@ Seconds are those of the clock on the wall; with a single thread they are the CP
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import sys
@@ -87,12 +88,10 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
         build(model, width=QUICK.width, layers=1, length=8)  # now rather than after minutes
     make_folder(out)
     cells: list[dict[str, Any]] = []
-    for model in models:
-        for batch, length in plan.tokens:
-            for dtype in plan.dtypes:
-                for cell in Bench(model, batch, length, dtype, device, plan).measure():
-                    print(_progress(cell), file=sys.stderr, flush=True)
-                    cells.append(cell)
+    for model, (batch, length), dtype in itertools.product(models, plan.tokens, plan.dtypes):
+        for cell in Bench(model, batch, length, dtype, device, plan).measure():
+            print(_progress(cell), file=sys.stderr, flush=True)
+            cells.append(cell)
     config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
     made_with = environment(device) | {"threads": torch.get_num_threads()}
     result = {"config": config, "environment": made_with, "cells": cells}
@@ -141,19 +140,16 @@ class Bench:
                 for arm, values in seconds.items()
             }
             for regime in regimes:
-                yield (
-                    self.cell
-                    | {
-                        "regime": regime.name,
-                        "target": regime.target,
-                        "step_ms": 1e3 * statistics.median(seconds[WITHOUT]),
-                        "ratio": ratios[regime.arm],
-                        "control": ratios[AGAIN],
-                        "added": median_interval([self.added(regime) for _ in range(self.plan.added_steps)]),
-                        "sources": self._clip(regime.arm).sources(),
-                    }
-                    | self.check(regime)
-                )
+                measured = {
+                    "regime": regime.name,
+                    "target": regime.target,
+                    "step_ms": 1e3 * statistics.median(seconds[WITHOUT]),
+                    "ratio": ratios[regime.arm],
+                    "control": ratios[AGAIN],
+                    "added": median_interval([self.added(regime) for _ in range(self.plan.added_steps)]),
+                    "sources": self._clip(regime.arm).sources(),
+                }
+                yield self.cell | measured | self.check(regime)
 
     def rounds(self, regimes: Sequence[Regime]) -> dict[str, list[float]]:
         """Seconds of a step by arm, one per round. The order is turned and reversed from round to round."""

@@ -93,22 +93,13 @@ def lines(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more
             kill_session(process)
         seen = records(out, arm)
         starts = [json.loads(line) for line in (run_folder(out, arm, 0) / STARTS).read_text().splitlines()]
-        yield {
-            "trial": number,
-            "arm": arm,
-            "processes": processes,
-            "rank": trial.rank,
-            "what": "during save" if during_save else "after step",
-            "step": trial.step,
-            **told,
-            "restarts": starts[-1]["restart"],
-            "resumed_from": [start["resumed_from"] for start in starts if start["restart"]],
-            "final_loss": seen[-1]["loss"],
-            "val_loss": seen[-1].get("val_loss"),
-            "equal": not failure and seen == expected,
-            "seconds": round(time.monotonic() - begun, 1),
-            **failure,
-        }
+        line = {"trial": number, "arm": arm, "processes": processes, "rank": trial.rank}
+        line |= {"what": "during save" if during_save else "after step", "step": trial.step, **told}
+        line |= {"restarts": starts[-1]["restart"]}
+        line |= {"resumed_from": [start["resumed_from"] for start in starts if start["restart"]]}
+        line |= {"final_loss": seen[-1]["loss"], "val_loss": seen[-1].get("val_loss")}
+        equal = not failure and seen == expected
+        yield line | {"equal": equal, "seconds": round(time.monotonic() - begun, 1), **failure}
 
 
 def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> subprocess.Popen[str]:
