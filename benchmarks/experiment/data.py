@@ -59,7 +59,8 @@ class Corpus:
     def __init__(
         self, title: str, path: Path | None, kind: Kind, parts: Sequence[NDArray[Any]], names: list[str]
     ) -> None:
-        self.title, self.path, self.kind, self.names = title, path, kind, names
+        self.title, self.path, self.names = title, path, names
+        self.kind: Kind = kind
         self.train, self.validation = parts
         self._digest = hashlib.sha256()
 

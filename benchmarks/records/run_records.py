@@ -17,6 +17,8 @@ import pandas as pd
 from benchmarks.records import metrics
 from benchmarks.records.folders import METRICS
 
+Frame = Any
+"""A DataFrame of pandas, and below a Series: their annotations leave open what each operation gives."""
 SCALARS = ("loss", "val_loss", "lr", "grad_norm", "clipped_heads", "update_rms", "tokens_per_second")
 BY_HEAD = {  # field of a record → what it is called over all heads, and how it is taken over them
     "max_logits": ("max_logit", "max"),
@@ -31,8 +33,8 @@ class RunRecords:
     """`steps`: a row per step, a column for each of SCALARS and for each name in BY_HEAD; `heads`: by field, a column
     for each (attention, head). What was not measured at a step is NaN."""
 
-    steps: pd.DataFrame
-    heads: Mapping[str, pd.DataFrame]
+    steps: Frame
+    heads: Mapping[str, Frame]
 
     @property
     def diverged_at(self) -> int | None:
@@ -46,12 +48,12 @@ class RunRecords:
         same = self.steps[columns].equals(other.steps[columns])
         return same and self.heads["max_logits"].equals(other.heads["max_logits"])
 
-    def clipped(self, tau: float) -> pd.DataFrame:
+    def clipped(self, tau: float) -> Frame:
         """Whether each head was clipped at each step: where an arm clips, all heads above τ are, and no others."""
         acted = self.steps["clipped_heads"] > 0
         return (self.heads["max_logits"] > tau).mul(acted, axis=0)
 
-    def spikes(self, window: int, threshold: float) -> pd.Series:
+    def spikes(self, window: int, threshold: float) -> Frame:
         """Whether the loss is not finite or exceeds the median of the `window` losses before it by `threshold` nats."""
         loss = self.steps["loss"]
         return ~np.isfinite(loss) | (loss > loss.rolling(window).median().shift(1) + threshold)
@@ -69,7 +71,7 @@ def read_run(folder: Path) -> RunRecords:
     return run_records(metrics.read(folder / METRICS))
 
 
-def _by_head(records: Sequence[Mapping[str, Any]], field: str) -> pd.DataFrame:
+def _by_head(records: Sequence[Mapping[str, Any]], field: str) -> Frame:
     index = [record["step"] for record in records]
     first = next((record[field] for record in records if record.get(field)), {})
     columns = [(attention, head) for attention, heads in first.items() for head in range(len(heads))]

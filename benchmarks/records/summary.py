@@ -57,8 +57,9 @@ class Results:
     def only(self, *names: str) -> Results:
         """The same with these arms alone."""
         chosen = tuple(choice for choice in self.experiment.chosen if choice.name in names)
-        parts = ({name: of[name] for name in names if name in of} for of in (self.records, self.summaries))
-        return Results(replace(self.experiment, chosen=chosen), *parts, self.environment)
+        records = {name: runs for name, runs in self.records.items() if name in names}
+        summaries = {name: runs for name, runs in self.summaries.items() if name in names}
+        return Results(replace(self.experiment, chosen=chosen), records, summaries, self.environment)
 
     def to_json(self) -> dict[str, Any]:
         """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""

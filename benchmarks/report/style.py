@@ -56,8 +56,10 @@ _MARGIN = 0.06  # inches, left and right of it
 def draw_lines(axis: Axes, lines: Sequence[Line], **looks: Mapping[str, Any]) -> None:
     """Thin lines for seeds, thick ones for their mean, marks; `looks` changes what a kind looks like."""
     for line in lines:
-        dashes = {"linestyle": DASHED} if line.dashed else {}
-        axis.plot(line.x, line.y, color=line.colour, **_LOOKS[line.kind] | dashes | dict(looks.get(line.kind, {})))
+        look: dict[str, Any] = {"color": line.colour, **_LOOKS[line.kind], **looks.get(line.kind, {})}
+        if line.dashed:
+            look["linestyle"] = DASHED
+        axis.plot(line.x, line.y, **look)
 
 
 def draw_threshold(axis: Axes, tau: float) -> None:

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks.experiment.errors import UsageError
 from benchmarks.records.atomic_files import replacing
-from benchmarks.records.run_records import BY_HEAD, SCALARS, RunRecords
+from benchmarks.records.run_records import BY_HEAD, SCALARS, Frame, RunRecords
 from benchmarks.records.summary import Results
 
 FILE = "events.out.tfevents.0.muonclip"  # TensorBoard reads what has "tfevents" in its name
@@ -52,7 +50,7 @@ def write(result: Results, folder: Path) -> None:
                     writer.write(event.SerializeToString())
 
 
-def _scalars(records: RunRecords) -> Iterator[tuple[str, pd.Series]]:
+def _scalars(records: RunRecords) -> Iterator[tuple[str, Frame]]:
     """Tags, and values by step: what was recorded as it is; heads under their common name, over all and by layer."""
     for name in SCALARS:
         column = records.steps[name]

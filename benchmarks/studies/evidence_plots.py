@@ -58,7 +58,7 @@ def draw_sweep(value: Json, path: Path) -> None:
             usable.plot(arm["usable"], [row, row], color=colour, **bar)
             style = DASHED if dashed else "solid"
             handles.append(Line2D([], [], color=colour, linewidth=2.2, linestyle=style, label=arm["label"]))
-        mark = {"color": QUIET, "linestyle": "none"}
+        mark: dict[str, Any] = {"color": QUIET, "linestyle": "none"}
         handles.append(Line2D([], [], **mark, marker="o", markersize=12, fillstyle="none", label="best rate"))
         if not all(math.isfinite(loss) for arm in arms.values() for rate in arm["rates"] for loss in rate["loss"]):
             handles.append(Line2D([], [], **mark, marker="x", label="diverged"))

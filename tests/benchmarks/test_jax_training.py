@@ -165,6 +165,8 @@ def shapes(state):
 def story(in_jax, corpus, tmp_path_factory):
     """What is seen of one run on its way, which is compiled once: at its start, after two steps, at its end."""
     seen = SimpleNamespace(folder=tmp_path_factory.mktemp("run"))
+    one_layer = replace(in_jax.model, num_layers=1, num_dense_layers=0)  # of experts: half the time to compile
+    in_jax = with_arms(replace(in_jax, model=one_layer), "muonclip")
     run = Run(in_jax, corpus, seen.folder, in_jax.arm("muonclip"), 0)
     seen.first, seen.shapes, seen.weights = run.learner.now, shapes(run.learner.now), weights(run)
     trained(run, until=2)
