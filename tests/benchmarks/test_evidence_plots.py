@@ -256,8 +256,8 @@ def test_pictures_are_made_from_json(request, tmp_path, name, drawn):
     value = request.getfixturevalue(name.removeprefix("clip-"))
     stored = metrics.to_json(copy.deepcopy(value))
     assert stored != value  # what is not finite is a string
-    figure = drawn(name, stored, written=True)
     expected = [lines(axis) for axis in drawn(name, value).axes]
+    figure = drawn(name, stored, written=True)
     assert repr([lines(axis) for axis in figure.axes]) == repr(expected)
     assert figure.get_supxlabel() == "python -m benchmarks"
     height, width, _ = pyplot.imread(tmp_path / f"{name}.png").shape
