@@ -629,7 +629,7 @@ def test_a_refused_attention_can_be_declared_or_watched_only():
     clip.step()
     assert clip.report().clipped_heads == 0
     assert clip.report().max_logit > 1e-3
-    with pytest.raises(ValueError, match=r"declare names 'layers\.7', which is no module"):
+    with pytest.raises(ValueError, match=r"declare names 'layers\.7', which is not a module"):
         QKClip(model, declare={"layers.7": declare["layers.0"]})
 
 
