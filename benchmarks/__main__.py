@@ -1,4 +1,4 @@
-"""`python -m benchmarks …`: the command line."""
+"""The command line, `python -m benchmarks …`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONLY_RANKS = ("shards", "replicas", "experts", "tensor", "accumulate", "recomput
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a run failed, 2 a wrong option, 130 interrupted."""
+    """Run a command; return its exit status: 0 done, 1 a run failed, 2 a wrong option, 130 interrupted."""
     parser, commands = make_parser()
     options = parser.parse_args(arguments)
     options.ranks = None  # of torchrun
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> None:
-    """Alone, or as one of the ranks that torchrun started. What only they understand is asked of nobody else."""
+    """Run it alone, or as one of the ranks that torchrun started; only then their modules are imported."""
     if not ranks.launched():
         if options.name == "explosion" and (given := [name for name in ONLY_RANKS if getattr(options, name)]):
             option = "--" + given[0].replace("_", "-")

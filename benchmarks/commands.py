@@ -1,4 +1,4 @@
-"""What each command does with its options: from their values to experiments and studies."""
+"""The commands: from the values of their options to experiments and studies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def explosion(options: argparse.Namespace) -> None:
-    """One experiment, by hand."""
+    """Train one experiment, as the options say."""
     preset, training = PRESETS[options.preset], PRESETS[options.preset].training
     _check_framework(options)
     device = check_device(options.device or preset.device, options.framework)
@@ -63,7 +63,7 @@ def explosion(options: argparse.Namespace) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> None:
-    """The experiments of the README: what explodes, and what a careful user gets."""
+    """Train the experiments of the README: at a rate that explodes, and at rates that a careful user would choose."""
     corpus = open_corpus(options.data)
     model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
     best = "Each optimizer at its own best rate"
@@ -75,7 +75,7 @@ def reproduce(options: argparse.Namespace) -> None:
 
 
 def evidence(options: argparse.Namespace) -> None:
-    """The long version: see `benchmarks.studies.evidence`."""
+    """Train the long version: see `benchmarks.studies.evidence`."""
     from benchmarks.studies.evidence import evidence as run_evidence
 
     corpus = open_corpus(options.data)
@@ -85,7 +85,7 @@ def evidence(options: argparse.Namespace) -> None:
 
 
 def clip_cost(options: argparse.Namespace) -> None:
-    """The time of training steps with QK-Clip and without: see `benchmarks.studies.clip_cost`."""
+    """Time training steps with QK-Clip and without: see `benchmarks.studies.clip_cost`."""
     from benchmarks.studies import clip_cost as study
     from benchmarks.studies.clip_cost_page import read_clip_cost, write_into
 
@@ -107,7 +107,7 @@ def clip_cost(options: argparse.Namespace) -> None:
 
 
 def optax_speed(options: argparse.Namespace) -> None:
-    """Muon's update in JAX next to Optax's own."""
+    """Time Muon's update in JAX and Optax's own: see `benchmarks.studies.optax_speed`."""
     _check_jax("optax-speed")
     from benchmarks.studies import optax_speed as study
 
@@ -115,7 +115,7 @@ def optax_speed(options: argparse.Namespace) -> None:
 
 
 def scaling(options: argparse.Namespace) -> None:
-    """Training steps on more and more ranks."""
+    """Time training steps on more and more ranks: see `benchmarks.studies.scaling`."""
     from benchmarks.studies import scaling as study
 
     device = options.device or PRESETS[options.preset].device
@@ -134,14 +134,14 @@ def kill_trials(options: argparse.Namespace) -> None:
 
 
 def ownership(options: argparse.Namespace) -> None:
-    """The picture of docs/distributed.md."""
+    """Draw the picture of docs/distributed.md: see `benchmarks.studies.ownership`."""
     from benchmarks.studies.ownership import draw
 
     draw(options.out)
 
 
 def report(options: argparse.Namespace) -> None:
-    """Pictures and pages of finished runs."""
+    """Draw pictures and pages of finished runs: see `benchmarks.report.redraw`."""
     from benchmarks.report.redraw import redraw
 
     redraw(options.folders, options.out, events=options.tensorboard)
@@ -169,7 +169,10 @@ def check_device(name: str, framework: Framework = "torch") -> str:
 
 
 def parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
-    """By default every rank that is neither a replica nor a part of a tensor is a shard."""
+    """Read the degrees of parallelism.
+
+    By default every rank that is neither a replica nor a part of a tensor is a shard.
+    """
     others = (options.replicas or 1) * (options.tensor or 1)
     if options.shards is None and world_size % others:
         name = "--replicas" if options.replicas else "--tensor"

@@ -1,4 +1,4 @@
-"""The options of `python -m benchmarks …`: each command's, what they are when not given, and how their text is read."""
+"""The options of `python -m benchmarks …`: each command's, their defaults, and how their text is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from muonclip.models.config import Attention
 
 
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    """That of the whole command line, which stores the command as `name`; and those of the commands, by name."""
+    """Make the parser of the whole command line, and those of the commands, by name.
+
+    The former stores the command as `name`.
+    """
     parser = ArgumentParser(prog="python -m benchmarks", description="Evidence on real text, by one command.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     made: dict[str, ArgumentParser] = {}
@@ -57,7 +60,7 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def rates(text: str) -> dict[str, float]:
-    """By arm; under "" the rate for all."""
+    """Read rates by arm; under "" the rate for all."""
     if "=" not in text:
         return {"": positive(text)}
     by_arm: dict[str, float] = {}

@@ -32,9 +32,6 @@ WORDS = {
 }
 STALE = re.compile(r"\b(alike|apart|beside|(?<!there )(?<!There )is no(?! longer)|lies|stands)\b")
 
-# Still to be rewritten, by the beginning of the path; to become empty.
-TO_DO = ("benchmarks/",)
-
 
 def documented(tree):
     """(name, docstring, whether it is of a function) of a module and all it defines; properties are no functions."""
@@ -80,7 +77,7 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not name_of(path).startswith(TO_DO)], ids=name_of)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_docstrings_stand_alone(path):
     assert not list(offences(path))
 

@@ -1,4 +1,4 @@
-"""Starting another Python of this source tree: a module by itself, or on ranks under torchrun."""
+"""Start another Python of this source tree: a module by itself, or on ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def start(
     variables: Mapping[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[str]:
-    """`python -m module words`, with `ranks` on so many processes of this machine, which torchrun starts again up to
-    `restarts` times. `options` are those of Popen."""
+    """Start `python -m module words`, with `ranks` on so many processes of this machine.
+
+    torchrun starts these again up to `restarts` times. `options` are those of Popen.
+    """
     torchrun: list[str] = []
     if ranks is not None:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]

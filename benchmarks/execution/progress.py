@@ -13,7 +13,7 @@ _LINE_SECONDS = 15.0
 
 
 def news(record: dict[str, Any]) -> dict[str, Any]:
-    """What is told of a step's record."""
+    """Return the part of a step's record that is shown."""
     logits = [logit for heads in record["max_logits"].values() for logit in heads]
     return {"step": record["step"], "loss": record["loss"], "max_logit": max(logits, default=math.nan)}
 
@@ -34,7 +34,7 @@ class Progress:
         )  # fmt: skip
 
     def update(self, title: str, steps: int, record: dict[str, Any]) -> None:
-        """A run is at `record["step"]` of `steps`; its first record says where it begins."""
+        """Note that a run is at `record["step"]` of `steps`; its first record says where it begins."""
         made = record["step"] - self._steps.get(title, 0)
         if title in self._steps:
             self._new += made
@@ -53,7 +53,7 @@ class Progress:
             self._print(f"{self._news[title]}, step {record['step']}/{steps}; {left} left for all")
 
     def finish(self, title: str, steps: int) -> None:
-        """A run is done, perhaps before its last step."""
+        """Note that a run is done, perhaps before its last step."""
         self._advance(title, steps)
         self._print(f"{self._news.pop(title, title)}, finished")
 

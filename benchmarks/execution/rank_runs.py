@@ -33,7 +33,7 @@ class Team:
     asynchronous: bool = False  # checkpoints
 
     def run(self, experiment: Experiment, corpus: Corpus, folder: Path, arm: Arm, seed: int) -> Run:
-        """A run of which each rank has its part of model and optimizer; the first one writes the records."""
+        """Make a run of which each rank has its part of model and optimizer; the first one writes the records."""
         learner = ShardedLearner(experiment, arm, seed, self.layout)
         store = RankStore(folder, self, f"{arm.name}-{seed}")
         return Run(experiment, corpus, folder, arm, seed, learner=learner, ranks=self.ranks, store=store)
@@ -93,8 +93,10 @@ class RankStore(Store):
 
 
 def run_together(jobs: Sequence[Job], corpus: Corpus, team: Team, checkpoints: Schedule) -> None:
-    """Train what is not finished yet, one run after the other. Raises Stopped on every rank once one was told to stop
-    and all have saved."""
+    """Train what is not finished yet, one run after the other.
+
+    Raises Stopped on every rank once one was told to stop and all have saved.
+    """
     ranks, stop = team.ranks, Stop()
     finished = ranks.on_first(lambda: [job.finished for job in jobs])
     done = sum(job.steps for job, over in zip(jobs, finished, strict=True) if over)

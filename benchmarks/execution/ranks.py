@@ -43,13 +43,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Tell whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks(Alone):
-    """This process among all. `restarts`: how often torchrun has started them again."""
+    """All processes of a run, as seen by one of them. `restarts`: how often torchrun has started them again."""
 
     rank: int
     size: int
@@ -61,7 +61,7 @@ class Ranks(Alone):
         return self.rank == 0
 
     def on_first(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on the first rank, on every rank; the UsageError that it raises there, too."""
+        """Return on every rank what `decide` returns on the first; raise there, too, the UsageError that it raises."""
         answer: list[Any] = list(_attempt(decide)) if self.first else [None, None]
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
@@ -69,7 +69,7 @@ class Ranks(Alone):
         return answer[0]
 
     def on_each(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank; the UsageError that it raises on any of them, on all."""
+        """Return what `make` returns on this rank; raise on all ranks the UsageError that it raises on any of them."""
         made, wrong = _attempt(make)
         for rank, problem in enumerate(self.gathered(wrong)):
             if problem is not None:
@@ -82,14 +82,14 @@ class Ranks(Alone):
         return [bool(flag) for flag in raised.tolist()]
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     @property
     def collective_device(self) -> str:
-        """Where the tensors of small collectives live."""
+        """Return the device of the tensors of small collectives."""
         return "cuda" if "nccl" in dist.get_backend_config() else "cpu"
 
     def announce(self, out: Path) -> None:
@@ -101,7 +101,7 @@ class Ranks(Alone):
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, tuple[str, str] | None]:
-    """What it returns, or option and message of the UsageError that it raises."""
+    """Return what it returns, or option and message of the UsageError that it raises."""
     try:
         return make(), None
     except UsageError as error:
@@ -110,8 +110,10 @@ def _attempt(make: Callable[[], T]) -> tuple[T | None, tuple[str, str] | None]:
 
 @contextlib.contextmanager
 def joined(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
-    """All ranks in one process group, until all have left the block. On a GPU: NCCL, and gloo for objects of the host.
-    An error of a collective, or any other, ends this process at once."""
+    """Join all ranks in one process group, until all have left the block.
+
+    On a GPU: NCCL, and gloo for objects of the host. An error of a collective, or any other, ends this process at once.
+    """
     limit = timedelta(seconds=timeout)
     # Groups made later, by device meshes and optimizers, take their limit from here and not from the first group.
     distributed_c10d.default_pg_timeout = limit
@@ -130,11 +132,11 @@ def joined(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
 
 
 def _store_of_this_start(ranks: Ranks, store: distributed_c10d.Store) -> distributed_c10d.Store:
-    """A part of torchrun's store that no earlier start has written to.
+    """Return a part of torchrun's store that no earlier start has written to.
 
     torchrun keeps one store over its restarts (torch 2.13, pytorch issue 135712), and a rank that reads the address of
-    a dead one there waits for it in vain. The number of the restart does not tell starts apart: nodes may differ in it.
-    So every rank shows the first one a name of its own, and is told the name of this start.
+    a dead one there waits for it in vain. The number of the restart does not distinguish starts: nodes may differ in
+    it. So every rank shows the first one a name of its own, and is told the name of this start.
     """
     own = uuid.uuid4().hex
     if not ranks.first:
@@ -161,8 +163,10 @@ def _store_of_this_start(ranks: Ranks, store: distributed_c10d.Store) -> distrib
 
 @contextlib.contextmanager
 def ending(ranks: Ranks) -> Iterator[None]:
-    """What one rank cannot recover from alone ends its process, with a message that names the rank. UsageError and
-    Stopped, which all ranks raise alike, pass once the group is closed."""
+    """End this process, with a message that names the rank, at an error that one rank cannot recover from alone.
+
+    UsageError and Stopped, which all ranks raise, pass once the group is closed.
+    """
     try:
         yield
     except (UsageError, Stopped):
@@ -177,14 +181,14 @@ def ending(ranks: Ranks) -> Iterator[None]:
 
 
 def end(message: str) -> NoReturn:
-    """At once: an orderly end would join threads that wait for ranks which are gone."""
+    """End this process at once: an orderly end would join threads that wait for ranks which are gone."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 
 
 def lost_message(error: BaseException, ranks: Ranks) -> str | None:
-    """What to tell where the error is of a collective that another rank did not come to; else None."""
+    """Return the message for an error of a collective that another rank did not come to; None for other errors."""
     text = f"{type(error).__name__} {error}".lower()
     if not isinstance(error, RuntimeError | ConnectionError):
         return None
@@ -203,7 +207,7 @@ def lost_message(error: BaseException, ranks: Ranks) -> str | None:
 
 
 class Stop:
-    """Whether SIGTERM or SIGINT was received, of which torchrun hands both on; the step is finished and saved first."""
+    """A flag that SIGTERM and SIGINT raise, both of which torchrun hands on; the step is finished and saved first."""
 
     def __init__(self) -> None:
         self.asked = False

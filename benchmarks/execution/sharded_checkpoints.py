@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: folders of torch.distributed.checkpoint that are whole, or are seen not to be.
+"""Checkpoints of many ranks: folders of torch.distributed.checkpoint that are complete, or are recognised not to be.
 
     checkpoints/step-000123.tmp/     while it is written
     checkpoints/step-000123/         complete: __RANK_0.distcp (tensors), .metadata (torch's), state.json (all else),
@@ -43,7 +43,7 @@ class ShardedCheckpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, *, asynchronous: bool = False) -> None:
         self.folder, self.ranks, self.asynchronous = folder, ranks, asynchronous
-        # Of its own, and of the host: a save beside the training must not meet the training's collectives.
+        # Of its own, and of the host: a save during the training must not meet the training's collectives.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -84,8 +84,10 @@ class ShardedCheckpoints:
             self._saving = None
 
     def find(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones, which are put
-        aside under the name `….damaged`."""
+        """Find the newest checkpoint whose every file is as it was written, and what is wrong with newer ones.
+
+        Those are put aside under the name `….damaged`.
+        """
         problems: list[str] = []
         for folder in self.ranks.on_first(self._complete_ones):
             found = sorted(problem for found in self.ranks.gathered(self._damage(folder)) for problem in found)
@@ -139,12 +141,12 @@ class ShardedCheckpoints:
         dist.barrier(group=self._group)
 
     def _complete_ones(self) -> list[Path]:
-        """The newest first. A folder that lost its manifest was being removed."""
+        """List the complete checkpoints, the newest first. A folder that lost its manifest was being removed."""
         folders = (path.parent for path in self.folder.glob(f"step-*/{MANIFEST}"))
         return sorted((path for path in folders if path.suffix == ""), reverse=True)
 
     def _damage(self, folder: Path) -> list[str]:
-        """What this rank finds wrong with its share of the files."""
+        """Return what this rank finds wrong with its share of the files."""
         try:
             files = json.loads((folder / MANIFEST).read_text())["files"]
             written = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in sorted(files.items())]
@@ -154,7 +156,7 @@ class ShardedCheckpoints:
 
 
 def _difference(path: Path, size: int, digest: str) -> str | None:
-    """What is wrong with a file of which these were written."""
+    """Return what is wrong with a file that was written with this size and digest; None if nothing is."""
     try:
         seen = _fingerprint(path)
     except OSError as error:
@@ -182,7 +184,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path) -> None:
-    """The manifest first: cut short, it leaves what nobody takes for a checkpoint."""
+    """Remove a checkpoint, the manifest first: cut short, that leaves a folder that is not taken for a checkpoint."""
     with contextlib.suppress(FileNotFoundError):
         (folder / MANIFEST).unlink()
     shutil.rmtree(folder, ignore_errors=True)

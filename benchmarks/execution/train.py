@@ -1,4 +1,4 @@
-"""Experiments from what is asked to results: folders, locks, what was recorded at the first start, and the runs."""
+"""From experiments to their results: folders, locks, what was recorded at the first start, and the runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Begun = tuple[Experiment, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How the work is done; nothing here changes a number of the result."""
+    """Options of how the work is done; nothing here changes a number of the result."""
 
     out: Path
     jobs: int | None = None  # runs side by side; None: one per core
@@ -39,10 +39,10 @@ class Execution:
 
 
 def train(experiments: Sequence[Experiment], corpus: Corpus, execution: Execution) -> list[Results]:
-    """Every experiment has the folder of its name inside `out`, and there its runs and its summary.json.
+    """Train experiments; each has the folder of its name inside `out`, and there its runs and its summary.json.
 
-    Under torchrun the first rank alone writes there and has the results; the others return none.
-    Raises UsageError where `out` cannot be used or holds an experiment with other options.
+    Under torchrun the first rank alone writes there and has the results; the others return none. Raises UsageError
+    where `out` cannot be used or holds an experiment with other options.
     """
     out, team = execution.out, execution.team
     with contextlib.ExitStack() as held:
@@ -74,7 +74,7 @@ def train(experiments: Sequence[Experiment], corpus: Corpus, execution: Executio
 
 
 def make_folder(out: Path) -> None:
-    """Raises UsageError where that cannot be."""
+    """Make the folder. Raises UsageError where that cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

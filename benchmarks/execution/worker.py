@@ -28,7 +28,7 @@ _REPORT_SECONDS = 0.2
 
 
 def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
-    """Exit status: 0 the run is finished, 1 it was told to stop."""
+    """Train one run; return its exit status: 0 the run is finished, 1 it was told to stop."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -55,7 +55,7 @@ def _tell(message: dict[str, Any]) -> None:
 
 
 def _leave_with_parent() -> None:
-    """A checkpoint is whole or absent, so to be gone at once is safe."""
+    """End when the parent does; a checkpoint is whole or absent, so that this is safe at any time."""
     os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
     os._exit(1)
 

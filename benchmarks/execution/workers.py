@@ -57,7 +57,10 @@ class Job:
 
 @contextlib.contextmanager
 def locked(folder: Path, patience: float = 10.0) -> Iterator[int]:
-    """Only one command at a time writes to the folder. Workers inherit the lock, so it is free when all are gone."""
+    """Hold a lock on the folder, so that only one command at a time writes there.
+
+    Workers inherit the lock, so it is free when all are gone.
+    """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         deadline = time.monotonic() + patience
@@ -101,7 +104,7 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Schedu
 
 
 def for_jax(threads: int) -> dict[str, str]:
-    """XLA takes a thread for every core that it sees, also next to another worker, unless it is told otherwise."""
+    """Keep XLA to its share of the cores: it takes a thread for every core that it sees."""
     single = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
     flags = os.environ.get("XLA_FLAGS", "") + single
     return {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(threads), "XLA_FLAGS": flags}

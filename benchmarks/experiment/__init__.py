@@ -1,4 +1,4 @@
-"""What is run: the text, the model and its training, the arms, and the experiment that puts them together.
+"""Experiments as values: the text, the model and its training, the arms, and the experiment that puts them together.
 
-Values alone live here, and the one table of arms. Nothing here trains, writes a file or draws.
+The one table of arms is here. Nothing here trains, writes a file or draws.
 """

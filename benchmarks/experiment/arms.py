@@ -4,7 +4,7 @@
 `muonclip@tau=10` or `muon@attention=gqa@weight_decay=0` (`SETTINGS`). `Choice` is such a word understood, and `resolve`
 makes an `Arm` of it, in which nothing is left to look up. An arm that changes the model starts from the same weights
 wherever the shapes agree. The maximum logits are measured in every arm, by a clip that never acts where the arm has
-none, so all pay for it.
+none, so that the measurement costs every arm the same.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Arm:
     changes: Mapping[str, Any]  # the fields that its model has otherwise than the experiment's, with its values
 
     def tau(self, done: int) -> float:
-        """The threshold in the update that follows `done` others; infinity measures without clipping."""
+        """Return the threshold in the update that follows `done` others; infinity measures without clipping."""
         return self.training.tau if self.clips and done >= self.clips_from else math.inf
 
     @property
@@ -78,12 +78,12 @@ class Arm:
 
     @property
     def capped(self) -> bool:
-        """Whether its logits pass through a soft cap; they are measured before it."""
+        """True where its logits pass through a soft cap; they are measured before it."""
         return "softcap" in self.changes
 
     @property
     def change(self) -> str:
-        """What it changes in the model, in words: "softcap = 30"."""
+        """The change that it makes to the model, in words: "softcap = 30"."""
         return ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.changes.items())
 
 
@@ -111,12 +111,12 @@ def choose(entry: str, **settings: Any) -> Choice:
 
 
 def choices(*names: str) -> tuple[Choice, ...]:
-    """The arms of these names. Raises ValueError, saying what is known, for a name that is not understood."""
+    """Read the names of arms. Raises ValueError, saying what is known, for a name that is not understood."""
     return tuple(map(_parse, names))
 
 
 def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> tuple[Arm, ...]:
-    """The arms that these choices are on the model and the training. Arms of one entry are shades of its colour."""
+    """Make the arms of these choices on the model and the training. Arms of one entry are shades of its colour."""
     rates = {choice.name: choice.settings.get("lr") or training.lr[choice.entry] for choice in chosen}
     arms: list[Arm] = []
     for choice in chosen:
@@ -167,12 +167,12 @@ def _parse(name: str) -> Choice:
 
 
 def _rest(choice: Choice) -> dict[str, Any]:
-    """The settings in which an arm and its baseline must agree."""
+    """Return the settings in which an arm and its baseline must agree."""
     return {key: value for key, value in choice.settings.items() if key not in ("tau", "lr")}
 
 
 def _shade(colour: str, position: int, count: int) -> str:
-    """The colour itself for a single arm; else from a dark to a light shade of it."""
+    """Return the colour itself for a single arm; else one from a dark to a light shade of it."""
     if count == 1:
         return colour
     mix = -0.45 + 1.0 * position / (count - 1)  # below 0 towards black, above 0 towards white

@@ -35,7 +35,7 @@ Kind = Literal["bytes", "tokens"]
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """Which data a run saw; `sha256` is over the names and contents of all files."""
+    """The data that a run saw; `sha256` is over the names and contents of all files."""
 
     title: str
     path: str | None  # None: the standard library
@@ -49,7 +49,7 @@ class DataRecord:
 
     @property
     def unit(self) -> str:
-        """Of losses in pictures and tables."""
+        """The unit of losses in pictures and tables."""
         return "bits per byte" if self.kind == "bytes" else "bits per token"
 
 
@@ -67,19 +67,24 @@ class Corpus:
     def batch(
         self, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
     ) -> NDArray[np.int64]:
-        """[batch_size, length + 1] windows of the train text; inputs are [:, :-1], targets [:, 1:]. `rows`: these
-        windows of the batch only."""
+        """Return [batch_size, length + 1] windows of the train text; inputs are [:, :-1], targets [:, 1:].
+
+        `rows`: these windows of the batch only.
+        """
         return _windows(self.train, f"train/{seed}/{step}", rows or range(batch_size), length)
 
     def validation_batch(
         self, *, index: int, batch_size: int, length: int, rows: range | None = None
     ) -> NDArray[np.int64]:
-        """The same windows for every arm, seed and step."""
+        """Return windows of the validation text, the same for every arm, seed and step."""
         return _windows(self.validation, f"validation/{index}", rows or range(batch_size), length)
 
     @cached_property
     def sha256(self) -> str:
-        """Read in full for a token file, so asked for once, by the command and not by its workers."""
+        """The digest of the text.
+
+        A token file is read in full for it, so the command asks once, and not its workers.
+        """
         if self.kind == "bytes":
             return self._digest.hexdigest()
         assert self.path is not None
@@ -91,7 +96,7 @@ class Corpus:
 
     @cached_property
     def vocab_size(self) -> int:
-        """256 for bytes; for token ids the largest one plus one."""
+        """The number of tokens: 256 for bytes; for token ids the largest one plus one."""
         if self.kind == "bytes":
             return 256
         parts = (self.train, self.validation)
@@ -111,7 +116,7 @@ class Corpus:
         )
 
     def require(self, length: int) -> None:
-        """Raises UsageError where a part has not even one window of `length` inputs and their targets."""
+        """Raise UsageError where a part has not even one window of `length` inputs and their targets."""
         for name, part in (("train", self.train), ("validation", self.validation)):
             if len(part) <= length:
                 raise UsageError(
@@ -173,7 +178,7 @@ def _from_tokens(path: Path) -> Corpus:
 
 
 def validation_names(names: list[str]) -> list[str]:
-    """A tenth of the names, at least one: those with the smallest SHA-256, a choice blind to alphabet and folder."""
+    """Return a tenth of the names, at least one: those with the smallest SHA-256."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     return ranked[: max(1, len(names) // VALIDATION_SHARE)]
 
@@ -196,7 +201,7 @@ def _frame(name: str, size: int) -> bytes:
 
 
 def _windows(part: NDArray[Any], key: str, rows: range, length: int) -> NDArray[np.int64]:
-    """Windows at offsets that a hash of the key draws: no generator state, the same on every platform and version."""
+    """Draw windows at offsets from a hash of the key: no generator state, the same on every platform and version."""
     offsets = (
         int.from_bytes(hashlib.sha256(f"{key}/{row}".encode()).digest()[:8]) % (len(part) - length) for row in rows
     )

@@ -17,7 +17,7 @@ from muonclip.models import MoEConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """All that decides the numbers of its runs; what the folder of results is recognised by."""
+    """The values that decide the numbers of its runs; a folder of results is recognised by them."""
 
     name: str  # of its folder; "" for an experiment that is the only one
     title: str
@@ -40,7 +40,7 @@ class Experiment:
 
     @property
     def steps(self) -> int:
-        """The steps of its longest run."""
+        """The number of steps of its longest run."""
         return max(arm.training.steps for arm in self.arms)
 
     @property
@@ -55,7 +55,7 @@ class Experiment:
 
     @property
     def heading(self) -> str:
-        """What tells it from others, for titles."""
+        """The settings that distinguish it from others, for titles."""
         return f"{self.title} · {self.training.batch_size} × {self.model.max_seq_len} tokens a step"
 
     def runs(self) -> list[tuple[Arm, int]]:
@@ -85,7 +85,7 @@ class Experiment:
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """One line for each value of two JSON configurations that is not the same, by its dotted name."""
+    """Write one line for each value of two JSON configurations that is not the same, by its dotted name."""
     old, new = flat({"framework": "torch"} | dict(recorded)), flat(asked)  # what was recorded when there was no other
     return [
         f"{name}: recorded {old.get(name, 'nothing')}, asked for {new.get(name, 'nothing')}"
@@ -95,7 +95,7 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[s
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names."""
+    """Flatten nested values to their dotted names."""
     names: dict[str, Any] = {}
     for key, item in value.items():
         names |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
@@ -103,7 +103,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON gives it back: dataclasses as dicts, tuples as lists."""
+    """Return the value as JSON gives it back: dataclasses as dicts, tuples as lists."""
     if hasattr(value, "__dataclass_fields__"):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The settings that have a name: which model, and how it is trained. Rates were searched; see the docstrings."""
+"""Named settings: which model, and how it is trained. Rates were searched; see the docstrings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from muonclip.models import MoEConfig
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """`pilot_rates`: tried first, for the pilot's share of the steps; the hot rate is chosen among them."""
+    """A model and its training under one name.
+
+    `pilot_rates`: tried first, for the pilot's share of the steps; the hot rate is chosen among them.
+    """
 
     model: Callable[..., MoEConfig]  # takes attention=, vocab_size=
     training: Training
@@ -23,7 +26,7 @@ class Preset:
 
 
 def rates(*, adamw: float, muon: float) -> dict[str, float]:
-    """By arm. Only those of adamw, muon and muonclip were searched; the other arms take their optimizer's."""
+    """Return rates by arm. Those of adamw, muon and muonclip were searched; the other arms take their optimizer's."""
     return {name: adamw if entry.optimizer == "adamw" else muon for name, entry in ARMS.items()}
 
 

@@ -1,4 +1,4 @@
-"""How runs are trained: the settings that all arms of an experiment share, each with its default."""
+"""The settings that all arms of an experiment share, each with its default: how runs are trained."""
 
 from __future__ import annotations
 

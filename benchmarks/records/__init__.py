@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its records, their summary, and what they were made with.
+"""The records that a run leaves: its folder, its steps, their summary, and the environment they were made in.
 
-Files are written whole or not at all, and read back here. What draws or words them is in `benchmarks.report`.
+Files are written whole or not at all, and read back here. Drawing and wording them is `benchmarks.report`'s.
 """

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whenever the process or the machine stops."""
+"""Files that are either the old one or the new one, complete, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Tensors, numbers and strings in dicts and lists; nothing that needs pickle."""
+    """Save tensors, numbers and strings in dicts and lists; nothing that needs pickle."""
     with replacing(path) as stream:
         torch.save(state, stream)
 
 
 def load(path: Path, device: str) -> dict[str, Any] | None:
-    """The saved state, or None where there is none. Only tensors and plain values are read (`weights_only`)."""
+    """Return the saved state, or None where there is none. Only tensors and plain values are read (`weights_only`)."""
     return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
 
 
@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream to a temporary file that takes the place of `path` once it has reached the disk."""
+    """Open a binary stream to a temporary file that replaces `path` once it has reached the disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as stream:
         yield stream

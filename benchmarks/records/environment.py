@@ -1,4 +1,4 @@
-"""What a result was made with: as it is recorded, and as the one line that pictures, pages and tables show."""
+"""The environment of a result: as it is recorded, and as the one line that pictures, pages and tables show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.experiment.settings import Framework
 
 
 def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str, Any]:
-    """Versions, machine, commit, date (UTC) and command; `gpu` where that is the device."""
+    """Return versions, machine, commit, date (UTC) and command; `gpu` where that is the device."""
     packages = ("jax", "jaxlib", "optax") if framework == "jax" else ()
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return gpu | {
@@ -38,7 +38,7 @@ def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str
 
 
 def made_with(environment: Mapping[str, Any]) -> str:
-    """Command, date, versions and machine, of what `environment` recorded."""
+    """Write command, date, versions and machine, as `environment` recorded them, in one line."""
     trained = ("jax", "jaxlib", "optax") if "jax" in environment else ("torch",)  # which JAX's runs only measure with
     commit = str(environment.get("git_commit") or "")
     commit = commit and f" (commit {commit[:7]}{' with changes' if commit.endswith('+') else ''})"
@@ -61,7 +61,7 @@ def made_with(environment: Mapping[str, Any]) -> str:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -75,7 +75,7 @@ def cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, "+" behind it where files differ from it; None outside a repository."""
+    """Return the commit of this source tree, with "+" where files differ from it; None outside a repository."""
     root = str(Path(__file__).resolve().parents[2])
     commit = _output("git", "-C", root, "rev-parse", "HEAD")
     changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")

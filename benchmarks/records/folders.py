@@ -17,7 +17,10 @@ CHECKPOINTS, STARTS = "checkpoints", "starts.jsonl"  # of many ranks
 
 
 class Result(TypedDict):
-    """What a finished run leaves next to its records. Seconds are summed over the parts of an interrupted run."""
+    """The summary that a finished run writes next to its records.
+
+    Seconds are summed over the parts of an interrupted run.
+    """
 
     steps: int
     diverged: bool  # ended early by a loss or gradient that is not finite
@@ -27,5 +30,5 @@ class Result(TypedDict):
 
 
 def run_folder(folder: Path, arm: str, seed: int) -> Path:
-    """The run's folder in that of its experiment."""
+    """Return the run's folder in that of its experiment."""
     return folder / "runs" / f"{arm}-{seed}"

@@ -1,4 +1,4 @@
-"""What seeds allow to say: means and medians with confidence intervals, and where a curve reaches a value."""
+"""Means and medians over seeds with their confidence intervals, and where a curve reaches a value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval of a difference says of its sign."""
+        """Return what the interval of a difference says of its sign."""
         if not math.isfinite(self.mean):
             return "not finite"
         if self.mean == self.low == self.high == 0:
@@ -33,13 +33,13 @@ class Interval(NamedTuple):
         return "lower" if self.high < 0 else "higher" if self.low > 0 else "not told from zero"
 
     def __str__(self) -> str:
-        """A difference: `+0.100 (−0.020 to +0.220)`."""
+        """Write a difference: `+0.100 (−0.020 to +0.220)`."""
         mean, low, high = (difference(value) for value in self)
         return mean if self.low == self.high or not math.isfinite(self.low) else f"{mean} ({low} to {high})"
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The mean of the values, each from a seed of its own; for a paired difference, pass the differences."""
+    """Return the mean of the values, each from a seed of its own; for a paired difference, pass the differences."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
@@ -49,15 +49,17 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
 
 
 def difference(value: float) -> str:
-    """Signed, with three decimals, or as a power of ten where those would be zeros."""
+    """Write a signed number with three decimals, or as a power of ten where those would be zeros."""
     if not math.isfinite(value):
         return "not finite"
     return (f"{value:+.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:+.0e}").replace("-", "−")
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, float | None]:
-    """The median and its confidence interval by order statistics, whatever the distribution; None for bounds that so
-    few values cannot give."""
+    """Return the median and its confidence interval by order statistics, whatever the distribution.
+
+    A bound is None where so few values cannot give it.
+    """
     ordered, count = sorted(values), len(values)
     below = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
     low, high = (ordered[below - 1], ordered[count - below]) if below else (None, None)
@@ -65,9 +67,10 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def crossing(budgets: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """The smallest budget at which the loss is down to the target, straight lines between measurements in log budget.
+    """Return the smallest budget at which the loss is down to the target.
 
-    None where it never is, or is already at the smallest budget: then the answer lies outside what was measured.
+    Between measurements the loss is a straight line in log budget. None where it never is, or is already at the
+    smallest budget: then the answer is outside what was measured.
     """
     points = sorted(zip(budgets, losses, strict=True))
     if points[0][1] <= target:

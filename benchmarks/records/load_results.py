@@ -12,8 +12,11 @@ from benchmarks.records.summary import Results, collect
 
 
 def read_folder(folder: Path) -> list[Results]:
-    """The experiment of a folder, or those of its sub-folders, with the runs that are finished; those without any are
-    left out. Raises UsageError for a folder that holds no finished run, or not what this version wrote."""
+    """Return the experiment of a folder, or those of its sub-folders, with the runs that are finished.
+
+    Those without any are left out. Raises UsageError for a folder that holds no finished run, or not what this version
+    wrote.
+    """
     folders = [folder] if (folder / CONFIG).exists() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     if not folders:
         why = f"neither {CONFIG} nor a folder with one" if folder.is_dir() else "no such folder"

@@ -54,19 +54,19 @@ class MetricsLog:
             stream.write((json.dumps(to_json(record), allow_nan=False) + "\n").encode())
 
     def sync(self) -> None:
-        """Reach the disk, so that no checkpoint is ever ahead of its records."""
+        """Write the file to the disk, so that no checkpoint is ever ahead of its records."""
         with self.path.open("ab") as stream:
             os.fsync(stream.fileno())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records, numbers as numbers."""
+    """Read all records, numbers as numbers."""
     with path.open("rb") as stream:
         return [from_json(json.loads(line)) for line in stream]
 
 
 def to_json(value: Any) -> Any:
-    """The value with every non-finite float as a string."""
+    """Return the value with every non-finite float as a string."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -77,7 +77,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`."""
+    """Invert `to_json`."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if isinstance(value, dict):

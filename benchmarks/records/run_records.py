@@ -30,8 +30,11 @@ BY_HEAD = {  # field of a record → what it is called over all heads, and how i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunRecords:
-    """`steps`: a row per step, a column for each of SCALARS and for each name in BY_HEAD; `heads`: by field, a column
-    for each (attention, head). What was not measured at a step is NaN."""
+    """The records of a run as two tables.
+
+    `steps`: a row per step, a column for each of SCALARS and for each name in BY_HEAD; `heads`: by field, a column for
+    each (attention, head). What was not measured at a step is NaN.
+    """
 
     steps: Frame
     heads: Mapping[str, Frame]
@@ -43,24 +46,27 @@ class RunRecords:
         return int(self.steps.index[-1]) if math.isnan(last["max_logit"]) else None
 
     def same_as(self, other: RunRecords) -> bool:
-        """Whether both have the same losses and logits at every step, to the bit."""
+        """Tell whether both have the same losses and logits at every step, to the bit."""
         columns = ["loss", "val_loss"]
         same = self.steps[columns].equals(other.steps[columns])
         return same and self.heads["max_logits"].equals(other.heads["max_logits"])
 
     def clipped(self, tau: float) -> Frame:
-        """Whether each head was clipped at each step: where an arm clips, all heads above τ are, and no others."""
+        """Tell whether each head was clipped at each step: where an arm clips, all heads above τ are, and no others."""
         acted = self.steps["clipped_heads"] > 0
         return (self.heads["max_logits"] > tau).mul(acted, axis=0)
 
     def spikes(self, window: int, threshold: float) -> Frame:
-        """Whether the loss is not finite or exceeds the median of the `window` losses before it by `threshold` nats."""
+        """Tell at which steps the loss spikes.
+
+        It is not finite there or exceeds the median of the `window` losses before it by `threshold` nats.
+        """
         loss = self.steps["loss"]
         return ~np.isfinite(loss) | (loss > loss.rolling(window).median().shift(1) + threshold)
 
 
 def run_records(records: Sequence[Mapping[str, Any]]) -> RunRecords:
-    """The tables of these records, which are of steps 1, 2, …"""
+    """Make the tables of these records, which are of steps 1, 2, …"""
     steps = pd.DataFrame(records, index=[record["step"] for record in records]).reindex(columns=[*SCALARS])
     heads = {field: _by_head(records, field) for field in BY_HEAD}
     over = {name: heads[field].agg(how, axis=1) for field, (name, how) in BY_HEAD.items()}

@@ -1,4 +1,4 @@
-"""What a run's records come to, and the results of an experiment: its finished runs with their summaries."""
+"""Summaries of runs from their records, and the results of an experiment: its finished runs with their summaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from benchmarks.records.run_records import RunRecords, read_run
 
 
 class RunSummary(TypedDict):
-    """Losses in nats per token; bits per byte only where a token is a byte. Non-finite numbers: see `metrics`."""
+    """The summary of a run.
+
+    Losses are in nats per token; bits per byte only where a token is a byte. Non-finite numbers: see `metrics`.
+    """
 
     final_val_loss: float
     val_bits_per_byte: float | None
@@ -55,14 +58,17 @@ class Results:
         return [arm for arm in self.experiment.arms if self.summaries.get(arm.name)]
 
     def only(self, *names: str) -> Results:
-        """The same with these arms alone."""
+        """Return the results of these arms alone."""
         chosen = tuple(choice for choice in self.experiment.chosen if choice.name in names)
         records = {name: runs for name, runs in self.records.items() if name in names}
         summaries = {name: runs for name, runs in self.summaries.items() if name in names}
         return Results(replace(self.experiment, chosen=chosen), records, summaries, self.environment)
 
     def to_json(self) -> dict[str, Any]:
-        """What summary.json holds; `config.model_changes`: by arm, the fields of the model that it sets otherwise."""
+        """Return what summary.json holds.
+
+        `config.model_changes`: by arm, the fields of the model that it sets otherwise.
+        """
         arms = {arm: {str(seed): run for seed, run in runs.items()} for arm, runs in self.summaries.items()}
         changes = {arm.name: arm.changes for arm in self.experiment.arms if arm.changes}
         config = self.experiment.to_json() | {"model_changes": changes}
@@ -109,5 +115,5 @@ def summarise(experiment: Experiment, arm: Arm, records: RunRecords, result: Res
 
 
 def bits(nats: float) -> float:
-    """A loss per token, or per byte where a token is one, in the unit that `DataRecord.unit` names."""
+    """Convert a loss per token to bits per token, or per byte where a token is one: the unit of `DataRecord.unit`."""
     return nats / math.log(2)

@@ -1,4 +1,4 @@
-"""What finished runs show: verdicts as typed facts, tables, pictures, the HTML page, events for TensorBoard.
+"""Reports of finished runs: verdicts as typed facts, tables, pictures, the HTML page, events for TensorBoard.
 
 Everything here reads `benchmarks.records` and trains nothing.
 """

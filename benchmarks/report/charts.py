@@ -1,4 +1,4 @@
-"""What the pictures and the page draw, before either draws it: lines over the steps, and maps of every head.
+"""Charts before they are drawn, by pictures and page: lines over the steps, and maps of every head.
 
 A chart is made from the records of an experiment, once; `plots` and `head_maps` draw it with Matplotlib, `page` with
 Plotly.
@@ -69,26 +69,28 @@ QUANTITIES = (
 
 
 def charts(results: Results, top: float, quantities: Sequence[Quantity] = QUANTITIES) -> list[Chart]:
-    """A chart for each quantity that was measured; `top` is where axes of logits end."""
+    """Make a chart for each quantity that was measured; `top` is where axes of logits end."""
     made = (_chart(results, quantity, top) for quantity in quantities)
     return [chart for chart in made if chart.lines]
 
 
 def top_of_logits(results: Sequence[Results]) -> float:
-    """The upper end of every axis and colour scale of logits, so that charts can be compared."""
+    """Return the upper end of every axis and colour scale of logits, so that charts can be compared."""
     peaks = [run["max_logit_peak"] for result in results for runs in result.summaries.values() for run in runs.values()]
     taus = [arm.training.tau for result in results for arm in result.experiment.arms]
     return max([peak for peak in peaks if math.isfinite(peak)] + [2 * tau for tau in taus])
 
 
 def floor_of_logits(tau: float) -> float:
-    """Where axes of logits begin: 1, or less where τ is small itself."""
+    """Return where axes of logits begin: 1, or less where τ is small itself."""
     return min(1.0, tau / 10)
 
 
 def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
-    """At most so many points (4 or more): the first, the last, and between them the lowest and the highest of equal
-    stretches, so that no peak is lost."""
+    """Keep at most so many points (4 or more), so that no peak is lost.
+
+    These are the first, the last, and between them the lowest and the highest of equal stretches.
+    """
     if len(x) <= most:
         return x, y
     kept = {0, len(x) - 1}
@@ -132,7 +134,7 @@ def _chart(results: Results, quantity: Quantity, top: float) -> Chart:
 
 
 def _curve(records: RunRecords, quantity: Quantity) -> Floats:
-    """[2, points]: the steps that have a finite value, above 0 where the axis is logarithmic, and the values."""
+    """Return [2, points]: the steps that have a finite value, above 0 where the axis is logarithmic, and the values."""
     values = records.steps[quantity.column].replace([np.inf, -np.inf], np.nan).dropna()
     if quantity.column == "max_logit":
         values = values[values > 0]
@@ -154,8 +156,11 @@ def _spikes(results: Results, arm: Arm) -> list[Line]:
 
 
 class HeadMap(NamedTuple):
-    """Maxima of a run by head and step, binned: a pixel cannot hold less than itself, and one step of one head above τ
-    is what the clip acts on, which a mean would hide."""
+    """Maxima of a run by head and step, binned by their maximum.
+
+    A pixel cannot hold less than itself, and one step of one head above τ is what the clip acts on, which a mean would
+    hide.
+    """
 
     values: Floats  # [rows, columns], NaN where nothing was recorded
     clipped: NDArray[np.bool_]  # whether the clip rescaled a head of the cell
@@ -165,7 +170,7 @@ class HeadMap(NamedTuple):
 
 
 def head_map(records: RunRecords, experiment: Experiment, tau: float, *, columns: int, rows: int) -> HeadMap:
-    """At most so many columns and, where layers can be divided so, rows."""
+    """Make a map with at most so many columns and, where layers can be divided so, rows."""
     maxima, longest = records.heads["max_logits"], experiment.steps
     layers = list(dict.fromkeys(maxima.columns.get_level_values(0))) or [""]
     per_layer = max(maxima.shape[1] // len(layers), 1)
@@ -182,16 +187,16 @@ def head_map(records: RunRecords, experiment: Experiment, tau: float, *, columns
 
 
 def _binned(values: Floats, size: int, axis: int) -> Floats:
-    """Maxima of `size` neighbours along the axis, NaN only where all of them are."""
+    """Take the maxima of `size` neighbours along the axis, NaN only where all of them are."""
     return np.fmax.reduceat(values, np.arange(0, values.shape[axis], size), axis=axis)
 
 
 def _divisor(number: int, least: int) -> int:
-    """The smallest divisor that is at least so large; the number itself where there is none."""
+    """Return the smallest divisor that is at least so large; the number itself where there is none."""
     return next((size for size in range(least, number) if number % size == 0), number)
 
 
 def _layer(attention: str) -> str:
-    """`layers.2.attn` → "layer 2"."""
+    """Shorten the name of an attention: `layers.2.attn` → "layer 2"."""
     number = re.search(r"\d+", attention)
     return f"layer {number[0]}" if number else attention

@@ -1,4 +1,4 @@
-"""Several experiments side by side: what differs between them, and what became of the arms they share."""
+"""Comparison of several experiments: the settings that differ, and the results of the arms they share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MADE_WITH_JAX = ("jax", "jaxlib", "optax")  # PyTorch's runs have no version of
 
 
 def setting_rows(results: Sequence[Results]) -> list[list[str]]:
-    """A row for each setting and each version that is not the same in all, with its values."""
+    """Make a row for each setting and each version that is not the same in all, with its values."""
     jax = all(result.experiment.framework == "jax" for result in results)
     made = _MADE_WITH + (_MADE_WITH_JAX if jax else ())
     sides = [
@@ -37,7 +37,7 @@ def setting_rows(results: Sequence[Results]) -> list[list[str]]:
 
 
 def shared_rows(results: Sequence[Results]) -> list[list[str]]:
-    """A row for each arm that several have: its loss and peak logit in each, and how far the losses are apart."""
+    """Make a row for each arm that several have: its loss and peak logit in each, and the differences of the losses."""
     facts = [{fact.arm.name: fact for fact in arm_facts(result)} for result in results]
     first = results[0].experiment
     same = all((r.experiment.model, r.experiment.data.sha256) == (first.model, first.data.sha256) for r in results)
@@ -62,7 +62,7 @@ def shared_rows(results: Sequence[Results]) -> list[list[str]]:
 
 
 def written(value: Any) -> str:
-    """A setting's value for a table."""
+    """Write a setting's value for a table."""
     if isinstance(value, list):
         return ", ".join(map(written, value))
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}\+?", value):

@@ -51,7 +51,7 @@ class Map:
 
     @property
     def height(self) -> float:
-        """Each row at least a pixel."""
+        """The height of the map: each row at least a pixel."""
         rows = len(self.cells.values)
         return max(_LEAST, min(rows * _ROW, 2.4), 1.02 * rows / DPI)
 
@@ -60,7 +60,7 @@ class Map:
         return self.height / len(self.cells.values)
 
     def title(self, columns: int) -> str:
-        """The caption, broken after commas and before brackets alone."""
+        """Return the caption, broken after commas and before brackets only."""
         kept = re.sub(r"(?<!,) (?!\()", "\N{NO-BREAK SPACE}", self.arm.caption)
         return textwrap.fill(kept, _TITLE[columns], break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
@@ -92,7 +92,7 @@ def draw_maps(figure: Figure, results: Sequence[Results]) -> None:
 
 
 def maps(results: Results, columns: int) -> list[Map]:
-    """By arm, in cells small enough for so many maps next to each other."""
+    """Make the maps by arm, in cells small enough for so many maps next to each other."""
     made = []
     for arm in results.finished:
         seed = next(seed for seed in results.experiment.seeds if seed in results.records[arm.name])
@@ -108,7 +108,7 @@ def _grid(arms: int) -> tuple[int, int]:
 
 
 def _norm(cells: Sequence[HeadMap], taus: Sequence[float]) -> LogNorm:
-    """From 1 (less where all is far below it) to the largest maximum, and every τ inside."""
+    """Return the colour scale: from 1 (less where all is far below it) to the largest maximum, and every τ inside."""
     finite = [cell.values[np.isfinite(cell.values)].max(initial=0) for cell in cells]
     top = max(*finite, 1.3 * max(taus))
     return LogNorm(min(1.0, top / 100), top, clip=True)
@@ -175,7 +175,7 @@ def _mark_end(axis: Axes, step: int, longest: int) -> None:
 
 
 def _marks(cells: HeadMap) -> list[list[tuple[float, float]]]:
-    """A line along the foot of the row through each stretch of clipped cells."""
+    """Draw a line along the foot of the row through each stretch of clipped cells."""
     lines = []
     for row, clipped in enumerate(cells.clipped):
         edges = np.flatnonzero(np.diff(np.concatenate(([False], clipped, [False])).astype(np.int8)))

@@ -53,13 +53,13 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 def write(results: Sequence[Results], path: Path, *, title: str | None = None) -> None:
-    """Write the page of these experiments, side by side where they are several. Unfinished runs are named."""
+    """Write the page of these experiments, next to each other where they are several. Unfinished runs are named."""
     with replacing(path) as stream:
         stream.write(page(results, title=title).encode())
 
 
 def page(results: Sequence[Results], *, title: str | None = None) -> str:
-    """The page as text."""
+    """Make the page as text."""
     arms, top = _all_arms(results), top_of_logits(results)
     labels = {arm.name: arm.label for arm in arms}
     colours = {arm.name: arm.colour for arm in arms}
@@ -92,7 +92,7 @@ def page(results: Sequence[Results], *, title: str | None = None) -> str:
 
 
 def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the template shows of one experiment."""
+    """Return what the template shows of one experiment."""
     experiment, facts = results.experiment, arm_facts(results)
     diverged = [
         f"{fact.arm.label}, seed {seed}, diverged: it ended at step {step} of {fact.arm.training.steps}."
@@ -113,7 +113,7 @@ def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def _all_arms(results: Sequence[Results]) -> tuple[Arm, ...]:
-    """The finished arms of all, with a colour for each, as if they were of the first experiment."""
+    """Return the finished arms of all, with a colour for each, as if they were of the first experiment."""
     finished = {arm.name for result in results for arm in result.finished}
     chosen = {choice.name: choice for result in results for choice in result.experiment.chosen}
     training = results[0].experiment.training
@@ -159,7 +159,7 @@ def _lines(chart: Chart, steps: int, labels: dict[str, str], colours: dict[str, 
 
 
 def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
-    """A trace for each seed, of which the page shows one."""
+    """Make a trace for each seed, of which the page shows one."""
     tau, runs = arm.training.tau, results.records[arm.name]
     low, high, at = (math.log10(value) for value in (floor_of_logits(tau), top, tau))
     share = (at - low) / (high - low)
@@ -211,5 +211,5 @@ def _rounded(values: Any) -> list[float | None]:
 
 
 def _json(figure: Any) -> str:
-    """For a script element, which any `</script` inside would end."""
+    """Write JSON for a script element, which any `</script` inside would end."""
     return figure.to_json().replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: pictures and pages from finished runs, and several folders side by side."""
+"""The command `python -m benchmarks report`: pictures and pages from finished runs, and several folders compared."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ COMPARISON = Path("comparison")  # in the current folder: a comparison belongs t
 
 
 def redraw(folders: Sequence[Path], out: Path | None = None, *, events: bool = False) -> None:
-    """Draw each folder's results into it; and those of all together into `out`, where that is given or they are
-    several. `events` also writes files for TensorBoard. Raises UsageError before anything is written."""
+    """Draw each folder's results into it, and those of all together into `out`.
+
+    The latter where `out` is given or they are several. `events` also writes files for TensorBoard. Raises UsageError
+    before anything is written.
+    """
     if events:
         tensorboard.require()
     if len(folders) > 1 and out is None:
@@ -50,7 +53,7 @@ def redraw(folders: Sequence[Path], out: Path | None = None, *, events: bool = F
 
 
 def draw(results: Sequence[Results], folder: Path, *, title: str | None = None) -> None:
-    """Write curves.png, heads.png and report.html of all, side by side where they are several."""
+    """Write curves.png, heads.png and report.html of all, next to each other where they are several."""
     plots.draw(results, folder / "curves.png")
     head_maps.draw(results, folder / "heads.png")
     page.write(results, folder / "report.html", title=title)
@@ -58,6 +61,6 @@ def draw(results: Sequence[Results], folder: Path, *, title: str | None = None) 
 
 
 def _named(result: Results, folder: Path, experiments: int) -> Results:
-    """A title that tells the folders apart: the folder, and the experiment where it has several."""
+    """Give a title that distinguishes the folders: the folder, and the experiment where it has several."""
     title = str(folder) if experiments == 1 else f"{folder}: {result.experiment.title}"
     return replace(result, experiment=replace(result.experiment, title=title))

@@ -1,4 +1,4 @@
-"""What all pictures share: their look, how lines are drawn, and the foot that says what they were made with."""
+"""The style of all pictures: their look, how lines are drawn, and the foot that says what they were made with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MARGIN = 0.06  # inches, left and right of it
 
 
 def draw_lines(axis: Axes, lines: Sequence[Line], **looks: Mapping[str, Any]) -> None:
-    """Thin lines for seeds, thick ones for their mean, marks; `looks` changes what a kind looks like."""
+    """Draw thin lines for seeds, thick ones for their mean, and marks; `looks` changes what a kind looks like."""
     for line in lines:
         look: dict[str, Any] = {"color": line.colour, **_LOOKS[line.kind], **looks.get(line.kind, {})}
         if line.dashed:
@@ -69,7 +69,7 @@ def draw_threshold(axis: Axes, tau: float) -> None:
 
 
 def plain_log(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
-    """Numbers as they are said, on a logarithmic axis."""
+    """Label a logarithmic axis with plain numbers."""
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -77,8 +77,10 @@ def plain_log(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
 
 @contextlib.contextmanager
 def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, **size: Any) -> Iterator[Figure]:
-    """A figure to draw into, which is then written to `path`: its title on top, at its foot a line for each different
-    environment."""
+    """Open a figure to draw into, which is then written to `path`.
+
+    Its title is on top, and at its foot a line for each different environment.
+    """
     with pyplot.rc_context(STYLE):
         figure = pyplot.figure(**size, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", size=11.5)
@@ -95,7 +97,7 @@ def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, *
 
 
 def _wrapped(text: str, figure: Figure) -> list[str]:
-    """Lines that fit the figure's width, broken between the parts where that is possible."""
+    """Break lines to fit the figure's width, between the parts where that is possible."""
     room = DPI * (figure.get_figwidth() - 2 * _MARGIN)
     probe = figure.text(0, 0, "", size=_FOOTER_SIZE)
 

@@ -10,7 +10,7 @@ Rows = Sequence[Sequence[str]]  # the first is the head
 
 
 def aligned(rows: Rows) -> str:
-    """Columns two spaces apart, the first to the left."""
+    """Align columns with two spaces between them, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> str:
 
 
 def runs_table(results: Results) -> Rows:
-    """A row per finished run; bits are per byte, per token for token ids."""
+    """Make a row per finished run; bits are per byte, per token for token ids."""
     unit = results.experiment.data.unit.replace("bits per ", "bits/")
     measured = ["val loss", unit, "peak logit", "last quarter", "clips", "spikes", "tokens/s", "time"]
     rows = [["arm", "seed", "rate", *measured]]
@@ -52,13 +52,13 @@ def runs_table(results: Results) -> Rows:
 
 
 def runs_text(results: Results) -> str:
-    """The table for the terminal, and a line for each arm that changes the model."""
+    """Write the table for the terminal, and a line for each arm that changes the model."""
     notes = model_notes(results)
     return "\n".join([aligned(runs_table(results)), *([""] if notes else []), *notes])
 
 
 def model_notes(results: Results) -> list[str]:
-    """A line for each arm that changes the model."""
+    """Write a line for each arm that changes the model."""
     capped = "; its logits are measured before the cap."
     return [
         f"{arm.label} changes the model: {arm.change}{capped if arm.capped else '.'}"

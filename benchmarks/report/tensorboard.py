@@ -51,7 +51,7 @@ def write(result: Results, folder: Path) -> None:
 
 
 def _scalars(records: RunRecords) -> Iterator[tuple[str, Frame]]:
-    """Tags, and values by step: what was recorded as it is; heads under their common name, over all and by layer."""
+    """Yield tags, and values by step: heads under their common name, over all and by layer."""
     for name in SCALARS:
         column = records.steps[name]
         yield name, column if name == "loss" else column.dropna()  # a loss that is not a number is recorded so

@@ -1,4 +1,4 @@
-"""What an experiment shows, as facts of its numbers alone: what became of the logits, and what the clip changed.
+"""Facts of an experiment from its numbers alone: how large the logits became, and what the clip changed.
 
 A fact names what speaks against the claim as readily. `logit_rows`, `effect_rows` make tables of them.
 """
@@ -73,18 +73,18 @@ def arm_facts(results: Results) -> list[ArmFacts]:
 
 
 def clip_facts(results: Results) -> list[ClipFacts]:
-    """Of every finished arm whose baseline is finished, too."""
+    """Return the facts of every finished arm whose baseline is finished, too."""
     finished = {arm.name: arm for arm in results.finished}
     return [_of_clip(results, arm, finished[arm.baseline]) for arm in finished.values() if arm.baseline in finished]
 
 
 def compare(own: Sequence[float], other: Sequence[float]) -> Interval:
-    """The difference of losses, paired by seed."""
+    """Return the difference of losses, paired by seed."""
     return interval([a - b for a, b in zip(own, other, strict=True)])
 
 
 def logit_rows(facts: Sequence[ArmFacts]) -> list[list[str]]:
-    """Sorted by loss within each model; losses of different models are not compared."""
+    """Make rows sorted by loss within each model; losses of different models are not compared."""
     head = (
         "arm|logits|passed τ at step|peak|last quarter ÷ τ|heads ever clipped|last clip|loss spikes|entropy|loss, bits"
     )
@@ -196,5 +196,5 @@ def _of_clip(results: Results, arm: Arm, baseline: Arm) -> ClipFacts:
 
 
 def _span(values: Sequence[object]) -> str:
-    """The first and the last of them, once where they are the same."""
+    """Write the first and the last of them, once where they are the same."""
     return " to ".join(dict.fromkeys(map(str, (*values[:1], *values[-1:]))))

@@ -1,4 +1,4 @@
-"""The questions asked: a file, or a few, per command that measures more than one experiment's arms.
+"""The studies: a file, or a few, per command that measures more than one experiment's arms.
 
-They stand on all other packages, and no other package imports them.
+They import all other packages, and no other package imports them.
 """

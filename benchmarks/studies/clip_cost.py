@@ -1,4 +1,4 @@
-"""What QK-Clip costs, end to end: whole training steps with it and without it, side by side.
+"""The cost of QK-Clip, end to end: whole training steps with it and without it, compared in one process.
 
     ratio = seconds(forward, backward, AdamW, clip) / seconds(forward, backward, AdamW)
 
@@ -63,7 +63,10 @@ QUICK = Plan(width=128, layers=2, tokens=((2, 32),), rounds=6, added_steps=2, wa
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """`hot`: at weights with which every head passes τ. `exact`, `clipped`: all heads are, at every step; else none."""
+    """A case to measure, and what its heads must do.
+
+    `hot`: at weights with which every head exceeds τ. `exact`, `clipped`: all heads are, at every step; else none.
+    """
 
     name: str
     arm: str
@@ -129,7 +132,7 @@ class Bench:
         self.saved: list[tuple[Tensor, Tensor]] = []  # weights that the clip scales, and what they begin with
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        """The cells, one for each regime."""
+        """Measure the cells, one for each regime."""
         for hot in (False, True):
             if hot:
                 self.inflate()
@@ -152,7 +155,7 @@ class Bench:
                 yield self.cell | measured | self.check(regime)
 
     def rounds(self, regimes: Sequence[Regime]) -> dict[str, list[float]]:
-        """Seconds of a step by arm, one per round. The order is turned and reversed from round to round."""
+        """Return the seconds of a step by arm, one per round. The order is turned and reversed from round to round."""
         by_arm = {regime.arm: regime for regime in regimes}
         arms = [WITHOUT, AGAIN, *by_arm]
         orders = [(arms[first:] + arms[:first])[::way] for first in range(len(arms)) for way in (1, -1)]
@@ -165,7 +168,7 @@ class Bench:
         return {arm: values[self.plan.warm_up :] for arm, values in seconds.items()}
 
     def step(self, name: str) -> float:
-        """Seconds of one training step of an arm, the weights being what they always are before it."""
+        """Return the seconds of one training step of an arm, from the weights that every step starts from."""
         arm = self.arms[name]
         with torch.no_grad():
             for weight, value in self.saved:
@@ -186,13 +189,13 @@ class Bench:
         return time.perf_counter()
 
     def added(self, regime: Regime) -> float:
-        """Seconds inside the clip's own functions over those of the rest of one step."""
+        """Return the seconds inside the clip's own functions over those of the rest of one step."""
         with _clocked(self.now) as spent:
             whole = self.step(regime.arm)
         return sum(spent) / (whole - sum(spent))
 
     def check(self, regime: Regime) -> dict[str, Any]:
-        """What the last step of the regime's arm reports. Raises RunFailed where that is not the regime's."""
+        """Return what the last step of the regime's arm reports. Raises RunFailed where that is not the regime's."""
         report = self._clip(regime.arm).report()
         exact = sum(int(layer.exact.sum()) for layer in report.layers.values())
         found = {"heads": report.heads, "exact": exact, "clipped": report.clipped_heads}
@@ -228,7 +231,7 @@ class Bench:
 
 @contextmanager
 def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
-    """Seconds of every call of the clip's own functions meanwhile."""
+    """Measure the seconds of every call of the clip's own functions meanwhile."""
     spent: list[float] = []
 
     def clocked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,12 +19,15 @@ _HEAD_WIDTH, _ROTARY_WIDTH = 64, 16
 
 
 def build(name: str, *, width: int, layers: int, length: int) -> nn.Module:
-    """In float32, on the CPU. Raises UsageError where transformers is missing."""
+    """Build the model in float32, on the CPU. Raises UsageError where transformers is missing."""
     return (_moe if name == "moe" else _llama)(width, layers, length)
 
 
 def loss(model: nn.Module, tokens: Tensor, dtype: str) -> Tensor:
-    """Of next tokens; int64 [B, T + 1]. In bfloat16 the MoE runs under autocast; a Llama is cast by its owner."""
+    """Return the loss of next tokens, int64 [B, T + 1].
+
+    In bfloat16 the MoE runs under autocast; a Llama is cast by its owner.
+    """
     if isinstance(model, MoE):
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             return model.loss(tokens[:, :-1], tokens[:, 1:])

@@ -1,5 +1,7 @@
-"""What `clip_cost` measured, as Markdown tables. Written into a page between two marks, so that no number there is
-typed by hand."""
+"""The measurements of `clip_cost` as Markdown tables, written into a page between two marks.
+
+No number there is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def target_facts(cells: Sequence[Json]) -> TargetFacts:
 
 
 def read_clip_cost(result: Json) -> str:
-    """The sections, one for each regime, from the object that `DEVICE.json` holds."""
+    """Write the sections, one for each regime, from the object that `DEVICE.json` holds."""
     made, config = result["environment"], result["config"]
     clock = "the CPU time of one thread" if made["threads"] == 1 else f"the wall clock, {made['threads']} threads"
     text = (

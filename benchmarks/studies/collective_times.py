@@ -1,4 +1,4 @@
-"""How long collectives take, and how much of that the host waits: measured around the calls of `torch.distributed`.
+"""The time that collectives take, and how much of it the host waits: measured around calls of `torch.distributed`.
 
     blocked     seconds in which this rank's Python thread was in a collective: inside synchronous calls, and in
                 `wait()` of asynchronous ones, issuing them included
@@ -6,6 +6,7 @@
                 their future notes, for synchronous ones their return; those in flight together count once
 
     communication share = blocked / step        what the step would lose if collectives took no time at all
+    compute share       = 1 − communication share
     overlap share       = 1 − blocked / in flight    of the time that collectives took, how much was computed meanwhile
 
 Completion includes waiting for ranks that come late: imbalance counts as communication. On an accelerator `wait()` does
@@ -35,7 +36,7 @@ class CollectiveTimes:
 
     @property
     def in_flight(self) -> float:
-        """The length of the union of the intervals."""
+        """The length of the union of the intervals, in seconds."""
         total, end = 0.0, float("-inf")
         for begun, ended in sorted(interval for interval in self.intervals if interval[1] < math.inf):
             total += max(0.0, ended - max(begun, end))
@@ -45,8 +46,10 @@ class CollectiveTimes:
 
 @contextlib.contextmanager
 def collective_times() -> Iterator[CollectiveTimes]:
-    """Of the collectives that are issued inside by name, as `dist.all_reduce(…)`. FSDP's are not: they are C++ calls of
-    the process group."""
+    """Time the collectives that are issued inside by name, as `dist.all_reduce(…)`.
+
+    FSDP's are not included: they are C++ calls of the process group.
+    """
     times = CollectiveTimes()
     originals = {name: getattr(dist, name) for name in _WRAPPED}
     try:

@@ -1,4 +1,4 @@
-"""`make evidence`: the rate sweep, token efficiency, the cost of clipping, and every arm at a hot rate.
+"""The long evidence, `make evidence`: the rate sweep, token efficiency, the cost of clipping, every arm at a hot rate.
 
     sweep       AdamW, Muon and MuonClip at several rates: the loss and the peak logit of each, the best rate of each
     efficiency  Muon at its best rate and smaller budgets: the share of AdamW's tokens that reaches AdamW's final loss
@@ -110,7 +110,7 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
 
 
 def sweep_json(sweep: Results) -> dict[str, Any]:
-    """Loss and peak logit by optimizer, rate and seed; the best rate of each, and the range within USABLE of it."""
+    """Return loss and peak logit by optimizer, rate and seed; the best rate of each, and its usable range."""
     arms: dict[str, Any] = {}
     for choice in sweep.experiment.chosen:
         if runs := sweep.summaries.get(choice.name):
@@ -132,7 +132,7 @@ def sweep_json(sweep: Results) -> dict[str, Any]:
 
 
 def efficiency_json(sweep: Results, efficiency: Results) -> dict[str, Any]:
-    """Muon's losses by budget, and by seed the share of the tokens that reaches the loss of AdamW's own seed."""
+    """Return Muon's losses by budget, and by seed the share of the tokens that reaches the loss of AdamW's own seed."""
     best = {arm: entry["best_lr"] for arm, entry in sweep_json(sweep)["arms"].items()}
     adamw = _losses(sweep.summaries[choose("adamw", lr=best["adamw"]).name])
     full = sweep.experiment.training.steps
@@ -163,7 +163,7 @@ def efficiency_json(sweep: Results, efficiency: Results) -> dict[str, Any]:
 
 
 def cost_json(sweep: Results, cost: Results) -> dict[str, Any]:
-    """By threshold the difference in final loss from Muon without a clip, seed by seed, at Muon's best rate."""
+    """Return, by threshold, the difference in final loss from Muon, seed by seed, at Muon's best rate."""
     best = sweep_json(sweep)["arms"]["muon"]["best_lr"]
     baseline = _losses(sweep.summaries[choose("muon", lr=best).name])
     at_tau = choose("muonclip", lr=best, tau=sweep.experiment.training.tau)
@@ -194,5 +194,5 @@ def _frame(result: Results) -> dict[str, Any]:
 
 
 def _losses(runs: Mapping[int, RunSummary]) -> list[float]:
-    """Final validation loss in bits, by seed."""
+    """Return the final validation loss in bits, by seed."""
     return [bits(run["final_val_loss"]) for run in runs.values()]

@@ -37,7 +37,7 @@ _REFERENCE: dict[str, Any] = {"color": QUIET, "linewidth": 1.1, "linestyle": (0,
 
 
 def draw_sweep(value: Json, path: Path) -> None:
-    """Loss, usable rates and peak logit over the rate. An arm that coincides with an earlier one is dashed."""
+    """Draw loss, usable rates and peak logit over the rate. An arm that coincides with an earlier one is dashed."""
     value = from_json(dict(value))
     arms, unit = value["arms"], value["unit"]
     with _figure(value, path, "Final loss and peak logit by learning rate", height=8.4) as figure:
@@ -79,7 +79,7 @@ def draw_sweep(value: Json, path: Path) -> None:
 
 
 def draw_efficiency(value: Json, path: Path) -> None:
-    """Over a logarithmic axis: between budgets `intervals.crossing` draws the same straight lines."""
+    """Draw Muon's loss over a logarithmic axis of budgets, with the straight lines of `intervals.crossing`."""
     value = from_json(dict(value))
     adamw, muon, reference = value["adamw"], value["muon"], value["reference"]
     with _figure(value, path, "Tokens that Muon needs for AdamW's final loss", height=6.2) as figure:
@@ -127,7 +127,7 @@ def draw_efficiency(value: Json, path: Path) -> None:
 
 
 def draw_clip_cost(value: Json, path: Path) -> None:
-    """A row per threshold: mean difference, its interval, the seeds; in words the same and the heads clipped."""
+    """Draw a row per threshold: mean difference, its interval, the seeds; in words the same and the heads clipped."""
     value = from_json(dict(value))
     arms, baseline = value["arms"], value["baseline"]
     with _figure(value, path, "What clipping costs where nothing explodes", height=2.5 + 0.75 * len(arms)) as figure:
@@ -177,7 +177,7 @@ def _figure(value: Json, path: Path, title: str, *, height: float) -> Iterator[F
 def _draw_seeds(
     axis: Axes, arm: str, xs: Sequence[float], values: Sequence[Sequence[float]], *, dashed: bool = False
 ) -> None:
-    """`values[x][seed]`: a dot for each, a line through the means, × at the top for those that are not finite."""
+    """Draw a dot for each `values[x][seed]`, a line through the means, × at the top for what is not finite."""
     colour = ARMS[arm].colour
     points = np.array([(x, value) for x, seeds in zip(xs, values, strict=True) for value in seeds]).T
     means = np.array([statistics.fmean(seeds) for seeds in values])  # not finite where a seed is not: a gap

@@ -1,4 +1,4 @@
-"""What `make evidence` found: facts from its numbers, and the Markdown page that shows them as tables."""
+"""The findings of `make evidence`: facts from its numbers, and the Markdown page that shows them as tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SILENT = 0.9  # share of the steps: a last clip before it is called falling sile
 
 
 class Effect(NamedTuple):
-    """What an arm does to the loss of another, in bits, paired by seed."""
+    """The effect of an arm on the loss of another, in bits, paired by seed."""
 
     arm: str
     against: str
@@ -34,7 +34,7 @@ class Effect(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Of AdamW's tokens, at which Muon has AdamW's loss, against Moonlight's figure. None: there is none."""
+    """The share of AdamW's tokens at which Muon has AdamW's loss, and Moonlight's figure. None: there is none."""
 
     verdict: Literal["reached with less", "not reached", "not crossed in every seed", "includes", "above", "below"]
     interval: Interval | None
@@ -54,7 +54,10 @@ class Hot:
 
 
 def loud_rates(sweep: Json) -> dict[float, Effect]:
-    """MuonClip against Muon at the rates where Muon's logits pass τ. Empty: the sweep shows nothing about the clip."""
+    """Compare MuonClip with Muon at the rates where Muon's logits exceed τ.
+
+    Empty: the sweep shows nothing about the clip.
+    """
     muon, clipped = ({rate["lr"]: rate for rate in sweep["arms"][arm]["rates"]} for arm in ("muon", "muonclip"))
     loud = [lr for lr, rate in muon.items() if max(rate["peak_logit"]) > sweep["tau"]]
     return {lr: Effect("MuonClip", "Muon", compare(clipped[lr]["loss"], muon[lr]["loss"])) for lr in loud}
@@ -111,7 +114,7 @@ def hot_facts(hot: Json) -> Hot:
 
 
 def read_evidence(figures: Mapping[str, Json]) -> str:
-    """The page, from the objects that `sweep.json`, `efficiency.json`, `clip-cost.json` and `hot.json` hold."""
+    """Write the page, from the objects that `sweep.json`, `efficiency.json`, `clip-cost.json` and `hot.json` hold."""
     frame, cost = figures["sweep"], figures["clip-cost"]
     at_best = f"At Muon's best rate, {cost['baseline']['lr']:g}, with thresholds so low that they act."
     sections = {
@@ -185,7 +188,7 @@ def _hot(hot: Json) -> list[str]:
 
 
 def hot_rows(hot: Json) -> list[list[str]]:
-    """Means over seeds; the spread is that of the loss over seeds."""
+    """Make rows of means over seeds; the spread is that of the loss over seeds."""
     columns = {"max_logit_median_last_quarter": ".0f", "heads_ever_clipped": ".0%", "attention_entropy": ".2f"}
     columns |= {"query_norm": ".1f", "key_norm": ".1f", "update_rms": ".2f"}
     rows = [

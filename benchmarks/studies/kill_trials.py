@@ -1,4 +1,4 @@
-"""Does a run survive kill -9? `python -m benchmarks kill-trials --trials 20 --processes 4 --out FILE.jsonl`
+"""Trials of a run against kill -9: `python -m benchmarks kill-trials --trials 20 --processes 4 --out FILE.jsonl`.
 
 Each trial starts a tiny run under torchrun, kills one rank with SIGKILL, drawn at random: after a step, or while a
 checkpoint is being written. torchrun starts all ranks again, and what the run ends with is compared with what it ends
@@ -69,7 +69,7 @@ def kill_trials(out: Path, trials: int, processes: int, arm: str, seed: int, *mo
 
 
 def lines(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> Iterator[dict[str, Any]]:
-    """The line of each trial; every third kills during a save. `more`: options of the runs."""
+    """Yield the line of each trial; every third kills during a save. `more`: options of the runs."""
     draws = random.Random(seed)
     reference = scratch / "undisturbed"
     finish(start(scratch, reference, processes, arm, *more))
@@ -103,8 +103,10 @@ def lines(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more
 
 
 def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> subprocess.Popen[str]:
-    """torchrun with a run of `STEPS` tiny steps and a checkpoint every `EVERY`, in a session of its own; what it and
-    the ranks say goes to `out`.log."""
+    """Start torchrun with a run of `STEPS` tiny steps and a checkpoint every `EVERY`, in a session of its own.
+
+    What it and the ranks say goes to `out`.log.
+    """
     text = scratch / "text.txt"
     if not text.exists():
         text.write_text(" ".join(map(str, range(20_000))))
@@ -116,14 +118,16 @@ def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> sub
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Raises RunFailed where torchrun fails."""
+    """Wait for the end. Raises RunFailed where torchrun fails."""
     if status := process.wait(_PATIENCE):
         raise RunFailed(f"torchrun ended with status {status}")
 
 
 def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -> dict[str, Any]:
-    """Kill the rank at the moment of the trial; what had been recorded and written by then. Raises RunFailed where the
-    run is over before that moment."""
+    """Kill the rank at the moment of the trial; return what had been recorded and written by then.
+
+    Raises RunFailed where the run is over before that moment.
+    """
     folder = run_folder(out, arm, 0)
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
@@ -144,13 +148,13 @@ def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -
 
 
 def records(out: Path, arm: str) -> list[dict[str, Any]]:
-    """All of the run's, but for their speed."""
+    """Return all records of the run, without their speed."""
     every = metrics.read(run_folder(out, arm, 0) / METRICS)
     return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in every]
 
 
 def recorded(out: Path, arm: str) -> int:
-    """How many steps are recorded so far."""
+    """Return the number of steps recorded so far."""
     with contextlib.suppress(FileNotFoundError):
         return (run_folder(out, arm, 0) / METRICS).read_bytes().count(b"\n")
     return 0

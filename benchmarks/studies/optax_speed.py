@@ -1,8 +1,8 @@
-"""`muonclip.optax.scale_by_muon` and `optax.contrib.scale_by_muon` side by side: the time of a jitted update.
+"""The time of a jitted update by `muonclip.optax.scale_by_muon` and by `optax.contrib.scale_by_muon`.
 
-The same gradients, momentum and polynomial; calls alternate in one process. "loop" is ours with every matrix iterated
-by itself: what stacking is worth. The last row is the reference model's whole tree, updated by the aliases `muonclip`
-without its clip and `optax.contrib.muon`, with the same Adam on the same parameters.
+Both have the same gradients, momentum and polynomial; calls alternate in one process. "loop" is ours with every matrix
+iterated by itself: what stacking is worth. The last row is the reference model's whole tree, updated by the aliases
+`muonclip` without its clip and `optax.contrib.muon`, with the same Adam on the same parameters.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def optax_speed(out: Path, rounds: int) -> str:
 
 
 def read_optax_speed(result: dict[str, Any]) -> str:
-    """As a Markdown table and what made it."""
+    """Write a Markdown table, and what made it."""
     rows = [
         [
             "matrices",

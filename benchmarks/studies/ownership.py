@@ -1,4 +1,4 @@
-"""The picture of docs/distributed.md: where the matrices of one layer lie, and who iterates them.
+"""The picture of docs/distributed.md: which ranks hold the matrices of one layer, and which rank iterates each.
 
 python -m benchmarks ownership --out docs/who-owns-what.png
 """
@@ -46,7 +46,7 @@ WAYS = (
 
 
 def draw(out: Path) -> None:
-    """The second layer of the small reference model, an expert layer."""
+    """Draw the second layer of the small reference model, an expert layer."""
     figure = Figure(figsize=(11, 9), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(WAYS))
     for column, way in enumerate(WAYS):
@@ -81,7 +81,7 @@ def _layer(way: Way) -> list[PlacedParameter]:
 
 
 def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
-    """Every matrix as a rectangle of its shape, in lines; its rows in the colours of the ranks that have them."""
+    """Draw every matrix as a rectangle of its shape, in lines; its rows in the colours of the ranks that have them."""
     x = y = highest = 0.0
     owners = distribution.owners()
     for parameter in distribution.parameters:
@@ -101,7 +101,7 @@ def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
 
 
 def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple[int, int, str]]]]:
-    """fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
+    """Return fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
     numbered: dict[tuple[int, int, int], tuple[int, int, list[tuple[int, int, str]]]] = {}
     for slab in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
         ranks: Sequence[int] = parameter.mesh.ranks_along(slab.active, dict(slab.fixed))

@@ -16,7 +16,7 @@ LIMIT = 100.0  # logit
 
 
 def pilot_experiment(experiment: Experiment, rates: tuple[float, ...]) -> Experiment:
-    """Muon at each of the rates, first seed, for the pilot's share of the steps, as the experiment would begin."""
+    """Make the pilot: Muon at each of the rates, first seed, for the pilot's share of the steps."""
     steps = max(1, round(SHARE * experiment.training.steps))
     return replace(
         experiment,
@@ -29,7 +29,7 @@ def pilot_experiment(experiment: Experiment, rates: tuple[float, ...]) -> Experi
 
 
 def choose_rate(result: Results) -> tuple[float, str]:
-    """The rate, and a sentence that says why."""
+    """Choose the rate, and write a sentence that says why."""
     peaks = {arm.lr: run["max_logit_peak"] for arm in result.finished for run in result.summaries[arm.name].values()}
     seen = ", ".join(f"{rate:g}: {peak:.0f}" for rate, peak in peaks.items())
     exploding = [rate for rate, peak in peaks.items() if peak > LIMIT]

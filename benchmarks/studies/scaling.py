@@ -53,7 +53,7 @@ class Plan:
     device: str
 
     def words(self, out: Path) -> list[str]:
-        """The same on the command line."""
+        """Write the same settings as words of the command line."""
         arms = ",".join(choice.name for choice in self.arms)
         words = ["--arms", arms, "--preset", self.preset, "--batch", str(self.batch_size), "--rounds", str(self.rounds)]
         data = [] if self.data is None else ["--data", str(self.data)]
@@ -81,7 +81,7 @@ def scaling(plan: Plan, processes: Sequence[int], out: Path) -> str:
 
 
 def measure_ranks(plan: Plan, ranks: Ranks, out: Path) -> None:
-    """Under torchrun: both cases at this number of ranks, into `out`/ranks-N.json."""
+    """Measure both cases under torchrun, at this number of ranks, into `out`/ranks-N.json."""
     corpus = open_corpus(plan.data)
     if plan.device == "cpu":
         torch.set_num_threads(1)
@@ -168,7 +168,7 @@ def _wait_for(device: str) -> None:
 
 
 def with_efficiency(rows: Sequence[Row]) -> list[Row]:
-    """Against the smallest number of processes of the same arm and case: 1 is perfect."""
+    """Add the efficiency against the smallest number of processes of the same arm and case: 1 is perfect."""
     done: list[Row] = []
     for row in rows:
         same = [other for other in rows if (other["arm"], other["case"]) == (row["arm"], row["case"])]
@@ -192,7 +192,7 @@ def notes(processes: Sequence[int], device: str) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """Write the table in Markdown."""
     shares = ["compute", "communication", "overlap"]
     rows = [["arm", "case", "processes", "windows", "step ms", "optimizer ms", *shares, "efficiency"]]
     for row in result["rows"]:

@@ -28,7 +28,7 @@ from muonclip.optax import muonclip, qk_clip
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """The arrays that a step changes."""
 
     params: models.Params
     buffers: models.Buffers
@@ -89,7 +89,7 @@ class JaxLearner(Learner):
 
 
 def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationExtraArgs:
-    """What the arm makes of gradients; `lr` and `tau` may be traced, and the state does not depend on them."""
+    """Make what the arm does with gradients; `lr` and `tau` may be traced, and the state does not depend on them."""
     training = arm.training
     projections = models.qk_projections(arm.model)
     b1, b2 = training.betas

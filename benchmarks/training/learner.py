@@ -1,4 +1,4 @@
-"""What trains in a run: a model and what updates it, in one framework. `benchmarks.train` is all the rest."""
+"""Learners: a model and its optimizer, in one framework. The rest of a run is in `benchmarks.training.run`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ class Learner(ABC):
     """Whether `reference()` can be had: not of a model too large for one device."""
 
     def rows(self, batch_size: int) -> range:
-        """Which windows of a batch `step` and `loss` are to be given: all, but where ranks share them out."""
+        """Return which windows of a batch `step` and `loss` take: all, unless ranks divide them."""
         return range(batch_size)
 
     @abstractmethod
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
-        """The update that follows `done` others: `loss`, `grad_norm`, `max_logits` and `clipped_heads` of its record.
+        """Take the update that follows `done` others, and return its part of the record.
 
-        Where loss or norm is not finite, there are no logits and no clipped heads, and training ends.
+        That is `loss`, `grad_norm`, `max_logits` and `clipped_heads`. Where loss or norm is not finite, there are no
+        logits and no clipped heads, and training ends.
         """
 
     @abstractmethod
     def loss(self, windows: Windows) -> float:
-        """Mean nats per token, with nothing learnt or counted."""
+        """Return the mean nats per token, with nothing learnt or counted."""
 
     @abstractmethod
     def reference(self) -> MoE:
-        """The model in PyTorch with the weights of now, to measure; the next call may change it in place."""
+        """Return the model in PyTorch with its present weights, to measure; the next call may change it in place."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """`model`, a state dict as PyTorch's MoE has it, and `optimizer`; only what `checkpoint` can save."""
+        """Return `model`, a state dict as PyTorch's MoE has it, and `optimizer`; only what `atomic_files` can save."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:

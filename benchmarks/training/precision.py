@@ -1,4 +1,4 @@
-"""Where bf16 is used: only where this machine is found to be faster with it. Old processors are slower.
+"""The choice of bf16: only where this machine is found to be faster with it. Old processors are slower.
 
 Two choices, each by the medians of interleaved timings on the experiment's model and batch: the forward and backward
 pass, and the optimizer's step with its Newton–Schulz products. JAX's runs have fp32 in both.
@@ -27,7 +27,7 @@ _ROUNDS, _GAIN = 9, 1.05  # bf16 must win by 5 %, more than the noise
 def choose(
     experiment: Experiment, corpus: Corpus, wanted: PrecisionChoice | Precision
 ) -> tuple[Precision, dict[str, Any]]:
-    """The precision, and what was measured: median milliseconds by dtype (nothing unless "auto")."""
+    """Choose the precision, and return what was measured: median milliseconds by dtype (nothing unless "auto")."""
     if isinstance(wanted, Precision):
         return wanted, {}
     if experiment.framework == "jax":

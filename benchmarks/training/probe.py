@@ -1,4 +1,4 @@
-"""What is measured now and then besides losses and logits: attention entropy, spectral norms, the size of an update.
+"""Measurements in addition to losses and logits: attention entropy, spectral norms, the size of an update.
 
 None of it touches the training: no gradients, no observation of logits, no random number.
 """
@@ -31,12 +31,12 @@ class Probe:
         self.tokens = torch.from_numpy(windows[: max(1, _TOKENS // (windows.shape[1] - 1)), :-1])
 
     def weights(self, model: MoE) -> Weights:
-        """A copy of what `measure` compares with: the matrices of the layers, those that Muon updates."""
+        """Copy what `measure` compares with: the matrices of the layers, those that Muon updates."""
         return [parameter.detach().clone() for parameter in _matrices(model)]
 
     @torch.no_grad()
     def measure(self, model: MoE, before: Weights, lr: float) -> dict[str, Any]:
-        """The measured fields of a record (see `metrics`), after the update of rate `lr` that began from `before`."""
+        """Return the measured fields of a record, after the update of rate `lr` that began from `before`."""
         query_norms, key_norms = {}, {}
         for name, attention in _attentions(model):
             projection: QKProjection = attention.declare()
@@ -68,9 +68,9 @@ class Probe:
 
 
 def causal_entropy(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> list[float]:
-    """Mean over queries of `−Σ_j p_j ln p_j` in nats, by head; q [B, H, T, d], k [B, G, T, d].
+    """Return the mean over queries of `−Σ_j p_j ln p_j` in nats, by head; q [B, H, T, d], k [B, G, T, d].
 
-    ln T for attention that is spread evenly over T keys, 0 for attention that looks at one.
+    It is ln T for attention that is spread evenly over T keys, 0 for attention to one.
     """
     logits = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
     if softcap is not None:
@@ -82,13 +82,16 @@ def causal_entropy(q: Tensor, k: Tensor, scale: float, softcap: float | None = N
 
 
 def head_norms(parts: list[HeadRows]) -> list[float]:
-    """The largest singular value of each head's rows, all parts of a side together (MLA's query: nope and rope)."""
+    """Return the largest singular value of each head's rows.
+
+    All parts of a side are taken together (MLA's query: nope and rope).
+    """
     heads = [rows.of(weight, axis).movedim(axis, 0) for rows in parts for weight, axis in [next(rows.parameters())]]
     return torch.linalg.matrix_norm(torch.cat(heads, -1).float(), ord=2).tolist()
 
 
 def rms(tensors: Iterable[Tensor]) -> float:
-    """Root mean square over the entries of all."""
+    """Return the root mean square over the entries of all."""
     total, count = 0.0, 0
     for tensor in tensors:
         total += tensor.square().sum().item()

@@ -31,7 +31,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When the next checkpoint is due: after so many seconds, or, where `steps` is given, every so many updates."""
+    """The times of checkpoints: after so many seconds, or, where `steps` is given, every so many updates."""
 
     seconds: float = 20.0
     steps: int | None = None
@@ -48,11 +48,11 @@ class Alone:
         return True
 
     def on_first(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on the first, on all of them."""
+        """Return what `decide` returns on the first process."""
         return decide()
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """Each flag, whether any of them has raised it."""
+        """Return for each flag whether any process has raised it."""
         return list(flags)
 
 
@@ -63,14 +63,14 @@ class Store:
         self.folder, self.device, self.notes = folder, device, notes or {}
 
     def find(self) -> State | None:
-        """The state of the newest checkpoint that is whole."""
+        """Return the state of the newest checkpoint that is complete."""
         return atomic_files.load(self.folder / CHECKPOINT, self.device)
 
     def load(self, learner: Learner, found: State) -> None:
         learner.restore(found)
 
     def begin(self, done: int) -> None:
-        """The run begins at this step: where it is 0, nothing that was found is used."""
+        """Begin the run at this step: where it is 0, nothing that was found is used."""
 
     def save(self, learner: Learner, state: State) -> None:
         atomic_files.save(self.folder / CHECKPOINT, state | learner.state())
@@ -119,8 +119,11 @@ class Run:
         stopping: Callable[[], bool] = lambda: False,
         checkpoints: Schedule | None = None,
     ) -> None:
-        """Train to the end, or until `stopping()` on any rank, which stops all after the same step; either way the
-        checkpoint holds the state then. `on_step` gets the records; the first rank's clock says when to save."""
+        """Train to the end, or until `stopping()` on any rank, which stops all after the same step.
+
+        Either way the checkpoint holds the state then. `on_step` gets the records; the first rank's clock says when to
+        save.
+        """
         checkpoints = checkpoints or Schedule()
         started, earlier = time.perf_counter(), self.wall_seconds
         saved, stopped = started, False
@@ -143,7 +146,7 @@ class Run:
             self._write_result()
 
     def step(self) -> dict[str, Any]:
-        """One update and, where it is due, the validation after it; its record (see `metrics`)."""
+        """Take one update and, where it is due, validate after it; return its record (see `metrics`)."""
         training, length = self.arm.training, self.experiment.model.max_seq_len
         validates = training.validates_after(self.done + 1)
         measures = validates and self.learner.measurable
@@ -171,7 +174,7 @@ class Run:
         return record
 
     def validate(self) -> float:
-        """Mean nats per token of the same validation windows every time."""
+        """Return the mean nats per token of the same validation windows every time."""
         training = self.arm.training
         rows = self.learner.rows(training.validation_batch_size)
         windows = (self._validation_windows(index, rows) for index in range(training.validation_batches))
@@ -211,7 +214,7 @@ class Run:
 
 
 def make_learner(experiment: Experiment, arm: Arm, seed: int) -> Learner:
-    """What trains that run, in the experiment's framework."""
+    """Make the learner of the run, in the experiment's framework."""
     if experiment.framework == "jax":
         from benchmarks.training.jax_learner import JaxLearner  # JAX need not be installed for PyTorch's runs
 

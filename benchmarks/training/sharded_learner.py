@@ -34,14 +34,14 @@ on the layout."""
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the ranks divide a step; nothing here changes a number of the result by more than rounding."""
+    """The division of a step over the ranks; nothing here changes a number of the result by more than rounding."""
 
     parallelism: Parallelism = field(default_factory=Parallelism)
     accumulate: int = 1  # micro-batches
     recompute: bool = False
 
     def check(self, experiment: Experiment, world_size: int) -> None:
-        """Raises UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
+        """Raise UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
         for arm in experiment.arms:
             try:
                 self.parallelism.check(arm.model, world_size)
@@ -122,15 +122,17 @@ class ShardedLearner(TorchLearner):
         return loss
 
     def reference(self) -> MoE:
-        """On every rank; the same module every time."""
+        """Return the whole model on every rank; the same module every time."""
         if self._whole is None:
             self._whole = MoE(self.arm.model).to(self.experiment.device)
         self._whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
         return self._whole
 
     def state(self) -> dict[str, Any]:
-        """By name, all tensors that the run goes on from: `model.NAME` and `optimizer.NAME.PART`. Options of groups are
-        not there: they follow from the arm."""
+        """Return all tensors that the run goes on from, by name: `model.NAME` and `optimizer.NAME.PART`.
+
+        Options of groups are not included: they follow from the arm.
+        """
         tensors = self._of_model()
         for name, parameter in self.parameters.items():
             for part, value in self.optimizer.state.get(parameter, {}).items():
@@ -146,8 +148,11 @@ class ShardedLearner(TorchLearner):
                 self.optimizer.state[parameter] = own
 
     def empty_state(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-        """Tensors to load a checkpoint of these shapes into: the model's own, and new ones for the optimizer, placed as
-        their parameters are where the shapes agree; its counters are the host's."""
+        """Return tensors to load a checkpoint of these shapes into.
+
+        The model's are its own; those for the optimizer are new, placed as their parameters are where the shapes agree;
+        its counters are the host's.
+        """
         tensors = self._of_model()
         for key, (shape, dtype) in shapes.items():
             if key.startswith("optimizer."):
@@ -157,7 +162,7 @@ class ShardedLearner(TorchLearner):
         return tensors
 
     def _of_model(self) -> dict[str, Tensor]:
-        """Parameters and buffers, which share their memory with the model's."""
+        """Return parameters and buffers, which share their memory with the model's."""
         named = (*self.parameters.items(), *self.model.named_buffers())
         return {f"model.{name}": tensor.detach() for name, tensor in named}
 
@@ -165,7 +170,7 @@ class ShardedLearner(TorchLearner):
         return torch.from_numpy(windows).to(self.experiment.device)
 
     def _mean(self, value: Tensor) -> float:
-        """Over the data ranks."""
+        """Take the mean over the data ranks."""
         value = value.detach().clone()
         if self.meshes.data_group is not None:
             dist.all_reduce(value, group=self.meshes.data_group)

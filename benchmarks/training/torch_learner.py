@@ -44,7 +44,7 @@ class TorchLearner(Learner):
         }
 
     def _gradients(self, windows: Windows) -> tuple[float, float]:
-        """The backward pass of the batch and the clipping of its gradients; its loss, and their norm before."""
+        """Compute the gradients of the batch and clip them; return its loss, and their norm before."""
         loss = self._loss(windows)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.arm.training.grad_clip)
@@ -74,7 +74,7 @@ class TorchLearner(Learner):
 
 
 def first_model(experiment: Experiment, arm: Arm, seed: int) -> MoE:
-    """The model before its first step, the same for all arms of a seed but for what an arm changes."""
+    """Make the model before its first step, the same for all arms of a seed except for what an arm changes."""
     torch.manual_seed(seed)
     return MoE(arm.model).to(experiment.device)
 
@@ -87,8 +87,10 @@ def autocast(experiment: Experiment) -> torch.autocast:
 def make_optimizer(
     model: nn.Module, arm: Arm, precision: Precision, *, foreach: bool | None = None
 ) -> tuple[torch.optim.Optimizer, QKClip]:
-    """What updates the model, and the clip: within MuonClip's step, to be called after AdamW's. `foreach`: of AdamW
-    alone; it cannot take parameters of several meshes at once."""
+    """Make what updates the model, and the clip: within MuonClip's step, to be called after AdamW's.
+
+    `foreach`: of AdamW alone; it cannot take parameters of several meshes at once.
+    """
     training = arm.training
     qk_clip = QKClip(model, tau=training.tau if arm.clips else math.inf, observe="always")
     if arm.optimizer == "adamw":
