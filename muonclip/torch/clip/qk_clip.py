@@ -182,9 +182,13 @@ class QKClip:
         for state in self.attentions.states():
             state.reset()
 
+    def raise_deferred(self) -> None:
+        """Raise the errors that steps on an accelerator left for later. Waits for the device."""
+        self._raise_deferred(wait=True)
+
     def report(self) -> QKClipReport:
         """Return what the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
-        self._raise_deferred(wait=True)
+        self.raise_deferred()
         return QKClipReport(self.tau, dict(self.last_layers), *self._steps.read())
 
     def _threshold(self) -> float:

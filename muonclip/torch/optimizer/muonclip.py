@@ -225,7 +225,7 @@ class MuonClip(MatrixOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as any optimizer does; the clip has none, but raises here the errors that it deferred."""
         if self.qk_clip is not None:
-            self.qk_clip.report()  # which raises them
+            self.qk_clip.raise_deferred()
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
