@@ -1,0 +1,1535 @@
+"""Break the product on purpose, one fault at a time, and tell whether the tests see it.
+
+    python tests/mutations.py                 all; about half an hour on one core
+    python tests/mutations.py --only NAME …   some
+    python tests/mutations.py --list          names, files and tests; nothing is run
+
+Each mutation is a fault that was found in public code or in ours, or that breaks one rule of the clip, of the sharding
+or of the resume. Its snippet is searched in all of `muonclip`, so it does not depend on where the code is; it must
+occur there exactly once. A copy of the tracked files is changed, never the tree itself. A mutation is killed when a
+test of its selection fails or raises, and survives when they all pass. Anything else is an error: the selection does
+not pass without the mutation, nothing was collected, or the changed file cannot be imported. A run that takes longer
+than the limit counts as killed: without the mutation the same tests came to their end.
+
+Each run of pytest is a fork of this process, which has imported the frameworks, but nothing of the library, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("muonclip", "benchmarks", "tests", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "mkdocs.yml")
+PYTEST = (
+    *("-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "no:randomly"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of what is imported beforehand
+)
+PRELOADED = (
+    "optax",
+    "optax.contrib",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor",
+    "torch.nn.attention.flex_attention",
+    "transformers.models.llama",
+)
+
+
+Tests = tuple[str, ...]
+"""Arguments of pytest: node ids, and perhaps -k."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: `old` becomes `new`, and one of `tests` (arguments of pytest) should fail."""
+
+    name: str
+    wrong: str
+    old: str
+    new: str
+    tests: Tests
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pytest said of a selection: "killed", "SURVIVED" or "error", and why."""
+
+    verdict: str
+    why: str
+
+
+def tests_of(file: str, *names: str) -> Tests:
+    """Node ids of a test file; all of it without names."""
+    return tuple(f"tests/{file}::{name}" for name in names) or (f"tests/{file}",)
+
+
+# The numbers are those of a list of faults found in public optimizers. Not among the mutations, because this library
+# has no code that could be wrong in that way: 17 and 18 (nothing is hooked into gradient reduction), 23 (no method is
+# replaced by a compiled one), 31 (no control of norms), 34 (no tuning of baselines); or because no test on the CPU
+# could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
+# does about them; what it does not do cannot be broken.
+MUTATIONS = (
+    # QK-Clip: the factors (core)
+    Mutation(
+        "negative-maximum-divided",  # 1
+        "A head whose maximum is negative gets a factor: a root of a negative number.",
+        "quiet = max_logits <= tau",
+        "quiet = (max_logits <= tau) & (max_logits > 0)",
+        tests_of("core/test_clip_factors.py"),
+    ),
+    Mutation(
+        "head-at-tau-multiplied",
+        "A head exactly at τ is multiplied by τ/τ, which need not be 1 in floating point.",
+        "quiet = max_logits <= tau",
+        "quiet = max_logits < tau",
+        tests_of("core/test_clip_factors.py"),
+    ),
+    Mutation(
+        "infinite-maximum-zeroes-weights",  # 1
+        "A maximum of +inf gives the factor 0.",
+        "xp.where(max_logits < math.inf, max_logits, math.nan)",
+        "max_logits",
+        tests_of("core/test_clip_factors.py"),
+    ),
+    Mutation(
+        "same-root-on-both-sides",  # 13
+        "The query takes γ^(1−α) as the key does, so that for α ≠ ½ their product is not γ.",
+        "query=xp.where(quiet, one, gamma / key)",
+        "query=key",
+        tests_of("core/test_clip_factors.py"),
+    ),
+    Mutation(
+        "alpha-on-the-wrong-side",
+        "The key takes γ^α and the query the rest.",
+        "gamma ** (1 - alpha)",
+        "gamma**alpha",
+        tests_of("torch/test_qk_clip.py", "test_query_and_key_take_their_shares_of_gamma"),
+    ),
+    Mutation(
+        "tau-of-zero-accepted",
+        "τ = 0 and NaN pass the check.",
+        "if not tau > 0:",
+        "if tau < 0:",
+        tests_of("core/test_clip_factors.py"),
+    ),
+    # QK-Clip: which rows (torch)
+    Mutation(
+        "heads-along-the-wrong-axis",  # 2
+        "The factors of the heads scale the in axis of the weight.",
+        "yield getattr(self.module, self.weight), self.axis",
+        "yield getattr(self.module, self.weight), 1 - self.axis",
+        tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
+    ),
+    Mutation(
+        "bias-not-scaled",  # 8
+        "The biases of the projections keep their size.",
+        "if isinstance(bias, Tensor):\n            yield bias, 0",
+        "if False:\n            yield bias, 0",
+        tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
+    ),
+    Mutation(
+        "master-not-scaled",  # 8
+        "The fp32 master copy keeps its size, so the next copy undoes the clip.",
+        "for weight in (parameter,) if master is None else (parameter, master):",
+        "for weight in (parameter,):",
+        tests_of("torch/test_qk_clip.py", "test_masters_are_scaled_with_their_copies"),
+    ),
+    Mutation(
+        "shared-key-faced-with-the-root",  # 3, 4
+        "A query that faces a shared key takes √γ instead of γ.",
+        "self._scale(projection.query_facing_shared, factor.gamma)",
+        "self._scale(projection.query_facing_shared, factor.query)",
+        tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
+    ),
+    Mutation(
+        "group-maximum-for-all-queries",  # 3
+        "All query heads take the factor of the loudest one, so healthy heads shrink.",
+        "self._scale(projection.query_facing_shared, factor.gamma)",
+        "self._scale(projection.query_facing_shared, factor.gamma.min().expand_as(factor.gamma))",
+        tests_of("torch/test_qk_clip.py", "test_one_loud_query_head_does_not_shrink_the_others_of_its_group"),
+    ),
+    Mutation(
+        "key-not-scaled",
+        "Only the query side is scaled, by √γ.",
+        "self._scale(projection.key, factor.key)",
+        "pass",
+        tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
+    ),
+    Mutation(
+        "value-rows-of-mla-scaled",  # 4
+        "The key part of W_ukv reaches over the rows of the values.",
+        "key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride, axis=out_axis(kv)),)",
+        "key=(HeadRows(kv, num_heads, kv_stride, 0, kv_stride, axis=out_axis(kv)),)",
+        tests_of("torch/test_qk_clip.py", "test_quiet_heads_keep_their_bits_and_nothing_else_moves"),
+    ),
+    Mutation(
+        "rotary-query-of-mla-starts-too-early",  # 4
+        "The rotary part of the query begins at the head's first row.",
+        "HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride, axis=out_axis(q))",
+        "HeadRows(q, num_heads, qk_rope_head_dim, 0, q_stride, axis=out_axis(q))",
+        tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
+    ),
+    Mutation(
+        "direct-queries-of-mla-never-clipped",  # 4
+        "With q_lora_rank=None the reference model declares its attention as observed only.",
+        "if not self.config.qk_norm:\n            return self.declare()",
+        "if not self.config.qk_norm and self.config.q_lora_rank is not None:\n            return self.declare()",
+        tests_of("models/test_torch_moe.py", "test_a_clipped_head_shows_tau_when_its_inputs_are_seen_again"),
+    ),
+    Mutation(
+        "only-observed-attention-scaled",  # 9
+        "An attention with a reason (QK-norm) is scaled nevertheless.",
+        "return () if self.reason else self.query + self.key + self.query_facing_shared",
+        "return self.query + self.key + self.query_facing_shared",
+        tests_of("torch/test_qk_clip.py", "test_an_attention_with_a_reason_is_observed_and_never_scaled"),
+    ),
+    Mutation(
+        "frozen-attention-scaled",
+        "Projections that are not trained are scaled.",
+        "return bool(projection.scaled_parts()) and projection.trains()",
+        "return bool(projection.scaled_parts())",
+        tests_of("torch/test_qk_clip.py", "test_frozen_projections_keep_their_weights"),
+    ),
+    Mutation(
+        "computed-weight-accepted",  # 36
+        "The weight of a parametrization, which is computed anew at each use, is taken for a parameter.",
+        "if not isinstance(weight, nn.Parameter):",
+        "if False:",
+        tests_of("torch/test_qk_clip.py", "test_a_computed_weight_is_refused"),
+    ),
+    Mutation(
+        "two-attentions-share-a-statistic",
+        "Two attentions that fill one MaxLogits are accepted.",
+        'raise ValueError(f"{first} and {name} share one MaxLogits; give each attention its own.")',
+        "found[name] = projection",
+        tests_of("torch/test_qk_clip.py", "test_attentions_that_share_a_statistic_are_refused"),
+    ),
+    # QK-Clip: the step (torch)
+    Mutation(
+        "clip-before-the-update",
+        "The heads are scaled before the weights are updated.",
+        "super()._update()\n        self.qk_clip.apply(factors)",
+        "self.qk_clip.apply(factors)\n        super()._update()",
+        tests_of("torch/test_muonclip.py", "test_a_step_is_muon_and_adamw_and_then_the_clip"),
+    ),
+    Mutation(
+        "measured-after-the-update",
+        "What is wrong with the observation is raised when the weights have moved.",
+        "factors = self.qk_clip.measure(before_update=True)\n        super()._update()",
+        "super()._update()\n        factors = self.qk_clip.measure(before_update=True)",
+        tests_of(
+            "torch/test_muonclip.py",
+            "test_a_missing_observation_is_an_error_before_anything_moves",
+            "test_a_non_finite_maximum_is_an_error_before_anything_moves",
+        ),
+    ),
+    Mutation(
+        "observation-not-forgotten",  # 37
+        "A step leaves its maxima for the next one.",
+        "self._scale(projection.query_facing_shared, factor.gamma)\n        self.reset()",
+        "self._scale(projection.query_facing_shared, factor.gamma)",
+        tests_of("torch/test_qk_clip.py", "test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step"),
+    ),
+    Mutation(
+        "missing-observation-ignored",  # 11
+        "An attention that was not observed counts as quiet.",
+        "missing = ~observed & constant(tuple(trains), torch.bool, observed.device)",
+        "missing = torch.zeros_like(observed)",
+        tests_of("torch/test_qk_clip.py", "test_missing_observation_is_an_error_that_names_the_layer"),
+    ),
+    Mutation(
+        "attention-without-gradient-required",
+        "An attention that has no gradient in this step must be observed nevertheless.",
+        "missing &= ~observed.any() | (self.notes != NO_GRADIENT)",
+        "pass",
+        tests_of("torch/test_muonclip.py", "test_an_attention_without_gradient_may_be_unobserved"),
+    ),
+    Mutation(
+        "nothing-observed-is-fine-without-gradients",  # 11
+        "Where no query has a gradient, a step without any observation is accepted.",
+        "missing &= ~observed.any() | (self.notes != NO_GRADIENT)",
+        "missing &= self.notes != NO_GRADIENT",
+        tests_of("torch/test_muonclip.py"),
+    ),
+    Mutation(
+        "skipped-step-fails-the-next",  # 7
+        "A non-finite maximum that is left from a step which the scaler skipped fails the next one.",
+        "(self._any_of_each(self.nonfinite > 0) > 0) & (self.notes != FINITE_GRADIENT)",
+        "self._any_of_each(self.nonfinite > 0) > 0",
+        tests_of("torch/test_muonclip.py", "test_a_non_finite_maximum_of_a_skipped_step_does_not_fail_the_next"),
+    ),
+    Mutation(
+        "rate-zero-clips-nothing",
+        "At rate 0 the heads above τ are left as they are.",
+        "if idle and self.qk_clip.has_nothing_to_do():",
+        "if idle:",
+        tests_of("torch/test_muonclip.py", "test_at_rate_zero_only_the_clip_acts"),
+    ),
+    Mutation(
+        "one-group-at-rate-zero-is-no-step",
+        "One group at rate 0 makes the step an initialising one, which needs no observation.",
+        'idle = all(not isinstance(group["lr"], Tensor)',
+        'idle = any(not isinstance(group["lr"], Tensor)',
+        tests_of("torch/test_muonclip.py", "test_one_group_at_rate_zero_is_not_an_initialising_step"),
+    ),
+    Mutation(
+        "checkpoint-written-over-a-deferred-error",
+        "state_dict() does not raise what the accelerator's step could not.",
+        "self.qk_clip.raise_deferred(wait=True)\n        return super().state_dict()",
+        "pass\n        return super().state_dict()",
+        tests_of("torch/test_muonclip.py", "test_a_deferred_error_is_raised_before_a_checkpoint_is_written"),
+    ),
+    Mutation(
+        "deferred-error-overwritten",
+        "A clean step erases the error of the one before that has not reached the host.",
+        "self.found.copy_(torch.maximum(self.found, errors))",
+        "self.found.copy_(errors)",
+        tests_of("torch/test_qk_clip.py", "test_an_error_that_is_waiting_survives_a_clean_step"),
+    ),
+    Mutation(
+        "lowered-tau-leaves-heads-unclipped",
+        "τ lowered behind a forward lets through what was certified for the larger one.",
+        "if _may_wait_for(device) and bool((bound > torch.clamp(seen, min=self.tau)).any()):",
+        "if False:",
+        tests_of("torch/test_observation.py", "test_tau_lowered_behind_a_forward_is_an_error_and_not_a_head_unclipped"),
+    ),
+    Mutation(
+        "bound-used-as-the-maximum",  # 10
+        "γ is taken from the bound of heads that were only certified.",
+        "seen, bound = maxima.maximum, torch.maximum(maxima.bound, maxima.maximum)",
+        "seen = bound = torch.maximum(maxima.bound, maxima.maximum)",
+        tests_of(
+            "torch/test_observation.py",
+            "test_needed_certifies_quiet_heads_and_clips_as_always_does",
+            "test_a_certificate_is_never_used_as_a_maximum",
+        ),
+    ),
+    Mutation(
+        "report-without-the-clipped-heads-of-a-step",
+        "A step that clips does not count as the last one that did.",
+        "last.copy_(torch.where(clipped, taken, last))",
+        "pass",
+        tests_of(
+            "torch/test_observation.py",
+            "test_the_report_as_table_dictionary_and_scalars",
+            "test_a_step_without_a_look_at_the_report_still_counts",
+        ),
+    ),
+    # The statistic (torch)
+    Mutation(
+        "micro-batches-summed",  # 5
+        "The maxima of micro-batches are added up.",
+        "own.copy_(torch.maximum(own, value))",
+        "own.copy_(torch.where(own > -math.inf, own + value, value))",
+        tests_of("torch/test_max_logits.py", "test_micro_batches_take_the_maximum_not_the_sum_and_not_the_last"),
+    ),
+    Mutation(
+        "last-micro-batch-kept",  # 5
+        "Each forward overwrites the maximum of the one before.",
+        "torch.maximum(maximum, seen, out=maximum)",
+        "maximum.copy_(seen)",
+        tests_of("torch/test_max_logits.py", "test_micro_batches_take_the_maximum_not_the_sum_and_not_the_last")
+        + tests_of("torch/test_exact_maxima.py", "test_forwards_accumulate"),
+    ),
+    Mutation(
+        "evaluation-observed",  # 7
+        "Forwards without gradients feed the statistic.",
+        "if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:",
+        "if max_logits is not None and not q.is_meta:",
+        tests_of("torch/test_max_logits.py", "test_evaluation_is_not_observed"),
+    ),
+    Mutation(
+        "evaluation-observed-in-a-found-attention",  # 7
+        "Forwards without gradients of an attention that was found feed its statistic.",
+        "return who if who is not None and (torch.is_grad_enabled() or not who.only_with_gradients) else None",
+        "return who",
+        tests_of("torch/test_observation.py", "test_the_maximum_of_all_forwards_with_gradients_and_of_no_other"),
+    ),
+    Mutation(
+        "logits-divided-by-d",  # 12
+        "The default scale of `attention` is 1/d.",
+        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / math.sqrt(q.shape[-1])",
+        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / q.shape[-1]",
+        tests_of("torch/test_max_logits.py", "test_every_kind_of_attention_is_measured"),
+    ),
+    Mutation(
+        "found-logits-divided-by-d",  # 12
+        "The default scale of an attention that was found is taken to be 1/d.",
+        "statistic = self.statistic()\n        scale = 1 / math.sqrt(q.shape[-1])",
+        "statistic = self.statistic()\n        scale = 1 / q.shape[-1]",
+        tests_of("torch/test_observation.py", "test_a_function_imported_by_name_is_observed_and_given_back"),
+    ),
+    Mutation(
+        "interface-scaling-ignored",  # 12
+        "The scaling that the attention interface of Hugging Face is given is not looked at.",
+        "scale = query.shape[-1] ** -0.5 if scaling is None else scaling",
+        "scale = 1.0",
+        tests_of("torch/test_observation.py", "test_every_implementation_of_the_interface_gives_the_same"),
+    ),
+    Mutation(
+        "maximum-before-the-mask",  # 12
+        "The tiles take the maximum over forbidden pairs, too.",
+        "scores = scores.masked_fill_(~allowed, -math.inf)\n            maxima",
+        "pass\n            maxima",
+        tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
+    ),
+    Mutation(
+        "best-rows-before-the-mask",  # 12
+        "The rows of the largest bounds are computed without their mask.",
+        "allowed = self.mask.allowed_to_rows(rows)",
+        "allowed = None",
+        tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
+    ),
+    Mutation(
+        "few-rows-before-the-mask",  # 12
+        "The few rows that are still open are computed without their mask.",
+        "allowed = self.mask.allowed_to(b, head, rows)",
+        "allowed = None",
+        tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
+    ),
+    Mutation(
+        "absolute-logits",
+        "The statistic is the maximum of |S|.",
+        "(queries @ k[:, :, columns].mT).view(batch, count, length, -1)",
+        "(queries @ k[:, :, columns].mT).view(batch, count, length, -1).abs()",
+        tests_of("torch/test_max_logits.py", "test_sign_and_emptiness"),
+    ),
+    Mutation(
+        "statistic-under-autocast",
+        "The products of the statistic run in bf16 under autocast.",
+        'with torch.autocast("cpu", enabled=False):',
+        'with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu")):',
+        tests_of("torch/test_max_logits.py", "test_autocast_does_not_reach_the_statistic"),
+    ),
+    Mutation(
+        "keys-of-the-wrong-group",  # 3
+        "A query head is bounded by the norms of another group's keys.",
+        "norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1)",
+        "norm_k.repeat(1, q.shape[1] // k.shape[1], 1)",
+        tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
+    ),
+    Mutation(
+        "certificate-without-a-sign",  # 10
+        "The norm bound is negative for a negative scale.",
+        "(abs(scale) * (1 + 1e-5))",
+        "(scale * (1 + 1e-5))",
+        tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
+    ),
+    Mutation(
+        "certificate-without-a-margin",  # 10
+        "The log-sum-exp of a kernel is believed to its last bit.",
+        "return lse + (1e-3 if q.dtype in (torch.bfloat16, torch.float16) else 1e-4) * (1 + lse.abs())",
+        "return lse",
+        tests_of("torch/test_exact_maxima.py"),
+    ),
+    Mutation(
+        "nan-certified-by-the-lse",
+        "A row of NaN, to which a kernel gives the log-sum-exp 0, is certified.",
+        "return torch.full_like(lse, math.nan, dtype=dtype)",
+        "pass",
+        tests_of("torch/test_exact_maxima.py", "test_a_non_finite_logit_is_seen_whatever_the_bounds_say"),
+    ),
+    Mutation(
+        "statistic-not-in-place",  # 14
+        "A reset puts another tensor in the place of the one that a CUDA graph writes to.",
+        "self.packed.zero_()\n",
+        "self.packed = torch.zeros_like(self.packed)\n",
+        tests_of("torch/test_max_logits.py", "test_is_written_in_place_and_is_no_buffer"),
+    ),
+    Mutation(
+        "nonfinite-hides-the-maximum",
+        "A NaN takes the place of the maximum of its head for good.",
+        "bad = maxima.isnan() | (maxima == math.inf)\n        maxima = maxima.masked_fill(bad, -math.inf)",
+        "bad = maxima.isnan() | (maxima == math.inf)",
+        tests_of("torch/test_max_logits.py", "test_a_non_finite_logit_is_kept_apart_from_the_maximum"),
+    ),
+    # Masks (torch)
+    Mutation(
+        "lowest-number-of-a-mask-allows",  # 27
+        "Only −inf masks; finfo.min, −1e9 and −1e4 do not.",
+        "return mask if mask.dtype == torch.bool else mask > MASKED",
+        "return mask if mask.dtype == torch.bool else mask > -torch.inf",
+        tests_of("torch/test_max_logits.py", "test_the_lowest_number_of_a_float_mask_masks")
+        + tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
+    ),
+    Mutation(
+        "lowest-number-added-to-scores-allows",  # 27
+        "Where attention is written out, only −inf masks.",
+        ".gt(MASKED)",
+        ".gt(-torch.inf)",
+        tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
+    ),
+    Mutation(
+        "future-seen-in-tiles-on-the-diagonal",
+        "The tiles on the diagonal are not masked.",
+        "if self.is_causal and columns.stop - 1 > rows.start:",
+        "if self.is_causal and columns.start > rows.start:",
+        tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
+    ),
+    Mutation(
+        "window-begins-too-late",
+        "The tiles leave out the first key of a window.",
+        "start = max(start, rows.start - self.window + 1)",
+        "start = max(start, rows.start - self.window + 2)",
+        tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
+    ),
+    Mutation(
+        "documents-see-each-other-in-the-best-rows",
+        "The rows of the largest bounds see the keys of other documents.",
+        "conditions.append(own[..., None] == self.document_ids[:, None, :])",
+        "conditions.append(own[..., None] >= self.document_ids[:, None, :])",
+        tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
+    ),
+    Mutation(
+        "lowest-number-of-a-mask-allows-in-the-kernel",  # 27
+        "The kernel for CUDA takes finfo.min in a float mask for a bias.",
+        "threshold = torch.finfo(attn_mask.dtype).min / 2",
+        'threshold = float("-inf")',
+        tests_of("torch/test_head_maxima.py", "test_is_exact_under_every_mask"),
+    ),
+    Mutation(
+        "nan-lost-in-the-kernel",
+        "The kernel's own maximum drops NaN.",
+        'return tl.where(tl.max(is_nan.to(tl.int32)) > 0, float("nan"), maximum)',
+        "return maximum",
+        tests_of("torch/test_head_maxima.py", "test_non_finite_logits_are_kept"),
+    ),
+    Mutation(
+        "keys-of-the-wrong-group-in-the-kernel",  # 3
+        "The kernel reads the key head by the number of the query head.",
+        "keys = k + b * k_batch + h // queries_per_key * k_head",
+        "keys = k + b * k_batch + h % queries_per_key * k_head",
+        tests_of("torch/test_head_maxima.py", "test_is_exact_under_every_mask"),
+    ),
+    Mutation(
+        "packed-documents-see-each-other",  # 42
+        "Sequences packed by their positions count as one document.",
+        "return (positions == 0).cumsum(-1)",
+        "return torch.zeros_like(positions)",
+        tests_of("torch/test_observation.py", "test_what_flash_attention_is_told_is_understood"),
+    ),
+    Mutation(
+        "ends-of-documents-off-by-one",  # 42
+        "The first token of a packed sequence counts as the last of the one before.",
+        "torch.arange(length, device=query.device), right=True)",
+        "torch.arange(length, device=query.device), right=False)",
+        tests_of("torch/test_observation.py", "test_what_flash_attention_is_told_is_understood"),
+    ),
+    Mutation(
+        "mask-for-each-window-lost",
+        "The heads of [B, windows, heads, t, d] are matched with masks in the wrong order.",
+        "mask = mask.expand(*in_front, *lengths).reshape(-1, heads, *lengths)",
+        "mask = mask.expand(*in_front, *lengths).reshape(heads, -1, *lengths).transpose(0, 1)",
+        tests_of("torch/test_observation_edges.py", "test_windows_with_masks_of_their_own"),
+    ),
+    # Finding attention (torch)
+    Mutation(
+        "qk-norm-not-recognised",  # 9
+        "Queries that are normalised behind their projection are not seen to be.",
+        "source.normalised = True",
+        "source.normalised = False",
+        tests_of("torch/test_attention_search.py", "test_qk_norm_is_recognised_and_left_alone"),
+    ),
+    Mutation(
+        "declared-projection-behind-a-norm-accepted",  # 9
+        "A declaration of rows behind a QK-norm is trained with, and the weights shrink for ever.",
+        "if call.query.normalised and not _are_gains(projection, call, places):",
+        "if False:",
+        tests_of("torch/test_attention_search.py", "test_a_declared_projection_behind_a_norm_is_caught"),
+    ),
+    Mutation(
+        "wrong-declaration-accepted",
+        "Declared rows are not compared with those that were seen.",
+        "if wrong is not None:",
+        "if False:",
+        tests_of("torch/test_attention_search.py", "test_a_wrong_declaration_is_caught_before_it_is_trained_with"),
+    ),
+    Mutation(
+        "weight-not-proportional-accepted",  # 25
+        "A weight that is computed from its parameter, but not in proportion, is clipped by it.",
+        "self.is_proportional &= abs(sum(shares) - total) <= 0.02 * abs(total)",
+        "pass",
+        tests_of("torch/test_observation_edges.py", "test_a_weight_that_is_not_is_refused"),
+    ),
+    Mutation(
+        "adapter-left-out",  # 26
+        "What contributes less than most to the query (an adapter, a bias) is not scaled with it.",
+        "adds = ((shares.abs() > 0.02 * totals.abs()[:, None]) | (totals == 0)[:, None]).any(0)",
+        "adds = ((shares.abs() > 0.6 * totals.abs()[:, None]) | (totals == 0)[:, None]).any(0)",
+        tests_of("torch/test_attention_search.py", "test_lora_scales_base_and_adapter_together"),
+    ),
+    Mutation(
+        "linearity-not-asked-for",  # 25
+        "Any function of a projection counts as proportional to it.",
+        "tolerance = 6e-2 if narrow else 2e-3",
+        "tolerance = 1e9",
+        tests_of(
+            "torch/test_attention_search.py", "test_what_is_not_understood_is_refused_with_the_declaration_to_write"
+        ),
+    ),
+    Mutation(
+        "sum-of-two-products-read-as-one",  # 35
+        "The logits of q·k + q·v are read from one of the products.",
+        "if func in _PLUS and len(scores) == 2 and",
+        "if func in _PLUS and len(scores) == 3 and",
+        tests_of("torch/test_observation_edges.py", "test_ways_to_write_it_that_are_refused"),
+    ),
+    Mutation(
+        "scale-of-written-scores-ignored",  # 12
+        "The number that multiplies a product of queries and keys is not part of the scale.",
+        "scale=score.scale * float(factor) if func in _TIMES else score.scale / float(factor)",
+        "scale=score.scale",
+        tests_of("torch/test_observation_edges.py", "test_other_ways_to_write_it"),
+    ),
+    Mutation(
+        "unknown-attention-ignored",  # 28
+        "Attention that runs beside the ones that are known is neither observed nor an error.",
+        "unknown, self._unclaimed.calls = self._unclaimed.calls, 0",
+        "unknown = self._unclaimed.calls = 0",
+        tests_of("torch/test_observation_edges.py", "test_attention_that_appears_later_is_an_error_and_then_known"),
+    ),
+    Mutation(
+        "number-of-calls-not-checked",  # 36
+        "A module that calls attention more often than it was seen to is observed all the same.",
+        "if self.expected is not None and self.calls > self.expected:",
+        "if False:",
+        tests_of(
+            "torch/test_observation_edges.py",
+            "test_a_module_inside_another_does_not_speak_for_it",
+            "test_attention_that_appears_later_is_an_error_and_then_known",
+        ),
+    ),
+    Mutation(
+        "function-bound-early-unseen",  # 42
+        "A module that imported scaled_dot_product_attention by name is not observed.",
+        "if function is host_sdpa:",
+        "if False:",
+        tests_of("torch/test_observation.py", "test_a_function_imported_by_name_is_observed_and_given_back"),
+    ),
+    Mutation(
+        "key-of-two-attentions-scaled",
+        "A key that two attentions share is scaled for one of them.",
+        "shared[place] = count > 1",
+        "shared[place] = count > 2",
+        tests_of("torch/test_attention_search.py", "test_a_key_that_two_attentions_share_is_left_alone"),
+    ),
+    Mutation(
+        "grouped-keys-taken-for-private",  # 3
+        "A key that several query heads meet counts as private to each.",
+        "many = feeds(each.masks, heads).sum(0) > 1",
+        "many = feeds(each.masks, heads).sum(0) > heads",
+        tests_of("torch/test_attention_search.py", "test_every_layout_is_found_and_clipped_exactly"),
+    ),
+    Mutation(
+        "values-made-of-queries-accepted",
+        "Rows that make queries and values at once are scaled.",
+        'return "its queries and values are made of the same rows"',
+        "pass",
+        tests_of("torch/test_attention_search.py", "test_rows_that_play_two_parts_are_refused"),
+    ),
+    Mutation(
+        "random-numbers-of-the-model-moved",
+        "Finding the attention draws from the generators of the training.",
+        "with torch.random.fork_rng(devices=devices):\n            yield",
+        "yield",
+        tests_of("torch/test_observation.py", "test_a_rehearsal_leaves_no_trace"),
+    ),
+    # Muon: the iteration (core)
+    Mutation(
+        "input-normalised-in-place",  # 15
+        "The iteration writes into the tensor that it was given.",
+        "x = x / scale\n",
+        "x /= scale\n",
+        tests_of("core/test_newton_schulz.py", "test_the_input_is_never_written_to"),
+    ),
+    Mutation(
+        "cast-before-normalisation",  # 16
+        "The matrix is cast to the narrow dtype first, where its norm overflows.",
+        "wide = normalize(x.mT if tall else x, products, xp=xp, eps=eps)",
+        "x = x if dtype is None else xp.asarray(x, dtype=dtype)\n"
+        "    wide = normalize(x.mT if tall else x, products, xp=xp, eps=eps)",
+        tests_of(
+            "core/test_newton_schulz.py",
+            "test_float16_is_normalised_before_it_is_narrowed",
+            "test_narrow_products_come_after_the_normalisation",
+        ),
+    ),
+    Mutation(
+        "small-gradients-swallowed",  # 16
+        "Squares of small numbers underflow, because nothing is divided by Σ|x| first.",
+        "scale = xp.where(total > 0, total, 1.0)",
+        "scale = xp.ones_like(total)",
+        tests_of("core/test_newton_schulz.py", "test_tiny_and_huge_float32_inputs_get_a_full_size_update"),
+    ),
+    Mutation(
+        "explicit-eps-ignored",
+        "A floor of the norm that is asked for is not kept.",
+        "norm = xp.where(norm * scale > eps, norm, eps / scale)",
+        "norm = xp.where(norm > 0, norm, eps / scale)",
+        tests_of("core/test_newton_schulz.py", "test_an_explicit_eps_is_a_floor_of_the_norm"),
+    ),
+    Mutation(
+        "zero-matrix-becomes-nan",
+        "A zero matrix is divided by its norm.",
+        "return x / xp.where(norm > 0, norm, 1.0)",
+        "return x / norm",
+        tests_of("core/test_newton_schulz.py", "test_zero_stays_zero_and_does_not_disturb_its_batch"),
+    ),
+    Mutation(
+        "polynomial-with-the-wrong-sign",
+        "The polynomial is bA − cA².",
+        "gram=lambda x: x @ x.mT,\n        polynomial=lambda gram, b, c: b * gram + c",
+        "gram=lambda x: x @ x.mT,\n        polynomial=lambda gram, b, c: b * gram - c",
+        tests_of("core/test_newton_schulz.py", "test_equals_the_polynomial_of_the_singular_values"),
+    ),
+    Mutation(
+        "safety-factor-forgotten",  # 38
+        "polar_express runs with its numbers as published, which overshoot in bf16.",
+        "published = tuple((a / s, b / s**3, c / s**5) for a, b, c in self.steps[:count])",
+        "published = self.steps[:count]",
+        tests_of("core/test_coefficients.py"),
+    ),
+    Mutation(
+        "gram-form-without-restarts",  # 38
+        "The Gram form never starts afresh and loses its accuracy.",
+        "restarts = gram_restarts(ns_coefficients)\n",
+        "restarts = gram_restarts(ns_coefficients)[:0]\n",
+        tests_of("core/test_newton_schulz.py"),
+    ),
+    Mutation(
+        "gram-form-of-cans-accepted",  # 38
+        "A polynomial that diverges in the Gram form is accepted for it.",
+        "if known is None or known.gram_restarts is None:",
+        "if known is None:",
+        tests_of("core/test_newton_schulz.py", "test_the_gram_form_is_refused_where_it_loses_its_accuracy"),
+    ),
+    Mutation(
+        "root-of-the-wrong-thing",  # 13
+        "The scale is √(0.2 · max) for 0.2 · √max.",
+        "return 0.2 * math.sqrt(max(fan_out, fan_in))",
+        "return math.sqrt(0.2 * max(fan_out, fan_in))",
+        tests_of("core/test_schedules_and_scale.py", "test_update_scales"),
+    ),
+    Mutation(
+        "original-scale-upside-down",
+        "The original scale is √max(1, fan_in/fan_out).",
+        "return math.sqrt(max(1.0, fan_out / fan_in))",
+        "return math.sqrt(max(1.0, fan_in / fan_out))",
+        tests_of("core/test_schedules_and_scale.py", "test_update_scales"),
+    ),
+    Mutation(
+        "repeats-of-blocks-not-gathered",
+        "Head-interleaved q|k|v is split as if each came in one piece.",
+        "repeated = xp.reshape(rows, (batch, self.repeats, fan_out // self.repeats, fan_in))",
+        "repeated = xp.reshape(rows, (batch, fan_out // self.repeats, self.repeats, fan_in)).swapaxes(1, 2)",
+        tests_of("core/test_matrix_layout.py"),
+    ),
+    # Muon: groups and layouts (torch)
+    Mutation(
+        "stacked-biases-taken-for-matrices",  # 20
+        "Biases [layers, d] go to Muon.",
+        'elif path[-1].endswith("bias"):',
+        "elif False:",
+        tests_of("torch/test_param_groups.py", "test_stacked_biases_and_norms_are_no_matrices"),
+    ),
+    Mutation(
+        "embedding-by-substring",  # 30
+        "A matrix whose name contains `emb` (time_emb_proj) counts as an embedding.",
+        "return any(map(_EMBEDDING_NAME.search, path[numbered + 1 :]))",
+        'return "emb" in name',
+        tests_of("torch/test_param_groups.py", "test_names_and_modules_of_real_models"),
+    ),
+    Mutation(
+        "tied-head-on-muon",  # 20, 30
+        "An embedding that a head shares belongs to whoever comes last.",
+        "if not isinstance(owners.get(id(parameter)), nn.Embedding):",
+        "if True:",
+        tests_of(
+            "torch/test_param_groups.py",
+            "test_a_tied_head_is_planned_once",
+            "test_a_head_tied_to_an_embedding_is_an_embedding_whoever_owns_it",
+        ),
+    ),
+    Mutation(
+        "head-by-shape-on-muon",  # 20
+        "An output head with a name of its own goes to Muon.",
+        "if not in_a_layer and tuple(parameter.shape) in embeddings and len(set(parameter.shape)) > 1:",
+        "if False:",
+        tests_of("torch/test_param_groups.py", "test_a_head_is_known_by_its_name_or_by_the_shape_of_the_embedding"),
+    ),
+    Mutation(
+        "gate-and-up-as-one-matrix",
+        "A fused gate|up is orthogonalised as one matrix.",
+        "if rows % 2:\n        return default_layout(shape)",
+        "if True:\n        return default_layout(shape)",
+        tests_of(
+            "torch/test_param_groups.py",
+            "test_fused_gate_up_experts_are_split_whichever_way_they_are_stored",
+            "test_fused_gate_up_linear",
+        ),
+    ),
+    Mutation(
+        "heads-split-without-being-asked",
+        "Without per_head=True, q, k and v are matrices per head.",
+        "heads=tuple(divisions) if per_head else (),",
+        "heads=tuple(divisions),",
+        tests_of("torch/test_param_groups.py", "test_declared_fused_attention_is_split"),
+    ),
+    Mutation(
+        "norms-decay",
+        "Weight decay applies to norms and biases.",
+        'group["weight_decay"] = 0.0',
+        "pass",
+        tests_of("torch/test_muonclip.py", "test_a_step_is_muon_and_adamw_and_then_the_clip"),
+    ),
+    Mutation(
+        "unknown-adamw-option-dropped",  # 40
+        "An option that the AdamW half does not have is dropped in silence.",
+        "unknown = sorted(set(given) - set(known))",
+        "unknown = []",
+        tests_of("torch/test_muonclip.py", "test_wrong_arguments_are_named", "test_adamw_options"),
+    ),
+    Mutation(
+        "maximize-dropped",  # 40
+        "A group that says maximize=True is minimised in silence.",
+        'for name in ("amsgrad", "maximize", "differentiable"):',
+        'for name in ("amsgrad", "differentiable"):',
+        tests_of("torch/test_muonclip.py", "test_wrong_arguments_are_named", "test_a_refused_group_adds_nothing")
+        + tests_of("torch/test_muon.py", "test_wrong_groups_are_named"),
+    ),
+    Mutation(
+        "wrong-betas",
+        "The AdamW half has torch's β₂ = 0.999.",
+        "betas=(0.9, 0.95)",
+        "betas=(0.9, 0.999)",
+        tests_of("torch/test_muonclip.py", "test_defaults", "test_a_step_is_muon_and_adamw_and_then_the_clip"),
+    ),
+    # Muon: the step (torch)
+    Mutation(
+        "gradient-overwritten",  # 15
+        "Nesterov's mean is written into the gradient.",
+        "return gradient[start:stop].lerp(buffer[start:stop], momentum)",
+        "return gradient[start:stop].lerp_(buffer[start:stop], momentum)",
+        tests_of("torch/test_muon.py", "test_gradient_and_momentum_are_not_normalised_in_place"),
+    ),
+    Mutation(
+        "nesterov-by-the-wrong-weight",  # 21
+        "Nesterov's mean weighs gradient and momentum the other way round.",
+        "return gradient[start:stop].lerp(buffer[start:stop], momentum)",
+        "return gradient[start:stop].lerp(buffer[start:stop], 1 - momentum)",
+        tests_of("torch/test_muon.py", "test_a_float64_trajectory_is_the_oracle_s"),
+    ),
+    Mutation(
+        "decay-without-the-rate",
+        "Weight decay is not multiplied by the rate.",
+        "rows.mul_(1 - lr * decay)",
+        "rows.mul_(1 - decay)",
+        tests_of("torch/test_muon.py", "test_a_float64_trajectory_is_the_oracle_s"),
+    ),
+    Mutation(
+        "scale-of-the-whole-parameter",  # 20
+        "The scale of a fused block is that of the parameter that stores it.",
+        "scale = update_scale(self.piece.slab.fan_out, self.piece.slab.fan_in, ",
+        "scale = update_scale(work.parameter.shape[0], self.piece.slab.fan_in, ",
+        tests_of("torch/test_muon.py", "test_each_block_is_updated_as_a_matrix_of_its_own_shape"),
+    ),
+    Mutation(
+        "eps-of-torch-as-a-floor",  # 16, 32
+        "torch's default eps of 1e-7 swallows small gradients.",
+        'group["eps"] if group["eps_given"] else 0.0',
+        'group["eps"]',
+        tests_of("torch/test_muon.py", "test_gradients_that_torch_swallows_get_a_full_size_update"),
+    ),
+    Mutation(
+        "given-eps-ignored",
+        "An eps that is passed is no floor.",
+        'group["eps"] if group["eps_given"] else 0.0',
+        "0.0",
+        tests_of("torch/test_muon.py"),
+    ),
+    Mutation(
+        "unused-experts-not-frozen",
+        "freeze_unused=True moves experts that got no token.",
+        'if options["freeze_unused"]:',
+        "if False:",
+        tests_of("torch/test_muon.py", "test_an_unused_expert_moves_on_its_momentum_unless_frozen"),
+    ),
+    Mutation(
+        "tensor-rate-shared-by-groups",  # 33
+        "A rate that is a tensor is one for all groups, so a scheduler scales it three times.",
+        'group["lr"] = group["lr"].clone()',
+        "pass",
+        tests_of("torch/test_muonclip.py", "test_a_tensor_rate_is_each_group_s_own"),
+    ),
+    Mutation(
+        "momentum-hidden-from-schedulers",  # 33
+        "Schedulers that cycle momentum do not find it among the defaults.",
+        'common = ("lr", "weight_decay", "momentum")',
+        'common = ("lr", "weight_decay")',
+        tests_of("torch/test_muonclip.py") + tests_of("torch/test_muon.py", "test_schedulers_that_cycle_momentum_work"),
+    ),
+    Mutation(
+        "parameters-checked-after-the-update",  # 29
+        "What cannot be updated is found when half of the step is done.",
+        "self._check_parameters()\n        self._update()",
+        "self._update()\n        self._check_parameters()",
+        tests_of("torch/test_muon.py", "test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves")
+        + tests_of("torch/test_muonclip.py", "test_capturable_is_refused_on_the_cpu_before_anything_moves"),
+    ),
+    # Resume (torch)
+    Mutation(
+        "state-only-with-gradients",  # 19
+        "A parameter without a gradient (an idle expert) is missing from the state dict.",
+        "if parameter.requires_grad or parameter.grad is not None:\n                    if",
+        "if parameter.grad is not None:\n                    if",
+        tests_of("torch/test_muonclip.py") + tests_of("torch/test_ranks_alike.py"),
+    ),
+    Mutation(
+        "momentum-cast-when-loaded",  # 19
+        "A float32 momentum of a bf16 parameter comes back in bf16.",
+        "if buffer is not None and dtype != parameter.dtype:",
+        "if False:",
+        tests_of("torch/test_muon.py", "test_resumes_bit_for_bit"),
+    ),
+    Mutation(
+        "loaded-momentum-shared",
+        "The loaded momentum is the checkpoint's own tensor.",
+        "dtype=dtype, copy=True)",
+        "dtype=dtype, copy=False)",
+        tests_of("torch/test_muon.py", "test_loading_shares_no_memory_with_the_checkpoint"),
+    ),
+    Mutation(
+        "checkpoint-of-the-other-half-accepted",
+        "A group of AdamW takes the state of a Muon group.",
+        'if saved_use != own["use"]:',
+        "if False:",
+        tests_of("torch/test_muonclip.py", "test_a_checkpoint_with_other_groups_is_refused"),
+    ),
+    Mutation(
+        "state-of-another-mesh-accepted",
+        "A saved shard of another mesh is loaded as if it were this rank's.",
+        "if lies(value) != lies(parameter):",
+        "if False:",
+        tests_of("torch/test_ranks_alike.py", "test_a_state_that_lies_otherwise_is_refused_before_anything_is_loaded"),
+    ),
+    Mutation(
+        "resumed-optimizer-has-a-floor",
+        "An optimizer that resumes reads torch's default eps as one that was given.",
+        '"eps_given": not isinstance(eps, TorchEps)',
+        '"eps_given": True',
+        tests_of("torch/test_muon.py", "test_a_resumed_optimizer_still_has_no_floor"),
+    ),
+    # Sharding: the plan
+    Mutation(
+        "orientation-of-the-shard",  # 22
+        "Which side is the small one is decided on the rows and columns of a shard.",
+        "return self.fan_out > self.fan_in",
+        "return length(self.rows[0]) > length(self.columns[0])",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "scale-of-the-shard",  # 20
+        "The scale of the update is taken from the rows and columns that this rank has.",
+        "scale = update_scale(self.piece.slab.fan_out, self.piece.slab.fan_in, ",
+        "scale = update_scale(update.shape[-2], update.shape[-1], ",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "strided-shards-in-plain-order",
+        "The order of FSDP over tensor parallelism is ignored.",
+        "placement.split_factor if isinstance(placement, _StridedShard) else 1",
+        "1",
+        tests_of("torch/test_sharded_clip.py", "test_indices_are_those_of_dtensor"),
+    ),
+    Mutation(
+        "uneven-shards-rounded-down",
+        "Uneven shards are as long as their size rounded down, where torch rounds up.",
+        "size = max(1, -(-(stop - start) // count))",
+        "size = max(1, (stop - start) // count)",
+        tests_of("torch/test_sharded_clip.py", "test_indices_are_those_of_chunk"),
+    ),
+    Mutation(
+        "rest-to-the-first-ranks",
+        "What is left over always goes to the first ranks, which then do the most.",
+        "idlest = sorted(range(len(units)), key=lambda unit: load[units[unit][0]])[:rest]",
+        "idlest = list(range(rest))",
+        tests_of("torch/test_distributed.py", "test_what_is_left_over_goes_to_those_with_the_least_to_do"),
+    ),
+    Mutation(
+        "gram-matrices-never-summed",
+        "Long matrices are moved where summing their Gram matrices would be cheaper.",
+        'return "gram" if summed < moved else "owner"',
+        'return "owner"',
+        tests_of("torch/test_distributed.py", "test_the_gram_matrices_are_summed_only_where_that_moves_less"),
+    ),
+    Mutation(
+        "shared-rounds-behind-own",
+        "Rounds that ranks share may come behind those that one has alone, so they meet in another order.",
+        "return not (bucket.active or bucket.replicas), -bucket",
+        "return False, -bucket",
+        tests_of("torch/test_ranks_alike.py", "test_what_one_rank_has_alone_stands_behind_what_is_shared"),
+    ),
+    Mutation(
+        "bytes-of-the-way-back-not-counted",
+        "The plan shows the way to the owners only.",
+        'add("all-to-all back", rank, owned[at] * (sum(sizes) - sizes[at]) * back)',
+        "pass",
+        tests_of("torch/test_distributed.py", "test_the_bytes_are_the_plan_s_and_at_the_floor[2]"),
+    ),
+    # Sharding: the execution
+    Mutation(
+        "norm-of-the-shard",
+        "A matrix whose Gram matrices are summed is normalised by what this rank has of it.",
+        "total = _sum(wide.abs().sum((-2, -1), keepdim=True), cut)",
+        "total = wide.abs().sum((-2, -1), keepdim=True)",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "gram-matrix-of-the-shard",
+        "Gram matrices of columns that are divided over ranks are not summed.",
+        "gram=lambda x: _sum(products.gram(x), cut)",
+        "gram=products.gram",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "half-of-the-wire-too-narrow",  # 16
+        "Small gradients travel to their owner in float16, where they vanish.",
+        "return torch.float32 if self.dtype == torch.float16 else self.dtype",
+        "return self.dtype",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "one-process-rounds-elsewhere",
+        "Without a wire the momentum is normalised unrounded, so one rank and two end at different bits.",
+        "updates.append((update.mT if step.tall else update).to(bucket.iteration.sent))",
+        "updates.append((update.mT if step.tall else update).to(bucket.iteration.sent if cut else update.dtype))",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "replica-keeps-its-own-update",
+        "Where replicas divide an uneven number of matrices, each is given the first one's.",
+        "dist.broadcast(segment, group_src=source, group=replicas, async_op=True)",
+        "dist.broadcast(segment, group_src=0, group=replicas, async_op=True)",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "unused-experts-judged-by-the-shard",
+        "Whether an expert got a token is decided by the rows that this rank has.",
+        "dist.all_reduce(used, op=dist.ReduceOp.MAX, group=cut)",
+        "pass",
+        tests_of("torch/test_distributed.py", "test_the_bytes_are_the_plan_s_and_at_the_floor[2]"),
+    ),
+    Mutation(
+        "gradient-gathered-in-silence",  # 24
+        "A gradient that would have to be gathered whole is gathered instead of refused.",
+        "if any(have != want and not isinstance(have, Partial | Replicate) for have, want in pairs):",
+        "if False:",
+        tests_of("torch/test_muon.py", "test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves"),
+    ),
+    Mutation(
+        "norm-without-ranks-that-have-no-gradient",  # 24
+        "A rank without gradients leaves out the sum over ranks, for which the others wait.",
+        "parts = by_sharding.setdefault(key, [])\n        if parameter.grad is not None:\n"
+        "            parts.append(local_part(parameter.grad))",
+        "if parameter.grad is not None:\n"
+        "            by_sharding.setdefault(key, []).append(local_part(parameter.grad))",
+        tests_of("torch/test_ranks_alike.py", "test_the_norm_of_gradients_takes_the_same_sums_on_every_rank"),
+    ),
+    # Sharding: the clip
+    Mutation(
+        "rows-between-the-heads-scaled",  # 4
+        "On a shard the rows between the parts of two heads are scaled as well.",
+        "inside = (offset >= 0) & (head < rows.num_heads) & (offset % rows.step < rows.size)",
+        "inside = (offset >= 0) & (head < rows.num_heads)",
+        tests_of("torch/test_sharded_clip.py", "test_each_rank_scales_its_own_rows_and_no_others"),
+    ),
+    Mutation(
+        "heads-of-the-first-rank",
+        "Under tensor parallelism every rank's maxima go to the first heads.",
+        "return held[0]\n",
+        "return 0\n",
+        tests_of("torch/test_sharded_clip.py", "test_heads_of_a_tensor_parallel_forward_go_to_their_places"),
+    ),
+    Mutation(
+        "group-of-the-smallest-mesh",  # 6
+        "The maxima are joined over the smallest mesh, and replicas drift apart.",
+        "largest = max(sets, key=len)",
+        "largest = min(sets, key=len)",
+        tests_of("torch/test_sharded_clip.py", "test_the_group_is_that_of_the_largest_mesh"),
+    ),
+    Mutation(
+        "no-maximum-over-ranks",  # 6
+        "Each rank clips by the maxima of its own micro-batch.",
+        "dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)\n",
+        "pass\n",
+        tests_of("torch/test_sharded_clip.py", "TestOnRanks::test_a_rank_that_saw_nothing_takes_part[2]"),
+    ),
+    Mutation(
+        "maxima-summed-over-ranks",  # 5, 6
+        "The maxima of the ranks are added up.",
+        "dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)\n",
+        "dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)\n",
+        tests_of("torch/test_sharded_clip.py", "TestOnRanks::test_shards_are_clipped_as_the_whole_model_is[2]"),
+    ),
+    Mutation(
+        "two-collectives-a-step",  # 6
+        "The maxima are reduced twice.",
+        "dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)\n",
+        "dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)\n"
+        "        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)\n",
+        tests_of("torch/test_sharded_clip.py", "TestOnRanks::test_one_collective_and_nothing_else[2]"),
+    ),
+    Mutation(
+        "idle-on-one-rank-only",
+        "Whether there is something to do is decided by each rank for itself.",
+        "dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)",
+        "pass",
+        tests_of(
+            "torch/test_sharded_clip.py", "TestOnRanks::test_all_ranks_know_alike_whether_there_is_something_to_do[2]"
+        ),
+    ),
+    # Optax: the clip
+    Mutation(
+        "optax-missing-maxima-ignored",  # 11
+        "An update without maxima clips nothing.",
+        'raise TypeError(\n                "qk_clip needs the maximum logits',
+        'return updates, state\n            raise TypeError(\n                "qk_clip needs the maximum logits',
+        tests_of("optax/test_qk_clip.py", "test_a_missing_maximum_is_a_type_error"),
+    ),
+    Mutation(
+        "optax-clips-the-old-weights",
+        "The parameters are scaled and the update is not.",
+        "factor * (old + update.astype(wide)) - old, update)",
+        "factor * old - old + update.astype(wide), update)",
+        tests_of("optax/test_qk_clip.py", "test_it_corrects_the_sum_of_parameters_and_updates"),
+    ),
+    Mutation(
+        "optax-difference-in-bf16",  # 41
+        "γ·(w + u) − w is computed in the dtype of the parameters.",
+        "wide = jnp.promote_types(weight.dtype, jnp.float32)\n    factor, old",
+        "wide = weight.dtype\n    factor, old",
+        tests_of("optax/test_qk_clip.py", "test_it_is_exact_to_the_rounding_of_the_parameters"),
+    ),
+    Mutation(
+        "optax-only-observed-attention-scaled",  # 9
+        "An attention with a reason is scaled.",
+        "if projection.reason:\n            continue",
+        "if False:\n            continue",
+        tests_of("optax/test_qk_clip.py", "test_a_reason_only_observes"),
+    ),
+    Mutation(
+        "optax-one-factor-for-all-layers",  # 5
+        "All scanned layers take the smallest factor of a head.",
+        "rows = rows.at[..., self.index.ravel()].set(",
+        "factors = jnp.broadcast_to(factors.min(tuple(range(len(lead)))), factors.shape)\n"
+        "        rows = rows.at[..., self.index.ravel()].set(",
+        tests_of("optax/test_qk_clip.py", "test_scanned_layers_have_a_factor_per_layer_and_head"),
+    ),
+    Mutation(
+        "optax-bias-not-scaled",  # 8
+        "The bias beside a kernel keeps its size.",
+        "for name in (kernel, *others)",
+        "for name in (kernel,)",
+        tests_of("optax/test_qk_clip.py", "test_every_head_ends_at_min_of_maximum_and_tau"),
+    ),
+    Mutation(
+        "optax-nonfinite-maximum-scales",
+        "A NaN among the maxima reaches the weights.",
+        "return jnp.where(bad, -jnp.inf, maximum), bad",
+        "return maximum, bad",
+        tests_of("optax/test_qk_clip.py", "test_a_maximum_that_is_not_finite"),
+    ),
+    Mutation(
+        "optax-overlapping-declarations-accepted",  # 41
+        "Two declarations scale the same rows.",
+        "if overlapping(parts):",
+        "if False:",
+        tests_of("optax/test_qk_clip.py", "test_what_does_not_fit_is_an_error"),
+    ),
+    Mutation(
+        "optax-rope-of-mla-takes-the-root",  # 4
+        "The rotary queries of MLA take √γ.",
+        '("gamma", projection.query_facing_shared)',
+        '("query", projection.query_facing_shared)',
+        tests_of("optax/test_qk_clip.py", "test_multi_head_latent_attention"),
+    ),
+    Mutation(
+        "optax-last-micro-step-kept",  # 5
+        "Accumulation keeps the maxima of the last micro-step.",
+        "jnp.maximum(old, new).astype(old.dtype)",
+        "new.astype(old.dtype)",
+        tests_of(
+            "optax/test_accumulation.py",
+            "test_a_maximum_of_the_first_micro_step_alone_decides_and_optax_multisteps_loses_it",
+        ),
+    ),
+    Mutation(
+        "optax-accumulation-keeps-old-maxima",
+        "The maxima of a step count in the next one.",
+        "max_logits=jax.tree.map(lambda maximum: jnp.full_like(maximum, -jnp.inf), maxima),",
+        "max_logits=maxima,",
+        tests_of("optax/test_accumulation.py"),
+    ),
+    # Optax: the statistic
+    Mutation(
+        "optax-scale-ignores-the-root",  # 12
+        "The default scale is 1/d.",
+        "1 / math.sqrt(query.shape[-1]) if scale is None else scale)",
+        "1 / query.shape[-1] if scale is None else scale)",
+        tests_of(
+            "optax/test_max_logits.py", "test_negative_maxima_stay_negative", "test_the_output_is_the_hosts_bit_for_bit"
+        ),
+    ),
+    Mutation(
+        "optax-maximum-before-the-mask",  # 12
+        "Forbidden pairs count.",
+        "logits = jnp.where(allowed, logits, -math.inf)\n        return _max",
+        "pass\n        return _max",
+        tests_of("optax/test_max_logits.py", "test_the_pairs_are_those_to_which_the_host_gives_weight"),
+    ),
+    Mutation(
+        "optax-bias-of-minus-1e4-allows",  # 27
+        "Only −inf in a bias masks.",
+        "allowed = ~(bias <= MASKED) if mask is None",
+        "allowed = ~(bias == -jnp.inf) if mask is None",
+        tests_of("optax/test_max_logits.py", "test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part"),
+    ),
+    Mutation(
+        "optax-nan-hidden",
+        "XLA's own maximum loses a NaN.",
+        "return jnp.where(jnp.isnan(x).any(axis), math.nan, x.max(axis, initial=initial))",
+        "return x.max(axis, initial=initial)",
+        tests_of("optax/test_max_logits.py", "test_nan_is_not_hidden_by_larger_logits"),
+    ),
+    Mutation(
+        "optax-default-precision",
+        "The products of the statistic have the accelerator's default precision.",
+        "precision=jax.lax.Precision.HIGHEST",
+        "precision=None",
+        tests_of("optax/test_max_logits.py", "test_the_products_ask_for_the_highest_precision"),
+    ),
+    Mutation(
+        "optax-certificate-of-rounded-products",  # 10
+        "The log-sum-exp of a kernel that rounds its products certifies.",
+        "return top + norm_bounds / 128",
+        "return top",
+        tests_of("optax/test_max_logits.py", "test_products_rounded_down_by_a_kernel_certify_nothing_above_tau"),
+    ),
+    Mutation(
+        "optax-gradient-through-the-statistic",
+        "The maxima have a gradient.",
+        "jax.lax.stop_gradient((_batched(query), _batched(key)))\n    dtype = _statistic_dtype(query, key)\n    batch",
+        "_batched(query), _batched(key)\n    dtype = _statistic_dtype(query, key)\n    batch",
+        tests_of("optax/test_max_logits.py", "test_no_gradient_passes_through_a_maximum"),
+    ),
+    # Optax: Muon and its plan
+    Mutation(
+        "optax-nesterov-bias-corrected-by-default",  # 21
+        "Nesterov's terms are corrected as optax does it, where torch's convention was asked for.",
+        'if nesterov == "bias_corrected":',
+        "if nesterov:",
+        tests_of("optax/test_muon.py", "test_torch_s_nesterov_differs_from_optax_s_in_the_first_steps_only")
+        + tests_of("optax/test_muon.py", "test_trajectory_is_that_of_numpy_with_an_svd"),
+    ),
+    Mutation(
+        "optax-momentum-in-bf16",
+        "The momentum is averaged in its own dtype.",
+        "wide = jnp.promote_types(momentum.dtype, jnp.float32)\n    old, new",
+        "wide = momentum.dtype\n    old, new",
+        tests_of("optax/test_muon.py", "test_momentum_has_its_own_dtype"),
+    ),
+    Mutation(
+        "optax-embedding-by-substring",  # 30
+        "An array whose name contains `emb` counts as an embedding.",
+        "return any(map(_EMBEDDING_NAME.search, _path(name)[-2:]))",
+        'return "emb" in name',
+        tests_of("optax/test_plan.py", "test_names"),
+    ),
+    Mutation(
+        "optax-head-by-shape-on-muon",  # 20
+        "An output head with a name of its own goes to Muon.",
+        "if not in_a_layer and like and len(set(shape)) > 1:",
+        "if False:",
+        tests_of("optax/test_plan.py", "test_a_head_is_recognised_by_the_embedding_s_shape_in_either_order"),
+    ),
+    Mutation(
+        "optax-fused-gate-up-as-one-matrix",
+        "A fused gate|up of experts is orthogonalised as one matrix.",
+        "if _module(path) not in _GATE_UP_NAMES or shape[out] % 2:",
+        "if True:",
+        tests_of("optax/test_plan.py", "test_fused_gate_and_up_of_experts_are_two_matrices_each"),
+    ),
+    Mutation(
+        "optax-hidden-sharding-accepted",  # 24
+        "Arrays whose sharding a jitted update cannot see are gathered in silence.",
+        "if hidden & {name for axes in sharding.spec for name in _names(axes)}:",
+        "if False:",
+        tests_of("optax/test_sharding.py", "test_a_sharding_that_a_jitted_update_cannot_see_is_an_error"),
+    ),
+    Mutation(
+        "optax-way-back-in-the-wrong-order",
+        "What was brought together over two axes goes back in the same order.",
+        "for axis, names in reversed(moves):",
+        "for axis, names in moves:",
+        tests_of("optax/test_sharding.py", "test_sharded_is_whole"),
+    ),
+    # The reference model
+    Mutation(
+        "yarn-scale-not-squared",  # 12
+        "The softmax scale has YaRN's mscale once.",
+        "return yarn_mscale(self.yarn_factor, self.yarn_mscale_all_dim) ** 2 / math.sqrt(self.qk_head_dim)",
+        "return yarn_mscale(self.yarn_factor, self.yarn_mscale_all_dim) / math.sqrt(self.qk_head_dim)",
+        tests_of("models/test_config.py", "test_the_temperature_of_yarn_reaches_the_logits"),
+    ),
+    Mutation(
+        "qk-norm-model-declared-as-scaled",  # 9
+        "With QK-norm the reference model in JAX declares its projections to be scaled.",
+        "if config.qk_norm:\n            reason",
+        "if False:\n            reason",
+        tests_of("models/test_jax_moe.py", "test_with_qk_norm_the_attention_is_observed_only"),
+    ),
+    Mutation(
+        "correction-bias-weighs",
+        "The bias that balances the experts weighs their outputs, too.",
+        "weights = scores.gather(1, chosen)",
+        "weights = (scores + self.correction_bias).gather(1, chosen)",
+        tests_of("models/test_torch_moe.py", "test_the_correction_bias_chooses_but_does_not_weigh"),
+    ),
+    Mutation(
+        "load-of-one-rank",  # 6
+        "Each rank balances the experts by its own tokens.",
+        "dist.all_reduce(loads)",
+        "pass",
+        tests_of("models/test_torch_moe.py", "test_the_load_is_summed_over_ranks"),
+    ),
+    Mutation(
+        "balance-away-from-the-mean",
+        "Busy experts become busier.",
+        "(loads.mean(1, keepdim=True) - loads).sign()",
+        "(loads - loads.mean(1, keepdim=True)).sign()",
+        tests_of("models/test_torch_moe.py", "test_the_step_hook_balances_the_experts"),
+    ),
+    Mutation(
+        "up-before-gate",
+        "The first half of the rows is up, the second gate.",
+        "return F.silu(gate) * up",
+        "return F.silu(up) * gate",
+        tests_of("models/test_torch_moe.py", "test_gate_rows_come_first"),
+    ),
+    Mutation(
+        "gradient-of-a-divided-layer-not-summed",
+        "What enters a layer that is divided over ranks has the gradient of this rank's part.",
+        "run_check=False).to_local(grad_placements=[Partial()])",
+        "run_check=False).to_local(grad_placements=[Replicate()])",
+        (*tests_of("models/test_parallel.py"), "-k", "gradients_are_those_of_the_whole_model and (2 ranks) and tensor"),
+    ),
+    Mutation(
+        "gate-of-another-rank",
+        "Under tensor parallelism a rank keeps the rows of gate and up that it stores.",
+        "if isinstance(placement, Shard) and placement.dim == parameter.ndim - 2:",
+        "if False:",
+        (*tests_of("models/test_parallel.py"), "-k", "gradients_are_those_of_the_whole_model and (2 ranks) and tensor"),
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutations")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many to run at once (1)")
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of one run of pytest (600)")
+    parser.add_argument("--list", action="store_true", help="show names, files and tests; run nothing")
+    options = parser.parse_args()
+    assert len({each.name for each in MUTATIONS}) == len(MUTATIONS), "two mutations have the same name"
+    wanted = [each for each in MUTATIONS if options.only is None or each.name in options.only]
+    if missing := set(options.only or ()) - {each.name for each in wanted}:
+        parser.error(f"--only {' '.join(sorted(missing))}: unknown")
+    sources = {path: path.read_text() for path in sorted((ROOT / "muonclip").rglob("*.py"))}
+    places = {each: located(each, sources) for each in wanted}
+    counts = Counter[str]()
+
+    def show(mutation: Mutation, outcome: Outcome) -> None:
+        counts[outcome.verdict] += 1
+        print(f"{outcome.verdict:9} {mutation.name}: {outcome.why}", flush=True)
+
+    for each, file in places.items():
+        if isinstance(file, str):
+            show(each, Outcome("error", file))
+    files = {each: file for each, file in places.items() if isinstance(file, Path)}
+    if options.list:
+        for each, file in files.items():
+            print(f"{each.name}  ({file})\n    {each.wrong}\n    {' '.join(each.tests)}")
+        print(f"{len(wanted)} mutations, {counts['error']} that do not resolve")
+        return int(counts["error"] > 0)
+    preload()
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        tree = copied_tree(Path(folder))
+        unbroken = unmutated(tree, [each.tests for each in files], options.jobs, options.limit)
+        runs: list[Run] = []
+        for each, file in files.items():
+            if unbroken[each.tests].verdict == "SURVIVED":
+                runs.append(Run(tree, each.tests, each, file))
+            else:
+                show(each, Outcome("error", f"without it: {unbroken[each.tests].why}"))
+        for run, outcome in outcomes(runs, options.jobs, options.limit):
+            assert run.mutation is not None
+            show(run.mutation, outcome)
+    print(
+        f"{len(wanted)} mutations: {counts['killed']} killed, {counts['SURVIVED']} survived, {counts['error']} errors"
+    )
+    return int(counts["killed"] < len(wanted))
+
+
+def located(mutation: Mutation, sources: Mapping[Path, str]) -> Path | str:
+    """The one file, from the root, that holds the snippet once; or what is wrong."""
+    found = [path for path, text in sources.items() for _ in range(text.count(mutation.old))]
+    if len(found) != 1:
+        where = ", ".join(str(path.relative_to(ROOT)) for path in found)
+        return f"its snippet occurs {len(found)} times{': ' * bool(where)}{where}"
+    try:
+        compile(sources[found[0]].replace(mutation.old, mutation.new), str(found[0]), "exec")
+    except SyntaxError as error:
+        return f"what it makes does not compile: {error}"
+    return found[0].relative_to(ROOT)
+
+
+def copied_tree(folder: Path) -> Path:
+    """A copy of the tracked files, as they are in the tree now."""
+    command = ["git", "ls-files", "-z", "--", *COPIED]
+    for name in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / "original" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / "original" / name)
+    return folder / "original"
+
+
+def unmutated(tree: Path, selections: Iterable[Tests], jobs: int, limit: float) -> dict[Tests, Outcome]:
+    """What the selections give without a mutation: those of one file in one run, and alone where that fails."""
+    by_file: dict[object, list[Tests]] = {}
+    for tests in dict.fromkeys(selections):
+        files = tests if "-k" in tests else tuple(dict.fromkeys(test.partition("::")[0] for test in tests))
+        by_file.setdefault(files, []).append(tests)
+    groups = {tuple(dict.fromkeys(itertools.chain(*group))): group for group in by_file.values()}
+    found: dict[Tests, Outcome] = {}
+    for run, outcome in outcomes([Run(tree, tests) for tests in groups], jobs, limit):
+        if outcome.verdict == "SURVIVED" or groups[run.tests] == [run.tests]:
+            found.update(dict.fromkeys(groups[run.tests], outcome))
+    alone = [Run(tree, tests) for group in groups.values() for tests in group if tests not in found]
+    return found | {run.tests: outcome for run, outcome in outcomes(alone, jobs, limit)}
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of pytest, in a copy of `tree` with the mutation in `file`, or without one."""
+
+    tree: Path
+    tests: Tests
+    mutation: Mutation | None = None
+    file: Path = Path()
+
+    def start(self) -> None:
+        self.copy = Path(tempfile.mkdtemp(prefix="run-", dir=self.tree.parent))
+        shutil.copytree(self.tree, self.copy, dirs_exist_ok=True)
+        if self.mutation is not None:
+            changed = self.copy / self.file
+            changed.write_text(changed.read_text().replace(self.mutation.old, self.mutation.new))
+        self.process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(self.copy, self.tests))
+        self.began = time.monotonic()
+        self.process.start()
+
+    def outcome(self, limit: float) -> Outcome | None:
+        """None while it runs."""
+        seconds = time.monotonic() - self.began
+        if self.process.is_alive() and seconds < limit:
+            return None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)  # with the processes that it has started
+        self.process.join()
+        output, code = (self.copy / "output.txt").read_text(errors="replace"), self.process.exitcode
+        shutil.rmtree(self.copy)
+        failed = re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+::.*?)(?: - |$)", output, re.MULTILINE)
+        if code == 1 and failed:
+            return Outcome("killed", f"{failed[0]}, {seconds:.0f} s")
+        if code == 0:
+            return Outcome("SURVIVED", f"{' '.join(self.tests)}, {seconds:.0f} s")
+        if code == -signal.SIGKILL and seconds >= limit:
+            return Outcome("killed" if self.mutation else "error", f"not at its end after {seconds:.0f} s")
+        return Outcome("error", f"pytest ended with {code}: {' / '.join(output.strip().splitlines()[-3:])}")
+
+
+def outcomes(runs: Iterable[Run], jobs: int, limit: float) -> Iterator[tuple[Run, Outcome]]:
+    """Run so many at once, and give what they found as they end."""
+    waiting, running = iter(runs), list[Run]()
+    while True:
+        while len(running) < jobs and (run := next(waiting, None)) is not None:
+            run.start()
+            running.append(run)
+        if not running:
+            return
+        time.sleep(0.05)
+        for run in list(running):
+            if (outcome := run.outcome(limit)) is not None:
+                running.remove(run)
+                yield run, outcome
+
+
+def preload() -> None:
+    """Import what the tests import, but for the library."""
+    os.environ |= {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in PRELOADED:
+            importlib.import_module(name)
+    assert not any(name.partition(".")[0] == "muonclip" for name in sys.modules)
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX has no thread before its first computation
+
+
+class SameExamples:
+    """A plugin: the examples of Hypothesis are the same in each run, and one that fails is not made smaller."""
+
+    def pytest_sessionstart(self) -> None:
+        from hypothesis import Phase, settings
+
+        phases = Phase.explicit, Phase.generate
+        settings.register_profile("mutations", deadline=None, derandomize=True, database=None, phases=phases)
+        settings.load_profile("mutations")
+
+
+def run_pytest(tree: Path, tests: Tests) -> None:
+    """Run pytest in a tree, in a process and session of its own, whose exit code is pytest's."""
+    os.setsid()
+    os.chdir(tree)
+    with open("output.txt", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.path[:] = [str(tree), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests"))]
+    sys.dont_write_bytecode = True
+    code = int(pytest.main([*PYTEST, *tests], plugins=[SameExamples()]))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
