@@ -467,7 +467,7 @@ MUTATIONS = (
     Mutation(
         "lowest-number-of-a-mask-allows",  # 27
         "Only −inf masks; finfo.min, −1e9 and −1e4 do not.",
-        "return mask if mask.dtype == torch.bool else mask > MASKED",
+        "return mask if mask.dtype == torch.bool else ~is_masked(mask)",
         "return mask if mask.dtype == torch.bool else mask > -torch.inf",
         tests_of("torch/test_max_logits.py", "test_the_lowest_number_of_a_float_mask_masks")
         + tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
@@ -475,9 +475,16 @@ MUTATIONS = (
     Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
-        ".gt(MASKED)",
-        ".gt(-torch.inf)",
+        "allowed & ~is_masked(added[..., :keys] if added.shape[-1] > 1 else added)",
+        "allowed & (added[..., :keys] if added.shape[-1] > 1 else added).gt(-torch.inf)",
         tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
+    ),
+    Mutation(
+        "minus-1e4-in-bf16-allows",  # 27
+        "−1e4 as bfloat16 stores it is no mask.",
+        "MASKED = -9984.0",
+        "MASKED = -9999.0",
+        tests_of("torch/test_exact_maxima.py", "test_whatever_forbids_a_pair_does_so_for_every_source"),
     ),
     Mutation(
         "future-seen-in-tiles-on-the-diagonal",
@@ -503,8 +510,8 @@ MUTATIONS = (
     Mutation(
         "lowest-number-of-a-mask-allows-in-the-kernel",  # 27
         "The kernel for CUDA takes finfo.min in a float mask for a bias.",
-        "threshold = torch.finfo(attn_mask.dtype).min / 2",
-        'threshold = float("-inf")',
+        "highest_masked = mask.document_ids, mask.attn_mask, MASKED",
+        'highest_masked = mask.document_ids, mask.attn_mask, float("-inf")',
         tests_of("torch/test_head_maxima.py", "test_is_exact_under_every_mask"),
     ),
     Mutation(
@@ -1210,7 +1217,7 @@ MUTATIONS = (
     Mutation(
         "optax-bias-of-minus-1e4-allows",  # 27
         "Only −inf in a bias masks.",
-        "allowed = ~(bias <= MASKED) if mask is None",
+        "allowed = ~is_masked(bias) if mask is None",
         "allowed = ~(bias == -jnp.inf) if mask is None",
         tests_of("optax/test_max_logits.py", "test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part"),
     ),
