@@ -56,7 +56,11 @@ def test_is_the_exact_masked_maximum_whatever_the_tiles(mask, seed, length, tile
         patch.setattr(exact_maxima, "_TILE_COLUMNS", tiles[1])
         statistic = MaxLogits(4)
         attention(q, k, v, scale=0.3, max_logits=statistic, **arguments)
-    np.testing.assert_allclose(statistic.maximum, dense_max_logits(q, k, allowed, 0.3), rtol=1e-6)
+        mask = AttentionMask(length + 1, length + 1, **arguments)
+        measured = measure_max_logits(q, k, scale=0.3, mask=mask)  # in tiles alone, where a few rows settle the former
+    expected = dense_max_logits(q, k, allowed, 0.3)
+    np.testing.assert_allclose(statistic.maximum, expected, rtol=1e-6)
+    np.testing.assert_allclose(measured, expected, rtol=1e-12)
 
 
 @given(seed=st.integers(0, 1000))
@@ -120,6 +124,11 @@ def test_micro_batches_take_the_maximum_not_the_sum_and_not_the_last():
         attention(q, k, v, is_causal=True, max_logits=statistic)
     expected = np.maximum(dense_max_logits(q1, k1), dense_max_logits(q2, k2))
     np.testing.assert_allclose(statistic.maximum, expected, rtol=1e-5)
+    given = MaxLogits(4)
+    for q, k in ((q1, k1), (q2, k2), (q1, k1)):
+        given.update(torch.from_numpy(dense_max_logits(q, k)))
+    np.testing.assert_allclose(given.maximum, expected, rtol=1e-6)
+    assert torch.equal(given.bound, given.maximum)
 
 
 def test_evaluation_is_not_observed():
