@@ -61,9 +61,10 @@ def test_every_head_ends_at_the_smaller_of_its_maximum_and_tau(kind, seed, quant
 @given(**cases)
 def test_quiet_heads_keep_their_bits_and_nothing_else_moves(kind, seed, quantile):
     layer, x = loud_attention(kind, seed, torch.float32)
-    before, original = probe(layer, x), copy.deepcopy(layer)
+    before, original, values = probe(layer, x), copy.deepcopy(layer), layer.qkv_of(x)[2]
     tau = max(float(np.quantile(before, quantile)), 1e-3)
     clip(layer, x, tau)
+    assert torch.equal(layer.qkv_of(x)[2], values)
     quiet = [head for head in range(HEADS) if before[head] <= tau * (1 - 1e-5)]
     loud = [head for head in range(HEADS) if before[head] > tau * (1 + 1e-5)]
     for head in quiet:
