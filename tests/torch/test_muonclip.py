@@ -378,6 +378,16 @@ def test_an_attention_without_gradient_may_be_unobserved():
     assert list(optimizer.qk_clip.report().layers) == ["layers.0", "layers.1"]
 
 
+def test_a_step_without_any_observation_is_an_error_though_no_query_has_a_gradient():
+    """One observed attention says that the forward ran; without any, nobody knows what has."""
+    model, optimizer = build()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"observed no forward of layers\.0, layers\.1 since"):
+        optimizer.step()
+    assert equal(model, before)
+
+
 def test_the_initialising_step_of_a_checkpoint_library_keeps_weights_and_observation():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
