@@ -269,7 +269,10 @@ MUTATIONS = (
         "Where no query has a gradient, a step without any observation is accepted.",
         "missing &= ~observed.any() | (self.notes != NO_GRADIENT)",
         "missing &= self.notes != NO_GRADIENT",
-        tests_of("torch/test_muonclip.py"),
+        tests_of(
+            "torch/test_muonclip.py",
+            "test_a_step_without_any_observation_is_an_error_though_no_query_has_a_gradient",
+        ),
     ),
     Mutation(
         "skipped-step-fails-the-next",  # 7
@@ -409,10 +412,10 @@ MUTATIONS = (
     ),
     Mutation(
         "absolute-logits",
-        "The statistic is the maximum of |S|.",
+        "The tiles take the maximum of |S|.",
         "(queries @ k[:, :, columns].mT).view(batch, count, length, -1)",
         "(queries @ k[:, :, columns].mT).view(batch, count, length, -1).abs()",
-        tests_of("torch/test_max_logits.py", "test_sign_and_emptiness"),
+        tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
     ),
     Mutation(
         "statistic-under-autocast",
@@ -1348,14 +1351,20 @@ MUTATIONS = (
         "What enters a layer that is divided over ranks has the gradient of this rank's part.",
         "run_check=False).to_local(grad_placements=[Partial()])",
         "run_check=False).to_local(grad_placements=[Replicate()])",
-        (*tests_of("models/test_parallel.py"), "-k", "gradients_are_those_of_the_whole_model and (2 ranks) and tensor"),
+        tests_of(
+            "models/test_parallel.py",
+            "test_losses_and_every_gradient_are_those_of_the_whole_model[2 ranks: tensor 2, mha, none shared]",
+        ),
     ),
     Mutation(
         "gate-of-another-rank",
         "Under tensor parallelism a rank keeps the rows of gate and up that it stores.",
         "if isinstance(placement, Shard) and placement.dim == parameter.ndim - 2:",
         "if False:",
-        (*tests_of("models/test_parallel.py"), "-k", "gradients_are_those_of_the_whole_model and (2 ranks) and tensor"),
+        tests_of(
+            "models/test_parallel.py",
+            "test_losses_and_every_gradient_are_those_of_the_whole_model[2 ranks: tensor 2, mha, none shared]",
+        ),
     ),
 )
 
