@@ -178,6 +178,19 @@ def test_a_certified_forward_computes_no_logit():
     assert counted(q, k, mask, None, 1e4)[0] == 0
 
 
+@pytest.mark.parametrize("head", range(HEADS))
+def test_a_log_sum_exp_below_its_maximum_does_not_certify(head):
+    """Kernels round: one's log-sum-exp was 6e-5 below the logit that made it."""
+    q, k = case(0)
+    rows = (0.4 * q @ k.repeat_interleave(HEADS // GROUPS, 1).mT).amax(-1)
+    expected = rows.amax((0, 2))
+    statistic = MaxLogits(HEADS)
+    statistic.threshold = expected[head].item() - 3e-5
+    statistic.observe(q, k, scale=0.4, mask=AttentionMask(LENGTH, LENGTH), lse=rows - 6e-5)
+    assert statistic.bound[head] <= statistic.maximum[head]
+    torch.testing.assert_close(statistic.maximum[head], expected[head])
+
+
 def test_one_row_settles_a_loud_head():
     q, k, mask, lse = peaked()
     logits, statistic = counted(q, k, mask, lse, 1.0)
