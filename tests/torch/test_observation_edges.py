@@ -234,12 +234,13 @@ class Windows(Attention):
 
 def test_windows_with_masks_of_their_own(x):
     model = Windows()
-    mask = torch.rand(2, 1, 4, 4) < 0.7
-    mask |= torch.eye(4, dtype=torch.bool)
-    allowed = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    allowed[..., :4, :4], allowed[..., 4:, 4:] = mask[0], mask[1]
+    everything = torch.ones(1, 4, 4, dtype=torch.bool)
+    mask = torch.stack((everything.tril(-1), everything.triu(1))) | torch.eye(4, dtype=torch.bool).roll(2, 0)
+    allowed, exchanged = torch.zeros(2, 1, 1, 8, 8, dtype=torch.bool)
+    allowed[..., :4, :4], allowed[..., 4:, 4:] = exchanged[..., 4:, 4:], exchanged[..., :4, :4] = mask[0], mask[1]
     padded = F.pad(x, (0, 0, 0, 1))
     before = maxima(model, padded, allowed)
+    assert (maxima(model, padded, exchanged) != before).sum() > 1
     clip = QKClip(model, tau=1.0, observe="always", example_inputs=(x, mask))
     step(clip, model(x, mask))
     check(clip, model, padded, before, 1.0, "", allowed=allowed)
