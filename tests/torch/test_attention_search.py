@@ -836,6 +836,12 @@ class SharedQueryKey(Separate):
         return q, q, v
 
 
+class QueriesAreValues(Separate):
+    def heads(self, x):
+        q, k, _ = super().heads(x)
+        return q, k, q
+
+
 class KeysAreValues(Separate):
     def heads(self, x):
         q, k, _ = super().heads(x)
@@ -861,6 +867,7 @@ class OneQueryTwoKeys(Separate):
     ("kind", "reason"),
     [
         (SharedQueryKey, "its queries and keys are made of the same rows"),
+        (QueriesAreValues, "its queries and values are made of the same rows"),
         (OneQueryTwoKeys, r"its queries also meet the keys of layers\.0"),
     ],
 )
