@@ -431,8 +431,9 @@ def test_a_refused_group_adds_nothing():
     twice = [*extra.named_parameters(), *nn.Linear(3, 4).named_parameters()]
     with pytest.raises(ValueError, match="two parameters have the same name"):
         optimizer.add_param_group(dict(params=twice))
-    with pytest.raises(ValueError, match="amsgrad=True is not an option"):
-        optimizer.add_param_group(dict(params=[extra.bias], use="adamw", amsgrad=True))
+    for option in ("amsgrad", "maximize", "differentiable"):
+        with pytest.raises(ValueError, match=f"{option}=True is not an option"):
+            optimizer.add_param_group(dict(params=[extra.bias], use="adamw", **{option: True}))
     assert len(optimizer.param_groups) == 3
     assert str(optimizer.plan) == plan
 
@@ -477,6 +478,13 @@ def test_defaults():
     defaults = inspect.signature(MuonClip).parameters
     assert (defaults["tau"].default, defaults["eps"].default, defaults["lr"].default) == (100.0, None, 1e-3)
     assert optimizer.qk_clip.tau == 100.0
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups[1:]} == {((0.9, 0.95), 1e-8)}
+
+
+def test_schedulers_that_cycle_momentum_work():
+    _, optimizer = build()
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, max_momentum=0.9)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
 def test_capturable_is_refused_on_the_cpu_before_anything_moves():
