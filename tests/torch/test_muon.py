@@ -217,6 +217,18 @@ def test_gradients_that_torch_swallows_get_a_full_size_update(scale):
         assert (moved == pytest.approx(full_size, rel=0.05)) == (param is p)
 
 
+def test_small_gradients_survive_products_in_float16():
+    """They are normalised before they are narrowed: as float16, all of these would be zero."""
+    moved = []
+    for ns_dtype in (torch.float32, torch.float16):
+        (p,) = parameters((32, 48))
+        before = p.detach().clone()
+        set_gradients([p], 0, 1e-9)
+        Muon([p], lr=1.0, weight_decay=0.0, ns_dtype=ns_dtype).step()
+        moved.append(p.detach() - before)
+    assert (moved[1] - moved[0]).norm() <= 0.02 * moved[0].norm()
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_gradient_and_momentum_are_not_normalised_in_place(dtype, nesterov):
