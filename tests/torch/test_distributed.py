@@ -140,6 +140,7 @@ def test_every_matrix_has_its_owner_in_every_chunking(shapes, sharding, workspac
     assert [len(ranks) for ranks in owners.values()] == [1] * len(shapes)
     again = plan(placed(*shapes, mesh=mesh(*mesh_shape), placements=placements), workspace)
     assert again == decided
+    assert all(chunk.bucket.m <= chunk.bucket.n for chunk in decided.rounds)  # of the whole matrices, not of shards
     slots = [(chunk.slot, rank) for chunk in decided.rounds for ranks in chunk.bucket.members() for rank in ranks]
     assert len(set(slots)) == len(slots)
     busiest = max(decided.flops().values())
