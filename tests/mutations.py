@@ -380,8 +380,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-observed-in-a-found-attention",  # 7
         "Forwards without gradients of an attention that was found feed its statistic.",
-        "return who if who is not None and (torch.is_grad_enabled() or not who.only_with_gradients) else None",
-        "return who",
+        "of_thread.listeners.append(observer if torch.is_grad_enabled() else observer.silent)",
+        "of_thread.listeners.append(observer)",
         tests_of("torch/test_observation.py", "test_the_maximum_of_all_forwards_with_gradients_and_of_no_other"),
     ),
     Mutation(
@@ -494,9 +494,16 @@ MUTATIONS = (
     Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
-        "allowed & ~is_masked(added[..., :keys] if added.shape[-1] > 1 else added)",
-        "allowed & (added[..., :keys] if added.shape[-1] > 1 else added).gt(-torch.inf)",
+        "is_masked(added.detach() if alpha == 1",
+        "torch.isneginf(added.detach() if alpha == 1",
         tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
+    ),
+    Mutation(
+        "number-filled-into-scores-allows",  # 27
+        "Where attention is written out, what is filled in for a forbidden pair counts as its logit.",
+        "masked = is_masked(value.detach() if isinstance(value, Tensor) else value)",
+        "masked = False",
+        tests_of("torch/test_observation_edges.py", "test_pairs_are_forbidden_by_what_is_filled_in_or_added"),
     ),
     Mutation(
         "minus-1e4-in-bf16-allows",  # 27
@@ -623,8 +630,8 @@ MUTATIONS = (
     Mutation(
         "scale-of-written-scores-ignored",  # 12
         "The number that multiplies a product of queries and keys is not part of the scale.",
-        "scale=score.scale * float(factor) if func in _TIMES else score.scale / float(factor)",
-        "scale=score.scale",
+        "return replace(score, scale=score.scale * factor if func in _TIMES else score.scale / factor)",
+        "return score",
         tests_of("torch/test_observation_edges.py", "test_other_ways_to_write_it"),
     ),
     Mutation(
@@ -651,6 +658,13 @@ MUTATIONS = (
         "if function is host_sdpa:",
         "if False:",
         tests_of("torch/test_observation.py", "test_a_function_imported_by_name_is_observed_and_given_back"),
+    ),
+    Mutation(
+        "attention-of-another-thread-observed",
+        "Who listens is one for all threads, so the attention of another model is taken for this one's.",
+        "self.listeners: list[Listener | Silent | None] = []",
+        'self.listeners: list[Listener | Silent | None] = globals().setdefault("_everybody", [])',
+        tests_of("torch/test_threads.py", "test_attention_of_an_unrelated_thread_is_not_the_models"),
     ),
     Mutation(
         "key-of-two-attentions-scaled",
@@ -740,7 +754,7 @@ MUTATIONS = (
         "The Gram form never starts afresh and loses its accuracy.",
         "restarts = gram_restarts(ns_coefficients)\n",
         "restarts = gram_restarts(ns_coefficients)[:0]\n",
-        tests_of("core/test_newton_schulz.py"),
+        tests_of("core/test_newton_schulz.py", "test_the_gram_form_is_as_accurate_in_narrow_products"),
     ),
     Mutation(
         "gram-form-of-cans-accepted",  # 38
@@ -992,7 +1006,7 @@ MUTATIONS = (
         "Which side is the small one is decided on the rows and columns of a shard.",
         "return self.fan_out > self.fan_in",
         "return length(self.rows[0]) > length(self.columns[0])",
-        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+        tests_of("torch/test_distributed.py", "test_every_matrix_has_its_owner_in_every_chunking"),
     ),
     Mutation(
         "scale-of-the-shard",  # 20
@@ -1063,7 +1077,7 @@ MUTATIONS = (
         "Small gradients travel to their owner in float16, where they vanish.",
         "return torch.float32 if self.dtype == torch.float16 else self.dtype",
         "return self.dtype",
-        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+        tests_of("torch/test_muon.py", "test_small_gradients_survive_products_in_float16"),
     ),
     Mutation(
         "one-process-rounds-elsewhere",
@@ -1548,8 +1562,7 @@ def outcomes(runs: Iterable[Run], jobs: int, limit: float) -> Iterator[tuple[Run
 
 def preload() -> None:
     """Import what the tests import, but for the library."""
-    os.environ |= {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ |= {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}  # read by these imports
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PRELOADED:
