@@ -1448,8 +1448,8 @@ def main() -> int:
             print(f"{each.name}  ({file})\n    {each.wrong}\n    {' '.join(each.tests)}")
         print(f"{len(wanted)} mutations, {counts['error']} that do not resolve")
         return int(counts["error"] > 0)
-    preload()
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        preload(Path(folder) / "jax-cache")
         tree = copied_tree(Path(folder))
         unbroken = unmutated(tree, [each.tests for each in files], options.jobs, options.limit)
         runs: list[Run] = []
@@ -1560,9 +1560,16 @@ def outcomes(runs: Iterable[Run], jobs: int, limit: float) -> Iterator[tuple[Run
                 yield run, outcome
 
 
-def preload() -> None:
-    """Import what the tests import, but for the library."""
-    os.environ |= {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}  # read by these imports
+def preload(jax_cache: Path) -> None:
+    """Import what the tests import, but for the library. What JAX compiles is kept in a folder, for all runs."""
+    os.environ |= {  # as the tests set it, but too late for what is imported here
+        "OMP_NUM_THREADS": "1",
+        "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PRELOADED:
