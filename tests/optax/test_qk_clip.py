@@ -1,5 +1,7 @@
 """qk_clip: after it every head's logits are at min(S, τ), in every layout of a kernel; and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,12 +215,14 @@ def test_it_is_exact_to_the_rounding_of_the_parameters(dtype, rtol):
 
 
 def test_a_reason_only_observes():
-    quiet = QKProjection(H, reason="QK-norm")
     params = params_of()
     zeros = jax.tree.map(jnp.zeros_like, params)
-    after, state = clip({"a": quiet}, params, zeros, {"a": jnp.full(H, 1e4)})
-    np.testing.assert_array_equal(after["q"], params["q"])
-    assert state.gamma["a"].shape == (H,)
+    declared = QKProjection.mha(q="q", k="k", num_heads=H)
+    for quiet in (QKProjection(H, reason="QK-norm"), dataclasses.replace(declared, reason="QK-norm")):
+        after, state = clip({"a": quiet}, params, zeros, {"a": jnp.full(H, 1e4)})
+        np.testing.assert_array_equal(after["q"], params["q"])
+        np.testing.assert_array_equal(after["k"], params["k"])
+        np.testing.assert_array_equal(state.gamma["a"], np.ones(H))
 
 
 def update(projections, **arguments):
