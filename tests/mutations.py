@@ -788,16 +788,30 @@ MUTATIONS = (
     Mutation(
         "stacked-biases-taken-for-matrices",  # 20
         "Biases [layers, d] go to Muon.",
-        'elif path[-1].endswith("bias"):',
-        "elif False:",
+        "if _BIAS.fullmatch(parts[-1]):",
+        "if False:",
         tests_of("torch/test_param_groups.py", "test_stacked_biases_and_norms_are_no_matrices"),
     ),
     Mutation(
         "embedding-by-substring",  # 30
         "A matrix whose name contains `emb` (time_emb_proj) counts as an embedding.",
-        "return any(map(_EMBEDDING_NAME.search, path[numbered + 1 :]))",
-        'return "emb" in name',
-        tests_of("torch/test_param_groups.py", "test_names_and_modules_of_real_models"),
+        "return _has_word(part, _EMBEDDING)",
+        'return "emb" in part',
+        tests_of("core/test_parameter_roles.py", "test_names_of_models"),
+    ),
+    Mutation(
+        "projection-of-an-embedding-on-adamw",  # 30
+        "A projection that is named after what it projects (time_emb_proj, attn_gated_norm) counts as that.",
+        "bool(words) and words[-1] not in _PROJECTIONS and any(map(pattern.fullmatch, words))",
+        "any(map(pattern.fullmatch, words))",
+        tests_of("core/test_parameter_roles.py", "test_names_of_models"),
+    ),
+    Mutation(
+        "score-inside-a-layer-taken-for-the-head",  # 30
+        "A matrix of a layer whose name a head may have (score, proj_out) goes to AdamW.",
+        "return modules[-1] in _HEADS_OUTSIDE_OF_LAYERS and len(modules) <= 2 and not _in_a_layer(modules)",
+        "return modules[-1] in _HEADS_OUTSIDE_OF_LAYERS",
+        tests_of("core/test_parameter_roles.py"),
     ),
     Mutation(
         "tied-head-on-muon",  # 20, 30
@@ -813,7 +827,7 @@ MUTATIONS = (
     Mutation(
         "head-by-shape-on-muon",  # 20
         "An output head with a name of its own goes to Muon.",
-        "if not in_a_layer and tuple(parameter.shape) in embeddings and len(set(parameter.shape)) > 1:",
+        "if like and not _in_a_layer(modules):",
         "if False:",
         tests_of("torch/test_param_groups.py", "test_a_head_is_known_by_its_name_or_by_the_shape_of_the_embedding"),
     ),
@@ -1000,6 +1014,13 @@ MUTATIONS = (
         'group.setdefault("eps_given", False)',
         tests_of("torch/test_muon.py", "test_torch_s_state_brings_torch_s_floor"),
     ),
+    Mutation(
+        "state-of-rows-not-told-of-the-clip",
+        "A state that follows the norm of its rows does not learn that the clip has scaled them.",
+        "if type(self.rule).rescale is not MuonRule.rescale:",
+        "if False:",
+        tests_of("torch/test_row_state.py", "test_the_clip_tells_a_state_which_rows_it_has_scaled"),
+    ),
     # Sharding: the plan
     Mutation(
         "orientation-of-the-shard",  # 22
@@ -1098,7 +1119,7 @@ MUTATIONS = (
         "Whether an expert got a token is decided by the rows that this rank has.",
         "dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cut)",
         "pass",
-        tests_of("torch/test_distributed.py", "test_the_bytes_are_the_plan_s_and_at_the_floor[2]"),
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
     ),
     Mutation(
         "gradient-gathered-in-silence",  # 24
@@ -1320,23 +1341,9 @@ MUTATIONS = (
         tests_of("optax/test_muon.py", "test_momentum_has_its_own_dtype"),
     ),
     Mutation(
-        "optax-embedding-by-substring",  # 30
-        "An array whose name contains `emb` counts as an embedding.",
-        "return any(map(_EMBEDDING_NAME.search, _path(name)[-2:]))",
-        'return "emb" in name',
-        tests_of("optax/test_plan.py", "test_names"),
-    ),
-    Mutation(
-        "optax-head-by-shape-on-muon",  # 20
-        "An output head with a name of its own goes to Muon.",
-        "if not in_a_layer and like and len(set(shape)) > 1:",
-        "if False:",
-        tests_of("optax/test_plan.py", "test_a_head_is_recognised_by_the_embedding_s_shape_in_either_order"),
-    ),
-    Mutation(
         "optax-fused-gate-up-as-one-matrix",
         "A fused gate|up of experts is orthogonalised as one matrix.",
-        "if _module(path) not in _GATE_UP_NAMES or shape[out] % 2:",
+        "if module_of(name) not in GATE_UP_NAMES or shape[out] % 2:",
         "if True:",
         tests_of("optax/test_plan.py", "test_fused_gate_and_up_of_experts_are_two_matrices_each"),
     ),
