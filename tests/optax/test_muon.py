@@ -169,6 +169,11 @@ def test_momentum_has_its_own_dtype():
     for gradient in gradients:
         exact = 0.95 * exact + 0.05 * np.asarray(gradient["w"])
     np.testing.assert_allclose(state.mu["w"].astype(jnp.float32), exact, rtol=2e-2, atol=1e-3)
+    once = np.zeros((8, 12), jnp.bfloat16)  # rounded once per step
+    for gradient in gradients:
+        wide = once.astype(np.float32)
+        once = (wide + np.float32(0.05) * (np.asarray(gradient["w"]) - wide)).astype(jnp.bfloat16)
+    assert (np.asarray(state.mu["w"]) == once).mean() > 0.98
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e34])
