@@ -157,36 +157,36 @@ MUTATIONS = (
     Mutation(
         "shared-key-faced-with-the-root",  # 3, 4
         "A query that faces a shared key takes √γ instead of γ.",
-        "((rows, factor.gamma) for rows in projection.query_facing_shared)",
-        "((rows, factor.query) for rows in projection.query_facing_shared)",
+        '"query_facing_shared": "gamma",',
+        '"query_facing_shared": "query",',
         tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
     ),
     Mutation(
         "group-maximum-for-all-queries",  # 3
         "All query heads take the factor of the loudest one, so healthy heads shrink.",
-        "((rows, factor.gamma) for rows in projection.query_facing_shared)",
-        "((rows, factor.gamma.min().expand_as(factor.gamma)) for rows in projection.query_facing_shared)",
+        "((rows, getattr(factor, own)) for rows in getattr(projection, part))",
+        "((rows, getattr(factor, own).min().expand(len(factor.gamma))) for rows in getattr(projection, part))",
         tests_of("torch/test_qk_clip.py", "test_one_loud_query_head_does_not_shrink_the_others_of_its_group"),
     ),
     Mutation(
         "key-not-scaled",
         "Only the query side is scaled, by √γ.",
-        "yield from ((rows, factor.key) for rows in projection.key)",
-        "pass",
+        '    "key": "key",\n    "query_facing_shared": "gamma",',
+        '    "query_facing_shared": "gamma",',
         tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
     ),
     Mutation(
         "value-rows-of-mla-scaled",  # 4
         "The key part of W_ukv reaches over the rows of the values.",
-        "key=(HeadRows(kv, num_heads, qk_nope_head_dim, 0, kv_stride, axis=out_axis(kv)),)",
-        "key=(HeadRows(kv, num_heads, kv_stride, 0, kv_stride, axis=out_axis(kv)),)",
+        'HeadPart("key", "kv", num_heads, qk_nope_head_dim, 0, kv)',
+        'HeadPart("key", "kv", num_heads, kv, 0, kv)',
         tests_of("torch/test_qk_clip.py", "test_quiet_heads_keep_their_bits_and_nothing_else_moves"),
     ),
     Mutation(
         "rotary-query-of-mla-starts-too-early",  # 4
         "The rotary part of the query begins at the head's first row.",
-        "HeadRows(q, num_heads, qk_rope_head_dim, qk_nope_head_dim, q_stride, axis=out_axis(q))",
-        "HeadRows(q, num_heads, qk_rope_head_dim, 0, q_stride, axis=out_axis(q))",
+        'HeadPart("query_facing_shared", "q", num_heads, qk_rope_head_dim, qk_nope_head_dim, q)',
+        'HeadPart("query_facing_shared", "q", num_heads, qk_rope_head_dim, 0, q)',
         tests_of("torch/test_qk_clip.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau"),
     ),
     Mutation(
@@ -199,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "only-observed-attention-scaled",  # 9
         "An attention with a reason (QK-norm) is scaled nevertheless.",
-        "return () if self.reason else self.query + self.key + self.query_facing_shared",
-        "return self.query + self.key + self.query_facing_shared",
+        "return () if self.reason else tuple(rows for part",
+        "return tuple(rows for part",
         tests_of("torch/test_qk_clip.py", "test_an_attention_with_a_reason_is_observed_and_never_scaled"),
     ),
     Mutation(
@@ -1251,8 +1251,8 @@ MUTATIONS = (
     Mutation(
         "optax-rope-of-mla-takes-the-root",  # 4
         "The rotary queries of MLA take √γ.",
-        '("gamma", projection.query_facing_shared)',
-        '("query", projection.query_facing_shared)',
+        "(factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()",
+        '("query" if factor == "gamma" else factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()',
         tests_of("optax/test_qk_clip.py", "test_multi_head_latent_attention"),
     ),
     Mutation(
