@@ -300,8 +300,8 @@ MUTATIONS = (
     Mutation(
         "checkpoint-written-over-a-deferred-error",
         "state_dict() does not raise what the accelerator's step could not.",
-        "self.qk_clip.report()  # which raises them",
-        "pass",
+        "self.qk_clip.raise_deferred()\n        return super().state_dict()",
+        "return super().state_dict()",
         tests_of("torch/test_muonclip.py", "test_a_deferred_error_is_raised_before_a_checkpoint_is_written"),
     ),
     Mutation(
