@@ -1,26 +1,27 @@
 import gc
 
 import pytest
+import torch
 
-from muonclip.torch.observe.calls import of_thread
-from muonclip.torch.observe.patches import Doors
+from muonclip.torch.observe.handlers import of_thread
+from muonclip.torch.observe.patches import PATCHES
 
 
 @pytest.fixture(autouse=True)
-def nobody_listens_any_more():
-    """Whatever ended a forward, nothing of it goes on listening."""
+def nobody_handles_calls_any_more():
+    """Whatever ended a forward, nothing of it goes on handling calls."""
     yield
-    assert not of_thread.listeners
-    assert not of_thread.trackers
+    assert not of_thread.handlers
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.fixture
-def closed_doors():
-    """No door stands that a clip of another test holds open."""
+def no_other_patches():
+    """No patch is in place for a clip of another test."""
     gc.collect()
-    others = Doors._users
+    others = PATCHES.users
     if others:
-        Doors._users = 1
-        Doors.close()
+        PATCHES.users = 1
+        PATCHES.remove_user()
     yield
-    Doors._users += others
+    PATCHES.users += others

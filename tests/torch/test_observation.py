@@ -294,7 +294,7 @@ def test_what_flash_attention_is_told_is_understood(packed_by):
     more = lengths if packed_by == "cu_seq_lens" else {}
     model(input_ids=tokens, position_ids=positions, use_cache=False, **more)
     np.testing.assert_allclose(observed(clip), expected, rtol=1e-4)
-    assert set(clip.attentions.via().values()) == {"interface"}
+    assert {kernel.name for kernel in clip.attentions.kernels().values()} == {"Hugging Face attention interface"}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -556,7 +556,7 @@ def hooks_of(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_removing_it_restores_the_model(closed_doors):
+def test_removing_it_restores_the_model(no_other_patches):
     model, x = model_and_input()
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     clip = QKClip(model)

@@ -30,7 +30,9 @@ from muonclip.torch.discover import dense_copy as unsharded
 from muonclip.torch.heads.head_rows import scale_heads
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.mesh.index_ranges import local_indices
-from muonclip.torch.observe.calls import Observer
+from muonclip.torch.observe import AttentionCall
+from muonclip.torch.observe.observer import take_in
+from muonclip.torch.observe.sdpa import KERNEL
 
 WORKER = Path(__file__).parents[1] / "support" / "sharded_clip_worker.py"
 
@@ -153,11 +155,10 @@ def test_heads_of_a_tensor_parallel_forward_go_to_their_places():
             each.max_logits.update(whole.maximum)
             assert torch.equal(each.max_logits.bound.view(2, 2)[rank], whole.maximum)
             assert (each.max_logits.bound.view(2, 2)[1 - rank] == -torch.inf).all()
-        observer = Observer([layer.max_logits], calls=None, written_out=False)
         of_all = [DTensor.from_local(each, mesh, [Shard(1)], run_check=False) for each in (q, k)]
         for seen in ((q, k), of_all, [each.flatten(0, 1) for each in (q, k)]):
             layer.max_logits.reset()
-            observer.see(*seen, scale=None)
+            take_in(AttentionCall(KERNEL, list, *seen, v), layer.max_logits, None)
             torch.testing.assert_close(layer.max_logits.maximum.view(2, 2)[rank], whole.maximum)
             assert (layer.max_logits.maximum.view(2, 2)[1 - rank] == -torch.inf).all()
         with pytest.raises(ValueError, match=r"called with 3 query heads.*this rank has all rows of the heads \["):
@@ -291,13 +292,13 @@ def test_the_group_is_that_of_ddp_around_a_forward():
             each.remove()
 
 
-def test_parts_of_sequences_without_all_keys_are_refused(closed_doors):
+def test_parts_of_sequences_without_all_keys_are_refused(no_other_patches):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = DeviceMesh("cpu", range(2))
         q = DTensor.from_local(torch.randn(2, 4, 5, 6), mesh, [Shard(2)], run_check=False)
         with pytest.raises(ValueError, match="parts of sequences"):
-            Observer([MaxLogits(4)], calls=None, written_out=False).see(q, q, None, is_causal=True)
+            take_in(AttentionCall(KERNEL, list, q, q, q, is_causal=True), MaxLogits(4), None)
         with ring(mesh), pytest.raises(ValueError, match="parts of sequences"):
             QKClip(ByAnotherName())
     finally:
@@ -316,7 +317,7 @@ def own_kernel(*args, **kwargs):
 
 
 @pytest.mark.parametrize("standing", [attend_by_another_name, own_kernel])
-def test_a_clip_does_not_keep_context_parallelism_from_its_place(standing, closed_doors, monkeypatch):
+def test_a_clip_does_not_keep_context_parallelism_from_its_place(standing, no_other_patches, monkeypatch):
     """Torch replaces attention under the name that the function there has."""
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", standing)
     if standing is own_kernel:
@@ -339,7 +340,7 @@ def test_a_clip_does_not_keep_context_parallelism_from_its_place(standing, close
         dist.destroy_process_group()
 
 
-def test_the_first_run_of_a_pipeline_s_stage_is_not_observed(closed_doors):
+def test_the_first_run_of_a_pipeline_s_stage_is_not_observed(no_other_patches):
     original = PipelineStage._compute_outputs
     declared, found = TinyModel(), ByAnotherName()
     clips = [QKClip(model, observe="always") for model in (declared, found)]

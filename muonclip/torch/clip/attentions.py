@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from muonclip.torch.discover.monitor import NOTHING_FOUND, Watch
+from muonclip.torch.discover.discovery import Inputs
+from muonclip.torch.discover.monitor import AttentionMonitor
+from muonclip.torch.discover.refusals import NOTHING_FOUND
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
 from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.observe.attention_call import DECLARED, AttentionKernel
 
 
 class ClipAttentions:
@@ -24,7 +27,10 @@ class ClipAttentions:
     """
 
     def __init__(
-        self, projections: dict[str, QKProjection], model: nn.Module | None = None, monitor: Watch | None = None
+        self,
+        projections: dict[str, QKProjection],
+        model: nn.Module | None = None,
+        monitor: AttentionMonitor | None = None,
     ) -> None:
         self.projections = projections
         self._model, self._monitor = model, monitor
@@ -62,11 +68,11 @@ class ClipAttentions:
         for state in self.states():
             state.threshold = threshold
 
-    def via(self) -> dict[str, str]:
-        """Return how each attention is observed, by name: the `via` of its site, or "declared"."""
+    def kernels(self) -> dict[str, AttentionKernel]:
+        """Return the kernel by which each attention is observed, by name; `DECLARED` where it fills its statistic."""
         sites = {} if self._monitor is None else self._monitor.sites
-        via = {id(each.max_logits): site.via for site in sites.values() for each in site.projections}
-        return {name: via.get(id(each.max_logits), "declared") for name, each in self.projections.items()}
+        kernels = {id(each.max_logits): site.kernel for site in sites.values() for each in site.projections}
+        return {name: kernels.get(id(each.max_logits), DECLARED) for name, each in self.projections.items()}
 
     def unknown_calls(self) -> str:
         """Return what is wrong where attention ran in this step that is not known, or "".
@@ -77,7 +83,7 @@ class ClipAttentions:
         if self._monitor is not None:
             if self._monitor.removed:
                 raise RuntimeError(f"QK-Clip observes nothing any more: {self._monitor.removed}.")
-            unknown = self._monitor.settle()
+            unknown = self._monitor.finish_step()
         if not self.projections:
             if self.to_come == NOTHING_FOUND:
                 raise RuntimeError(NOTHING_FOUND)
@@ -156,18 +162,19 @@ def attentions_of_model(
             raise ValueError(f"declare names {name!r}, which is not a module of the model.")
         projections[name] = projection
     declared = bool(projections)
-    monitor = Watch(model, projections, on_forward, clip_gains=clip_gains)
+    monitor = AttentionMonitor(model, projections, on_forward, clip_gains=clip_gains)
     attentions = ClipAttentions(projections, model, monitor)
     attentions.set_threshold(threshold)
+    monitor.start()
     if example_inputs is not None:
         if isinstance(example_inputs, Mapping):
-            monitor.look((), dict(example_inputs))
+            monitor.discover(Inputs((), dict(example_inputs)))
         else:
-            monitor.look(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+            monitor.discover(Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}))
         if not projections:
             raise ValueError(NOTHING_FOUND)
     elif not declared:
-        monitor.look_ahead()
+        monitor.discover_ahead()
     return attentions
 
 

@@ -46,7 +46,7 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
     if kind is Error.UNKNOWN_ATTENTION:
         return (
             details.unknown
-            or "QK-Clip: on another rank attention was called by modules that no rehearsal saw call it; see there."
+            or "QK-Clip: on another rank attention was called by modules that were not seen to call it; see there."
         )
     if kind is Error.NONFINITE:
         heads = {name: list(details.nonfinite_heads.get(name, ())) for name in wrong[kind]}

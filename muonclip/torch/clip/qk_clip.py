@@ -23,7 +23,7 @@ from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.clip.reduction import UNKNOWN_ATTENTION, JointMaxima, has_gradient, note_of
 from muonclip.torch.clip.report import LayerReport, QKClipReport, StepCount
 from muonclip.torch.clip.rescaling import decide, scale
-from muonclip.torch.clip.sources import SOURCES, describe
+from muonclip.torch.clip.sources import describe
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.mesh.wrappers import replicas_of, unwrap
 
@@ -117,8 +117,8 @@ class QKClip:
     def sources(self) -> dict[str, str]:
         """Return where the maxima of each attention come from, by name."""
         return {
-            name: describe(SOURCES[via], self.projections[name], self.observe)
-            for name, via in self.attentions.via().items()
+            name: describe(kernel, self.projections[name], self.observe)
+            for name, kernel in self.attentions.kernels().items()
         }
 
     def attach(self, optimizer: Optimizer) -> Attachment:
@@ -261,7 +261,7 @@ class QKClip:
             raise RuntimeError(message(errors, names, self._details({})))
 
     def _details(self, nonfinite_heads: Mapping[str, list[int]]) -> Details:
-        hints = {name: SOURCES[via].if_unobserved for name, via in self.attentions.via().items()}
+        hints = {name: kernel.if_unobserved for name, kernel in self.attentions.kernels().items()}
         return Details(self.tau, self._unknown, nonfinite_heads, hints)
 
 

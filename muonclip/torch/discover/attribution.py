@@ -6,7 +6,7 @@ And Euler's identity says whether scaling them by γ scales the head by γ, with
 
     ⟨r, q_h⟩ = ⟨∂⟨r, q_h⟩ / ∂y, y⟩  for every r   ⇔   q_h(γ y) = γ q_h(y)          (homogeneous of degree one)
 
-A norm between y and q makes the right side zero: there the weights do not change the logits, and the norm's gain may.
+A norm between y and q makes the right side zero: there the weights do not reach the logits, and its gain may.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Product:
     """A product of activations with a weight, cut off: its output depends on nothing.
 
     `name`: of the function. Where it is the usual one, [..., in] → [..., out]: `weight`, its `axis` of out, `bias`,
-    and `first_row`, since the output may come from a part of the weight, as in nn.MultiheadAttention. Else `recompute`
+    and `first_row`, since the output may come of a part of the weight, as in nn.MultiheadAttention. Else `recompute`
     makes the output again with the graph of the weights: all of it, or of a few positions (`by_columns`).
     """
 
@@ -133,7 +133,7 @@ def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
     return list(leaves.values()), names
 
 
-def trace(tensor: Tensor, *, with_values: bool = True) -> Source:
+def attribute(tensor: Tensor, *, with_values: bool = True) -> Source:
     """Attribute the heads of `tensor` [B, heads, T, d] to rows of parameters.
 
     Without `with_values` only from which rows, not whether in proportion (for values, which the clip never scales).
@@ -205,7 +205,7 @@ def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
 
 
 def feeds(masks: Tensor, heads: int) -> Tensor:
-    """Repeat the rows behind each key head, [G, rows], for the query heads that use it: bool [heads, rows]."""
+    """bool [heads, rows]: which of the rows behind each key head, [G, rows], each query head meets."""
     return masks.repeat_interleave(heads // masks.shape[0], 0)
 
 
@@ -234,7 +234,7 @@ def _proportional_to(
 
 
 def _probe(tensor: Tensor, head: int) -> Tensor:
-    """Draw cotangents r of one head with ⟨r, q⟩ well away from zero."""
+    """Cotangents r of one head with ⟨r, q⟩ well away from zero."""
     probe = torch.zeros_like(tensor)
     q = tensor.detach()[:, head]
     noise = torch.randn(q.shape, dtype=torch.float32, device=q.device)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from muonclip.torch.discover.attribution import Rows, feeds
-from muonclip.torch.discover.parameter_paths import Places
-from muonclip.torch.discover.tracer import Call
+from muonclip.torch.discover.parameter_paths import ParameterPaths
+from muonclip.torch.discover.tracer import TracedCall
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -25,16 +25,16 @@ from muonclip.torch.logits.max_logits import MaxLogits
 class ProjectionReader:
     """Reads calls as projections; all `calls` of the model are needed to know which keys are shared."""
 
-    def __init__(self, places: Places, calls: Sequence[Call], *, clip_gains: bool) -> None:
-        self.places, self.clip_gains = places, clip_gains
-        self.shared_keys = _keys_of_several(calls, places)
+    def __init__(self, paths: ParameterPaths, calls: Sequence[TracedCall], *, clip_gains: bool) -> None:
+        self.paths, self.clip_gains = paths, clip_gains
+        self.shared_keys = _keys_of_several(calls, paths)
 
-    def read(self, call: Call) -> QKProjection | str:
+    def read(self, call: TracedCall) -> QKProjection | str:
         """Return the projection of a call, or the reason why there is none."""
         query, key, value, heads = call.query, call.key, call.value, call.num_heads
         if call.problem or query.problem:
             return call.problem or f"its queries {query.problem}"
-        if not all(map(self.places.has, (*query.rows, *query.gains, *key.rows, *key.gains))):
+        if not all(map(self.paths.has, (*query.rows, *query.gains, *key.rows, *key.gains))):
             return "its weights are not registered: no module of the model has them as parameters"
         if query.normalised:
             return self._normalised(call)
@@ -55,7 +55,7 @@ class ProjectionReader:
         if key.problem or key.normalised or not key.rows:
             kind = "keys normalised" if key.normalised else "keys of no projection"
             return projection(kind, query_facing_shared=queries)
-        private, shared = _divide(key.rows, heads, self.shared_keys, self.places)
+        private, shared = _divide(key.rows, heads, self.shared_keys, self.paths)
         private_keys, shared_keys = self._parts(private), self._parts(shared) or ()
         if not private:
             groups = max((rows.num_heads for rows in shared_keys), default=1)
@@ -70,12 +70,12 @@ class ProjectionReader:
             return projection("mla", query_facing_shared=queries, shared_key=(*shared_keys, *private_keys))
         return projection("mla", query=own, key=private_keys, query_facing_shared=facing, shared_key=shared_keys)
 
-    def _normalised(self, call: Call) -> QKProjection:
+    def _normalised(self, call: TracedCall) -> QKProjection:
         heads, gains = call.num_heads, call.query.gains
         norm = "QK-norm: scaling the projection would change nothing"
         own = None if any(bool((rows.masks.sum(0) > 1).any()) for rows in gains) else self._parts(gains)
         if own and self.clip_gains:
-            private, shared = _divide(call.key.gains, heads, {}, self.places)
+            private, shared = _divide(call.key.gains, heads, {}, self.paths)
             keys = self._parts(private)
             if keys and not shared:
                 return QKProjection("qk-norm gains", heads, MaxLogits(heads), query=own, key=keys)
@@ -99,26 +99,26 @@ class ProjectionReader:
             if bool((counts != counts[0]).any()) or not bool(counts[0]):
                 return None
             index = masks.nonzero()[:, 1].view(len(masks), -1)
-            name, attribute = self.places.of(each)
+            name, attribute = self.paths.path(each)
             bias = ""
             for vector in vectors:
-                where, its_attribute = self.places.of(vector)
+                where, its_attribute = self.paths.path(vector)
                 if where == name and vector is not each and torch.equal(vector.masks, each.masks):
                     bias = its_attribute
                     with_a_weight.add(id(vector))
                     break
-            parts.append(HeadRows.from_index(index, self.places.modules[name], attribute, bias, each.axis))
+            parts.append(HeadRows.from_index(index, self.paths.modules[name], attribute, bias, each.axis))
         return tuple(parts)
 
 
 def _divide(
-    rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor], places: Places
+    rows: Sequence[Rows], heads: int, shared_keys: Mapping[object, Tensor], paths: ParameterPaths
 ) -> tuple[list[Rows], list[Rows]]:
     """Divide the rows behind keys into those that one query head has to itself and those that several meet."""
     private, shared = [], []
     for each in rows:
         many = feeds(each.masks, heads).sum(0) > 1
-        others = shared_keys.get((places.parameter(each), each.axis))
+        others = shared_keys.get((paths.parameter(each), each.axis))
         many = many if others is None else many | others
         for part, chosen in ((private, ~many), (shared, many)):
             masks = each.masks & chosen
@@ -142,15 +142,15 @@ def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
     )
 
 
-def _keys_of_several(calls: Sequence[Call], places: Places) -> dict[object, Tensor]:
+def _keys_of_several(calls: Sequence[TracedCall], paths: ParameterPaths) -> dict[object, Tensor]:
     """Return the rows behind keys that attentions with different queries share, by (parameter, axis)."""
     seen: dict[object, dict[object, Tensor]] = {}
     for call in calls:
-        if not all(map(places.has, (*call.query.rows, *call.key.rows))):
+        if not all(map(paths.has, (*call.query.rows, *call.key.rows))):
             continue
-        queries = places.identity(call.query.rows, call.num_heads)
+        queries = paths.identity(call.query.rows, call.num_heads)
         for rows in call.key.rows:
-            by_query = seen.setdefault((places.parameter(rows), rows.axis), {})
+            by_query = seen.setdefault((paths.parameter(rows), rows.axis), {})
             mask = rows.masks.any(0)
             by_query[queries] = by_query[queries] | mask if queries in by_query else mask
     shared = {}

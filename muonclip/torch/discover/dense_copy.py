@@ -22,13 +22,13 @@ class TooLarge(ValueError):
     """The model cannot be traced because its copy would take too much memory."""
 
 
-class StandIns:
+class DenseCopies:
     """Makes dense tensors in place of DTensors, for one traced forward."""
 
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def of(self, tensor: DTensor) -> Tensor:
+    def dense(self, tensor: DTensor) -> Tensor:
         """Return this rank's part, if that is the whole; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
         with torch.no_grad():
             if all(isinstance(placement, Replicate) for placement in tensor.placements):

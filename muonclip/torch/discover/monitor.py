@@ -1,8 +1,8 @@
-"""The search for a model's attentions, and their observation from then on, for one `QKClip`.
+"""Keeps the attentions of a model observed for one `QKClip`: hooks on, hooks off, and when to ask for attentions again.
 
-There are three moments. At construction the model is traced on inputs that it names, or that are guessed, where that
-works: the plan is complete then. At the first forward with gradients it is traced on the real inputs: that finds what
-is still missing and checks what was declared. From then on observers fill the statistics.
+Three moments. When it is built the model is traced on inputs that it names, or that are guessed, where that works: the
+plan is complete then. At the first forward with gradients it is traced on the real inputs: that finds what is still
+missing and checks what was declared. From then on observers see the calls of attention.
 """
 
 from __future__ import annotations
@@ -11,43 +11,35 @@ import copy
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from torch import nn
 
 from muonclip.torch.discover.dense_copy import TooLarge
-from muonclip.torch.discover.search import Site, refusal, search
-from muonclip.torch.discover.trace import Rehearsal, has_a_foreign_forward, is_rehearsing, rehearse
+from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site, discover
+from muonclip.torch.discover.example_inputs import guess_inputs
+from muonclip.torch.discover.refusals import NOTHING_FOUND, message
+from muonclip.torch.discover.trace import Trace, has_a_foreign_forward, is_tracing
 from muonclip.torch.heads.qk_projection import QKProjection
 from muonclip.torch.logits.max_logits import is_unobserved
-from muonclip.torch.observe.calls import (
-    Hooks,
-    Observer,
-    Unclaimed,
-    attach,
-    begin_listening,
-    end_listening,
-    enter,
-    observers,
-)
-from muonclip.torch.observe.patches import Doors
+from muonclip.torch.observe import eager
+from muonclip.torch.observe.attention_call import DECLARED
+from muonclip.torch.observe.handlers import drop_handlers, of_thread
+from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
+from muonclip.torch.observe.observer import Observer, Unclaimed
+from muonclip.torch.observe.patches import PATCHES
 
-_MOST_REHEARSALS = 4  # of the model in its first step, whose micro-batches may differ in what they reach
-_watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+_MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
+_monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
 
 
-class Watch:
-    """Finds and observes the attentions of one model, until it is removed.
-
-    `projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
+class AttentionMonitor:
+    """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     observed. `on_forward` is called inside each forward with gradients. `to_come`: why nothing was found yet, or "".
-    `version` counts findings.
-    """
+    `version` counts findings. Nothing happens to the model before `start`."""
 
     def __init__(
         self,
@@ -64,31 +56,30 @@ class Watch:
         self.to_come = "the first forward with gradients"
         self.removed = ""
         self.version = 0
-        self._rehearsals: list[Rehearsal] = []
-        self._rehearsed: dict[str, int] = {}  # how often, by the name of the module that a forward began with
+        self._traces: tuple[Trace, ...] = ()
+        self._traced: dict[str, int] = {}  # how often, by the name of the module that a forward began with
+        self._prepare()
+
+    def _prepare(self) -> None:
+        entry = _Entry(self)
+        self._observers = ObserverHooks()
+        self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
+        self._names: dict[nn.Module, str] = {}
         self._running = _Running()
         self._unclaimed = Unclaimed()
-        self._replace_others()
-        self._open()
 
-    def _replace_others(self) -> None:
-        others = {watch() for module in self.model.modules() if (watch := _watched.get(module)) is not None}
+    def start(self) -> None:
+        """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
+        others = {monitor() for module in self.model.modules() if (monitor := _monitors.get(module)) is not None}
         for other in others:
             if other is not None:
                 other.remove("another QKClip was made for the same model, and observes it now")
-        for module in self.model.modules():
-            _watched[module] = weakref.ref(self)
-
-    def _open(self) -> None:
-        """Put on the hooks: where a forward begins, and the observers' for the attentions found already."""
-        entry = _Entry(self)
-        self._observers = observers()
-        self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
-        Doors.open(self.model)
+        PATCHES.add_user(self.model)
         hooks = self._observers, self._root, self._entries
         self._end = weakref.finalize(self, _take_down, self._unclaimed, *hooks)
         self._root.put_on(self.model)
         for module in self.model.modules():
+            _monitors[module] = weakref.ref(self)
             if module is not self.model:
                 self._entries.put_on(module)
         self._observe()
@@ -98,66 +89,73 @@ class Watch:
         self.removed = why
         self._end()
 
-    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Trace the model on these inputs. Raises ValueError where an attention is not understood."""
-        self._rehearse(self.model, "", args, kwargs)
+    def discover(self, inputs: Inputs) -> None:
+        """Find the attentions that the model reaches with these inputs, and observe them.
 
-    def look_ahead(self) -> None:
-        """Trace the model on inputs that it names or that are guessed; where none fits, wait for the first forward.
-
-        Raises ValueError where an attention is not understood, or where there is none.
+        Raises ValueError where one is not understood, and RuntimeError where a copy of the model does not run and no
+        attention is known.
         """
-        for kwargs in _guesses(self.model):
-            args = kwargs.pop("args", ())
-            try:
-                rehearsal = rehearse(self.model, args, kwargs)
-            except TooLarge:
+        try:
+            discovery = self._ask(inputs, in_training=True)
+        except (NotTraced, TooLarge) as error:
+            if self.projections:
+                self.to_come = f"not traced: {error}"
+                return
+            if isinstance(error, TooLarge):
                 raise
-            except Exception as error:
-                self.to_come = f"the first forward with gradients (no inputs could be guessed: {_first_line(error)})"
+            raise RuntimeError(
+                f"QK-Clip could not trace {inputs.module or 'the model'} to find its attention: {error}. "
+                "Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
+                "QKClip(model, declare={name: QKProjection…})."
+            ) from error
+        self._take(discovery)
+
+    def discover_ahead(self) -> None:
+        """Find attentions with inputs that the model names or that are guessed; where none fits, the first forward will
+        tell. Raises ValueError where an attention is not understood, or where there is none."""
+        for inputs in guess_inputs(self.model):
+            try:
+                discovery = self._ask(inputs, in_training=False)
+            except NotTraced as error:
+                self.to_come = f"the first forward with gradients (no inputs could be guessed: {error})"
                 continue
-            self._take(rehearsal)
+            self._take(discovery)
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
             return
 
-    def settle(self) -> str:
-        """End the forwards of a step. Return what is wrong where attention ran that is not known, or ""."""
+    def finish_step(self) -> str:
+        """End the forwards of a step. Returns what is wrong where attention ran that is not known, or ""."""
         unknown, self._unclaimed.calls = self._unclaimed.calls, 0
         if unknown:
-            self._rehearsed.clear()  # the next forward shows what it was
+            self._traced.clear()  # the next forward shows what it was
             return (
-                f"QK-Clip: attention was called {unknown} times in this step by modules that no rehearsal saw call it: "
+                f"QK-Clip: attention was called {unknown} times in this step by modules that were not seen to call it: "
                 "its heads were neither observed nor clipped. Show the search inputs that reach it, QKClip(model, "
-                "example_inputs=…). The next forward is rehearsed anew."
+                "example_inputs=…). The next forward is traced anew."
             )
-        if self._rehearsed:
+        if self._traced:
             self._entries.take_off()
         return ""
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module begins to run; trace it where that is due."""
         if module is self.model:
-            end_listening(self._unclaimed, *self._observers.observers())  # of a forward that was interrupted
+            self._observers.drop()  # what a forward that was interrupted has left
+            drop_handlers(self._unclaimed)
             self._running.modules = 0
         self._running.modules += 1
         if self._running.modules > 1 or not torch.is_grad_enabled():
             return
         self.on_forward()
         if module is self.model:
-            begin_listening(self._unclaimed)
-        name = next(name for name, each in self.model.named_modules() if each is module)
-        # The model: each forward of the first step, up to a few. A part that is called by itself: once, if it holds no
-        # attention that is known. (Recomputation under activation checkpointing calls parts, too.)
-        done = self._rehearsed.get(name, 0)
-        holds_a_site = any(f"{site}.".startswith(f"{name}.") for site in self.sites)
-        if done >= (_MOST_REHEARSALS if module is self.model and self._entries.modules else 1):
+            of_thread.handlers.append(self._unclaimed)
+        name = self._name_of(module)
+        if not self._is_to_be_traced(module, name):
             return
-        if module is not self.model and holds_a_site:
-            return
-        self._rehearsed[name] = done + 1
+        self._traced[name] = self._traced.get(name, 0) + 1
         observed = module in self._observers.modules
-        self._rehearse(module, name, args, kwargs)
+        self.discover(Inputs(args, kwargs, name))
         if module in self._observers.modules and not observed:  # its hooks came too late for this run
             enter(module, args)
 
@@ -165,48 +163,49 @@ class Watch:
         """Note that a module has run, or has raised."""
         self._running.modules = 0 if module is self.model else max(self._running.modules - 1, 0)
         if module is self.model:
-            end_listening(self._unclaimed)
+            drop_handlers(self._unclaimed)
 
-    def _rehearse(self, module: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        prefix = f"{name}." if name else ""
-        try:
-            rehearsals = [rehearse(module, args, kwargs, prefix=prefix)]
-        except Exception as error:
-            if self.projections:
-                self.to_come = f"not rehearsed: {_first_line(error)}"
-                return
-            if isinstance(error, TooLarge):
-                raise
-            raise RuntimeError(
-                f"QK-Clip could not rehearse {name or 'the model'} to find its attention: {_first_line(error)}. Give "
-                "inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
-                "QKClip(model, declare={name: QKProjection…})."
-            ) from error
-        if module.training:  # some attention may run in training only; what fails there was seen above
-            with suppress(Exception):
-                rehearsals.append(rehearse(module, args, kwargs, prefix=prefix, training=True))
-        self._take(*rehearsals)
+    def _is_to_be_traced(self, module: nn.Module, name: str) -> bool:
+        """Tell whether a forward that begins with this module is traced.
 
-    def _take(self, *rehearsals: Rehearsal) -> None:
-        """Search all traced forwards so far: what one attention shares with another may show only in a later one."""
-        self._rehearsals += rehearsals
-        findings = search(self.model, self._rehearsals, self.declared, clip_gains=self.clip_gains)
-        if findings.problems:
-            del self._rehearsals[-len(rehearsals) :]
-            raise ValueError(refusal(self.model, findings.problems))
+        The model: each forward of the first step, up to a few. A part that is called by itself: once, if it holds no
+        attention that is known. (Recomputation under activation checkpointing calls parts, too.)
+        """
+        if module is self.model:
+            return self._traced.get(name, 0) < (_MOST_TRACES if self._entries.modules else 1)
+        return not self._traced.get(name) and not any(f"{site}.".startswith(f"{name}.") for site in self.sites)
+
+    def _name_of(self, module: nn.Module) -> str:
+        if module not in self._names:
+            self._names = {each: name for name, each in self.model.named_modules()}
+        return self._names[module]
+
+    def _ask(self, inputs: Inputs, *, in_training: bool) -> Discovery:
+        """Discover attentions; earlier traces are read again, since what attentions share may show itself late."""
+        return discover(
+            self.model,
+            [inputs],
+            self.declared,
+            clip_gains=self.clip_gains,
+            in_training=in_training,
+            earlier=self._traces,
+        )
+
+    def _take(self, discovery: Discovery) -> None:
+        if discovery.refusals:
+            raise ValueError(message(self.model, discovery.refusals))
+        self._traces = discovery.traces
         found = self.declared | {
             name: _with_statistic_of(self.projections.get(name), projection)
-            for name, projection in findings.projections.items()
+            for name, projection in discovery.projections.items()
         }
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
         found = dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))  # on all ranks
-        names = {id(projection): name for name, projection in findings.projections.items()}
-        sites: dict[str, Site] = {}
-        for site in findings.sites:
-            via = "declared" if self._fills_itself(site) else site.via
-            sites[site.module] = replace(
-                site, via=via, projections=tuple(found[names[id(p)]] for p in site.projections)
-            )
+        names = {id(projection): name for name, projection in discovery.projections.items()}
+        sites = {
+            site.module: replace(site, projections=tuple(found[names[id(p)]] for p in site.projections))
+            for site in discovery.sites
+        }
         self.version += found.keys() != self.projections.keys() or sites.keys() != self.sites.keys()
         self.projections.clear()
         self.projections.update(found)
@@ -216,35 +215,27 @@ class Watch:
             projection.max_logits.threshold = self.threshold
         self._observe()
 
-    def _fills_itself(self, site: Site) -> bool:
-        """Tell whether the attention is declared, and hands its statistic to `muonclip.torch.attention`."""
-        statistics = [id(projection.max_logits) for projection in site.projections]
-        copies = [rehearsal.statistics.get(key) for rehearsal in self._rehearsals for key in statistics]
-        return any(copied is not None and bool(copied.observed) for copied in copies)
-
     def _observe(self) -> None:
-        """Let each site's observer fill the statistics of its attentions."""
+        """Let what each site's attention shows go to its statistics."""
         self._observers.take_off()
         for site in self.sites.values():
-            if site.via != "declared":
+            if site.kernel is not DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.via == "written out")
-                attach(self.model.get_submodule(site.module), observer, self._observers)
+                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is eager.KERNEL)
+                self._observers.attach(self.model.get_submodule(site.module), observer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionMonitor:
         """Copy it with the model and the owner: the copy observes the copy."""
-        twin = object.__new__(Watch)
-        memo[id(self)] = twin
+        other = object.__new__(AttentionMonitor)
+        memo[id(self)] = other
         for name in ("projections", "declared", "sites", "model", "on_forward"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+            setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
-            setattr(twin, name, getattr(self, name))
-        twin._rehearsals, twin._rehearsed = [], dict(self._rehearsed)
-        twin._running, twin._unclaimed = _Running(), Unclaimed()
-        for module in twin.model.modules():
-            _watched[module] = weakref.ref(twin)
-        twin._open()
-        return twin
+            setattr(other, name, getattr(self, name))
+        other._traces, other._traced = (), dict(self._traced)
+        other._prepare()
+        other.start()
+        return other
 
 
 class _Running(threading.local):
@@ -261,127 +252,62 @@ def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -
 
 
 class _Entry:
-    """Hooks on every module: the outermost one that runs is where a forward begins.
+    """Hooks on every module: the outermost one that runs is where a forward begins. One whose `forward` an engine has
+    replaced for a while (Lightning) runs something else; what it calls begins there."""
 
-    A module whose `forward` an engine has replaced for a while (Lightning) runs something else; what it calls begins
-    there.
-    """
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = weakref.ref(watch)
+    def __init__(self, monitor: AttentionMonitor) -> None:
+        self.monitor = weakref.ref(monitor)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        watch = self.watch()
-        if watch is None or _is_apart(module):
+        monitor = self.monitor()
+        if monitor is None or _is_not_training(module):
             return
         if torch.compiler.is_compiling():
-            if watch.to_come:
+            if monitor.to_come:
                 raise RuntimeError(
                     "QK-Clip has not seen this model's attention yet, and cannot find it while torch.compile traces. "
                     "Give inputs that the model runs with, QKClip(model, example_inputs=…), or run one forward with "
                     "gradients before you compile."
                 )
             return
-        _begin(watch, module, args, kwargs)
+        _begin(monitor, module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        watch = self.watch()
-        if watch is None or _is_apart(module) or torch.compiler.is_compiling():
+        monitor = self.monitor()
+        if monitor is None or _is_not_training(module) or torch.compiler.is_compiling():
             return
-        watch.end(module)
+        monitor.end(module)
 
     def __deepcopy__(self, memo: object) -> _Entry:
-        return _Nobody()
+        return _NoEntry()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Nobody, ())
+        return (_NoEntry, ())
 
 
-_begin: Any = torch.compiler.disable(Watch.begin)
-"""`Watch.begin`, never compiled: a forward traced between two graphs is not."""
+_begin: Any = torch.compiler.disable(AttentionMonitor.begin)
+"""A trace between two graphs is not compiled."""
 
 
-class _Nobody(_Entry):
-    """The hooks in a copy of the model, which its own optimizer observes."""
+class _NoEntry(_Entry):
+    """In a copy of the model, which its own optimizer observes."""
 
     def __init__(self) -> None:
-        self.watch = lambda: None
+        self.monitor = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Nobody, ())
+        return (_NoEntry, ())
 
 
-def _is_apart(module: nn.Module) -> bool:
+def _is_not_training(module: nn.Module) -> bool:
     """Tell whether what runs is not a forward of the training, or not the module's own."""
-    return is_rehearsing() or is_unobserved() or has_a_foreign_forward(module)
+    return is_tracing() or is_unobserved() or has_a_foreign_forward(module)
 
 
 def _take_down(unclaimed: Unclaimed, *hooks: Hooks) -> None:
-    end_listening(unclaimed)
+    drop_handlers(unclaimed)
     for each in hooks:
+        if isinstance(each, ObserverHooks):
+            each.deactivate()
         each.take_off()
-    Doors.close()
-
-
-NOTHING_FOUND = (
-    "QK-Clip: no attention was found. It sees torch's scaled_dot_product_attention, FlexAttention, the attention "
-    "interface of Hugging Face models, and a product of queries and keys that reaches a softmax. Pass the model that "
-    "has the attention; or declare it: give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
-    "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)`, and add a method `qk_projection()` that returns "
-    "`QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` (or .gqa, .mla); or "
-    "switch the clip off with qk_clip=None."
-)
-
-
-def _guesses(model: nn.Module) -> list[dict[str, Any]]:
-    """Return keyword arguments to try, `args` being the positional ones.
-
-    They are what a Hugging Face model names, else tokens for a model that begins with an embedding, else numbers of the
-    width of its first module.
-    """
-    tensors = next(model.parameters(), None)
-    if tensors is None:
-        return []
-    device = tensors.device
-    named = getattr(model, "dummy_inputs", None)
-    if isinstance(named, Mapping):
-        inputs = {key: value.to(device) for key, value in named.items() if isinstance(value, Tensor)}
-        guesses = [inputs]
-        if "input_ids" in inputs:
-            guesses.append({**inputs, "decoder_input_ids": inputs["input_ids"]})
-        config = getattr(model, "config", None)
-        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-        if isinstance(size, int) and isinstance(channels, int):
-            pixels = torch.zeros(2, channels, size, size, device=device, dtype=tensors.dtype)
-            guesses.insert(0, {"pixel_values": pixels})
-        return guesses
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            tokens = torch.arange(16, device=device).view(2, 8) % module.num_embeddings
-            return [{"args": (tokens,)}]
-        width = _input_shape(module)
-        if width is not None:
-            x = torch.randn(width, device=device, dtype=tensors.dtype, generator=_generator(device))
-            return [{"args": (x,)}, {"args": (x, x)}]
-    return []
-
-
-def _generator(device: torch.device) -> torch.Generator | None:
-    """Make a generator of its own, so that the random numbers of the model's run do not change."""
-    return None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-
-
-def _input_shape(module: nn.Module) -> tuple[int, ...] | None:
-    if isinstance(module, nn.Linear):
-        return 2, 8, module.in_features
-    if isinstance(module, nn.MultiheadAttention):
-        return 2, 8, module.embed_dim
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return 2, 8, module.normalized_shape[-1]
-    if isinstance(module, _ConvNd):
-        return 2, module.in_channels, *(4 * size for size in module.kernel_size)
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].removesuffix('.')}"
+    PATCHES.remove_user()

@@ -9,7 +9,7 @@ from torch import nn
 from muonclip.torch.discover.attribution import Rows, feeds
 
 
-class Places:
+class ParameterPaths:
     """The module and attribute of each parameter of a copy.
 
     `modules`: of the model, by name. `by_copy`: id of a copied parameter → name of its module and attribute.
@@ -22,13 +22,13 @@ class Places:
         """Tell whether the rows belong to a registered parameter of the model."""
         return id(rows.parameter) in self.by_copy
 
-    def of(self, rows: Rows) -> tuple[str, str]:
+    def path(self, rows: Rows) -> tuple[str, str]:
         """Return the name of the module and of its attribute."""
         return self.by_copy[id(rows.parameter)]
 
     def parameter(self, rows: Rows) -> int:
         """Return the id of the parameter in the model."""
-        name, attribute = self.of(rows)
+        name, attribute = self.path(rows)
         return id(getattr(self.modules[name], attribute))
 
     def identity(self, rows: Sequence[Rows], heads: int) -> object:

@@ -1,9 +1,9 @@
-"""A traced forward: a copy of the model runs once, and the queries and keys of every attention are attributed to rows.
+"""One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
 
-The copy shares the memory of its matrices with the model and has everything else of its own, so that tracing has no
-side effects: no buffer, counter or random number of the model changes. In evaluation mode no layer is dropped. Of a
-sharded model the copy is dense, with other values (`dense_copy.py`); no rank waits for another. What is recorded is
-described in `tracer.py`.
+The copy shares the memory of its matrices with the model and has everything else of its own, so that nothing is left
+behind: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped. Of a sharded
+model the copy is whole, with other values (`dense_copy.py`); no rank waits for another.
+What is seen in it, `tracer.py` says.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from torch._library.custom_ops import CustomOpDef
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from muonclip.torch.discover.dense_copy import StandIns, check_size, without_engine
-from muonclip.torch.discover.tracer import Call, Recorder
+from muonclip.torch.discover.dense_copy import DenseCopies, check_size, without_engine
+from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
 from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.mesh.wrappers import plain_class
-from muonclip.torch.observe.calls import listening
-from muonclip.torch.observe.patches import Doors
+from muonclip.torch.observe.handlers import handling
+from muonclip.torch.observe.patches import PATCHES
 
 
 @dataclass(slots=True, eq=False)
-class Rehearsal:
+class Trace:
     """The calls of a traced forward, in their order.
 
     `places`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals.
     """
 
-    calls: list[Call]
-    places: dict[int, tuple[str, str]]
+    calls: list[TracedCall]
+    paths: dict[int, tuple[str, str]]
     statistics: dict[int, MaxLogits]
 
 
 class _OfThread(threading.local):
-    rehearsing = False
+    tracing = False
 
 
 _of_thread = _OfThread()
 
 
-def is_rehearsing() -> bool:
+def is_tracing() -> bool:
     """Tell whether this thread runs a traced forward, whose modules are copies."""
-    return _of_thread.rehearsing
+    return _of_thread.tracing
 
 
 def has_a_foreign_forward(module: nn.Module) -> bool:
@@ -63,73 +63,69 @@ def has_a_foreign_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__self__", None) is not module
 
 
-def rehearse(
+def trace(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, prefix: str = "", training: bool = False
-) -> Rehearsal:
-    """Run `model(*args, **kwargs)` on a copy, and record its attentions.
-
-    Raises whatever the model raises; model and arguments are as before. `prefix`: of the names. `training`: the mode of
-    the copy.
-    """
+) -> Trace:
+    """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
+    `prefix`: of the names. `training`: the mode of the copy."""
     with ExitStack() as stack:
-        Doors.open(model)
-        stack.callback(Doors.close)
+        stack.enter_context(PATCHES.used(model))
         stack.enter_context(_process_state.kept())
         check_size(model.parameters())
-        stand_ins = StandIns()
-        shadows: dict[int, Any] = {}
+        copies = DenseCopies()
+        parameters: dict[int, Any] = {}
         for parameter in model.parameters():
-            shadows[id(parameter)] = _shadow(parameter, stand_ins)
-        memo = dict(shadows)
+            parameters[id(parameter)] = _parameter_of_replica(parameter, copies)
+        memo = dict(parameters)
         for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
             if isinstance(tensor, DTensor):
-                memo[id(tensor)] = stand_ins.of(tensor)
-        twin = _twin(model, memo)
+                memo[id(tensor)] = copies.dense(tensor)
+        replica = _replica(model, memo)
         args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
-        twin.train(training)
-        places: dict[int, tuple[str, str]] = {}
+        replica.train(training)
+        paths: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                places.setdefault(id(shadows[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
-        recorder = Recorder(twin, prefix)
-        _of_thread.rehearsing = True
-        stack.callback(setattr, _of_thread, "rehearsing", False)
+                paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
+        tracer = AttentionTracer(replica, prefix)
+        _of_thread.tracing = True
+        stack.callback(setattr, _of_thread, "tracing", False)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(listening(recorder))
-        with recorder:
-            twin(*args, **kwargs)
-        sources = [source for call in recorder.calls for source in (call.query, call.key, call.value) if source]
+        stack.enter_context(handling(tracer))
+        with tracer:
+            replica(*args, **kwargs)
+        sources = [source for call in tracer.calls for source in (call.query, call.key, call.value) if source]
         kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
-        return Rehearsal(
-            recorder.calls,
-            {key: place for key, place in places.items() if key in kept},
+        return Trace(
+            tracer.calls,
+            {key: place for key, place in paths.items() if key in kept},
             {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
         )
 
 
-def _shadow(parameter: nn.Parameter, stand_ins: StandIns) -> Any:
+def _parameter_of_replica(parameter: nn.Parameter, copies: DenseCopies) -> Any:
     """Make a parameter for the copy: the same memory, except for vectors, which are moved a little.
 
     A bias that is still zero could not be distinguished from a gain.
     """
     if not parameter.is_floating_point():
-        return stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter
-    data = stand_ins.of(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+        return copies.dense(parameter) if isinstance(parameter, DTensor) else parameter
+    data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
     if data.ndim <= 1 and not data.is_meta:
         data = data + 0.05 * torch.rand_like(data) + 0.02
     return nn.Parameter(data, requires_grad=True)
 
 
-def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a module deeply; what cannot be copied (a lock, a process group) is shared."""
     if id(module) in memo:
         return memo[id(module)]
     if isinstance(module, OptimizedModule):
-        twin = memo[id(module)] = _Uncompiled(_twin(module._orig_mod, memo))
-        return twin
+        replica = memo[id(module)] = _Uncompiled(_replica(module._orig_mod, memo))
+        return replica
     kind = plain_class(module)
-    twin = memo[id(module)] = kind.__new__(kind)
+    replica = memo[id(module)] = kind.__new__(kind)
     try:
         state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
     except RuntimeError:  # parametrized modules refuse
@@ -137,13 +133,13 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     state = without_engine(state if isinstance(state, dict) else vars(module))
     if has_a_foreign_forward(module):
         state.pop("forward", None)
-    inner = {name: None if each is None else _twin(each, memo) for name, each in module._modules.items()}
-    twin.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
-    return twin
+    inner = {name: None if each is None else _replica(each, memo) for name, each in module._modules.items()}
+    replica.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
+    return replica
 
 
 class _Uncompiled(nn.Module):
-    """A plain module in place of what torch.compile wraps around a module."""
+    """In the place of what torch.compile wraps around a module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

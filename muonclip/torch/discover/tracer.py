@@ -1,4 +1,4 @@
-"""The recorder of a traced forward: every call of attention, its queries and keys attributed to rows.
+"""The calls of attention in a traced forward, and the rows behind their queries and keys.
 
 Every product with a weight is cut off from what comes before it (`attribution.py`).
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,30 +21,29 @@ from muonclip.torch.discover.attribution import (
     Product,
     Rows,
     Source,
+    attribute,
     feeds,
     gradients,
     leaves_of,
     rows_behind,
-    trace,
 )
 from muonclip.torch.logits.host_sdpa import host_sdpa
-from muonclip.torch.observe.calls import listening, with_heads
-from muonclip.torch.observe.eager import ScoreTracker, WrittenOut
+from muonclip.torch.observe import sdpa
+from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel, broadcast_heads
+from muonclip.torch.observe.eager import ScoreTracker
+from muonclip.torch.observe.handlers import handling
 from muonclip.torch.observe.torch_functions import bind, functions
 
 
 @dataclass(slots=True, eq=False)
-class Call:
-    """One call of attention in a traced forward.
-
-    `module`: the name of the innermost module that made it, in its `run`-th run of all modules. `via`: the kernel.
-    `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's key is of both
-    kinds.
-    """
+class TracedCall:
+    """One call of attention in a trace. `module`: the name of the innermost module that made it, in its `run`-th
+    run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
+    key is of both kinds."""
 
     module: str
     run: int
-    via: str
+    kernel: AttentionKernel
     num_heads: int
     query: Source
     key: Source
@@ -60,19 +59,19 @@ _PRODUCTS = functions(
 )  # fmt: skip
 
 
-class Recorder(ScoreTracker):
-    """Intercepts every function of torch that the copy calls.
+class AttentionTracer(ScoreTracker):
+    """Sees every function of torch that `replica` calls: cuts products with weights, records attention in `calls`."""
 
-    It cuts products with weights, and records attention in `calls`.
-    """
+    observes = True
+    owner: object = None
 
-    def __init__(self, twin: nn.Module, prefix: str) -> None:
-        super().__init__(self.written)
-        self.calls: list[Call] = []
+    def __init__(self, replica: nn.Module, prefix: str) -> None:
+        super().__init__(self._written_out)
+        self.calls: list[TracedCall] = []
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
-        self._own = set(map(id, twin.parameters()))
-        for name, module in twin.named_modules():
+        self._own = set(map(id, replica.parameters()))
+        for name, module in replica.named_modules():
             path = f"{prefix}{name}".removesuffix(".")
             module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True, with_kwargs=True)
             module.register_forward_hook(self._leave)
@@ -96,7 +95,8 @@ class Recorder(ScoreTracker):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             if func is host_sdpa:
                 arguments = bind(func, args, kwargs)
-                self.record("sdpa", arguments["query"], arguments["key"], arguments["value"], problem=_BY_ANOTHER_WAY)
+                q, k, v = arguments["query"], arguments["key"], arguments["value"]
+                self._record(AttentionCall(sdpa.KERNEL, _nothing, q, k, v, problem=_BY_ANOTHER_WAY))
                 return func(*args, **kwargs)
             if func in _PRODUCTS:
                 cut = self._cut(func, args, kwargs)
@@ -176,67 +176,55 @@ class Recorder(ScoreTracker):
     def place(self) -> object:
         return list(self._running)
 
-    def sdpa(self, call: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-        self.record("sdpa", arguments["query"], arguments["key"], arguments["value"])
+    def attention(self, call: AttentionCall) -> Any:
+        """Record a call, make it, and return what it returned, or what looks like it."""
+        self._record(call)
         with torch._C.DisableTorchFunction(), torch.enable_grad():
-            return call(**arguments)
+            return (call.run_in_trace or call.run)()
 
-    def flex(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        self.record("flex", arguments["query"], arguments["key"], arguments["value"])
-        q, v = arguments["query"].detach(), arguments["value"].detach()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            if not arguments["return_lse"] and arguments["return_aux"] is None:
-                return q.new_zeros(*q.shape[:-1], v.shape[-1])  # what it says does not matter; uncompiled it is slow
-            return call(**{k: t.detach() if isinstance(t, Tensor) else t for k, t in arguments.items()})
+    def _written_out(self, call: AttentionCall) -> None:
+        if call.problem:
+            call = replace(call, problem=f"its logits {call.problem} before the softmax")
+        # Product and softmax may be in modules of their own: what runs both is what can be observed.
+        made, running = cast("list[tuple[str, int]]", call.place), self._running
+        self._record(call, [one for one, other in zip(made, running, strict=False) if one == other][-1])
 
-    def interface(self, call: Callable[[], Any], q: Tensor, k: Tensor, scale: float, mask: dict[str, Any]) -> Any:
-        self.record("interface", q, k, None)
-        with torch._C.DisableTorchFunction(), torch.no_grad(), listening(None):
-            return call()
-
-    def written(self, found: WrittenOut) -> None:
-        problem = f"its logits {found.problem} before the softmax" if found.problem else ""
-        # Product and softmax may stand in modules of their own: what runs both is what can be observed.
-        made, running = cast("list[tuple[str, int]]", found.place), self._running
-        both = [one for one, other in zip(made, running, strict=False) if one == other]
-        self.record("written out", found.q, found.k, None, problem=problem, where=both[-1])
-
-    def record(
-        self,
-        via: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        problem: str = "",
-        where: tuple[str, int] | None = None,
-    ) -> None:
+    def _record(self, call: AttentionCall, where: tuple[str, int] | None = None) -> None:
         module, run = where or self._running[-1]
-        try:
-            call = self._attributed(module, run, via, q, k, v, problem)
-        except NotDifferentiable as error:
-            heads = q.shape[-3] if q.ndim > 2 else 1
-            problem = f"its queries or keys come through code that cannot be differentiated here ({error})"
-            call = Call(module, run, via, heads, Source(heads), Source(heads), None, problem)
-        self.calls.append(call)
-
-    def _attributed(
-        self, module: str, run: int, via: str, q: Tensor, k: Tensor, v: Tensor | None, problem: str
-    ) -> Call:
         # Somebody's own backward may run attention again, and an operator's own code runs below autograd.
-        with torch._C.DisableTorchFunction(), _with_autograd(), torch.enable_grad(), listening(None):
-            heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
-            if problem or not _heads_repeat(q, heads):
-                problem = problem or "its heads do not stand together behind the sequences of the batch"
-                return Call(module, run, via, heads, Source(heads), Source(heads), None, problem)
-            q, k, _ = with_heads(q, k, None, heads)
-            query, key = trace(q), trace(k)
-            value = None
-            if v is not None and v.ndim == 4:
-                value = trace(v, with_values=False)
-            call = Call(module, run, via, heads, query, key, value, problem)
-            if not query.problem and not query.normalised and not key.problem and not key.normalised:
-                call.facing_private, call.facing_shared = _split_by_key(q, k, key)
-            return call
+        with torch._C.DisableTorchFunction(), _with_autograd(), torch.enable_grad(), handling(None):
+            try:
+                traced = _attributed(call, module, run)
+            except NotDifferentiable as error:
+                problem = f"its queries or keys come through code that cannot be differentiated here ({error})"
+                q = call.heads_first(call.q)
+                traced = _refused(call, module, run, q.shape[-3] if q.ndim > 2 else 1, problem)
+        self.calls.append(traced)
+
+
+def _attributed(call: AttentionCall, module: str, run: int) -> TracedCall:
+    q, k = call.heads_first(call.q), call.heads_first(call.k)
+    heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
+    if call.problem or not _heads_repeat(q, heads):
+        problem = call.problem or "its heads do not stand together behind the sequences of the batch"
+        return _refused(call, module, run, heads, problem)
+    q, k, _ = broadcast_heads(q, k, None, heads)
+    query, key = attribute(q), attribute(k)
+    value = None
+    if call.v is not None and call.v.ndim == 4:
+        value = attribute(call.heads_first(call.v), with_values=False)
+    traced = TracedCall(module, run, call.kernel, heads, query, key, value)
+    if not query.problem and not query.normalised and not key.problem and not key.normalised:
+        traced.facing_private, traced.facing_shared = _split_by_key(q, k, key)
+    return traced
+
+
+def _refused(call: AttentionCall, module: str, run: int, heads: int, problem: str) -> TracedCall:
+    return TracedCall(module, run, call.kernel, heads, Source(heads), Source(heads), None, problem)
+
+
+def _nothing() -> None:
+    """Run what is left of a call that is made elsewhere."""
 
 
 _BY_ANOTHER_WAY = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from muonclip.torch.discover.attribution import Rows, feeds
-from muonclip.torch.discover.parameter_paths import Places
-from muonclip.torch.discover.tracer import Call
+from muonclip.torch.discover.parameter_paths import ParameterPaths
+from muonclip.torch.discover.tracer import TracedCall
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.qk_projection import QKProjection
 
@@ -14,7 +14,7 @@ PerHead = dict[int, list[set[int]]]
 """The rows of each head, by the id of the parameter."""
 
 
-def check_declaration(name: str, projection: QKProjection, call: Call, places: Places) -> None:
+def check_declaration(name: str, projection: QKProjection, call: TracedCall, paths: ParameterPaths) -> None:
     """Raise ValueError unless the declared rows are the ones that feed each head, and scale it."""
     heads = call.num_heads
     if projection.num_heads != heads:
@@ -23,49 +23,49 @@ def check_declaration(name: str, projection: QKProjection, call: Call, places: P
         )
     if not projection.scaled_parts():
         return
-    if call.query.normalised and not _are_gains(projection, call, places):
+    if call.query.normalised and not _are_gains(projection, call, paths):
         raise ValueError(
             f"QK-Clip: {name} normalises its queries after the projection (QK-norm): scaling the declared rows would "
             'change no logit and shrink them for ever. Declare it with a reason, QKProjection(…, reason="QK-norm"), '
             "and it is observed only."
         )
     seen = (*call.query.rows, *call.key.rows)
-    if call.query.problem or call.problem or call.query.normalised or not all(map(places.has, seen)):
+    if call.query.problem or call.problem or call.query.normalised or not all(map(paths.has, seen)):
         return  # whoever declares it knows better
     query = _declared((*projection.query, *projection.query_facing_shared), heads)
-    wrong = _first_difference(query, _found(call.query.rows, heads, places), both=True)
+    wrong = _first_difference(query, _found(call.query.rows, heads, paths), both=True)
     if projection.query and call.facing_private:
-        found = _found(call.facing_private, heads, places)
+        found = _found(call.facing_private, heads, paths)
         wrong = wrong or _first_difference(_declared(projection.query, heads), found, both=True)
     if projection.key:
-        found = _found(call.key.rows, heads, places, only_own=True)
+        found = _found(call.key.rows, heads, paths, only_own=True)
         wrong = wrong or _first_difference(_declared(projection.key, heads), found, both=False)
     if wrong is not None:
         parameter, head, declared, actual = wrong
         raise ValueError(
             f"QK-Clip: the declaration of {name} is wrong. It gives head {head} the rows {_span(declared)} of "
-            f"{_called(parameter, places)}, but its queries or keys are made of the rows {_span(actual)}. Correct the "
+            f"{_called(parameter, paths)}, but its queries or keys are made of the rows {_span(actual)}. Correct the "
             "number of heads, the start or the stride."
         )
 
 
-def _are_gains(projection: QKProjection, call: Call, places: Places) -> bool:
-    gains = {places.parameter(gain) for gain in (*call.query.gains, *call.key.gains) if places.has(gain)}
+def _are_gains(projection: QKProjection, call: TracedCall, paths: ParameterPaths) -> bool:
+    gains = {paths.parameter(gain) for gain in (*call.query.gains, *call.key.gains) if paths.has(gain)}
     return all(id(next(rows.parameters())[0]) in gains for rows in projection.scaled_parts())
 
 
-def _found(rows: Sequence[Rows], heads: int, places: Places, *, only_own: bool = False) -> PerHead:
+def _found(rows: Sequence[Rows], heads: int, paths: ParameterPaths, *, only_own: bool = False) -> PerHead:
     found: PerHead = {}
     for each in rows:
         if each.parameter.ndim > 1:
             masks = feeds(each.masks, heads)
             masks = masks & (masks.sum(0) == 1) if only_own else masks
-            found[places.parameter(each)] = [set(mask.nonzero().flatten().tolist()) for mask in masks]
+            found[paths.parameter(each)] = [set(mask.nonzero().flatten().tolist()) for mask in masks]
     return found
 
 
-def _called(parameter: int, places: Places) -> str:
-    for name, module in places.modules.items():
+def _called(parameter: int, paths: ParameterPaths) -> str:
+    for name, module in paths.modules.items():
         for attribute, each in module.named_parameters(recurse=False):
             if id(each) == parameter:
                 return f"{name}.{attribute}".lstrip(".")

@@ -1,5 +1,22 @@
-"""Seeing the attention calls of a running model: one file for each kind of attention kernel, the patches that lead
-there, and the hooks that say which module is running.
+"""The attention calls of a running model, in one form for all kernels: a file for each kernel, the patches that lead
+there, the hooks that say which module is running, and who handles a call.
 
-What is done with a call (recording it in a trace, filling a statistic) is its handler's.
+What is done with a call in a trace is `discover`'s; here it fills a statistic.
 """
+
+from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel
+from muonclip.torch.observe.handlers import AttentionCallHandler, handled
+from muonclip.torch.observe.kernels import KERNELS
+from muonclip.torch.observe.observer import Observer
+from muonclip.torch.observe.patches import PATCHES
+
+__all__ = [
+    "DECLARED",
+    "KERNELS",
+    "PATCHES",
+    "AttentionCall",
+    "AttentionCallHandler",
+    "AttentionKernel",
+    "Observer",
+    "handled",
+]

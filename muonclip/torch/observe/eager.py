@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from muonclip.core.attention_mask import is_masked
+from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.einsum import queries_and_keys
 from muonclip.torch.observe.torch_functions import bind, functions
 
@@ -43,17 +44,13 @@ class Score:
     place: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenOut:
-    """An attention as it was found at its softmax. `allowed`: bool, of the shape of its probabilities."""
-
-    q: Tensor
-    k: Tensor
-    scale: float | Tensor
-    allowed: Tensor
-    problem: str
-    place: object
-
+KERNEL = AttentionKernel(
+    "product and softmax",
+    if_unobserved=(
+        " This attention is written out as a product and a softmax, which cannot be followed in code that "
+        "torch.compile made: let it call scaled_dot_product_attention or muonclip.torch.attention."
+    ),
+)
 
 _BATCHED = functions("baddbmm")
 _PRODUCTS = functions("matmul", "bmm", "__matmul__") | _BATCHED
@@ -77,7 +74,7 @@ _CONCATENATE = functions("cat", "concat")
 class ScoreTracker(TorchFunctionMode):
     """Calls `on_attention` for every attention that is written out while it is entered."""
 
-    def __init__(self, on_attention: Callable[[WrittenOut], None]) -> None:
+    def __init__(self, on_attention: Callable[[AttentionCall], object]) -> None:
         super().__init__()
         self.on_attention = on_attention
         self._scores: dict[int, Score] = {}  # by the id of their tensor, which they keep alive
@@ -230,7 +227,7 @@ def _reshaped(score: Score, result: Tensor) -> Score:
     return replace(score, forbidden=score.forbidden.expand(score.tensor.shape).reshape(result.shape))
 
 
-def _finish(score: Score, dimension: int | None) -> WrittenOut:
+def _finish(score: Score, dimension: int | None) -> AttentionCall:
     logits = score.tensor.detach()
     keys = score.k.shape[-2]
     problem = score.problem
@@ -239,4 +236,10 @@ def _finish(score: Score, dimension: int | None) -> WrittenOut:
     allowed = logits[..., :keys] != -torch.inf  # columns after the keys are a sink
     if score.forbidden is not None and not problem:
         allowed = allowed & ~score.forbidden[..., :keys]
-    return WrittenOut(score.q, score.k, score.scale, allowed, problem, score.place)
+    return AttentionCall(
+        KERNEL, _nothing, score.q, score.k, None, score.scale, attn_mask=allowed, problem=problem, place=score.place
+    )
+
+
+def _nothing() -> None:
+    """Run what is left of an attention that was found at its softmax."""

@@ -1,7 +1,4 @@
-"""The attention interface of Hugging Face models: every one looks its attention up there, and so it can be listened to.
-
-Imported only where transformers is.
-"""
+"""The attention interface of Hugging Face models: each of them looks its attention up there at every forward."""
 
 from __future__ import annotations
 
@@ -12,26 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.modeling_utils import AttentionInterface
 
-from muonclip.torch.observe.calls import dense_of, listener
-
-_host_get_interface = AttentionInterface.get_interface
+from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
+from muonclip.torch.observe.handlers import current_handler, handling
 
 
-def interface_door() -> tuple[type, str, Callable[..., Any]]:
-    """Return where to put what: the function by which every model looks its attention up."""
-    return AttentionInterface, "get_interface", _get_interface
+def _patch(host: Callable[..., Any]) -> Callable[..., Any]:
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        function = host(self, attn_implementation, default)
+        if current_handler() is None or attn_implementation == "sdpa":  # which is a kernel of its own, with its LSE
+            return function
+        return functools.partial(_handled, function, attn_implementation)
+
+    return get_interface
 
 
-def _get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
-    function = _host_get_interface(self, attn_implementation, default)
-    if listener() is None or attn_implementation == "sdpa":  # which goes through a door of its own, with its LSE
-        return function
-    return functools.partial(_observed, function, attn_implementation)
-
-
-def _observed(
+def _handled(
     function: Callable[..., Any],
     implementation: str,
     module: nn.Module,
@@ -43,12 +36,24 @@ def _observed(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    who = listener()
+    handler = current_handler()
     call = functools.partial(function, module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-    if who is None:
+    if handler is None:
         return call()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return who.interface(call, query, key, scale, _mask(implementation, module, query, key, attention_mask, kwargs))
+    mask = _mask(implementation, module, query, key, attention_mask, kwargs)
+    run, in_trace = functools.partial(_run, call), functools.partial(_run_in_trace, call)
+    return handler.attention(AttentionCall(KERNEL, run, query, key, None, scale, run_in_trace=in_trace, **mask))
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    with handling(None):  # an implementation may call a kernel that is observed by itself
+        return call()
+
+
+def _run_in_trace(call: Callable[[], Any]) -> Any:
+    with torch.no_grad():  # not every implementation has a backward on the CPU
+        return _run(call)
 
 
 def _mask(
@@ -56,7 +61,7 @@ def _mask(
 ) -> dict[str, Any]:
     """Return the mask as `AttentionMask` takes it; each implementation has its own way to give it."""
     if isinstance(mask, BlockMask):
-        return {"attn_mask": dense_of(mask, query, key)}
+        return {"attn_mask": mask}
     if implementation == "eager" or (isinstance(mask, Tensor) and mask.ndim == 4):
         return {"attn_mask": None if mask is None else mask[..., : key.shape[-2]]}
     # FlashAttention: causal and window by flags, padding [B, Tk], packed sequences by their ends or positions.
@@ -73,7 +78,7 @@ def _mask(
 
 
 def _documents(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return which of the sequences packed into one row each position belongs to, int [1, T]."""
+    """int [1, T]: which of the sequences packed into one row each position belongs to."""
     ends, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     length = query.shape[-2]
     if ends is not None:
@@ -81,3 +86,8 @@ def _documents(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     if positions is not None and positions.shape == (query.shape[0], length) and query.shape[0] == 1:
         return (positions == 0).cumsum(-1)
     return None
+
+
+KERNEL = AttentionKernel(
+    "Hugging Face attention interface", "transformers.modeling_utils:AttentionInterface.get_interface", _patch
+)

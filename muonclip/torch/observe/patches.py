@@ -1,8 +1,8 @@
-"""Putting the doors of `calls.py` where models look, and taking them away.
+"""Functions in the place of the kernels' own, while somebody observes or traces a model.
 
-They stand in torch's own modules, in the sources and classes of a model that imported a function by name, and in the
-attention interface of Hugging Face, while somebody uses them. In torch's pipelines one keeps a stage's first run, which
-is for the shapes alone, from being observed.
+They are put where models look: in torch's modules, in the sources and classes of a model that imported a function by
+name, in the attention interface of Hugging Face. In torch's pipelines one keeps a stage's first run, which is for the
+shapes alone, from being observed.
 """
 
 from __future__ import annotations
@@ -10,30 +10,125 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining.stage import PipelineStage
-from torch.nn.attention import flex_attention as flex_module
 
 from muonclip.torch.logits.host_sdpa import host_sdpa
 from muonclip.torch.logits.max_logits import unobserved
 from muonclip.torch.logits.sharded_attention import PARTS_OF_SEQUENCES
 from muonclip.torch.mesh.wrappers import plain_class
-from muonclip.torch.observe.calls import flex_door, host_flex, sdpa_door
+from muonclip.torch.observe.attention_call import AttentionKernel
+from muonclip.torch.observe.kernels import KERNELS
 
 
-def _sdpa_door_for(standing: Any) -> Any:
-    """Return the replacement of what is there now: of PyTorch's attention, or of somebody's own kernel."""
-    if standing is host_sdpa:
-        return sdpa_door
-    if sdpa_door in (standing, getattr(standing, "func", None)):  # which somebody put back after it was closed
-        return standing
-    door: Any = functools.partial(sdpa_door, call=standing)
-    door.__name__ = sdpa_door.__name__
-    return door
+class _Patch(NamedTuple):
+    """A function, what takes its place, and how it is made of it."""
+
+    function: Any
+    patch: Any
+    make: Callable[[Any], Any]
+
+
+class Patches:
+    """The functions in place of hosts' functions in this process, from the first user to the last, in all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.users = 0
+        self._placed: dict[tuple[int, str], tuple[Any, Any, Any]] = {}  # holder, patch, what was there; by holder, name
+        self._patches: dict[int, _Patch] = {}  # by the function's id
+
+    def add_user(self, model: nn.Module) -> None:
+        """Put the patches where `model` will look. Raises ValueError under torch's context parallelism, whose attention
+        shows parts of the sequences."""
+        with self._lock:
+            if (getattr(F.scaled_dot_product_attention, "__module__", None) or "").startswith("torch.distributed"):
+                raise ValueError(PARTS_OF_SEQUENCES)
+            self.users += 1
+            self._patch_pipelines()
+            for kernel in KERNELS:
+                self._patch_home(kernel)
+            kinds = {plain_class(module) for module in model.modules()}
+            for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):
+                if holder is not None:
+                    self._patch_imports(holder)
+
+    def remove_user(self) -> None:
+        """Let a user go; after the last one, restore everything but what somebody else has put there meanwhile."""
+        with self._lock:
+            self.users -= 1
+            if self.users:
+                return
+            for (_, name), (holder, patch, original) in reversed(self._placed.items()):
+                if vars(holder).get(name) is patch:
+                    setattr(holder, name, original)
+            self._placed.clear()
+            self._patches.clear()
+
+    @contextmanager
+    def used(self, model: nn.Module) -> Iterator[None]:
+        """Have them in place meanwhile."""
+        self.add_user(model)
+        try:
+            yield
+        finally:
+            self.remove_user()
+
+    def _patch_home(self, kernel: AttentionKernel) -> None:
+        module, _, path = kernel.home.partition(":")
+        *owners, name = path.split(".")
+        holder: Any = sys.modules.get(module)
+        if holder is None or kernel.patch is None:  # its package is not imported, so that nobody calls it
+            return
+        holder = functools.reduce(getattr, owners, holder)
+        if (id(holder), name) in self._placed:
+            return
+        there = vars(holder)[name]
+        host = getattr(there, _HOST, None)
+        if host is None:
+            self._put(holder, name, self._patch_of(there, kernel.patch))
+        else:  # a patch that somebody has put back after all users were gone
+            self._patches[id(host)] = _Patch(host, there, kernel.patch)
+        if kernel.home == _SDPA:  # models may have imported it before somebody put another kernel in its place
+            self._patch_of(host_sdpa, kernel.patch)
+
+    def _patch_of(self, function: Any, make: Callable[[Any], Any]) -> Any:
+        if id(function) not in self._patches:
+            patch = make(function)
+            setattr(patch, _HOST, function)
+            self._patches[id(function)] = _Patch(function, patch, make)
+        return self._patches[id(function)].patch
+
+    def _patch_imports(self, holder: Any) -> None:
+        for name, value in list(vars(holder).items()):
+            function = value.__func__ if isinstance(value, staticmethod) else value
+            original = getattr(function, "_torchdynamo_orig_callable", function)  # what is compiled under this name
+            if id(original) in self._patches:
+                patch = self._patch_of(function, self._patches[id(original)].make)
+                self._put(holder, name, staticmethod(patch) if isinstance(holder, type) else patch)
+
+    def _put(self, holder: Any, name: str, patch: Any) -> None:
+        if (id(holder), name) not in self._placed:
+            self._placed[id(holder), name] = holder, patch, vars(holder)[name]
+            setattr(holder, name, patch)
+
+    def _patch_pipelines(self) -> None:
+        """Keep a stage's first run, with gradients, on memory that nobody has written to, from being observed."""
+        if hasattr(PipelineStage, "_compute_outputs"):
+            compute = vars(PipelineStage)["_compute_outputs"]
+            if (id(PipelineStage), "_compute_outputs") not in self._placed:
+                self._put(PipelineStage, "_compute_outputs", _unobserved(compute))
+
+
+_HOST = "_qk_host"  # the attribute of a patch that has the function in whose place it is
+_SDPA = "torch.nn.functional:scaled_dot_product_attention"
+PATCHES = Patches()
+"""Those of this process."""
 
 
 def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,69 +138,3 @@ def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
-
-
-class Doors:
-    """Open from the first user to the last, in all threads."""
-
-    _lock = threading.RLock()
-    _users = 0
-    _standing: ClassVar[list[tuple[Any, str, Any, Any]]] = []  # holder, name, the door, what stood there
-
-    @classmethod
-    def open(cls, model: nn.Module) -> None:
-        """Put the doors where `model` will look."""
-        with cls._lock:
-            cls._open(model)
-
-    @classmethod
-    def close(cls) -> None:
-        """Count one user less; after the last, put the originals back. What somebody else has put there since stays."""
-        with cls._lock:
-            cls._users -= 1
-            if cls._users:
-                return
-            for holder, name, door, original in reversed(cls._standing):
-                if vars(holder).get(name) is door:
-                    setattr(holder, name, original)
-            cls._standing.clear()
-
-    @classmethod
-    def _open(cls, model: nn.Module) -> None:
-        standing = F.scaled_dot_product_attention
-        if (getattr(standing, "__module__", None) or "").startswith("torch.distributed"):
-            raise ValueError(PARTS_OF_SEQUENCES)
-        cls._users += 1
-        cls._put(F, "scaled_dot_product_attention", _sdpa_door_for(standing))
-        cls._put(flex_module, "flex_attention", flex_door)
-        if hasattr(PipelineStage, "_compute_outputs"):  # with gradients, on memory that nobody has written to
-            cls._put(PipelineStage, "_compute_outputs", _unobserved(vars(PipelineStage)["_compute_outputs"]))
-        kinds = {plain_class(module) for module in model.modules()}
-        for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):
-            if holder is not None:
-                cls._put_in_place_of_imports(holder)
-        if "transformers.modeling_utils" in sys.modules:
-            from muonclip.torch.observe import huggingface as huggingface_attention
-
-            cls._put(*huggingface_attention.interface_door())
-
-    @classmethod
-    def _put(cls, holder: Any, name: str, door: Any) -> None:
-        if all(h is not holder or n != name for h, n, _, _ in cls._standing):
-            cls._standing.append((holder, name, door, vars(holder)[name]))
-            setattr(holder, name, door)
-
-    @classmethod
-    def _put_in_place_of_imports(cls, holder: Any) -> None:
-        for name, value in list(vars(holder).items()):
-            function = value.__func__ if isinstance(value, staticmethod) else value
-            door: Any
-            if function is host_sdpa:
-                door = sdpa_door
-            elif function is host_flex:
-                door = flex_door
-            elif getattr(function, "_torchdynamo_orig_callable", None) is host_flex:
-                door = functools.partial(flex_door, call=function)
-            else:
-                continue
-            cls._put(holder, name, staticmethod(door) if isinstance(holder, type) else door)

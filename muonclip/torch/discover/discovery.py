@@ -1,0 +1,193 @@
+"""The attentions of a model, from its traced forwards: their names, their projections, where each is called.
+
+No name of a module, class or parameter decides anything here; names only say where a row is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from muonclip.torch.discover.classify import ProjectionReader
+from muonclip.torch.discover.dense_copy import TooLarge
+from muonclip.torch.discover.parameter_paths import ParameterPaths
+from muonclip.torch.discover.refusals import Refusal
+from muonclip.torch.discover.trace import Trace, trace
+from muonclip.torch.discover.tracer import TracedCall
+from muonclip.torch.discover.verify import check_declaration
+from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.observe.attention_call import DECLARED, AttentionKernel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A module that calls attention, by which kernel, and the projections of its calls in order.
+
+    One projection where all are the same. `calls`: how many it makes in a run; None where that varies.
+    """
+
+    module: str
+    kernel: AttentionKernel
+    projections: tuple[QKProjection, ...]
+    calls: int | None
+
+
+class NotTraced(Exception):
+    """A copy of the model did not run: the type and first line of what it raised, which is the cause."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The arguments of a model, or of the part of it by the name `module`."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Discovery:
+    """The attentions of a model: `projections` by name, `sites` in the order of their first call, and `refusals`, by
+    name, of those that are not understood. `traces`: what it was read from."""
+
+    projections: dict[str, QKProjection]
+    sites: list[Site]
+    refusals: dict[str, Refusal]
+    traces: tuple[Trace, ...]
+
+
+def discover(
+    model: nn.Module,
+    inputs: Sequence[Inputs],
+    declared: Mapping[str, QKProjection],
+    *,
+    clip_gains: bool = False,
+    in_training: bool = False,
+    earlier: Sequence[Trace] = (),
+) -> Discovery:
+    """Find the attentions of a model by running a copy of it, or of its parts, on `inputs`. The model is as before.
+
+    `declared`: projections by module name; they are checked against the traced calls, and replace what would be found.
+    `clip_gains`: as of `QKClip`. `in_training`: run it in training mode as well, since some attention may run there
+    only. `earlier`: traces to read as well, because attentions may have something in common.
+
+    Raises NotTraced where a copy does not run in evaluation mode, TooLarge where it does not fit, and ValueError where
+    a declaration is wrong.
+    """
+    traces = list(earlier)
+    for each in inputs:
+        module, prefix = model.get_submodule(each.module), f"{each.module}." if each.module else ""
+        try:
+            traces.append(trace(module, each.args, each.kwargs, prefix=prefix))
+        except TooLarge:
+            raise
+        except Exception as error:  # whatever the model raises
+            line = str(error).strip().partition("\n")[0].removesuffix(".")
+            raise NotTraced(f"{type(error).__name__}: {line}") from error
+        if in_training and module.training:
+            with suppress(Exception):  # what fails here has shown what it has in evaluation mode
+                traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=True))
+    return _read(model, tuple(traces), declared, clip_gains=clip_gains)
+
+
+def _read(
+    model: nn.Module, traces: tuple[Trace, ...], declared: Mapping[str, QKProjection], *, clip_gains: bool
+) -> Discovery:
+    modules = dict(model.named_modules())
+    paths = ParameterPaths(modules, {key: path for each in traces for key, path in each.paths.items()})
+    calls = [(index, call) for index, each in enumerate(traces) for call in each.calls]
+    reader = ProjectionReader(paths, [call for _, call in calls], clip_gains=clip_gains)
+    findings = Discovery({}, [], {}, traces)
+    known: dict[object, QKProjection] = {}  # attentions of the same rows are one
+    runs: dict[str, dict[object, list[tuple[TracedCall, QKProjection]]]] = {}  # of each module
+    for index, call in calls:
+        name = _name_of(call, paths)
+        run = runs.setdefault(call.module, {}).setdefault((index, call.run), [])
+        declaration = next((d for d in _outwards(call.module) if d in declared), None)
+        if declaration is not None:
+            projection = declared[declaration]
+            check_declaration(declaration, projection, call, paths)
+            findings.projections[declaration] = projection
+        else:
+            projection = reader.read(call)
+            if isinstance(projection, str):
+                findings.refusals.setdefault(name, Refusal(call.num_heads, projection))
+                continue
+            rows = tuple(
+                paths.identity([*source.rows, *source.gains], call.num_heads) for source in (call.query, call.key)
+            )
+            projection = known.setdefault(rows if projection.scaled_parts() else (call.module, len(run)), projection)
+            if not any(projection is each for each in findings.projections.values()):
+                findings.projections[_free(name, call.module, findings.projections)] = projection
+        run.append((call, projection))
+    for module, of_runs in runs.items():
+        seen = [run for run in of_runs.values() if run]
+        if not seen:
+            continue
+        call = seen[0][0][0]
+        sequence, *others = ([projection for _, projection in run] for run in seen)
+        calls_per_run = len(sequence) if all(len(other) == len(sequence) for other in others) else None
+        if len({id(projection) for each in (sequence, *others) for projection in each}) == 1:
+            calls_per_run = calls_per_run if calls_per_run == 1 else None
+            sequence = sequence[:1]
+        elif any(list(map(id, other)) != list(map(id, sequence)) for other in others):
+            problem = "it calls other attentions in one run than in another"
+            findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
+        kernel = DECLARED if _fills_itself(sequence, traces) else call.kernel
+        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run))
+    _refuse_queries_of_several(findings, paths, runs)
+    return findings
+
+
+def _fills_itself(projections: Sequence[QKProjection], traces: Sequence[Trace]) -> bool:
+    """Tell whether an attention is declared, and hands its statistic to `muonclip.torch.attention`."""
+    statistics = [id(projection.max_logits) for projection in projections]
+    copies = [each.statistics.get(key) for each in traces for key in statistics]
+    return any(copied is not None and bool(copied.observed) for copied in copies)
+
+
+def _refuse_queries_of_several(
+    findings: Discovery,
+    paths: ParameterPaths,
+    runs: Mapping[str, Mapping[object, Sequence[tuple[TracedCall, QKProjection]]]],
+) -> None:
+    """Refuse rows behind the queries of two attentions, which would be scaled for both."""
+    names = {id(projection): name for name, projection in findings.projections.items()}
+    scaled_for: dict[object, QKProjection] = {}
+    for call, projection in itertools.chain(*(run for of_runs in runs.values() for run in of_runs.values())):
+        if not projection.scaled_parts():
+            continue
+        for rows in (*call.query.rows, *call.query.gains):
+            for row in rows.masks.any(0).nonzero()[:, 0].tolist():
+                first = scaled_for.setdefault((paths.parameter(rows), rows.axis, row), projection)
+                if first is not projection:
+                    problem = f"its queries also meet the keys of {names[id(first)] or 'the model'}"
+                    findings.refusals.setdefault(names[id(projection)], Refusal(call.num_heads, problem))
+
+
+def _name_of(call: TracedCall, paths: ParameterPaths) -> str:
+    """Return the innermost module that holds both the call and the weights of its queries and keys.
+
+    If that is the whole model, it is the module of the call.
+    """
+    rows = [*call.query.rows, *call.key.rows]
+    names = [name.split(".") for name in (call.module, *(paths.path(each)[0] for each in rows if paths.has(each)))]
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+    return ".".join(parts[0] for parts in common) or call.module
+
+
+def _free(name: str, other: str, taken: Mapping[str, object]) -> str:
+    """Return the first of name, other, other#2, other#3, … that is not taken."""
+    candidates = itertools.chain((name, other), (f"{other}#{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _outwards(name: str) -> list[str]:
+    """Return the name of a module and of those around it, innermost first."""
+    path = name.split(".")
+    return [".".join(path[:length]) for length in range(len(path), 0, -1)] + [""]

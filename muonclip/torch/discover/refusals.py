@@ -1,0 +1,48 @@
+"""The messages where attentions are not understood, or none was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An attention that is not understood: how many heads it was called with, and why, a sentence without its end."""
+
+    num_heads: int
+    problem: str
+
+
+def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
+    """Write which attentions are not understood and why, and the declaration to write."""
+    lines = ["QK-Clip does not understand these attentions:"]
+    lines += [f"  {name or 'the model'}: {refusal.problem}." for name, refusal in refusals.items()]
+    name, refusal = next(iter(refusals.items()))
+    inside = dict(model.named_modules()).get(name.partition("#")[0], model)
+    weights = [n for n, p in inside.named_parameters() if p.ndim == 2 and n.endswith(".weight")][:2]
+    here = "model" if not name else f"model.get_submodule({name!r})"
+    q, k = (f"attn.{n.removesuffix('.weight')}" for n in weights) if len(weights) == 2 else ("attn.…", "attn.…")
+    lines += [
+        "Say which weights make its queries and keys, with the right names in the place of q and k (.gqa, .mla or "
+        "HeadRows for other kinds):",
+        f"  attn = {here}",
+        f"  projection = QKProjection.mha(q={q}, k={k}, num_heads={refusal.num_heads}, "
+        f"max_logits=MaxLogits({refusal.num_heads}))",
+        f"  QKClip(model, declare={{{name!r}: projection}})",
+        'or leave its weights alone and only watch it, QKProjection("mha", '
+        f'{refusal.num_heads}, MaxLogits({refusal.num_heads}), reason="…"); or switch the clip off with qk_clip=None.',
+    ]
+    return "\n".join(lines)
+
+
+NOTHING_FOUND = (
+    "QK-Clip: no attention was found. It sees torch's scaled_dot_product_attention, FlexAttention, the attention "
+    "interface of Hugging Face models, and a product of queries and keys that reaches a softmax. Pass the model that "
+    "has the attention; or declare it: give each attention module `self.max_logits = MaxLogits(num_heads)`, call "
+    "`muonclip.torch.attention(q, k, v, max_logits=self.max_logits)`, and add a method `qk_projection()` that returns "
+    "`QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, max_logits=self.max_logits)` (or .gqa, .mla); or "
+    "switch the clip off with qk_clip=None."
+)

@@ -1,0 +1,78 @@
+"""The handlers of attention calls, a stack for each thread.
+
+Attention of another thread is another model's, or nobody's. The threads in which autograd recomputes a module run its
+hooks, which put its handler on the stack of that thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from muonclip.torch.observe.attention_call import AttentionCall
+
+
+class AttentionCallHandler(Protocol):
+    """Handles calls of attention. `observes`: where False, nobody does in its place. `owner`: on whose behalf."""
+
+    observes: bool
+    owner: object
+
+    def attention(self, call: AttentionCall) -> Any:
+        """Make the call and return what it returned."""
+        ...
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.handlers: list[AttentionCallHandler | None] = []
+
+
+of_thread = _OfThread()
+
+
+def current_handler() -> AttentionCallHandler | None:
+    """Return who handles the calls of this thread now."""
+    handler = of_thread.handlers[-1] if of_thread.handlers else None
+    return handler if handler is not None and handler.observes else None
+
+
+@contextmanager
+def handling(handler: AttentionCallHandler | None) -> Iterator[None]:
+    """Hand the calls made within to `handler`; to nobody with None."""
+    of_thread.handlers.append(handler)
+    try:
+        yield
+    finally:
+        of_thread.handlers.pop()
+
+
+def drop_handlers(owner: object) -> list[AttentionCallHandler]:
+    """Take the handlers of an owner off the stack of this thread, on which an interrupted forward may have left them.
+
+    Returns them, the last one first.
+    """
+    if not of_thread.handlers:
+        return []
+    dropped = [each for each in of_thread.handlers if each is not None and each.owner is owner]
+    of_thread.handlers[:] = [each for each in of_thread.handlers if each is None or each.owner is not owner]
+    return dropped[::-1]
+
+
+def handled(read: Callable[..., AttentionCall]) -> Callable[[Any], Any]:
+    """Return a patch for the function of a kernel: its calls, read by `read(host, *args, **kwargs)`, go to whoever
+    handles the calls of the thread; to the host where nobody does."""
+
+    def patch(host: Any) -> Any:
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            handler = current_handler()
+            if handler is None:
+                return host(*args, **kwargs)
+            return handler.attention(read(host, *args, **kwargs))
+
+        patched.__name__ = host.__name__  # by which torch's context parallelism finds what it puts its own in place of
+        return patched
+
+    return patch

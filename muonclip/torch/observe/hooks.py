@@ -1,0 +1,102 @@
+"""Hooks that say which module of a model is running, and so whose attention is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from muonclip.torch.observe.handlers import drop_handlers, of_thread
+from muonclip.torch.observe.observer import Observer, ObserverRun
+
+_OBSERVER = "_qk_observer"  # the attribute of a module that has its Observer
+
+
+class Hooks:
+    """A pair of hooks on any number of modules, under one key in all of them: compiled code asks for a hook's key, so
+    with keys of their own layers could not share their code."""
+
+    def __init__(self, key: int, before: Callable[..., Any], after: Callable[..., Any], *, with_kwargs: bool) -> None:
+        self.key, self.before, self.after, self.with_kwargs = key, before, after, with_kwargs
+        self.modules: dict[nn.Module, None] = {}
+
+    def put_on(self, module: nn.Module) -> None:
+        """Add the pair to a module; `after` is called even if the module raises."""
+        self.modules[module] = None
+        module._forward_pre_hooks[self.key] = self.before
+        if self.with_kwargs:
+            module._forward_pre_hooks_with_kwargs[self.key] = True
+        module._forward_hooks[self.key] = self.after
+        module._forward_hooks_always_called[self.key] = True
+
+    def take_off(self) -> None:
+        """Remove the pair from all modules."""
+        for module in self.modules:
+            for hooks in (
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks,
+                module._forward_hooks_always_called,
+            ):
+                hooks.pop(self.key, None)
+        self.modules.clear()
+
+
+class ObserverHooks(Hooks):
+    """Hooks by which a module's observer handles the attention calls while the module runs."""
+
+    def __init__(self) -> None:
+        super().__init__(-2, enter, _leave, with_kwargs=False)
+        self.observers: list[Observer] = []
+
+    def attach(self, module: nn.Module, observer: Observer) -> None:
+        """Let `observer` see what `module` calls."""
+        observer.owner = self
+        self.observers.append(observer)
+        module.__dict__[_OBSERVER] = observer
+        self.put_on(module)
+
+    def drop(self) -> None:
+        """End the runs in this thread that an interrupted forward has left."""
+        for run in drop_handlers(self):
+            assert isinstance(run, ObserverRun)
+            run.end()
+
+    def deactivate(self) -> None:
+        """Let the runs that other threads are in the midst of observe nothing more."""
+        for observer in self.observers:
+            observer.active = False
+
+    def take_off(self) -> None:
+        """Remove the observers from all modules."""
+        self.drop()
+        for module in self.modules:
+            module.__dict__.pop(_OBSERVER, None)
+        self.observers.clear()
+        super().take_off()
+
+
+def enter(module: nn.Module, args: Any) -> None:
+    """Begin a run of an observed module."""
+    observer = module.__dict__.get(_OBSERVER)
+    if observer is None:  # a copy of an observed module
+        return
+    # What counts is how the module is entered: an autograd.Function has gradients off for what it runs.
+    run = ObserverRun(observer, observes=torch.is_grad_enabled())
+    of_thread.handlers.append(run)
+    if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
+        run.follow_products()
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    observer, handlers = module.__dict__.get(_OBSERVER), of_thread.handlers
+    run = handlers[-1] if handlers else None
+    if observer is None or not isinstance(run, ObserverRun) or run.observer is not observer:
+        return
+    handlers.pop()
+    if not torch.compiler.is_compiling():
+        run.end()
+    if output is not None:  # as it is where the module has raised
+        run.check_calls()

@@ -1,0 +1,17 @@
+"""The attention kernels whose calls are observed, one file each.
+
+Attention that is written out has no function of its own; `eager.py` follows its products.
+"""
+
+from __future__ import annotations
+
+from muonclip.torch.observe.attention_call import AttentionKernel
+from muonclip.torch.observe.flex import KERNEL as FLEX
+from muonclip.torch.observe.huggingface import KERNEL as HUGGING_FACE
+from muonclip.torch.observe.sdpa import KERNEL as SDPA
+
+KERNELS: list[AttentionKernel] = [
+    SDPA,
+    FLEX,
+    HUGGING_FACE,
+]

@@ -1,0 +1,141 @@
+"""Observers of a trained model: its attention calls fill the statistics of the modules that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.logits.exact_maxima import statistic_dtype
+from muonclip.torch.logits.mask import AttentionMask
+from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.logits.sharded_attention import local_queries_and_keys
+from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
+from muonclip.torch.observe.eager import ScoreTracker
+from muonclip.torch.observe.handlers import current_handler
+
+
+class Observer:
+    """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
+    statistic, from all of its calls.
+
+    `calls`: how many it makes in a run; None where that varies. `written_out`: the module writes its attention out.
+    `owner`: on whose behalf. Where `active` is False, it has been taken off amid a forward of another thread.
+    """
+
+    def __init__(
+        self, statistics: Sequence[MaxLogits], *, calls: int | None, written_out: bool, owner: object = None
+    ) -> None:
+        self.statistics, self.expected, self.written_out, self.owner = list(statistics), calls, written_out, owner
+        self.active = True
+
+    def __deepcopy__(self, memo: object) -> None:
+        """Leave a copy of the model unobserved by the optimizer of the original."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+
+class ObserverRun:
+    """One run of an observed module. `observes`: whether it was entered with gradients, as the training does."""
+
+    def __init__(self, observer: Observer, *, observes: bool) -> None:
+        self.observer, self.observes, self.owner = observer, observes, observer.owner
+        self.calls = 0
+        self.tracker: ScoreTracker | None = None
+
+    def follow_products(self) -> None:
+        """See attention that is written out, until `end`."""
+        self.tracker = ScoreTracker(self._written_out)
+        self.tracker.__enter__()
+
+    def end(self) -> None:
+        """Look no more."""
+        if self.tracker is not None:
+            self.tracker.__exit__(None, None, None)
+            self.tracker = None
+
+    def attention(self, call: AttentionCall) -> Any:
+        """Make a call and take it into its statistic."""
+        if not self.observer.active:
+            return call.run()
+        statistic = self._next_statistic()
+        if call.run_with_max is not None:
+            result, maxima = call.run_with_max()
+            statistic.update(maxima)
+            return result
+        if call.run_with_lse is None:
+            take_in(
+                call, statistic, None
+            )  # first: what cannot be observed is refused before other ranks are waited for
+            return call.run()
+        result, lse = call.run_with_lse()
+        take_in(call, statistic, lse)
+        return result
+
+    def check_calls(self) -> None:
+        """Raise RuntimeError at the end of a run that made too few calls to know which heads they were.
+
+        A run without any call is not one of the module's attention.
+        """
+        if self.observer.expected is not None and 0 < self.calls < self.observer.expected:
+            raise RuntimeError(self._unexpected())
+
+    def _written_out(self, call: AttentionCall) -> None:
+        if current_handler() is self:
+            self.attention(call)
+
+    def _next_statistic(self) -> MaxLogits:
+        self.calls += 1
+        if self.observer.expected is not None and self.calls > self.observer.expected:
+            raise RuntimeError(self._unexpected())
+        statistics = self.observer.statistics
+        return statistics[min(self.calls, len(statistics)) - 1]
+
+    def _unexpected(self) -> str:
+        return (
+            f"QK-Clip: a module called attention {self.calls} times where it was seen to call it "
+            f"{self.observer.expected}, or one inside it did that was not seen before. Which heads these are is not "
+            "known: let each attention be a module of its own, or give example_inputs that reach all of them."
+        )
+
+
+class Unclaimed:
+    """Counts the calls in a model that no module makes which is known to call attention."""
+
+    observes = True
+
+    def __init__(self) -> None:
+        self.owner: object = self
+        self.calls = 0
+
+    def attention(self, call: AttentionCall) -> Any:
+        """Make a call."""
+        self.calls += 1
+        return call.run()
+
+
+def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> None:
+    """Take a call into a statistic; its queries and keys are this rank's or, as DTensors, those of all ranks."""
+    q, k, scale = call.q, call.k, call.scale_or_default()
+    if q.is_meta:
+        return
+    if q.is_nested:
+        raise RuntimeError("QK-Clip cannot observe nested tensors. Use padded or packed sequences with a mask.")
+    q, k = call.heads_first(q.detach()), call.heads_first(k.detach())
+    if isinstance(q, DTensor):
+        q, k = local_queries_and_keys(q, k)
+    if isinstance(scale, Tensor):  # which is not read, because the host would wait for it
+        dtype = statistic_dtype(q, k)
+        q, k, scale = q.to(dtype) * _local(scale), k.to(dtype), 1.0
+    q, k, dense = broadcast_heads(q, k, _local(call.dense_mask()), statistic.heads_in(q))
+    mask = AttentionMask(
+        q.shape[-2], k.shape[-2], call.is_causal, call.window, _local(call.document_ids), attn_mask=dense
+    )
+    statistic.observe(q, k, scale=scale, mask=mask, lse=lse)
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
