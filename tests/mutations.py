@@ -380,8 +380,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-observed-in-a-found-attention",  # 7
         "Forwards without gradients of an attention that was found feed its statistic.",
-        "of_thread.listeners.append(observer if torch.is_grad_enabled() else observer.silent)",
-        "of_thread.listeners.append(observer)",
+        "run = ObserverRun(observer, observes=torch.is_grad_enabled())",
+        "run = ObserverRun(observer, observes=True)",
         tests_of("torch/test_observation.py", "test_the_maximum_of_all_forwards_with_gradients_and_of_no_other"),
     ),
     Mutation(
@@ -394,8 +394,8 @@ MUTATIONS = (
     Mutation(
         "found-logits-divided-by-d",  # 12
         "The default scale of an attention that was found is taken to be 1/d.",
-        "statistic = self.statistic()\n        scale = 1 / math.sqrt(q.shape[-1])",
-        "statistic = self.statistic()\n        scale = 1 / q.shape[-1]",
+        "return 1 / math.sqrt(self.q.shape[-1]) if self.scale is None",
+        "return 1 / self.q.shape[-1] if self.scale is None",
         tests_of("torch/test_observation.py", "test_a_function_imported_by_name_is_observed_and_given_back"),
     ),
     Mutation(
@@ -586,7 +586,7 @@ MUTATIONS = (
     Mutation(
         "declared-projection-behind-a-norm-accepted",  # 9
         "A declaration of rows behind a QK-norm is trained with, and the weights shrink for ever.",
-        "if call.query.normalised and not _are_gains(projection, call, places):",
+        "if call.query.normalised and not _are_gains(projection, call, paths):",
         "if False:",
         tests_of("torch/test_attention_search.py", "test_a_declared_projection_behind_a_norm_is_caught"),
     ),
@@ -644,7 +644,7 @@ MUTATIONS = (
     Mutation(
         "number-of-calls-not-checked",  # 36
         "A module that calls attention more often than it was seen to is observed all the same.",
-        "if self.expected is not None and self.calls > self.expected:",
+        "if self.observer.expected is not None and self.calls > self.observer.expected:",
         "if False:",
         tests_of(
             "torch/test_observation_edges.py",
@@ -655,15 +655,15 @@ MUTATIONS = (
     Mutation(
         "function-bound-early-unseen",  # 42
         "A module that imported scaled_dot_product_attention by name is not observed.",
-        "if function is host_sdpa:",
+        "if id(original) in self._patches:",
         "if False:",
         tests_of("torch/test_observation.py", "test_a_function_imported_by_name_is_observed_and_given_back"),
     ),
     Mutation(
         "attention-of-another-thread-observed",
         "Who listens is one for all threads, so the attention of another model is taken for this one's.",
-        "self.listeners: list[Listener | Silent | None] = []",
-        'self.listeners: list[Listener | Silent | None] = globals().setdefault("_everybody", [])',
+        "self.handlers: list[AttentionCallHandler | None] = []",
+        'self.handlers: list[AttentionCallHandler | None] = globals().setdefault("_everybody", [])',
         tests_of("torch/test_threads.py", "test_attention_of_an_unrelated_thread_is_not_the_models"),
     ),
     Mutation(
