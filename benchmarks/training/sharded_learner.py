@@ -21,7 +21,7 @@ from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.training.learner import Windows
 from benchmarks.training.torch_learner import TorchLearner, first_model, make_optimizer
-from muonclip.models.parallel import Parallelism, parallelize
+from muonclip.models.parallel import DegreeError, Parallelism, parallelize
 from muonclip.models.torch import MoE
 from muonclip.torch.distributed import clip_grad_norm_
 
@@ -45,8 +45,8 @@ class Layout:
         for arm in experiment.arms:
             try:
                 self.parallelism.check(arm.model, world_size)
-            except ValueError as error:
-                raise UsageError(f"--{str(error).partition('=')[0]}", str(error)) from error
+            except DegreeError as error:
+                raise UsageError(f"--{error.degree}", str(error)) from error
             data, training = self.parallelism.data, arm.training
             if training.batch_size % (data * self.accumulate):
                 raise UsageError(

@@ -33,6 +33,14 @@ from muonclip.models.torch import Experts, Layer, MixtureOfExperts, MoE
 from muonclip.torch.mesh.process_groups import group_over
 
 
+class DegreeError(ValueError):
+    """Raised for a degree of parallelism that does not fit; `degree` is its field of `Parallelism`."""
+
+    def __init__(self, degree: str, message: str) -> None:
+        super().__init__(message)
+        self.degree = degree
+
+
 @dataclass(frozen=True, slots=True)
 class Parallelism:
     """Degrees of parallelism; there are replicas · shards · tensor ranks."""
@@ -52,24 +60,26 @@ class Parallelism:
         return self.replicas * self.shards
 
     def check(self, config: MoEConfig, world_size: int) -> None:
-        """Raise ValueError, naming the field, for degrees that do not fit the ranks or the model."""
+        """Raise DegreeError for a degree that does not fit the ranks or the model."""
         for field in fields(self):
             degree = getattr(self, field.name)
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
-                raise ValueError(f"{field.name}={degree!r} must be an integer of at least 1.")
+                raise DegreeError(field.name, f"{field.name}={degree!r} must be an integer of at least 1.")
         if self.data * self.tensor != world_size:
-            raise ValueError(
+            raise DegreeError(
+                "replicas",
                 f"replicas={self.replicas} · shards={self.shards} · tensor={self.tensor} are {self.data * self.tensor} "
                 f"ranks, but there are {world_size}. Set shards={max(1, world_size // (self.replicas * self.tensor))}, "
-                "or start as many."
+                "or start as many.",
             )
         if self.data % self.experts:
-            raise ValueError(
+            raise DegreeError(
+                "experts",
                 f"experts={self.experts} must divide replicas · shards = {self.data}: the experts are shared out among "
-                "ranks that see different tokens."
+                "ranks that see different tokens.",
             )
         if config.num_experts % self.experts:
-            raise ValueError(f"experts={self.experts} must divide num_experts={config.num_experts}.")
+            raise DegreeError("experts", f"experts={self.experts} must divide num_experts={config.num_experts}.")
         if self.tensor == 1:
             return
         divided = [("num_heads", 1), ("intermediate_size", 1)]
@@ -79,7 +89,7 @@ class Parallelism:
         for name, unit in divided:
             if (size := getattr(config, name)) % (unit * self.tensor):
                 multiples = f" into multiples of {unit}" if unit > 1 else ""
-                raise ValueError(f"tensor={self.tensor} must divide {name}={size}{multiples}.")
+                raise DegreeError("tensor", f"tensor={self.tensor} must divide {name}={size}{multiples}.")
 
 
 @dataclass(frozen=True, slots=True)
