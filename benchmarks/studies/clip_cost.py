@@ -36,6 +36,7 @@ from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.records.intervals import CONFIDENCE, median_interval
 from benchmarks.studies.clip_cost_models import MODELS, VOCABULARY, build, loss
+from benchmarks.studies.host_time import host_time
 from muonclip.models.torch import Attention
 from muonclip.torch import QKClip
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -97,7 +98,7 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
             cells.append(cell)
     config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
     made_with = environment(device) | {"threads": torch.get_num_threads()}
-    result = {"config": config, "environment": made_with, "cells": cells}
+    result = {"config": config, "environment": made_with, "cells": cells, "host_us": host_time(plan.rounds)}
     atomic_files.write_json(out / f"{device}.json", result)
     return result
 

@@ -16,6 +16,7 @@ from benchmarks.records.environment import made_with
 from benchmarks.report.tables import markdown
 from benchmarks.studies.clip_cost import REGIMES
 from benchmarks.studies.clip_cost_models import BF16, MODELS
+from benchmarks.studies.host_time import MATRICES
 
 Json = Mapping[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -68,6 +69,8 @@ def read_clip_cost(result: Json) -> str:
         sources = [["model", "attentions", "S comes from"], *([model, str(n), source] for model, source, n in counted)]
         parts += [f"### {regime[0].upper()}{regime[1:]}", ""]
         parts += [line for rows in (verdict, _rows(cells), sources) for line in (markdown(rows), "")]
+    if "host_us" in result:  # results from before it was measured have none
+        parts += ["### Host time", "", markdown(_host_rows(result["host_us"]))]
     return "\n".join(parts).strip() + "\n"
 
 
@@ -100,6 +103,15 @@ def _rows(cells: Sequence[Json]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _host_rows(microseconds: Mapping[str, float]) -> list[list[str]]:
+    of = {
+        "forward_per_attention": "forward, per observed attention",
+        "clip_step_per_attention": "the clip's step, per attention",
+        "unchanged_plan_per_step": f"the optimizer's check that nothing changed, per step of {MATRICES} matrices",
+    }
+    return [["host time", "µs"], *([words, f"{microseconds[key]:.0f}"] for key, words in of.items())]
 
 
 def _name(cell: Json) -> str:

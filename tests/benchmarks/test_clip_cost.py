@@ -57,6 +57,13 @@ def test_regimes_are_what_they_are_called(quick):
             assert cell["highest_bound"] < math.log(32)  # diffuse: no bound by LSE could have settled it
 
 
+def test_the_host_s_time_is_a_table_of_the_page(quick):
+    measured = quick["host_us"]
+    assert all(value > 0 for value in measured.values())
+    table = read_clip_cost(quick).partition("### Host time")[2]
+    assert [f"| {value:.0f} |" in table for value in measured.values()] == [True] * 3
+
+
 def test_sources_are_those_of_the_arm(quick):
     for cell in quick["cells"]:
         assert len(cell["sources"]) == QUICK.layers

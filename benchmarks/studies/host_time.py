@@ -1,0 +1,68 @@
+"""The host's share of the clip: its time per observed attention and per step, where next to nothing is computed.
+
+Models of a few numbers, one thread. On an accelerator this is what a launch queue has to hide.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonclip.torch import Muon, QKClip
+
+LAYERS, MATRICES = 48, 420
+
+
+class TinyAttention(nn.Module):
+    """Attention of two heads, two numbers wide each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def host_time(rounds: int) -> dict[str, float]:
+    """Measure microseconds, medians of `rounds`: of a forward with the clip less one without it and of the clip's step,
+    per attention; and of what an optimizer of 420 matrices does to find that nothing has changed, per step."""
+    plain = nn.Sequential(*(TinyAttention() for _ in range(LAYERS)))
+    observed, x = copy.deepcopy(plain), torch.randn(2, 4, 4)
+    clip = QKClip(observed)
+    differences, steps = [], []
+    for _ in range(rounds + 3):
+        differences.append(_seconds(lambda: observed(x)) - _seconds(lambda: plain(x)))
+        steps.append(_seconds(clip.step))
+    parameters = [nn.Parameter(torch.randn(4, 6)) for _ in range(MATRICES)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Muon(parameters)
+    optimizer.step()
+
+    def check() -> None:
+        optimizer._refresh_plan()
+        optimizer._check_gradients()
+
+    return {
+        "forward_per_attention": _median(differences) / LAYERS,
+        "clip_step_per_attention": _median(steps) / LAYERS,
+        "unchanged_plan_per_step": _median([_seconds(check) for _ in range(rounds + 3)]),
+    }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return 1e6 * statistics.median(seconds[3:])  # the first find the attention, and warm up
