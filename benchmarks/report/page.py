@@ -100,7 +100,8 @@ def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, A
         for seed, step in fact.diverged.items()
     ]
     missing = [f"{arm.label}, seed {seed}, is not finished and left out." for arm, seed in results.missing]
-    settings = {"framework": FRAMEWORKS[experiment.framework]} | flat(results.environment) | flat(experiment.to_json())
+    framework = {"framework": FRAMEWORKS[experiment.framework]}  # by the name people know, as the first line
+    settings = framework | flat(results.environment) | flat(experiment.to_json()) | framework
     return {
         "heading": experiment.heading,
         "verdicts": [logit_rows(facts), effect_rows(clip_facts(results))],
