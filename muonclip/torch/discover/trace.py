@@ -36,7 +36,7 @@ from muonclip.torch.observe.patches import PATCHES
 class Trace:
     """The calls of a traced forward, in their order.
 
-    `places`: the names of module and attribute in the model of each parameter among their rows, by its id.
+    `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals.
     """
 
