@@ -125,8 +125,8 @@ def parallelize(
     )
     dense = world["replicas", "shards"] if p.replicas > 1 else world["shards"]
     tensor = world["tensor"] if p.tensor > 1 else None
-    experts = _ExpertMeshes.of(parallelism, device_type, dense, tensor)
-    # Nothing is cast at a module's door: the embedding's output is bf16, and the rotary tables stay fp32.
+    experts = _ExpertMeshes.from_degrees(parallelism, device_type, dense, tensor)
+    # Nothing is cast on its way into a module: the embedding's output is bf16, and the rotary tables stay fp32.
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if mixed_precision else whole
     for layer in model.layers:
@@ -160,7 +160,9 @@ class _ExpertMeshes:
     by_width: bool
 
     @classmethod
-    def of(cls, p: Parallelism, device_type: str, dense: DeviceMesh, tensor: DeviceMesh | None) -> _ExpertMeshes:
+    def from_degrees(
+        cls, p: Parallelism, device_type: str, dense: DeviceMesh, tensor: DeviceMesh | None
+    ) -> _ExpertMeshes:
         by_width = tensor is not None
         if p.experts == 1:
             return cls(tensor, dense, False, by_width)

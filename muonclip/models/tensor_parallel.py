@@ -20,7 +20,7 @@ from muonclip.models.torch import Attention, Experts, LatentAttention, Layer, Mi
 from muonclip.torch.mesh.index_ranges import local_indices
 
 
-def place(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
     """Replace a parameter that every rank has whole by this rank's part of it, a DTensor. Nothing is sent."""
     whole = getattr(module, name)
     coordinate = mesh.get_coordinate()
@@ -39,8 +39,8 @@ def divide_layer(layer: Layer, mesh: DeviceMesh) -> None:
     _divide_attention(layer.attn, mesh)
     swiglu = layer.mlp.shared_experts if isinstance(layer.mlp, MixtureOfExperts) else layer.mlp
     if swiglu is not None:
-        place(swiglu.gate_up_proj, "weight", mesh, [Shard(0)])
-        place(swiglu.down_proj, "weight", mesh, [Shard(1)])
+        distribute_parameter(swiglu.gate_up_proj, "weight", mesh, [Shard(0)])
+        distribute_parameter(swiglu.down_proj, "weight", mesh, [Shard(1)])
         _copy_arguments(swiglu.gate_up_proj, mesh, 0)
     _sum_output(layer.mlp, mesh)  # of shared and other experts at once
 
@@ -51,8 +51,8 @@ def divide_experts(experts: Experts, mesh: DeviceMesh, *, by_expert: bool, by_wi
     The mesh has only the dimensions asked for.
     """
     expert: list[Placement] = [Shard(0)] * by_expert
-    place(experts, "gate_up_proj", mesh, [*expert, *[Shard(1)] * by_width])
-    place(experts, "down_proj", mesh, [*expert, *[Shard(2)] * by_width])
+    distribute_parameter(experts, "gate_up_proj", mesh, [*expert, *[Shard(1)] * by_width])
+    distribute_parameter(experts, "down_proj", mesh, [*expert, *[Shard(2)] * by_width])
     if by_width:  # tokens and their experts' weights; the layer sums
         _copy_arguments(experts, mesh["tensor"] if by_expert else mesh, 0, 2)
 
@@ -61,17 +61,17 @@ def _divide_attention(attention: Attention, mesh: DeviceMesh) -> None:
     if isinstance(attention, LatentAttention):
         queries = attention.q_b_proj if hasattr(attention, "q_b_proj") else attention.q_proj
         for by_head in (queries, attention.kv_b_proj):
-            place(by_head, "weight", mesh, [Shard(0)])
+            distribute_parameter(by_head, "weight", mesh, [Shard(0)])
             _copy_arguments(by_head, mesh, 0)
         _copy_output(attention.k_rope_proj, mesh)
     else:
         for name in ("q_proj", "k_proj", "v_proj"):
-            place(getattr(attention, name), "weight", mesh, [Shard(0)])
+            distribute_parameter(getattr(attention, name), "weight", mesh, [Shard(0)])
         _copy_arguments(attention, mesh, 0)
     if attention.config.qk_norm:
-        place(attention.q_norm, "weight", mesh, [Replicate()])
-        place(attention.k_norm, "weight", mesh, [Replicate()])
-    place(attention.o_proj, "weight", mesh, [Shard(1)])
+        distribute_parameter(attention.q_norm, "weight", mesh, [Replicate()])
+        distribute_parameter(attention.k_norm, "weight", mesh, [Replicate()])
+    distribute_parameter(attention.o_proj, "weight", mesh, [Shard(1)])
     _sum_output(attention.o_proj, mesh)
 
 

@@ -89,7 +89,7 @@ class QKClip:
             model, replicated = unwrap(model_or_projections)
             self._ranks = ClipRanks(process_group, replicas_of(replicated))
             self.attentions = attentions_of_model(
-                model, declare or {}, example_inputs, self._ranks.look_around,
+                model, declare or {}, example_inputs, self._ranks.find_replicas,
                 threshold=self._threshold(), clip_gains=clip_gains,
             )  # fmt: skip
             return

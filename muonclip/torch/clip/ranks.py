@@ -36,8 +36,8 @@ class ClipRanks:
         self._known: tuple[object, dist.ProcessGroup | None] | None = None
         self._meshes: tuple[int | None, frozenset[DeviceMesh]] | None = None  # and the version they were read at
 
-    def look_around(self) -> None:
-        """Find out, while a forward runs, whether it is one of DistributedDataParallel."""
+    def find_replicas(self) -> None:
+        """Take the replicas of the DistributedDataParallel whose forward is running, if one is."""
         self._replicas = replicas_of(running_ddp()) or self._replicas
 
     def group(

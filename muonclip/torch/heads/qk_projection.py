@@ -171,12 +171,12 @@ def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
         first = by_statistic.setdefault(id(projection.max_logits), name)
         if first == name:
             found[name] = projection
-        elif _places(found[first]) != _places(projection):
+        elif _declared_rows(found[first]) != _declared_rows(projection):
             raise ValueError(f"{first} and {name} share one MaxLogits; give each attention its own.")
     return found
 
 
-def _places(projection: QKProjection) -> list[tuple[int, str, int]]:
+def _declared_rows(projection: QKProjection) -> list[tuple[int, str, int]]:
     return [(id(rows.module), rows.weight, rows.start) for _, rows in projection.parts()]
 
 

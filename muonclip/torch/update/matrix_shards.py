@@ -69,7 +69,7 @@ def matrix_shards(
         if not isinstance(placement, Replicate | Shard | _StridedShard):
             raise ValueError(f"is placed as {placement}; Muon's matrices are sharded or replicated.")
     axes = layout.axes(len(shape))
-    batch, rows, columns = (_Side.of(shape, each, placements, mesh_shape) for each in axes)
+    batch, rows, columns = (_Side.from_placements(shape, each, placements, mesh_shape) for each in axes)
     replicas = tuple(dim for dim, size in enumerate(mesh_shape) if size > 1 and isinstance(placements[dim], Replicate))
     fan_out, fan_in = (math.prod(shape[axis] for axis in each) for each in (axes.fan_out, axes.fan_in))
     found: list[MatrixShards] = []
@@ -120,7 +120,7 @@ class _Side:
     held: Mapping[Coordinate, IndexRanges]
 
     @classmethod
-    def of(
+    def from_placements(
         cls, shape: Sequence[int], axes: Sequence[int], placements: Sequence[Placement], mesh_shape: Sequence[int]
     ) -> _Side:
         dims = tuple(
