@@ -22,15 +22,22 @@ FRAGMENT = re.compile(
 # A class, a property or a module is a thing, and may begin with one of these; a function does something.
 NOUN = re.compile(r"(A|All|An|Any|Each|Either|Every|Neither|No|None|Not|One|Some|The)\b")
 # Words that had several meanings each, and what to say instead.
-WORDS = {
-    "alike": "the same on all ranks; both",
-    "apart": "separate; except for",
-    "beside": "next to; in addition to",
-    "is no": "is not a",
-    "lies": "is; is stored",
-    "stands": "is; is written",
+STALE = {
+    re.compile(rf"\b({words})\b"): instead
+    for words, instead in {
+        "alike": "the same on all ranks; both",
+        "apart": "separate; except for",
+        "beside": "next to; in addition to",
+        "(?<!there )(?<!There )is no(?! longer)": "is not a",
+        "lies": "is; is stored",
+        "stands": "is; is written",
+        "doors?": "patches",
+        "provenance": "attribution",
+        "rehears(al|als|e|ed|es)": "trace",
+        "slabs?": "matrix shards",
+        "twins?": "replica",
+    }.items()
 }
-STALE = re.compile(r"\b(alike|apart|beside|(?<!there )(?<!There )is no(?! longer)|lies|stands)\b")
 
 
 def documented(tree):
@@ -53,24 +60,23 @@ def fragment(docstring, of_function):
 
 
 def offences(path):
-    """What is wrong with the docstrings and comments of a file."""
+    """What is wrong with the docstrings, the comments and the texts of a file, those of errors for instance."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     for name, docstring, of_function in documented(tree):
         if docstring and (why := fragment(docstring, of_function)):
             yield f"{name} {why}"
-    strings = (
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    )
-    prose = [string.value for string in strings if isinstance(string.value, str)]  # fields have docstrings, too
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    prose = [value for value in constants if isinstance(value, str)]
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     prose += [token.string for token in tokens if token.type == tokenize.COMMENT]
     yield from stale_words("\n".join(prose))
 
 
 def stale_words(text):
-    for match in STALE.finditer(text):
-        yield f"says {text[max(match.start() - 30, 0) : match.end() + 20]!r}; say: {WORDS[match[0]]}"
+    for pattern, instead in STALE.items():
+        for match in pattern.finditer(text):
+            yield f"says {text[max(match.start() - 30, 0) : match.end() + 20]!r}; say: {instead}"
 
 
 def name_of(path):
@@ -109,6 +115,13 @@ def test_fragments_are_found(docstring, of_function):
 )
 def test_sentences_are_not_fragments(docstring, of_function):
     assert not fragment(docstring, of_function)
+
+
+def test_stale_words_are_found_in_the_text_of_an_error(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('def f(x):\n    raise ValueError(f"{x} is no matrix")\n', encoding="utf-8")
+    (offence,) = offences(path)
+    assert "is not a" in offence
 
 
 def test_stale_words_are_found_and_others_are_not():

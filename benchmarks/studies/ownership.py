@@ -54,7 +54,7 @@ def draw(out: Path) -> None:
         _draw(axes[0, column], distribution, at_rest=True)
         _draw(axes[1, column], distribution, at_rest=False)
         first = " (the first replica)" if len(way.mesh.shape) > 1 else ""
-        axes[0, column].set_title(f"{way.title}\nwhere it lies{first}", fontsize=11)
+        axes[0, column].set_title(f"{way.title}\nwhere it is stored{first}", fontsize=11)
         axes[1, column].set_title("who iterates it", fontsize=11)
     legend = [Patch(facecolor=colour, label=f"rank {rank}") for rank, colour in enumerate(COLOURS)]
     legend.append(Patch(facecolor=SHARED, label="every replica"))
@@ -103,15 +103,15 @@ def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
 def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple[int, int, str]]]]:
     """Return fan_out, fan_in and the bands (first row, last row, colour) of each matrix, in the order of its owners."""
     numbered: dict[tuple[int, int, int], tuple[int, int, list[tuple[int, int, str]]]] = {}
-    for slab in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
-        ranks: Sequence[int] = parameter.mesh.ranks_along(slab.active, dict(slab.fixed))
+    for shards in matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape):
+        ranks: Sequence[int] = parameter.mesh.ranks_along(shards.active, dict(shards.fixed))
         bands = [
-            (start, stop, COLOURS[rank] if slab.active or slab.fixed else SHARED)
-            for rank, runs in zip(ranks, slab.rows, strict=True)
+            (start, stop, COLOURS[rank] if shards.active or shards.fixed else SHARED)
+            for rank, runs in zip(ranks, shards.rows, strict=True)
             for start, stop in runs
         ]
-        for start, stop in slab.batches:
+        for start, stop in shards.batches:
             for batch in range(start, stop):
-                for head in slab.heads:
-                    numbered[slab.block, batch, head] = slab.fan_out, slab.fan_in, bands
+                for head in shards.heads:
+                    numbered[shards.block, batch, head] = shards.fan_out, shards.fan_in, bands
     return (numbered[key] for key in sorted(numbered))

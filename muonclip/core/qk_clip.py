@@ -58,5 +58,5 @@ def check_tau(tau: float) -> float:
 def check_alpha(alpha: float) -> float:
     """Return α. Raises ValueError outside [0, 1]."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie in [0, 1]: the query takes γ^α, the key γ^(1−α).")
+        raise ValueError(f"alpha={alpha} must be in [0, 1]: the query takes γ^α, the key γ^(1−α).")
     return alpha

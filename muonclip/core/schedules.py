@@ -28,7 +28,7 @@ class WarmupConstantCosine:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number of steps, zero or more.")
         if not 0 <= self.final <= 1:
-            raise ValueError(f"final={self.final} must lie in [0, 1]: the factor at the end of the decay.")
+            raise ValueError(f"final={self.final} must be in [0, 1]: the factor at the end of the decay.")
 
     @classmethod
     def k2(cls) -> WarmupConstantCosine:

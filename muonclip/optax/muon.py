@@ -65,7 +65,7 @@ def scale_by_muon(
     if nesterov not in (True, False, "bias_corrected"):
         raise ValueError(f"nesterov={nesterov!r}; use True, False or 'bias_corrected'.")
     if isinstance(beta, int | float) and not 0 <= beta < 1:
-        raise ValueError(f"beta={beta} must lie in [0, 1).")
+        raise ValueError(f"beta={beta} must be in [0, 1).")
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form)
 
     return scale_by_rule(

@@ -140,9 +140,9 @@ def _orthogonalize(
     together: dict[tuple[Any, ...], list[int]] = {}
     for index, (x, matrices) in enumerate(zip(spread, plans, strict=True)):
         rows = len(matrices.layout.fan_out)
-        alike = (matrices.moves, x.shape[1:], rows, x.dtype, matrices.fused, matrices.scales)
         # What is whole already needs no stack for the way; equal shapes meet in newton_schulz.
-        key = alike if matrices.moves else (index,)
+        travels_as = (matrices.moves, x.shape[1:], rows, x.dtype, matrices.fused, matrices.scales)
+        key = travels_as if matrices.moves else (index,)
         together.setdefault(key, []).append(index)
     blocks: list[list[jax.Array]] = []
     shapes: list[tuple[int, ...]] = []

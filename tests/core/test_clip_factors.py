@@ -62,5 +62,5 @@ def test_tau_must_be_positive(tau):
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
 def test_alpha_must_lie_between_0_and_1(alpha):
-    with pytest.raises(ValueError, match=r"alpha=.* must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"alpha=.* must be in \[0, 1\]"):
         clip_factors(np.ones(2), 1.0, alpha, xp=np)

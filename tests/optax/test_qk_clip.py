@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_an_error(projections, arguments, message):
     ("make", "message"),
     [
         (lambda: qk_clip(MHA, tau=0.0), "tau=0.0 must be positive"),
-        (lambda: qk_clip(MHA, alpha=1.5), r"alpha=1.5 must lie in \[0, 1\]"),
+        (lambda: qk_clip(MHA, alpha=1.5), r"alpha=1.5 must be in \[0, 1\]"),
         (lambda: QKProjection(H), "needs `query` and `key`"),
         (lambda: QKProjection(H, query=(HeadRows("q", 3),)), "'q' has rows for 3 heads, the attention has 6"),
         (lambda: QKProjection.gqa(q="q", k="k", num_heads=6, num_kv_heads=4), "num_kv_heads=4 must divide"),

@@ -601,7 +601,7 @@ class Dilated(WrittenOut):
     [
         (Clamped, "its queries are clamped between the projection and the logits"),
         (Gated, "its queries do not depend linearly on the output of a projection"),
-        (Quantised, r"its queries come from a product \(linear\) whose weight is no parameter that could be scaled"),
+        (Quantised, r"its queries come from a product \(linear\) whose weight is not a parameter that could be scaled"),
         (Dilated, "its logits pass through roll before the softmax"),
     ],
 )

@@ -370,7 +370,7 @@ def test_gradient_clipping_does_not_change_the_size_of_the_update():
         ([(6, 4)], dict(lr=-0.1), "lr=-0.1 must be"),
         ([(6, 4)], dict(lr=float("nan")), "lr=nan must be"),
         ([(6, 4)], dict(weight_decay=-1), "weight_decay=-1 must be"),
-        ([(6, 4)], dict(momentum=1.0), r"momentum=1.0 must lie in \[0, 1\)"),
+        ([(6, 4)], dict(momentum=1.0), r"momentum=1.0 must be in \[0, 1\)"),
         ([(6, 4)], dict(ns_coefficients="newton"), "ns_coefficients='newton' is not a known polynomial"),
         ([(6, 4)], dict(ns_steps=0), "ns_steps=0"),
         ([(6, 4)], dict(eps=-1.0), "eps=-1.0"),

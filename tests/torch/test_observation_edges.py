@@ -196,7 +196,7 @@ class BatchThird(Attention):
 
 @pytest.mark.parametrize("kind", [HeadsFirst, BatchThird])
 def test_heads_that_stand_before_the_sequences_are_refused(kind, x):
-    with pytest.raises(ValueError, match="its heads do not stand together behind the sequences of the batch"):
+    with pytest.raises(ValueError, match="its heads do not follow each other behind the sequences of the batch"):
         QKClip(kind(), example_inputs=x)
 
 

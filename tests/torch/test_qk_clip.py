@@ -270,7 +270,7 @@ def test_wrong_declarations_are_refused():
     ("arguments", "message"),
     [
         (dict(tau=0.0), "tau=0.0 must be positive"),
-        (dict(alpha=2.0), "alpha=2.0 must lie"),
+        (dict(alpha=2.0), "alpha=2.0 must be"),
         (dict(observe="sometimes"), "observe='sometimes'"),
     ],
 )
@@ -371,7 +371,7 @@ def test_frozen_projections_keep_their_weights():
 def test_a_computed_weight_is_refused():
     """Scaling what a parametrization computes would change nothing."""
     q = nn.utils.parametrizations.weight_norm(nn.Linear(5, 12))
-    with pytest.raises(ValueError, match="the weight of ParametrizedLinear is no parameter but computed"):
+    with pytest.raises(ValueError, match="the weight of ParametrizedLinear is not a parameter but computed"):
         QKProjection.mha(q=q, k=nn.Linear(5, 12), num_heads=4, max_logits=MaxLogits(4))
 
 

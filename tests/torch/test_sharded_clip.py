@@ -186,7 +186,7 @@ def test_errors_say_which_weight_and_what_to_do():
         attention(*(torch.randn(1, 2, 3, 4) for _ in range(3)), max_logits=MaxLogits(4))
     layer = TinyAttention("mha")
     layer.qk_projection()
-    with pytest.raises(ValueError, match="is no DTensor that would say which heads"):
+    with pytest.raises(ValueError, match="is not a DTensor, which would say which"):
         layer.max_logits.first_of(2)
 
 

@@ -173,7 +173,7 @@ def attribute(tensor: Tensor, *, with_values: bool = True) -> Source:
     if clamps and chosen is not None:
         source.problem = "are clamped between the projection and the logits, so they do not scale with it"
     elif chosen is None and unscalable:
-        source.problem = f"come from a product ({unscalable[0]}) whose weight is no parameter that could be scaled"
+        source.problem = f"come from a product ({unscalable[0]}) whose weight is not a parameter that could be scaled"
     elif chosen is None:
         small = shares[:, sorted(products)].sum(1).abs() <= 0.3 * totals.abs()
         if products and bool(small.all()):
@@ -186,7 +186,7 @@ def attribute(tensor: Tensor, *, with_values: bool = True) -> Source:
         source.problem = "come from a weight that is computed from its parameters and not proportional to them"
     elif any(not any(reached[index]) for index in chosen):
         of = f" ({unscalable[0]})" if unscalable else ""
-        source.problem = f"come from a product{of} whose weight is no parameter that could be scaled"
+        source.problem = f"come from a product{of} whose weight is not a parameter that could be scaled"
     else:
         source.rows = _rows_of([reached[i] for i in sorted(chosen)], heads)
     source.rows = [rows for rows in source.rows if rows.masks.any()]

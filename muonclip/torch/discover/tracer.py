@@ -206,7 +206,7 @@ def _attributed(call: AttentionCall, module: str, run: int) -> TracedCall:
     q, k = call.heads_first(call.q), call.heads_first(call.k)
     heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
     if call.problem or not _heads_repeat(q, heads):
-        problem = call.problem or "its heads do not stand together behind the sequences of the batch"
+        problem = call.problem or "its heads do not follow each other behind the sequences of the batch"
         return _refused(call, module, run, heads, problem)
     q, k, _ = broadcast_heads(q, k, None, heads)
     query, key = attribute(q), attribute(k)

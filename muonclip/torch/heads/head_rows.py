@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
@@ -102,8 +103,8 @@ class HeadRows:
         weight = getattr(self.module, self.weight)
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
-                f"{name}: the {self.weight} of {type(self.module).__name__} is no parameter but computed from others, "
-                "so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
+                f"{name}: the {self.weight} of {type(self.module).__name__} is not a parameter but computed from "
+                "others, so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
             )
         check_placements(f"{name}: {self.name_of(weight)}", weight)
         rows = weight.shape[self.axis]
@@ -157,7 +158,10 @@ def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRa
     check_placements(name, parameter)
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"{name} lies on {mesh}, which this rank is not in.")
+        raise ValueError(
+            f"{name} is on {mesh}, which rank {dist.get_rank()} is not in. "
+            "Build the clip on the ranks of that mesh alone."
+        )
     runs = local_indices(parameter.shape[axis], axis, parameter.placements, mesh.shape, coordinate)
     with torch.no_grad():
         return parameter.to_local(), runs

@@ -43,8 +43,8 @@ class QueryHeads:
         if not isinstance(weight, DTensor):
             raise ValueError(
                 f"attention was called with {count} query heads, its MaxLogits counts {self.rows.num_heads}, and "
-                f"{self.rows.weight}, which makes the queries, is no DTensor that would say which heads these are. "
-                "Parallelise the projections with torch.distributed.tensor.parallel, or observe all heads."
+                f"{self.rows.weight}, which makes the queries, is not a DTensor, which would say which heads these "
+                "are. Parallelise the projections with torch.distributed.tensor.parallel, or observe all heads."
             )
         key = weight.device_mesh, weight.placements, count
         if key not in self._first:

@@ -33,7 +33,10 @@ def local_queries_and_keys(q: DTensor, *others: Tensor) -> tuple[Tensor, ...]:
     local = [q.to_local()]
     for other in others:
         if not isinstance(other, DTensor):
-            raise ValueError("attention got queries that are a DTensor, but a key or value that is none.")
+            raise ValueError(
+                "attention got queries that are a DTensor, but a key or value that is not one. Make q, k and v "
+                "DTensors on one mesh, or pass their local parts, q.to_local()."
+            )
         _check(q.placements, other.device_mesh == q.device_mesh, other.placements)
         gradients: list[Placement] = []
         for wanted, has in zip(q.placements, other.placements, strict=True):
@@ -51,6 +54,6 @@ def _check(q: tuple[Placement, ...], good: bool, other: tuple[Placement, ...] | 
         raise ValueError(
             f"attention got queries placed as {q}"
             + ("" if other is None else f" and keys or values placed as {other}")
-            + "; it takes DTensors that are all sharded alike on the axes of batch and heads, Shard(0) and Shard(1), "
-            "or replicated. Redistribute them before."
+            + "; it takes q, k and v with the same placements, each Shard(0) (batch), Shard(1) (heads) or Replicate(). "
+            "Redistribute them before."
         )

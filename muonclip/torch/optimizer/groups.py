@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,11 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
                 "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
                 "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
             )
-        if len(dict(named)) < len(named):
-            raise ValueError("two parameters have the same name; name them apart, by a prefix for each module.")
+        twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"two parameters are named {twice[0]!r}; give each its own name, by a prefix for each module."
+            )
         options = {name: value for name, value in group.items() if name != "params"}
         groups += [{**options, **part} for part in groups_of(plan_named(named), dict(named))]
     if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):

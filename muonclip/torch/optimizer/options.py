@@ -67,7 +67,7 @@ class MuonOptions(StepOptions):
         """Raise ValueError, naming the option, for a value that does not fit."""
         _check_rates(self.lr, self.weight_decay)
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum} must lie in [0, 1).")
+            raise ValueError(f"momentum={self.momentum} must be in [0, 1).")
         if self.eps is not None:
             _check_eps(self.eps)
         resolve_coefficients(self.ns_coefficients, self.ns_steps)
@@ -143,7 +143,7 @@ class AdamWOptions:
         """Raise ValueError, naming the option, for a value that does not fit."""
         _check_rates(self.lr, self.weight_decay)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must lie in [0, 1).")
+            raise ValueError(f"betas={self.betas} must be in [0, 1).")
         _check_eps(self.eps)
 
 
