@@ -1,6 +1,7 @@
 """Who may import whom: benchmarks → models → {torch | optax} → core → standard library, and within torch."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -105,6 +106,44 @@ def test_no_files_import_each_other_in_a_circle(room):
 def is_a_module(name):
     path = ROOT.parent / name.replace(".", "/")
     return name.startswith("muonclip.") and (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file())
+
+
+def handed_on(init):
+    """The names that a package hands on: those of `__all__`, read without an import."""
+    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+PUBLIC = {".".join(init.relative_to(ROOT.parent).parent.parts): handed_on(init) for init in ROOT.rglob("__init__.py")}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_come_from_the_package_that_hands_them_on(path):
+    """A file imports those of its package; of another package of muonclip.torch it knows the public names only."""
+    own = ".".join(path.relative_to(ROOT.parent).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("muonclip."):
+            continue
+        above = [name for name, names in PUBLIC.items() if names and f"{node.module}.".startswith(f"{name}.")]
+        package = max(above, key=len)
+        if own == package or own.startswith(f"{package}."):
+            continue
+        names = {alias.name for alias in node.names}
+        if package.startswith("muonclip.torch."):
+            assert node.module == package, f"import {', '.join(names)} from {package}"
+            assert names <= PUBLIC[package], f"{package} does not hand on {names - PUBLIC[package]}"
+        elif node.module != package:
+            assert not names & PUBLIC[package], f"import {names & PUBLIC[package]} from {package}"
+
+
+@pytest.mark.parametrize("package", TORCH_MAY_IMPORT)
+def test_every_package_of_torch_says_what_it_is_for_and_hands_on_names(package):
+    module = importlib.import_module(f"muonclip.torch.{package}".rstrip("."))
+    assert len(module.__doc__.split()) > 20
+    assert module.__all__
+    assert all(hasattr(module, each) for each in module.__all__)
 
 
 def test_muonclip_imports_no_framework():

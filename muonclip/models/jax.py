@@ -34,7 +34,7 @@ from muonclip.models.jax_parameters import (
     qk_projections,
     to_torch,
 )
-from muonclip.optax.max_logits import exact_max_logits
+from muonclip.optax import exact_max_logits
 
 __all__ = [
     "Aux",

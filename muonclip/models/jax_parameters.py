@@ -17,7 +17,7 @@ from jax import Array
 
 from muonclip.core import MatrixLayout
 from muonclip.models.config import MoEConfig
-from muonclip.optax.qk_clip import QKProjection
+from muonclip.optax import QKProjection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

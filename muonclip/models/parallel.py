@@ -30,7 +30,7 @@ from muonclip.models.expert_parallel import ExpertExchange
 from muonclip.models.recompute import recompute as recompute_layer
 from muonclip.models.tensor_parallel import divide_experts, divide_layer
 from muonclip.models.torch import Experts, Layer, MixtureOfExperts, MoE
-from muonclip.torch.mesh.process_groups import group_over
+from muonclip.torch.mesh import group_over
 
 
 class DegreeError(ValueError):

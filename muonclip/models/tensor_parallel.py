@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from muonclip.models.torch import Attention, Experts, LatentAttention, Layer, MixtureOfExperts
-from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh import local_indices
 
 
 def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:

@@ -20,8 +20,9 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from muonclip.core import clip_factors
 from muonclip.core.head_parts import FACTOR_OF, HeadPart, check_parts, grouped_parts, latent_parts
-from muonclip.core.qk_clip import check_alpha, check_tau, clip_factors
+from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked, map_named, name_of, named_leaves
 

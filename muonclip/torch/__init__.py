@@ -7,16 +7,10 @@ each imports only from those below it. The files next to this one are the integr
 """
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.clip.qk_clip import QKClip
-from muonclip.torch.clip.report import LayerReport, QKClipReport
-from muonclip.torch.heads.head_rows import HeadRows
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.logits.attention import attention
-from muonclip.torch.logits.exact_maxima import measure_max_logits
-from muonclip.torch.logits.mask import AttentionMask
-from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.optimizer.muonclip import Muon, MuonClip
-from muonclip.torch.optimizer.plan import Plan, PlannedParameter
+from muonclip.torch.clip import LayerReport, QKClip, QKClipReport
+from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.logits import AttentionMask, MaxLogits, attention, measure_max_logits
+from muonclip.torch.optimizer import Muon, MuonClip, Plan, PlannedParameter
 
 __all__ = [
     "AttentionMask",

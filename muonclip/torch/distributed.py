@@ -1,11 +1,7 @@
 """Functions for scripts on many ranks: gradient clipping over meshes, and the plan of the update."""
 
-from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
-from muonclip.torch.mesh.mesh import Mesh
-from muonclip.torch.update.execute import execute
-from muonclip.torch.update.plan import UpdatePlan, plan
-from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
-from muonclip.torch.update.stages import ParameterStep
+from muonclip.torch.mesh import Mesh, clip_grad_norm_
+from muonclip.torch.update import NewtonSchulzConfig, ParameterStep, PlacedParameter, UpdatePlan, execute, plan
 
 __all__ = [
     "Mesh",

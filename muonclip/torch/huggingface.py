@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from muonclip.torch.clip.qk_clip import QKClip
-from muonclip.torch.optimizer.muonclip import MuonClip
+from muonclip.torch.clip import QKClip
+from muonclip.torch.optimizer import MuonClip
 
 
 class MuonClipFactory:

@@ -1,6 +1,7 @@
 """`Muon` against `torch.optim.Muon`, against a NumPy oracle, and on parameters that are not one matrix."""
 
 import copy
+import importlib
 import inspect
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon, MuonClip
-from muonclip.torch.update import execute as execute_module
 from muonclip.torch.update import products as products_module
+
+execute_module = importlib.import_module("muonclip.torch.update.execute")  # its package hands on the function
 
 
 def parameters(*shapes, seed=0, dtype=torch.float32):

@@ -3,3 +3,19 @@
 Which attentions a model has is found in `discover`; which rows feed which heads is declared in `heads`; the statistic
 is in `logits`.
 """
+
+from muonclip.torch.clip.attach import Attachment, is_idle
+from muonclip.torch.clip.attentions import ClipAttentions
+from muonclip.torch.clip.qk_clip import QKClip
+from muonclip.torch.clip.report import LayerReport, QKClipReport
+from muonclip.torch.clip.rescaling import scaled_rows
+
+__all__ = [
+    "Attachment",
+    "ClipAttentions",
+    "LayerReport",
+    "QKClip",
+    "QKClipReport",
+    "is_idle",
+    "scaled_rows",
+]

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from muonclip.torch.discover.discovery import Inputs
-from muonclip.torch.discover.monitor import AttentionMonitor
-from muonclip.torch.discover.refusals import NOTHING_FOUND
-from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
-from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.observe.attention_call import DECLARED, AttentionKernel
+from muonclip.torch.discover import NOTHING_FOUND, AttentionMonitor, Inputs
+from muonclip.torch.heads import QKProjection, declared_qk_projections
+from muonclip.torch.logits import MaxLogits
+from muonclip.torch.observe import DECLARED, AttentionKernel
 
 
 class ClipAttentions:

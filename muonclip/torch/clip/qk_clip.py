@@ -24,8 +24,8 @@ from muonclip.torch.clip.reduction import UNKNOWN_ATTENTION, JointMaxima, has_gr
 from muonclip.torch.clip.report import LayerReport, QKClipReport, StepCount
 from muonclip.torch.clip.rescaling import decide, scale
 from muonclip.torch.clip.sources import describe
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.mesh.wrappers import replicas_of, unwrap
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.mesh import replicas_of, unwrap
 
 
 class QKClip:

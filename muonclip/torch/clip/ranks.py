@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.mesh.process_groups import group_of
-from muonclip.torch.mesh.wrappers import replicas_of, running_ddp
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.mesh import group_of, replicas_of, running_ddp
 
 
 class ClipRanks:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.torch.clip.errors import Error
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.mesh.dtensors import local_part
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.logits import MaxLogits
+from muonclip.torch.mesh import local_part
 
 NO_GRADIENT, FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 0.0, 1.0, 2.0, 3.0
 """Notes of a rank about an attention, of which the largest over the ranks counts. The last is about the whole model:

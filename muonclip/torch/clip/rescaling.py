@@ -12,8 +12,7 @@ from muonclip.core import ClipFactors, clip_factors
 from muonclip.core.head_parts import FACTOR_OF
 from muonclip.torch.clip.reduction import JointMaxima, constant
 from muonclip.torch.clip.report import LayerReport
-from muonclip.torch.heads.head_rows import HeadRows, scale_heads
-from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.heads import HeadRows, QKProjection, scale_heads
 
 
 def decide(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.observe.attention_call import AttentionKernel
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.observe import AttentionKernel
 
 
 def describe(kernel: AttentionKernel, projection: QKProjection, observe: str) -> str:

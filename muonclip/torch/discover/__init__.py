@@ -2,3 +2,13 @@
 
 Nothing here scales a weight or fills a statistic; how a call to an attention kernel is read is `observe`'s.
 """
+
+from muonclip.torch.discover.discovery import Inputs
+from muonclip.torch.discover.monitor import AttentionMonitor
+from muonclip.torch.discover.refusals import NOTHING_FOUND
+
+__all__ = [
+    "NOTHING_FOUND",
+    "AttentionMonitor",
+    "Inputs",
+]

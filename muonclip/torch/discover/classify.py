@@ -17,9 +17,8 @@ from torch import Tensor
 from muonclip.torch.discover.attribution import Rows, feeds
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.tracer import TracedCall
-from muonclip.torch.heads.head_rows import HeadRows
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.logits import MaxLogits
 
 
 class ProjectionReader:

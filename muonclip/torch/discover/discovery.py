@@ -20,8 +20,8 @@ from muonclip.torch.discover.refusals import Refusal
 from muonclip.torch.discover.trace import Trace, trace
 from muonclip.torch.discover.tracer import TracedCall
 from muonclip.torch.discover.verify import check_declaration
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.observe.attention_call import DECLARED, AttentionKernel
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.observe import DECLARED, AttentionKernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)

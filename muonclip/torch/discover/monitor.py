@@ -23,14 +23,20 @@ from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site
 from muonclip.torch.discover.example_inputs import guess_inputs
 from muonclip.torch.discover.refusals import NOTHING_FOUND, message
 from muonclip.torch.discover.trace import Trace, has_a_foreign_forward, is_tracing
-from muonclip.torch.heads.qk_projection import QKProjection
-from muonclip.torch.logits.max_logits import is_unobserved
-from muonclip.torch.observe import eager
-from muonclip.torch.observe.attention_call import DECLARED
-from muonclip.torch.observe.handlers import drop_handlers, of_thread
-from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
-from muonclip.torch.observe.observer import Observer, Unclaimed
-from muonclip.torch.observe.patches import PATCHES
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.logits import is_unobserved
+from muonclip.torch.observe import (
+    DECLARED,
+    EAGER,
+    PATCHES,
+    Hooks,
+    Observer,
+    ObserverHooks,
+    Unclaimed,
+    drop_handlers,
+    enter,
+    of_thread,
+)
 
 _MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
@@ -221,7 +227,7 @@ class AttentionMonitor:
         for site in self.sites.values():
             if site.kernel is not DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is eager.KERNEL)
+                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is EAGER)
                 self._observers.attach(self.model.get_submodule(site.module), observer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionMonitor:

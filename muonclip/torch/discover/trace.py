@@ -26,10 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover.dense_copy import DenseCopies, check_size, without_engine
 from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
-from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.mesh.wrappers import plain_class
-from muonclip.torch.observe.handlers import handling
-from muonclip.torch.observe.patches import PATCHES
+from muonclip.torch.logits import MaxLogits
+from muonclip.torch.mesh import plain_class
+from muonclip.torch.observe import PATCHES, handling
 
 
 @dataclass(slots=True, eq=False)

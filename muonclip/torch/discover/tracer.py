@@ -27,12 +27,17 @@ from muonclip.torch.discover.attribution import (
     leaves_of,
     rows_behind,
 )
-from muonclip.torch.logits.host_sdpa import host_sdpa
-from muonclip.torch.observe import sdpa
-from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel, broadcast_heads
-from muonclip.torch.observe.eager import ScoreTracker
-from muonclip.torch.observe.handlers import handling
-from muonclip.torch.observe.torch_functions import bind, functions
+from muonclip.torch.logits import host_sdpa
+from muonclip.torch.observe import (
+    SDPA,
+    AttentionCall,
+    AttentionKernel,
+    ScoreTracker,
+    bind,
+    broadcast_heads,
+    functions,
+    handling,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +101,7 @@ class AttentionTracer(ScoreTracker):
             if func is host_sdpa:
                 arguments = bind(func, args, kwargs)
                 q, k, v = arguments["query"], arguments["key"], arguments["value"]
-                self._record(AttentionCall(sdpa.KERNEL, _nothing, q, k, v, problem=_BY_ANOTHER_WAY))
+                self._record(AttentionCall(SDPA, _nothing, q, k, v, problem=_BY_ANOTHER_WAY))
                 return func(*args, **kwargs)
             if func in _PRODUCTS:
                 cut = self._cut(func, args, kwargs)

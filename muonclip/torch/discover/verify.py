@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from muonclip.torch.discover.attribution import Rows, feeds
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.tracer import TracedCall
-from muonclip.torch.heads.head_rows import HeadRows
-from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.heads import HeadRows, QKProjection
 
 PerHead = dict[int, list[set[int]]]
 """The rows of each head, by the id of the parameter."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from muonclip.core.index_ranges import IndexRanges
-from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh import local_indices
 
 
 @dataclass(frozen=True, slots=True, eq=False)

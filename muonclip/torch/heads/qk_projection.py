@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, check_parts, grouped_parts, latent_parts
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.query_heads import QueryHeads
-from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.logits import MaxLogits
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from muonclip.torch.heads.head_rows import HeadRows, check_placements
-from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh import local_indices
 
 
 @dataclass(slots=True, eq=False)

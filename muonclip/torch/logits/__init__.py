@@ -3,3 +3,24 @@
 Here are its bounds, the masks it respects, the kernels that compute it, and attention that observes it. This package
 knows queries and keys, but no model and no weight.
 """
+
+from muonclip.torch.logits.attention import attention
+from muonclip.torch.logits.exact_maxima import measure_max_logits, statistic_dtype
+from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
+from muonclip.torch.logits.mask import AttentionMask
+from muonclip.torch.logits.max_logits import MaxLogits, is_unobserved, unobserved
+from muonclip.torch.logits.sharded_attention import PARTS_OF_SEQUENCES, local_queries_and_keys
+
+__all__ = [
+    "PARTS_OF_SEQUENCES",
+    "AttentionMask",
+    "MaxLogits",
+    "attention",
+    "host_sdpa",
+    "is_unobserved",
+    "local_queries_and_keys",
+    "measure_max_logits",
+    "sdpa_with_lse",
+    "statistic_dtype",
+    "unobserved",
+]

@@ -2,3 +2,39 @@
 
 Nothing here knows Muon or QK-Clip.
 """
+
+from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
+from muonclip.torch.mesh.dtensors import (
+    check_engine,
+    check_gradient,
+    check_parameter,
+    check_state,
+    local_gradient,
+    local_part,
+)
+from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
+from muonclip.torch.mesh.process_groups import group_of, group_over
+from muonclip.torch.mesh.topology import RankPosition, Topology
+from muonclip.torch.mesh.wrappers import plain_class, replicas_of, running_ddp, unwrap
+
+__all__ = [
+    "ONE_RANK",
+    "Mesh",
+    "RankPosition",
+    "Topology",
+    "check_engine",
+    "check_gradient",
+    "check_parameter",
+    "check_state",
+    "clip_grad_norm_",
+    "group_of",
+    "group_over",
+    "local_gradient",
+    "local_indices",
+    "local_part",
+    "plain_class",
+    "replicas_of",
+    "running_ddp",
+    "unwrap",
+]

@@ -4,19 +4,37 @@ there, the hooks that say which module is running, and who handles a call.
 What is done with a call in a trace is `discover`'s; here it fills a statistic.
 """
 
-from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel
-from muonclip.torch.observe.handlers import AttentionCallHandler, handled
+from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel, broadcast_heads
+from muonclip.torch.observe.eager import KERNEL as EAGER
+from muonclip.torch.observe.eager import ScoreTracker
+from muonclip.torch.observe.handlers import AttentionCallHandler, drop_handlers, handled, handling, of_thread
+from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
 from muonclip.torch.observe.kernels import KERNELS
-from muonclip.torch.observe.observer import Observer
+from muonclip.torch.observe.observer import Observer, Unclaimed
 from muonclip.torch.observe.patches import PATCHES
+from muonclip.torch.observe.sdpa import KERNEL as SDPA
+from muonclip.torch.observe.torch_functions import bind, functions
 
 __all__ = [
     "DECLARED",
+    "EAGER",
     "KERNELS",
     "PATCHES",
+    "SDPA",
     "AttentionCall",
     "AttentionCallHandler",
     "AttentionKernel",
+    "Hooks",
     "Observer",
+    "ObserverHooks",
+    "ScoreTracker",
+    "Unclaimed",
+    "bind",
+    "broadcast_heads",
+    "drop_handlers",
+    "enter",
+    "functions",
     "handled",
+    "handling",
+    "of_thread",
 ]

@@ -8,10 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.logits.exact_maxima import statistic_dtype
-from muonclip.torch.logits.mask import AttentionMask
-from muonclip.torch.logits.max_logits import MaxLogits
-from muonclip.torch.logits.sharded_attention import local_queries_and_keys
+from muonclip.torch.logits import AttentionMask, MaxLogits, local_queries_and_keys, statistic_dtype
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.handlers import current_handler

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining.stage import PipelineStage
 
-from muonclip.torch.logits.host_sdpa import host_sdpa
-from muonclip.torch.logits.max_logits import unobserved
-from muonclip.torch.logits.sharded_attention import PARTS_OF_SEQUENCES
-from muonclip.torch.mesh.wrappers import plain_class
+from muonclip.torch.logits import PARTS_OF_SEQUENCES, host_sdpa, unobserved
+from muonclip.torch.mesh import plain_class
 from muonclip.torch.observe.attention_call import AttentionKernel
 from muonclip.torch.observe.kernels import KERNELS
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
+from muonclip.torch.logits import host_sdpa, sdpa_with_lse
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
 

@@ -5,5 +5,11 @@ measured and heads scaled, `clip`'s.
 """
 
 from muonclip.torch.optimizer.muonclip import Muon, MuonClip
+from muonclip.torch.optimizer.plan import Plan, PlannedParameter
 
-__all__ = ["Muon", "MuonClip"]
+__all__ = [
+    "Muon",
+    "MuonClip",
+    "Plan",
+    "PlannedParameter",
+]

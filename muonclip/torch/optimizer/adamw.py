@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_functional
 
-from muonclip.torch.mesh.dtensors import local_gradient, local_part
+from muonclip.torch.mesh import local_gradient, local_part
 from muonclip.torch.optimizer.options import AdamWOptions
 
 

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.heads.head_rows import HeadRows
-from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.heads import HeadRows, QKProjection
 
 T = TypeVar("T")
 

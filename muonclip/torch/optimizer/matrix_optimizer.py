@@ -15,19 +15,15 @@ from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, check_state, local_gradient, local_part
-from muonclip.torch.mesh.topology import Topology
+from muonclip.torch.mesh import Topology, check_gradient, check_parameter, check_state, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
 from muonclip.torch.optimizer.groups import check_loadable, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
-from muonclip.torch.update.execute import execute
-from muonclip.torch.update.plan import UpdatePlan
-from muonclip.torch.update.plan import plan as plan_update
-from muonclip.torch.update.rounds import PlacedParameter
-from muonclip.torch.update.stages import MUON, ParameterStep
+from muonclip.torch.update import MUON, ParameterStep, PlacedParameter, UpdatePlan, execute
+from muonclip.torch.update import plan as plan_update
 
 
 class Matrix(NamedTuple):

@@ -13,12 +13,10 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from muonclip.core import MatrixLayout
 from muonclip.core.matrix_state import MatrixState, per_row
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.heads.head_rows import HeadRows, scale_heads
-from muonclip.torch.mesh.dtensors import check_state, local_part
-from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.heads import HeadRows, scale_heads
+from muonclip.torch.mesh import RankPosition, check_state, local_part
 from muonclip.torch.optimizer.options import MuonOptions
-from muonclip.torch.update.rounds import PlacedParameter
-from muonclip.torch.update.stages import rescale
+from muonclip.torch.update import PlacedParameter, rescale
 
 
 def make_matrix_states(

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from muonclip.core.coefficients import JORDAN, Coefficients
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
-from muonclip.torch.clip.attach import is_idle
-from muonclip.torch.clip.attentions import ClipAttentions
-from muonclip.torch.clip.qk_clip import QKClip
-from muonclip.torch.clip.rescaling import scaled_rows
-from muonclip.torch.heads.head_rows import HeadRows
-from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections
-from muonclip.torch.mesh.dtensors import check_engine
+from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
+from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
+from muonclip.torch.mesh import check_engine
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer

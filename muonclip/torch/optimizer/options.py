@@ -16,9 +16,7 @@ from torch import Tensor
 from muonclip.core import resolve_coefficients, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, gram_restarts
-from muonclip.torch.update.products import choose_products, iteration_dtype
-from muonclip.torch.update.rounds import NewtonSchulzConfig
-from muonclip.torch.update.stages import StepOptions
+from muonclip.torch.update import NewtonSchulzConfig, StepOptions, choose_products, iteration_dtype
 
 Group: TypeAlias = dict[str, Any]
 

@@ -26,12 +26,12 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.core.text_table import table
-from muonclip.torch.heads.qk_projection import QKProjection, out_axis
+from muonclip.torch.heads import QKProjection, out_axis
 from muonclip.torch.optimizer.layouts import default_layout, projection_layouts
-from muonclip.torch.update.plan import UpdatePlan
+from muonclip.torch.update import UpdatePlan
 
 if TYPE_CHECKING:
-    from muonclip.torch.clip.qk_clip import QKClip
+    from muonclip.torch.clip import QKClip
 
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"

@@ -2,3 +2,23 @@
 
 Matrices only: parameter groups, options and state are `optimizer`'s, facts about ranks `mesh`'s.
 """
+
+from muonclip.torch.update.execute import execute
+from muonclip.torch.update.plan import UpdatePlan, plan
+from muonclip.torch.update.products import choose_products, iteration_dtype
+from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
+from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, rescale
+
+__all__ = [
+    "MUON",
+    "NewtonSchulzConfig",
+    "ParameterStep",
+    "PlacedParameter",
+    "StepOptions",
+    "UpdatePlan",
+    "choose_products",
+    "execute",
+    "iteration_dtype",
+    "plan",
+    "rescale",
+]

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from muonclip.core import Products, iterate, normalize
 from muonclip.core.index_ranges import length
-from muonclip.torch.mesh.mesh import Mesh
-from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.mesh import Mesh, RankPosition
 from muonclip.torch.update.plan import UpdatePlan
 from muonclip.torch.update.products import choose_products
 from muonclip.torch.update.rounds import Bucket, NewtonSchulzConfig, Round

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from muonclip.core import MatrixLayout
 from muonclip.core.index_ranges import IndexRanges, flattened, intersection, length
-from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh import local_indices
 
 Coordinate: TypeAlias = tuple[int, ...]
 """Along some dimensions of a mesh, in their order."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from muonclip.core.text_table import table
-from muonclip.torch.mesh.mesh import Mesh
+from muonclip.torch.mesh import Mesh
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.rounds import Bucket, Method, PlacedParameter, Round, Segment
 

@@ -15,11 +15,10 @@ from typing import Literal
 import torch
 from torch.distributed.tensor.placement_types import Placement
 
-from muonclip.core import MatrixLayout
-from muonclip.core.coefficients import Coefficients, gram_restarts, resolve_coefficients
+from muonclip.core import MatrixLayout, resolve_coefficients
+from muonclip.core.coefficients import Coefficients, gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
-from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
-from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
 
 Method = Literal["in place", "owner", "gram"]

@@ -14,7 +14,7 @@ from muonclip.core import MatrixLayout, update_scale
 from muonclip.core.index_ranges import length
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
-from muonclip.torch.mesh.topology import RankPosition
+from muonclip.torch.mesh import RankPosition
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices, row_index
 from muonclip.torch.update.rounds import PlacedParameter, Segment
