@@ -6,11 +6,11 @@ Some arms change the model; `Arm.changes` says how.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from benchmarks.experiment.arms import Arm, Choice, choices, resolve
-from benchmarks.experiment.data import DataRecord
+from benchmarks.experiment.data import Corpus, DataRecord
 from benchmarks.experiment.settings import Framework, Precision, Training
 from muonclip.models import MoEConfig
 
@@ -34,6 +34,14 @@ class Experiment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", resolve(self.chosen, self.model, self.training))
+
+    @classmethod
+    def on(cls, corpus: Corpus, *, model: MoEConfig, training: Training, **own: Any) -> Experiment:
+        """Make one of this text, without rates of arms that it does not have. Raises UsageError for too short a text."""
+        corpus.require(model.max_seq_len)
+        entries = {choice.entry for choice in own["chosen"]}
+        training = replace(training, lr={entry: rate for entry, rate in training.lr.items() if entry in entries})
+        return cls(model=model, training=training, data=corpus.record(), **own | {"chosen": tuple(own["chosen"])})
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

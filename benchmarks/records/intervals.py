@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from scipy import stats
 
@@ -20,6 +20,10 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any]) -> Interval:
+        return cls(*(recorded[name] for name in cls._fields))
 
     @property
     def verdict(self) -> Verdict:

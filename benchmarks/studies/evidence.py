@@ -11,15 +11,17 @@ and `reading.md`, whose tables are made from the numbers.
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from benchmarks.execution.train import Execution, train
-from benchmarks.experiment.arms import ARMS, Choice, choices, choose
+from benchmarks.experiment.arms import ARMS, Arm, Choice, choices, choose
 from benchmarks.experiment.data import Corpus
 from benchmarks.experiment.errors import RunFailed
 from benchmarks.experiment.experiment import Experiment
@@ -27,7 +29,8 @@ from benchmarks.experiment.presets import HOT, OWN_RATE
 from benchmarks.experiment.settings import Training
 from benchmarks.records import atomic_files, metrics
 from benchmarks.records.intervals import CONFIDENCE, crossing, interval
-from benchmarks.records.summary import Results, RunSummary, bits
+from benchmarks.records.run_records import Frame
+from benchmarks.records.summary import Results, bits
 from benchmarks.report import head_maps, page, plots
 from benchmarks.studies import evidence_plots
 from benchmarks.studies.evidence_reading import read_evidence
@@ -54,16 +57,8 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
     """Train what is not trained yet, and write `figures`."""
 
     def experiment(name: str, title: str, chosen: Sequence[Choice], training: Training) -> Experiment:
-        lr = {entry: rate for entry, rate in training.lr.items() if entry in {choice.entry for choice in chosen}}
-        return Experiment(
-            name=name,
-            title=title,
-            chosen=tuple(chosen),
-            seeds=SEEDS,
-            model=model,
-            training=replace(training, lr=lr),
-            data=corpus.record(),
-        )
+        own = {"name": name, "title": title, "chosen": chosen, "seeds": SEEDS}
+        return Experiment.on(corpus, model=model, training=training, **own)
 
     swept = [choose(entry, lr=rate) for entry, rates in RATES.items() for rate in rates]
     at_best = replace(OWN_RATE, lr={}, validate_every=100)
@@ -97,8 +92,8 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
     folder.mkdir(exist_ok=True)
     for name, value in written.items():
         atomic_files.write_json(folder / f"{name}.json", metrics.to_json(value))
-    for name, draw in evidence_plots.PICTURES.items():
-        draw(written[name], folder / f"{name}.png")
+    for name in evidence_plots.PICTURES:
+        evidence_plots.draw(name, written[name], folder / f"{name}.png")
     plots.draw([hot.only(*IN_PICTURE)], folder / "hot.png")
     head_maps.draw([hot], folder / "heads.png")
     for result in (sweep, efficiency, cost, hot):
@@ -112,51 +107,35 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
 def sweep_json(sweep: Results) -> dict[str, Any]:
     """Return loss and peak logit by optimizer, rate and seed; the best rate of each, and its usable range."""
     arms: dict[str, Any] = {}
-    for choice in sweep.experiment.chosen:
-        if runs := sweep.summaries.get(choice.name):
-            entry = arms.setdefault(choice.entry, {"label": ARMS[choice.entry].label, "rates": []})
-            peaks = [run["max_logit_peak"] for run in runs.values()]
-            rate = {"lr": choice.settings["lr"], "seeds": list(runs), "loss": _losses(runs), "peak_logit": peaks}
-            entry["rates"].append(rate)
-    for entry in arms.values():
-        means = {rate["lr"]: statistics.fmean(rate["loss"]) for rate in entry["rates"]}
-        finite = {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
-        if not finite:
-            raise RunFailed(
-                f"{entry['label']} diverged at every rate: there is no best one. See {sweep.experiment.name}."
-            )
-        entry["best_lr"] = min(finite, key=finite.__getitem__)
-        usable = [lr for lr, mean in finite.items() if mean <= finite[entry["best_lr"]] + USABLE]
-        entry["usable"] = [min(usable), max(usable)]
+    for entry, runs in _runs(sweep).groupby("entry", sort=False):
+        by_rate = runs.groupby("lr", sort=False)
+        means = by_rate["loss"].agg(fmean)
+        finite = means[np.isfinite(means)]
+        if finite.empty:
+            raise RunFailed(f"{ARMS[entry].label} diverged at every rate. See {sweep.experiment.name}.")
+        columns = {"seed": "seeds", "loss": "loss", "max_logit_peak": "peak_logit"}
+        rates = by_rate[[*columns]].agg(list).rename(columns=columns).reset_index().to_dict("records")
+        usable = finite.index[finite <= finite.min() + USABLE]
+        best = {"best_lr": finite.idxmin(), "usable": [usable.min(), usable.max()]}
+        arms[entry] = {"label": ARMS[entry].label, "rates": rates, **best}
     return _frame(sweep) | {"tau": sweep.experiment.training.tau, "usable_margin": USABLE, "arms": arms}
 
 
 def efficiency_json(sweep: Results, efficiency: Results) -> dict[str, Any]:
     """Return Muon's losses by budget, and by seed the share of the tokens that reaches the loss of AdamW's own seed."""
     best = {arm: entry["best_lr"] for arm, entry in sweep_json(sweep)["arms"].items()}
-    adamw = _losses(sweep.summaries[choose("adamw", lr=best["adamw"]).name])
     full = sweep.experiment.training.steps
-    budgets = [
-        {
-            "share": arm.training.steps / full,
-            "steps": arm.training.steps,
-            "loss": _losses(efficiency.summaries[arm.name]),
-        }
-        for arm in efficiency.finished
-    ]
-    whole = sweep.summaries[choose("muon", lr=best["muon"]).name]
-    budgets.append({"share": 1.0, "steps": full, "loss": _losses(whole)})
-    shares = [
-        crossing([budget["share"] for budget in budgets], [budget["loss"][index] for budget in budgets], target)
-        for index, target in enumerate(adamw)
-    ]
+    adamw, whole = (_losses(sweep, choose(arm, lr=best[arm])) for arm in ("adamw", "muon"))
+    losses = {arm.training.steps: _losses(efficiency, arm) for arm in efficiency.finished} | {full: whole}
+    budgets = [{"share": steps / full, "steps": steps, "loss": loss} for steps, loss in losses.items()]
+    curves = np.array([*losses.values()]).T.tolist()  # by seed
+    shares = [crossing([b["share"] for b in budgets], own, target) for own, target in zip(curves, adamw, strict=True)]
     found = [share for share in shares if share is not None]
-    complete = len(found) == len(shares)
     return _frame(efficiency) | {
         "adamw": {"lr": best["adamw"], "steps": full, "loss": adamw},
         "muon": {"lr": best["muon"], "budgets": budgets},
         "seeds": list(SEEDS),
-        "share": interval(found)._asdict() | {"per_seed": found} if complete else None,
+        "share": interval(found)._asdict() | {"per_seed": found} if len(found) == len(shares) else None,
         "confidence": CONFIDENCE,
         "reference": MOONLIGHT,
     }
@@ -165,25 +144,16 @@ def efficiency_json(sweep: Results, efficiency: Results) -> dict[str, Any]:
 def cost_json(sweep: Results, cost: Results) -> dict[str, Any]:
     """Return, by threshold, the difference in final loss from Muon, seed by seed, at Muon's best rate."""
     best = sweep_json(sweep)["arms"]["muon"]["best_lr"]
-    baseline = _losses(sweep.summaries[choose("muon", lr=best).name])
-    at_tau = choose("muonclip", lr=best, tau=sweep.experiment.training.tau)
-    measured = [(choice, cost.summaries.get(choice.name)) for choice in cost.experiment.chosen]
-    measured.append((at_tau, sweep.summaries[choose("muonclip", lr=best).name]))
+    baseline = _losses(sweep, choose("muon", lr=best))
+    at_tau = choose("muonclip", lr=best, tau=sweep.experiment.training.tau)  # in the sweep it has no τ in its name
+    measured = [(choice, _of(cost, choice)) for choice in cost.experiment.chosen if choice.name in cost.summaries]
+    measured.append((at_tau, _of(sweep, choose("muonclip", lr=best))))
     arms = []
     for choice, runs in measured:
-        if runs:
-            loss = _losses(runs)
-            differences = [own - other for own, other in zip(loss, baseline, strict=True)]
-            arms.append(
-                {
-                    "name": choice.name,
-                    "label": choice.label,
-                    "loss": loss,
-                    "difference": interval(differences)._asdict() | {"per_seed": differences},
-                    "heads_ever_clipped": [run["heads_ever_clipped"] for run in runs.values()],
-                    "clipped_head_steps": [run["clipped_head_steps"] for run in runs.values()],
-                }
-            )
+        differences = [own - other for own, other in zip(runs["loss"], baseline, strict=True)]
+        clips = runs[["heads_ever_clipped", "clipped_head_steps"]].to_dict("list")
+        of = {"name": choice.name, "label": choice.label, "loss": runs["loss"].tolist()}
+        arms.append(of | {"difference": interval(differences)._asdict() | {"per_seed": differences}} | clips)
     frame = {"baseline": {"label": ARMS["muon"].label, "lr": best, "loss": baseline}, "arms": arms}
     return _frame(cost) | frame | {"confidence": CONFIDENCE}
 
@@ -193,6 +163,21 @@ def _frame(result: Results) -> dict[str, Any]:
     return {"config": experiment.to_json(), "environment": result.environment, "unit": experiment.data.unit}
 
 
-def _losses(runs: Mapping[int, RunSummary]) -> list[float]:
+def _runs(results: Results) -> Frame:
+    """Make a row per finished run: its arm, seed and summary, and its loss in bits."""
+    rows = [
+        {"arm": arm.name, "entry": choice.entry, "lr": arm.lr, "seed": seed, **run, "loss": bits(run["final_val_loss"])}
+        for arm, choice in zip(results.experiment.arms, results.experiment.chosen, strict=True)
+        for seed, run in results.summaries.get(arm.name, {}).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _of(results: Results, arm: Arm | Choice) -> Frame:
+    runs = _runs(results)
+    return runs[runs["arm"] == arm.name]
+
+
+def _losses(results: Results, arm: Arm | Choice) -> list[float]:
     """Return the final validation loss in bits, by seed."""
-    return [bits(run["final_val_loss"]) for run in runs.values()]
+    return _of(results, arm)["loss"].tolist()

@@ -16,15 +16,7 @@ from benchmarks.experiment.presets import OWN_RATE
 from benchmarks.records import metrics
 from benchmarks.records.summary import Results
 from benchmarks.studies import evidence
-from benchmarks.studies.evidence_reading import (
-    costs,
-    hot_effects,
-    hot_facts,
-    hot_rows,
-    loud_rates,
-    read_evidence,
-    token_share,
-)
+from benchmarks.studies.evidence_reading import costs, hot_arms, hot_effects, loud_rates, read_evidence, token_share
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -161,9 +153,12 @@ def hot():
 
 
 def test_facts_of_the_hot_rate(hot):
-    facts = hot_facts(hot)
-    assert (facts.peak, facts.median, facts.held, facts.rescued) == (900.0, 40.0, True, 40.0)
-    assert (facts.ever_clipped, facts.silent_after, facts.not_finite) == (0.75, None, ())
+    arms = hot_arms(hot)
+    assert list(arms.label) == [choice.label for choice in evidence.HOT_ARMS]
+    muon, clip = arms.loc["muon"], arms.loc["muonclip"]
+    assert (muon.loss, muon.spread, muon.peak) == (pytest.approx(3.81), pytest.approx(0.02), 900.0)
+    assert (clip.last_quarter, clip.held, arms.last_quarter["rescue"]) == (40.0, True, 40.0)
+    assert (clip.clipped, clip.silent, any(arms.diverged)) == (0.75, False, False)
     first, *_, gqa, mha = hot_effects(hot)
     assert (first.arm, first.against, first.clipped, first.difference.verdict) == ("MuonClip", "Muon", 0.75, "lower")
     assert first.difference.mean == pytest.approx(-0.8)
@@ -173,16 +168,11 @@ def test_facts_of_the_hot_rate(hot):
         own = {"final_val_loss": 4.0, "max_logit_median_last_quarter": 90.0, "last_clipped_step": 30}
         other["arms"]["muonclip"][seed] |= own
     other["arms"]["adamw@lr=0.01"]["1"]["final_val_loss"] = math.nan
-    facts = hot_facts(other)
-    assert (facts.held, facts.silent_after, facts.not_finite) == (False, 30, ("AdamW, rate 0.01",))
+    arms = hot_arms(other)
+    clip = arms.loc["muonclip"]
+    assert (clip.held, clip.silent, clip.last_clip) == (False, True, 30)
+    assert list(arms.label[arms.diverged]) == ["AdamW, rate 0.01"]
     assert hot_effects(other)[0].difference.verdict == "higher"
-
-
-def test_the_hot_table_has_a_row_per_arm(hot):
-    head, *rows = hot_rows(hot)
-    assert [row[0] for row in rows] == [choice.label for choice in evidence.HOT_ARMS]
-    assert {len(row) for row in rows} == {len(head)}
-    assert rows[0][1:4] == ["3.810", "0.020", "900"]
 
 
 def test_the_committed_figures_are_those_of_the_text():
