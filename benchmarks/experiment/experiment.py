@@ -37,7 +37,7 @@ class Experiment:
 
     @classmethod
     def on(cls, corpus: Corpus, *, model: MoEConfig, training: Training, **own: Any) -> Experiment:
-        """Make one of this text, without rates of arms that it does not have. Raises UsageError for too short a text."""
+        """Make one of this text, with the rates of its own arms alone. Raises UsageError for too short a text."""
         corpus.require(model.max_seq_len)
         entries = {choice.entry for choice in own["chosen"]}
         training = replace(training, lr={entry: rate for entry, rate in training.lr.items() if entry in entries})

@@ -136,7 +136,7 @@ def test_a_seed_that_diverged_is_at_the_top_and_breaks_the_line(sweep, drawn):
     assert [2e-2, 3.0] in dots
     assert len(dots) == 5
     assert lost == [[2e-2, 1.0]]
-    (cross,) = [line for line in losses.lines if line.get_marker() == "x"]
+    (cross,) = [line for line in losses.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert cross.get_transform() == losses.get_xaxis_transform()
     assert legend(losses) == ["AdamW", "Muon", "MuonClip", "best rate", "diverged"]
     sweep["arms"]["muon"]["rates"][-1]["loss"] = [3.0, 3.0]
