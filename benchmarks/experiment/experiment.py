@@ -5,7 +5,7 @@ Some arms change the model; `Arm.changes` says how.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -36,12 +36,14 @@ class Experiment:
         object.__setattr__(self, "arms", resolve(self.chosen, self.model, self.training))
 
     @classmethod
-    def on(cls, corpus: Corpus, *, model: MoEConfig, training: Training, **own: Any) -> Experiment:
+    def on(
+        cls, corpus: Corpus, *, chosen: Sequence[Choice], model: MoEConfig, training: Training, **own: Any
+    ) -> Experiment:
         """Make one of this text, with the rates of its own arms alone. Raises UsageError for too short a text."""
         corpus.require(model.max_seq_len)
-        entries = {choice.entry for choice in own["chosen"]}
-        training = replace(training, lr={entry: rate for entry, rate in training.lr.items() if entry in entries})
-        return cls(model=model, training=training, data=corpus.record(), **own | {"chosen": tuple(own["chosen"])})
+        lr = {choice.entry: training.lr[choice.entry] for choice in chosen if choice.entry in training.lr}
+        training, data = replace(training, lr=lr), corpus.record()
+        return cls(chosen=tuple(chosen), model=model, training=training, data=data, **own)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

@@ -18,15 +18,17 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,7 @@ from benchmarks.records.environment import environment
 from benchmarks.records.intervals import CONFIDENCE, median_interval
 from benchmarks.studies.clip_cost_models import MODELS, VOCABULARY, build, loss
 from benchmarks.studies.host_time import host_time
+from benchmarks.training.timing import in_turn, seconds, wall_clock
 from muonclip.models.torch import Attention
 from muonclip.torch import QKClip
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -103,12 +106,6 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
-    model: nn.Module
-    clip: QKClip | None = None
-
-
 class Bench:
     """One model, length and dtype: the arms, and the weights that every step starts from."""
 
@@ -124,11 +121,10 @@ class Bench:
         copies = [copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(4)]
         for module in (module for each in copies[:2] for module in each.modules() if isinstance(module, Attention)):
             module.max_logits = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.arms = {
-            WITHOUT: Arm(copies[0]),
-            AGAIN: Arm(copies[1]),
-            NEEDED: Arm(copies[2], QKClip(copies[2], tau=TAU, observe="needed")),
-            ALWAYS: Arm(copies[3], QKClip(copies[3], tau=TAU, observe="always")),
+        self.models: dict[str, nn.Module] = dict(zip((WITHOUT, AGAIN, NEEDED, ALWAYS), copies, strict=True))
+        self.clips = {
+            NEEDED: QKClip(copies[2], tau=TAU, observe="needed"),
+            ALWAYS: QKClip(copies[3], tau=TAU, observe="always"),
         }
         self.saved: list[tuple[Tensor, Tensor]] = []  # weights that the clip scales, and what they begin with
 
@@ -138,56 +134,50 @@ class Bench:
             if hot:
                 self.inflate()
             regimes = [regime for regime in REGIMES if regime.hot == hot]
-            seconds = self.rounds(regimes)
-            ratios = {
-                arm: median_interval([own / without for own, without in zip(values, seconds[WITHOUT], strict=True)])
-                for arm, values in seconds.items()
-            }
+            times = {arm: np.array(values) for arm, values in self.rounds(regimes).items()}
+            ratios = {arm: median_interval((values / times[WITHOUT]).tolist()) for arm, values in times.items()}
             for regime in regimes:
                 measured = {
                     "regime": regime.name,
                     "target": regime.target,
-                    "step_ms": 1e3 * statistics.median(seconds[WITHOUT]),
+                    "step_ms": 1e3 * float(np.median(times[WITHOUT])),
                     "ratio": ratios[regime.arm],
                     "control": ratios[AGAIN],
                     "added": median_interval([self.added(regime) for _ in range(self.plan.added_steps)]),
-                    "sources": self._clip(regime.arm).sources(),
+                    "sources": self.clips[regime.arm].sources(),
                 }
                 yield self.cell | measured | self.check(regime)
 
     def rounds(self, regimes: Sequence[Regime]) -> dict[str, list[float]]:
-        """Return the seconds of a step by arm, one per round. The order is turned and reversed from round to round."""
-        by_arm = {regime.arm: regime for regime in regimes}
-        arms = [WITHOUT, AGAIN, *by_arm]
-        orders = [(arms[first:] + arms[:first])[::way] for first in range(len(arms)) for way in (1, -1)]
-        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for index in range(self.plan.warm_up + self.plan.rounds):
-            for arm in orders[index % len(orders)]:
-                seconds[arm].append(self.step(arm))
-                if arm in by_arm:
-                    self.check(by_arm[arm])
-        return {arm: values[self.plan.warm_up :] for arm, values in seconds.items()}
+        """Return the seconds of a step by arm, one per round; every step of a regime's arm is checked."""
 
-    def step(self, name: str) -> float:
+        def checked(regime: Regime) -> float:
+            took = self.step(regime.arm)
+            self.check(regime)
+            return took
+
+        candidates = {arm: partial(self.step, arm) for arm in (WITHOUT, AGAIN)}
+        candidates |= {regime.arm: partial(checked, regime) for regime in regimes}
+        return in_turn(candidates, self.plan.rounds, self.plan.warm_up)
+
+    def step(self, arm: str) -> float:
         """Return the seconds of one training step of an arm, from the weights that every step starts from."""
-        arm = self.arms[name]
         with torch.no_grad():
             for weight, value in self.saved:
                 weight.copy_(value)
-        begun = self.now()
-        loss(arm.model, self.tokens, self.dtype).backward()
+        return seconds(partial(self._step, arm), self.now)
+
+    def _step(self, arm: str) -> None:
+        loss(self.models[arm], self.tokens, self.dtype).backward()
         self.optimizer.step()
-        if arm.clip is not None:
-            arm.clip.step()
+        if arm in self.clips:
+            self.clips[arm].step()
         self.optimizer.zero_grad()
-        return self.now() - begun
 
     def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        elif torch.get_num_threads() == 1:
+        if self.device == "cpu" and torch.get_num_threads() == 1:
             return time.thread_time()
-        return time.perf_counter()
+        return wall_clock(self.device)
 
     def added(self, regime: Regime) -> float:
         """Return the seconds inside the clip's own functions over those of the rest of one step."""
@@ -197,7 +187,7 @@ class Bench:
 
     def check(self, regime: Regime) -> dict[str, Any]:
         """Return what the last step of the regime's arm reports. Raises RunFailed where that is not the regime's."""
-        report = self._clip(regime.arm).report()
+        report = self.clips[regime.arm].report()
         exact = sum(int(layer.exact.sum()) for layer in report.layers.values())
         found = {"heads": report.heads, "exact": exact, "clipped": report.clipped_heads}
         if (exact, report.clipped_heads) != (report.heads * regime.exact, report.heads * regime.clipped):
@@ -207,7 +197,7 @@ class Bench:
 
     def inflate(self) -> None:
         """Scale the queries, layer by layer, until every head's maximum is well above τ; begin with these weights."""
-        clip = self._clip(ALWAYS)
+        clip = self.clips[ALWAYS]
         for _ in range(10):
             clip.tau = math.inf  # measures, never clips
             self.step(ALWAYS)
@@ -224,11 +214,6 @@ class Bench:
                         weight *= max(1.0, 1.5 * TAU / lowest[name])
         raise RunFailed(f"{self.cell}: no weights were found with which every head is above {TAU:g}.")
 
-    def _clip(self, arm: str) -> QKClip:
-        clip = self.arms[arm].clip
-        assert clip is not None
-        return clip
-
 
 @contextmanager
 def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
@@ -244,12 +229,9 @@ def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
 
         return call
 
-    observe, step = MaxLogits.observe, QKClip.step
-    MaxLogits.observe, QKClip.step = clocked(observe), clocked(step)
-    try:
+    observe, step = clocked(MaxLogits.observe), clocked(QKClip.step)
+    with mock.patch.object(MaxLogits, "observe", observe), mock.patch.object(QKClip, "step", step):
         yield spent
-    finally:
-        MaxLogits.observe, QKClip.step = observe, step
 
 
 def _progress(cell: dict[str, Any]) -> str:

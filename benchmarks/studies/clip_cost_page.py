@@ -1,4 +1,4 @@
-"""The measurements of `clip_cost` as Markdown tables, written into a page between two marks.
+"""The measurements of `clip_cost` as facts and, by the template `clip_cost.md`, as tables between two marks of a page.
 
 No number there is typed by hand.
 """
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records.environment import made_with
-from benchmarks.report.tables import markdown
 from benchmarks.studies.clip_cost import REGIMES
-from benchmarks.studies.clip_cost_models import BF16, MODELS
+from benchmarks.studies.clip_cost_models import DTYPES, MODELS
 from benchmarks.studies.host_time import MATRICES
+from benchmarks.studies.templates import render
 
 Json = Mapping[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -35,43 +34,19 @@ class TargetFacts:
 
 
 def target_facts(cells: Sequence[Json]) -> TargetFacts:
-    target, ratios = cells[0]["target"], [cell["ratio"]["median"] for cell in cells]
-    added = [cell["added"]["median"] for cell in cells]
-    over = sorted(
-        (cell for cell in cells if cell["ratio"]["median"] > target), key=lambda cell: -cell["ratio"]["median"]
-    )
-    surely = sum(cell["ratio"]["low"] is not None and cell["ratio"]["low"] > target for cell in over)
-    ends = (min(ratios), max(ratios)), (min(added), max(added))
-    return TargetFacts(target, *ends, len(cells), tuple(map(_name, over)), surely)
+    target, worst_first = cells[0]["target"], sorted(cells, key=lambda cell: -cell["ratio"]["median"])
+    ratios, added = ([cell[name]["median"] for cell in cells] for name in ("ratio", "added"))
+    over = [cell for cell in worst_first if cell["ratio"]["median"] > target]
+    missed = [f"{MODELS[of['model']]}, {of['length']} tokens, {DTYPES[of['model']][of['dtype']]}" for of in over]
+    surely = sum((cell["ratio"]["low"] or 0) > target for cell in over)
+    return TargetFacts(target, (min(ratios), max(ratios)), (min(added), max(added)), len(cells), tuple(missed), surely)
 
 
 def read_clip_cost(result: Json) -> str:
     """Write the sections, one for each regime, from the object that `DEVICE.json` holds."""
-    made, config = result["environment"], result["config"]
-    clock = "the CPU time of one thread" if made["threads"] == 1 else f"the wall clock, {made['threads']} threads"
-    text = (
-        f"Made with {made_with(made)}; {clock}. τ = {config['tau']:g}; {config['layers']} layers, width "
-        f"{config['width']}; {config['rounds']} rounds per row. Ratios are medians with {config['confidence']:.0%} "
-        "intervals."
-    )
-    parts = [text, ""]
-    for regime in (regime.name for regime in REGIMES):
-        cells = [cell for cell in result["cells"] if cell["regime"] == regime]
-        facts = target_facts(cells)
-        missed = "met in every row"
-        if facts.missed:
-            missed = f"missed in {len(facts.missed)} of {facts.rows} rows, most at {facts.missed[0]}; "
-            missed += f"surely in {facts.surely}"
-        ratios, added = "{:.3f} to {:.3f}".format(*facts.ratios), "{:.2%} to {:.2%}".format(*facts.added)
-        head = ["target of the ratio", "verdict", "ratios", "added operations"]
-        verdict = [head, [f"at most {facts.target:g}", missed, ratios, added]]
-        counted = {(MODELS[c["model"]], s, n): None for c in cells for s, n in Counter(c["sources"].values()).items()}
-        sources = [["model", "attentions", "S comes from"], *([model, str(n), source] for model, source, n in counted)]
-        parts += [f"### {regime[0].upper()}{regime[1:]}", ""]
-        parts += [line for rows in (verdict, _rows(cells), sources) for line in (markdown(rows), "")]
-    if "host_us" in result:  # results from before it was measured have none
-        parts += ["### Host time", "", markdown(_host_rows(result["host_us"]))]
-    return "\n".join(parts).strip() + "\n"
+    regimes = {each.name: [cell for cell in result["cells"] if cell["regime"] == each.name] for each in REGIMES}
+    names = {"MODELS": MODELS, "DTYPES": DTYPES, "MATRICES": MATRICES}
+    return render("clip_cost.md", **result, **names, regimes=regimes, target_facts=target_facts, sources=_sources)
 
 
 def write_into(page: Path, result: Json) -> None:
@@ -84,44 +59,7 @@ def write_into(page: Path, result: Json) -> None:
     page.write_text(f"{before}{BEGIN}\n{read_clip_cost(result)}{END}{after}", encoding="utf-8")
 
 
-def _rows(cells: Sequence[Json]) -> list[list[str]]:
-    head = "model|sequences × tokens|dtype|step without|with / without|without / without|added operations|heads exact"
-    rows = [[*head.split("|"), "heads clipped", "bounds of the heads"]]
-    for cell in cells:
-        rows.append(
-            [
-                MODELS[cell["model"]],
-                f"{cell['batch']} × {cell['length']}",
-                _dtype(cell),
-                f"{cell['step_ms']:.0f} ms",
-                _interval(cell["ratio"]),
-                _interval(cell["control"]),
-                f"{cell['added']['median']:.2%}",
-                f"{cell['exact']} of {cell['heads']}",
-                f"{cell['clipped']} of {cell['heads']}",
-                f"{cell['lowest_bound']:.1f} to {cell['highest_bound']:.1f}",
-            ]
-        )
-    return rows
-
-
-def _host_rows(microseconds: Mapping[str, float]) -> list[list[str]]:
-    of = {
-        "forward_per_attention": "forward, per observed attention",
-        "clip_step_per_attention": "the clip's step, per attention",
-        "unchanged_plan_per_step": f"the optimizer's check that nothing changed, per step of {MATRICES} matrices",
-    }
-    return [["host time", "µs"], *([words, f"{microseconds[key]:.0f}"] for key, words in of.items())]
-
-
-def _name(cell: Json) -> str:
-    return f"{MODELS[cell['model']]}, {cell['length']} tokens, {_dtype(cell)}"
-
-
-def _dtype(cell: Json) -> str:
-    return "fp32" if cell["dtype"] == "float32" else BF16[cell["model"]]
-
-
-def _interval(value: Json) -> str:
-    between = "" if value["low"] is None else f" ({value['low']:.3f}–{value['high']:.3f})"
-    return f"{value['median']:.3f}{between}"
+def _sources(cells: Sequence[Json]) -> list[tuple[str, str, int]]:
+    """Return model, source and the number of attentions that have it, once each."""
+    counted = [(cell["model"], *found) for cell in cells for found in Counter(cell["sources"].values()).items()]
+    return list(dict.fromkeys(counted))

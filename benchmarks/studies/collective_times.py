@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -33,6 +34,10 @@ _WRAPPED += ("reduce_scatter_tensor",)
 class CollectiveTimes:
     blocked: float = 0.0
     intervals: list[list[float]] = field(default_factory=list)  # issue, completion; infinity until then
+
+    def clear(self) -> None:
+        self.blocked = 0.0
+        self.intervals.clear()
 
     @property
     def in_flight(self) -> float:
@@ -51,14 +56,9 @@ def collective_times() -> Iterator[CollectiveTimes]:
     FSDP's are not included: they are C++ calls of the process group.
     """
     times = CollectiveTimes()
-    originals = {name: getattr(dist, name) for name in _WRAPPED}
-    try:
-        for name, original in originals.items():
-            setattr(dist, name, _timed(original, times))
+    timed: Any = {name: _timed(getattr(dist, name), times) for name in _WRAPPED}
+    with mock.patch.multiple(dist, **timed):
         yield times
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def _timed(collective: Callable[..., Any], times: CollectiveTimes) -> Callable[..., Any]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.training.timing import in_turn, seconds
 from muonclip.torch import Muon, QKClip
 
 LAYERS, MATRICES = 48, 420
@@ -37,32 +36,22 @@ def host_time(rounds: int) -> dict[str, float]:
     plain = nn.Sequential(*(TinyAttention() for _ in range(LAYERS)))
     observed, x = copy.deepcopy(plain), torch.randn(2, 4, 4)
     clip = QKClip(observed)
-    differences, steps = [], []
-    for _ in range(rounds + 3):
-        differences.append(_seconds(lambda: observed(x)) - _seconds(lambda: plain(x)))
-        steps.append(_seconds(clip.step))
     parameters = [nn.Parameter(torch.randn(4, 6)) for _ in range(MATRICES)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = Muon(parameters)
     optimizer.step()
 
-    def check() -> None:
-        optimizer._refresh_plan()
-        optimizer._check_gradients()
+    def observed_forward() -> float:
+        return (seconds(lambda: observed(x)) - seconds(lambda: plain(x))) / LAYERS
 
-    return {
-        "forward_per_attention": _median(differences) / LAYERS,
-        "clip_step_per_attention": _median(steps) / LAYERS,
-        "unchanged_plan_per_step": _median([_seconds(check) for _ in range(rounds + 3)]),
-    }
+    def clip_step() -> float:
+        observed(x)
+        return seconds(clip.step) / LAYERS
 
+    def unchanged_plan() -> float:
+        return seconds(optimizer._refresh_plan) + seconds(optimizer._check_gradients)
 
-def _seconds(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
-
-
-def _median(seconds: Sequence[float]) -> float:
-    return 1e6 * statistics.median(seconds[3:])  # the first find the attention, and warm up
+    candidates = {"forward_per_attention": observed_forward, "clip_step_per_attention": clip_step}
+    measured = in_turn(candidates | {"unchanged_plan_per_step": unchanged_plan}, rounds)
+    return {name: 1e6 * statistics.median(of) for name, of in measured.items()}

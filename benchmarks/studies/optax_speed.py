@@ -7,7 +7,6 @@ iterated by itself: what stacking is worth. The last row is the reference model'
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.records import atomic_files
-from benchmarks.records.environment import environment, made_with
-from benchmarks.report.tables import markdown
+from benchmarks.records.environment import environment
+from benchmarks.studies.templates import render
+from benchmarks.training.timing import milliseconds
 from muonclip.models import MoEConfig
 from muonclip.models import jax as moe
 from muonclip.optax import muonclip, scale_by_muon
@@ -29,7 +29,6 @@ SHAPES = {
     "gpu": ((64, 64, 128), (16, 256, 512), (8, 512, 1792), (1, 1024, 1024), (8, 2048, 7168)),
 }
 MODEL, MODEL_SIZES = "reference MoE", dict[str, int]()  # the preset cpu
-WARM_UP = 3
 
 Run = Callable[[], Any]
 
@@ -52,26 +51,7 @@ def optax_speed(out: Path, rounds: int) -> str:
 
 def read_optax_speed(result: dict[str, Any]) -> str:
     """Write a Markdown table, and what made it."""
-    rows = [
-        [
-            "matrices",
-            "optax.contrib, ms",
-            "muonclip, ms",
-            "factor",
-            "by itself, ms",
-            "compile, s: optax.contrib",
-            "ours",
-        ]
-    ]
-    for case in result["cases"]:
-        ms, compiling = case["milliseconds"], case["compile_seconds"]
-        loop = f"{ms['loop']:.1f}" if "loop" in ms else ""
-        numbers = [f"{ms['optax']:.1f}", f"{ms['muonclip']:.1f}", f"{ms['optax'] / ms['muonclip']:.2f}", loop]
-        rows.append([case["name"], *numbers, f"{compiling['optax']:.1f}", f"{compiling['muonclip']:.1f}"])
-    made = result["environment"]
-    where = "" if made["device"] == "cpu" else f" · {made['device']}"
-    said = f"Made with {made_with(made)}{where}; medians of {result['rounds']} alternating calls, float32 arrays."
-    return f"{markdown(rows)}\n\n{said}\n"
+    return render("optax_speed.md", **result)
 
 
 def _matrices(count: int, m: int, n: int) -> dict[str, tuple[Run, float]]:
@@ -117,18 +97,8 @@ def _compiled(update: Callable[..., Any], *arguments: Any) -> tuple[Run, float]:
 
 
 def _case(name: str, candidates: dict[str, tuple[Run, float]], rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-    order = list(candidates)
-    for _ in range(WARM_UP + rounds):
-        for candidate in order:
-            begun = time.perf_counter()
-            candidates[candidate][0]()
-            seconds[candidate].append(time.perf_counter() - begun)
-        order = [*order[1:], order[0]]
     return {
         "name": name,
-        "milliseconds": {
-            candidate: round(1e3 * statistics.median(times[WARM_UP:]), 3) for candidate, times in seconds.items()
-        },
+        "milliseconds": milliseconds({candidate: run for candidate, (run, _) in candidates.items()}, rounds),
         "compile_seconds": {candidate: round(compiling, 2) for candidate, (_, compiling) in candidates.items()},
     }

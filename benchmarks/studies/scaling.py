@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from benchmarks.execution.processes import start
@@ -31,10 +32,11 @@ from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Precision, Training
 from benchmarks.records import atomic_files
-from benchmarks.records.environment import available_cores, environment, made_with
-from benchmarks.report.tables import markdown
+from benchmarks.records.environment import available_cores, environment
 from benchmarks.studies.collective_times import CollectiveTimes, collective_times
+from benchmarks.studies.templates import render
 from benchmarks.training.sharded_learner import Layout, ShardedLearner
+from benchmarks.training.timing import seconds, wall_clock
 from muonclip.models.parallel import Parallelism
 
 WARM_UP = 3
@@ -76,7 +78,7 @@ def scaling(plan: Plan, processes: Sequence[int], out: Path) -> str:
     result["rows"] = with_efficiency(rows)
     atomic_files.write_json(out / "scaling.json", result)
     text = table(result)
-    atomic_files.write_text(out / "scaling.md", text + "\n")
+    atomic_files.write_text(out / "scaling.md", text)
     return text
 
 
@@ -101,15 +103,11 @@ def measure_ranks(plan: Plan, ranks: Ranks, out: Path) -> None:
 
 def _experiment(plan: Plan, choice: Choice, windows: int, corpus: Corpus) -> Experiment:
     preset = PRESETS[plan.preset]
-    model = preset.model(vocab_size=corpus.vocab_size)
-    corpus.require(model.max_seq_len)
-    shared = preset.training
-    training = Training(steps=10**6, batch_size=windows, lr=dict(shared.lr), tau=shared.tau, warmup_steps=100)
+    model, shared = preset.model(vocab_size=corpus.vocab_size), preset.training
+    training = Training(steps=10**6, batch_size=windows, lr=shared.lr, tau=shared.tau, warmup_steps=100)
+    own = {"name": "", "title": "Scaling", "chosen": (choice,), "seeds": (0,), "device": plan.device}
     narrow = Precision("bfloat16", "bfloat16") if plan.device == "cuda" else Precision()
-    return Experiment(
-        name="", title="Scaling", chosen=(choice,), seeds=(0,), model=model, training=training, data=corpus.record(),
-        precision=narrow, device=plan.device,
-    )  # fmt: skip
+    return Experiment.on(corpus, model=model, training=training, precision=narrow, **own)
 
 
 def _measure(experiment: Experiment, corpus: Corpus, ranks: Ranks, rounds: int) -> Row:
@@ -117,21 +115,19 @@ def _measure(experiment: Experiment, corpus: Corpus, ranks: Ranks, rounds: int) 
     if size % ranks.size:
         raise UsageError("--batch", f"{size} windows cannot be divided over {ranks.size} ranks.")
     learner = ShardedLearner(experiment, arm, 0, Layout(Parallelism(shards=ranks.size)))
-    optimizer = _OptimizerTimer(learner.optimizer)
+    timer = _OptimizerTimer(learner.optimizer)
     steps: list[tuple[float, ...]] = []
+    now = partial(wall_clock, experiment.device)
     for step in range(WARM_UP + rounds):
         windows = corpus.batch(seed=0, step=step, batch_size=size, length=length, rows=learner.rows(size))
         ranks.any_of(False)  # all begin together
-        _wait_for(experiment.device)
-        begun = time.perf_counter()
-        with collective_times() as optimizer.times:
-            learner.step(windows, step, arm.training.schedule(step) * arm.lr)
-        _wait_for(experiment.device)
-        took = time.perf_counter() - begun
-        everyone = ranks.gathered((took, optimizer.seconds, optimizer.blocked, optimizer.in_flight))
+        update = partial(learner.step, windows, step, arm.training.schedule(step) * arm.lr)
+        with collective_times() as timer.times:
+            whole = seconds(update, now)
+        everyone = ranks.gathered((whole, timer.seconds, timer.blocked, timer.in_flight))
         slowest = max(everyone, key=lambda times: times[1])
         steps.append((max(times[0] for times in everyone), *slowest[1:]))
-    whole, update, blocked, in_flight = (statistics.median(column) for column in zip(*steps[WARM_UP:], strict=True))
+    whole, update, blocked, in_flight = np.median(steps[WARM_UP:], axis=0).tolist()
     row: Row = {"step_ms": round(1e3 * whole, 3), "tokens_per_second": round(size * length / whole, 1)}
     if experiment.device == "cuda":
         return row
@@ -151,31 +147,20 @@ class _OptimizerTimer:
         self.times = CollectiveTimes()
         step = optimizer.step
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.times.blocked, before = 0.0, time.perf_counter()
-            self.times.intervals.clear()
-            result = step(*args, **kwargs)
-            self.seconds = time.perf_counter() - before
+        def timed() -> None:
+            self.times.clear()
+            self.seconds = seconds(step)
             self.blocked, self.in_flight = self.times.blocked, self.times.in_flight
-            return result
 
         setattr(optimizer, "step", timed)  # noqa: B010
 
 
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def with_efficiency(rows: Sequence[Row]) -> list[Row]:
     """Add the efficiency against the smallest number of processes of the same arm and case: 1 is perfect."""
-    done: list[Row] = []
-    for row in rows:
-        same = [other for other in rows if (other["arm"], other["case"]) == (row["arm"], row["case"])]
-        least = min(same, key=lambda other: other["processes"])
-        speedup = row["tokens_per_second"] / least["tokens_per_second"]
-        done.append(row | {"efficiency": round(speedup * least["processes"] / row["processes"], 4)})
-    return done
+    frame = pd.DataFrame(rows)
+    frame["each"] = frame["tokens_per_second"] / frame["processes"]
+    least = frame.sort_values("processes").groupby(["arm", "case"])["each"].transform("first")
+    return [row | {"efficiency": round(share, 4)} for row, share in zip(rows, frame["each"] / least, strict=True)]
 
 
 def notes(processes: Sequence[int], device: str) -> list[str]:
@@ -193,11 +178,4 @@ def notes(processes: Sequence[int], device: str) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """Write the table in Markdown."""
-    shares = ["compute", "communication", "overlap"]
-    rows = [["arm", "case", "processes", "windows", "step ms", "optimizer ms", *shares, "efficiency"]]
-    for row in result["rows"]:
-        cells = [row["arm"], row["case"], str(row["processes"]), str(row["windows"]), f"{row['step_ms']:.1f}"]
-        cells.append(f"{row['optimizer_ms']:.1f}" if "optimizer_ms" in row else "–")
-        of = [row.get(f"{name}_share") for name in shares] + [row.get("efficiency")]
-        rows.append([*cells, *("–" if share is None else f"{share:.0%}" for share in of)])
-    return "\n".join([markdown(rows), "", *result["notes"], f"Made with {made_with(result['environment'])}."])
+    return render("scaling.md", **result)

@@ -73,17 +73,17 @@ def test_sources_are_those_of_the_arm(quick):
 
 
 def test_arms_share_their_weights_and_only_the_clipped_ones_observe(bench):
-    weights = {arm: [p.data_ptr() for p in each.model.parameters()] for arm, each in bench.arms.items()}
+    weights = {arm: [p.data_ptr() for p in model.parameters()] for arm, model in bench.models.items()}
     assert len({tuple(pointers) for pointers in weights.values()}) == 1
     losses = {
-        arm: bench.step(arm) and next(iter(bench.arms[arm].model.parameters())).sum().item() for arm in bench.arms
+        arm: bench.step(arm) and next(iter(model.parameters())).sum().item() for arm, model in bench.models.items()
     }
     assert len(set(losses.values())) == 1  # nothing has moved
     observing = {
-        arm for arm, each in bench.arms.items() if any(layer.attn.max_logits is not None for layer in each.model.layers)
+        arm for arm, model in bench.models.items() if any(layer.attn.max_logits is not None for layer in model.layers)
     }
     assert observing == {NEEDED, ALWAYS}
-    assert {arm for arm, each in bench.arms.items() if each.clip is None} == {WITHOUT, AGAIN}
+    assert bench.models.keys() - bench.clips.keys() == {WITHOUT, AGAIN}
 
 
 def test_inflated_weights_return_before_every_step(bench):
@@ -93,7 +93,7 @@ def test_inflated_weights_return_before_every_step(bench):
     for _ in range(3):
         bench.step(NEEDED)
         bench.check(above)
-        maxima.append(bench.arms[NEEDED].clip.report().max_logit)
+        maxima.append(bench.clips[NEEDED].report().max_logit)
     assert len(set(maxima)) == 1
     assert any(not torch.equal(weight, value) for weight, value in bench.saved)  # the last clip is still in them
 

@@ -66,5 +66,5 @@ def test_both_cases_are_timed(tmp_path, capsys):
         assert row["processes"] == 1 or 0 <= row["overlap_share"] <= 1
     assert rows["weak", 1]["communication_share"] < rows["weak", 2]["communication_share"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scaling.json", "scaling.md"]
-    assert (tmp_path / "scaling.md").read_text() == scaling.table(result) + "\n"
+    assert (tmp_path / "scaling.md").read_text() == scaling.table(result)
     assert scaling.table(result) in capsys.readouterr().out
