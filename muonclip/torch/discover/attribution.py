@@ -12,7 +12,7 @@ A norm between y and q makes the right side zero: there the weights do not reach
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -133,64 +133,92 @@ def leaves_of(tensor: Tensor) -> tuple[list[Tensor], set[str]]:
     return list(leaves.values()), names
 
 
+@dataclass(slots=True, eq=False)
+class _Contributions:
+    """The part of each head that comes from each leaf: `shares` ⟨∂⟨r, q_h⟩ / ∂y, y⟩ [heads, leaves] of the `totals`
+    ⟨r, q_h⟩ [heads], and the entries `reached` [leaf][head]. Shares are exact up to `tolerance`."""
+
+    leaves: Sequence[Tensor]
+    shares: Tensor
+    totals: Tensor
+    reached: list[list[list[_Entries]]]
+    tolerance: float
+
+    @classmethod
+    def from_gradients(cls, tensor: Tensor, leaves: Sequence[Tensor]) -> _Contributions:
+        heads = tensor.shape[1]
+        narrow = any(each.dtype in (torch.bfloat16, torch.float16) for each in (tensor, *leaves))
+        tolerance = 6e-2 if narrow else 2e-3
+        shares = torch.zeros(heads, len(leaves), dtype=torch.float64)
+        found = cls(leaves, shares, torch.zeros(heads, dtype=torch.float64), [[] for _ in leaves], tolerance)
+        for head in range(heads):
+            probe = _probe(tensor, head)
+            by_leaf = gradients(tensor, leaves, probe)
+            found.totals[head] = (probe.double() * tensor.detach().double()).sum()
+            for index, (leaf, gradient) in enumerate(zip(leaves, by_leaf, strict=True)):
+                found.reached[index].append(_entries_of(leaf, gradient))
+                if gradient is not None:
+                    shares[head, index] = (gradient.double() * leaf.detach().double()).sum()
+        return found
+
+    def product(self, leaf: int) -> Product | None:
+        """Return the product whose output a leaf is; None where it is a parameter."""
+        return getattr(self.leaves[leaf], "product", None)
+
+    def adding_up(self, some: set[int], others: set[int]) -> set[int] | None:
+        """Find the leaves to which every head is proportional, see `_proportional_to`."""
+        return _proportional_to(self.shares, self.totals, some, others, self.tolerance)
+
+    def rows(self, leaves: Iterable[int]) -> list[Rows]:
+        """Return the rows behind these leaves."""
+        return _rows_of([self.reached[leaf] for leaf in sorted(leaves)], len(self.totals))
+
+
 def attribute(tensor: Tensor, *, with_values: bool = True) -> Source:
     """Attribute the heads of `tensor` [B, heads, T, d] to rows of parameters.
 
     Without `with_values` only from which rows, not whether in proportion (for values, which the clip never scales).
     """
     heads = tensor.shape[1]
-    source = Source(heads)
     leaves, functions = leaves_of(tensor)
     if not leaves:
-        source.problem = "depend on no parameter"
-        return source
+        return Source(heads, problem="depend on no parameter")
     if len(leaves) > 64:
-        source.problem = "depend on too many products to tell which of them is the projection"
-        return source
-    reached: list[list[list[_Entries]]] = [[] for _ in leaves]  # [leaf][head]
-    shares = torch.zeros(heads, len(leaves), dtype=torch.float64)
-    totals = torch.zeros(heads, dtype=torch.float64)
-    for head in range(heads):
-        probe = _probe(tensor, head)
-        by_leaf = gradients(tensor, leaves, probe)
-        totals[head] = (probe.double() * tensor.detach().double()).sum()
-        for index, (leaf, gradient) in enumerate(zip(leaves, by_leaf, strict=True)):
-            reached[index].append(_entries_of(leaf, gradient))
-            if gradient is not None:
-                shares[head, index] = (gradient.double() * leaf.detach().double()).sum()
+        return Source(heads, problem="depend on too many products to tell which of them is the projection")
+    contributions = _Contributions.from_gradients(tensor, leaves)
     if not with_values:
-        source.rows = _rows_of(reached, heads)
-        return source
-    narrow = any(each.dtype in (torch.bfloat16, torch.float16) for each in (tensor, *leaves))
-    tolerance = 6e-2 if narrow else 2e-3
-    products = {index for index, leaf in enumerate(leaves) if hasattr(leaf, "product")}
-    vectors = set(range(len(leaves))) - products
-    chosen = _proportional_to(shares, totals, products, vectors, tolerance) if products else None
-    if not products:  # learned queries, perhaps
-        chosen = _proportional_to(shares, totals, vectors, set(), tolerance)
-    unscalable = [leaves[index].product.name for index in products if not any(reached[index])]  # pyright: ignore
-    clamps = sorted(name for name in functions if any(word in name for word in ("Clamp", "Hardtanh", "Clip")))
-    if clamps and chosen is not None:
-        source.problem = "are clamped between the projection and the logits, so they do not scale with it"
-    elif chosen is None and unscalable:
-        source.problem = f"come from a product ({unscalable[0]}) whose weight is not a parameter that could be scaled"
-    elif chosen is None:
-        small = shares[:, sorted(products)].sum(1).abs() <= 0.3 * totals.abs()
+        return Source(heads, contributions.rows(range(len(leaves))))
+    is_clamped = any(word in name for name in functions for word in ("Clamp", "Hardtanh", "Clip"))
+    return _proportional_source(contributions, is_clamped=is_clamped)
+
+
+def _proportional_source(found: _Contributions, *, is_clamped: bool) -> Source:
+    """Choose the leaves to which every head is proportional; without them, say why the rows cannot be scaled."""
+    heads = len(found.totals)
+    products = {leaf for leaf in range(len(found.leaves)) if found.product(leaf)}
+    vectors = set(range(len(found.leaves))) - products  # parameters themselves: learned queries, perhaps
+    chosen = found.adding_up(products, vectors) if products else found.adding_up(vectors, set())
+    unreached = {leaf for leaf, entries in enumerate(found.reached) if not any(entries)}
+    unscalable = [product.name for leaf in sorted(unreached) if (product := found.product(leaf))]
+    where = f" ({unscalable[0]})" if unscalable else ""
+    of_no_parameter = f"come from a product{where} whose weight is not a parameter that could be scaled"
+    if chosen is None:
+        if unscalable:
+            return Source(heads, problem=of_no_parameter)
+        small = found.shares[:, sorted(products)].sum(1).abs() <= 0.3 * found.totals.abs()
         if products and bool(small.all()):
-            source.normalised = True
-            gains = _proportional_to(shares, totals, vectors, set(), tolerance)
-            source.gains = [] if gains is None else _rows_of([reached[i] for i in sorted(gains)], heads)
-        else:
-            source.problem = "do not depend linearly on the output of a projection"
-    elif any(not leaves[i].product.is_proportional for i in chosen & products):  # pyright: ignore
-        source.problem = "come from a weight that is computed from its parameters and not proportional to them"
-    elif any(not any(reached[index]) for index in chosen):
-        of = f" ({unscalable[0]})" if unscalable else ""
-        source.problem = f"come from a product{of} whose weight is not a parameter that could be scaled"
-    else:
-        source.rows = _rows_of([reached[i] for i in sorted(chosen)], heads)
-    source.rows = [rows for rows in source.rows if rows.masks.any()]
-    return source
+            gains = found.adding_up(vectors, set())
+            return Source(heads, gains=[] if gains is None else found.rows(gains), normalised=True)
+        return Source(heads, problem="do not depend linearly on the output of a projection")
+    if is_clamped:
+        problem = "are clamped between the projection and the logits, so they do not scale with it"
+        return Source(heads, problem=problem)
+    if any(not product.is_proportional for leaf in chosen if (product := found.product(leaf))):
+        problem = "come from a weight that is computed from its parameters and not proportional to them"
+        return Source(heads, problem=problem)
+    if chosen & unreached:
+        return Source(heads, problem=of_no_parameter)
+    return Source(heads, [rows for rows in found.rows(chosen) if rows.masks.any()])
 
 
 def rows_behind(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
