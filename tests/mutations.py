@@ -945,14 +945,14 @@ MUTATIONS = (
     Mutation(
         "parameters-checked-after-the-update",  # 29
         "What cannot be updated is found when half of the step is done.",
-        "self._check_gradients()\n        self._update()",
-        "self._update()\n        self._check_gradients()",
+        "check_gradients(self.param_groups)\n        self._update()",
+        "self._update()\n        check_gradients(self.param_groups)",
         tests_of("torch/test_muon.py", "test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves"),
     ),
     Mutation(
         "capturable-noticed-after-the-update",  # 29
         "The parameters are checked when the plan of the update is made, and the plan when the update is over.",
-        "if inputs != self._inputs:\n            self._check_parameters()\n            self._plan_update()",
+        "if inputs != self._inputs:\n            check_parameters(self.param_groups)\n            self._plan_update()",
         "if inputs != self._inputs:\n            self._plan_update()",
         tests_of("torch/test_muonclip.py", "test_capturable_is_refused_on_the_cpu_before_anything_moves"),
     ),

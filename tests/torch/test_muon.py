@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon, MuonClip
+from muonclip.torch.optimizer.options import MuonOptions
 from muonclip.torch.update import products as products_module
 
 execute_module = importlib.import_module("muonclip.torch.update.execute")  # its package hands on the function
@@ -32,6 +34,21 @@ def set_gradients(params, seed, scale=1.0):
 
 def clones(params):
     return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def test_every_option_of_a_group_is_an_argument():
+    options = [field.name for field in fields(MuonOptions)]
+    for cls in (Muon, MuonClip):
+        assert not set(options) - set(inspect.signature(cls).parameters)
+    given = dict(lr=2e-3, weight_decay=0.2, momentum=0.8, nesterov=False, ns_coefficients="you", eps=1e-3, ns_steps=4)
+    given |= dict(adjust_lr_fn="original", ns_dtype=torch.float64, ns_form="gram", products="plain")
+    given |= dict(momentum_dtype=torch.float64, freeze_unused=True)
+    assert sorted(given) == sorted(options)
+    model = nn.Sequential(nn.Linear(4, 4))
+    for optimizer in (Muon([model[0].weight], **given), MuonClip(model, **given, qk_clip=None)):
+        assert MuonOptions.from_mapping(optimizer.param_groups[0]) == MuonOptions(
+            **given | dict(ns_dtype="float64", momentum_dtype="float64")
+        )
 
 
 def test_has_torch_s_names_order_and_defaults():

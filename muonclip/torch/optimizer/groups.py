@@ -1,4 +1,4 @@
-"""Parameter groups made from what a user passes, and compared with those of a checkpoint."""
+"""Parameter groups made from what a user passes, their parameters checked, and compared with those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from muonclip.torch.mesh import check_gradient, check_parameter
 from muonclip.torch.optimizer.options import Group
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
 
@@ -66,6 +68,30 @@ def check_loadable(saved: Group, own: Group, index: int) -> None:
             f"group {index} of the checkpoint is for {saved_use!r}, of the optimizer for {own['use']!r}; build the "
             "optimizer with the groups it was saved with."
         )
+
+
+def check_parameters(groups: Iterable[Group]) -> None:
+    """Raise ValueError, naming it, for a parameter that the optimizer cannot take."""
+    for index, group in enumerate(groups):
+        for position, parameter in enumerate(group["params"]):
+            name = name_of(group, index, position)
+            check_parameter(name, parameter)
+            if group.get("capturable") and parameter.device.type == "cpu":
+                raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
+
+
+def check_gradients(groups: Iterable[Group]) -> None:
+    """Raise ValueError, naming the parameter, for a gradient that the optimizer cannot take."""
+    for index, group in enumerate(groups):
+        for position, parameter in enumerate(group["params"]):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                name = name_of(group, index, position)
+                raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
+            if isinstance(gradient, DTensor) or isinstance(parameter, DTensor):
+                check_gradient(name_of(group, index, position), parameter)
 
 
 def name_of(group: Group, index: int, position: int) -> str:

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh import Topology, check_gradient, check_parameter, check_state, local_gradient, local_part
+from muonclip.torch.mesh import Topology, check_state, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
-from muonclip.torch.optimizer.groups import check_loadable, name_of
+from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
@@ -94,7 +93,7 @@ class MatrixOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if group["use"] == "muon":
-                options = MuonOptions.from_group(group)
+                options = MuonOptions.from_mapping(group)
                 for key, parameter in zip(saved["params"], group["params"], strict=True):
                     self.state[parameter].update(
                         restored_states(state_dict["state"].get(key, {}), self.rule, parameter, options)
@@ -127,7 +126,7 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refresh_plan()
-        self._check_gradients()
+        check_gradients(self.param_groups)
         self._update()
         return loss
 
@@ -150,7 +149,7 @@ class MatrixOptimizer(Optimizer):
             self._make_state()
             self._has_state = True
         muon = {
-            index: MuonOptions.from_group(group)
+            index: MuonOptions.from_mapping(group)
             for index, group in enumerate(self.param_groups)
             if group["use"] == "muon"
         }
@@ -163,13 +162,13 @@ class MatrixOptimizer(Optimizer):
             steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, self.rule))
         for group in self.param_groups:
             if group["use"] == "adamw":
-                adamw_update(group["params"], AdamWOptions.from_group(group), self.state)
+                adamw_update(group["params"], AdamWOptions.from_mapping(group), self.state)
         execute(self._update_plan, steps, self._topology.positions())
 
     @torch.no_grad()
     def _make_state(self) -> None:
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            options = self._defaults(group["use"]).from_group(group)
+            options = self._defaults(group["use"]).from_mapping(group)
             for parameter, layout in zip(group["params"], layouts, strict=True):
                 if not _moves(parameter):
                     continue
@@ -182,14 +181,14 @@ class MatrixOptimizer(Optimizer):
         """Check the parameters and plan their update anew, if what these depend on has changed."""
         inputs = plan_inputs(self.param_groups, self._topology.version)
         if inputs != self._inputs:
-            self._check_parameters()
+            check_parameters(self.param_groups)
             self._plan_update()
             self._inputs, self._has_state = inputs, False
 
     def _plan_update(self) -> None:
         """Decide who iterates which matrix."""
         self._matrices = list(self._find_matrices())
-        options = [MuonOptions.from_group(group) if group["use"] == "muon" else None for group in self.param_groups]
+        options = [MuonOptions.from_mapping(group) if group["use"] == "muon" else None for group in self.param_groups]
         placed: list[PlacedParameter] = []
         for parameter, layout, index, position in self._matrices:
             muon = options[index]
@@ -218,26 +217,6 @@ class MatrixOptimizer(Optimizer):
             for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
                 if layout is not None and parameter.numel() and _moves(parameter):
                     yield Matrix(parameter, layout, index, position)
-
-    def _check_parameters(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                name = name_of(group, index, position)
-                check_parameter(name, parameter)
-                if group.get("capturable") and parameter.device.type == "cpu":
-                    raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
-
-    def _check_gradients(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if gradient.is_sparse:
-                    name = name_of(group, index, position)
-                    raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
-                if isinstance(gradient, DTensor) or isinstance(parameter, DTensor):
-                    check_gradient(name_of(group, index, position), parameter)
 
 
 def _moves(parameter: Tensor) -> bool:

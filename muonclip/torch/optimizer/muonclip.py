@@ -74,22 +74,7 @@ class Muon(MatrixOptimizer):
         freeze_unused: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
-        options = MuonOptions(
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            ns_coefficients=ns_coefficients,
-            eps=eps,
-            ns_steps=ns_steps,
-            adjust_lr_fn=adjust_lr_fn,
-            ns_dtype=ns_dtype,
-            ns_form=ns_form,
-            products=products,
-            momentum_dtype=momentum_dtype,
-            freeze_unused=freeze_unused,
-        )
-        super().__init__(params, options, None, workspace_bytes)
+        super().__init__(params, MuonOptions.from_mapping(locals()), None, workspace_bytes)
 
 
 class MuonClip(MatrixOptimizer):
@@ -144,21 +129,7 @@ class MuonClip(MatrixOptimizer):
         capturable: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
-        muon = MuonOptions(
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            ns_coefficients=ns_coefficients,
-            eps=eps,
-            ns_steps=ns_steps,
-            adjust_lr_fn=adjust_lr_fn,
-            ns_dtype=ns_dtype,
-            ns_form=ns_form,
-            products=products,
-            momentum_dtype=momentum_dtype,
-            freeze_unused=freeze_unused,
-        )
+        muon = MuonOptions.from_mapping(locals())
         adamw_options = AdamWOptions.given(adamw or {}, muon, capturable=capturable)
         check_engine(model)
         self.qk_clip = _find_clip(model, qk_clip, tau)

@@ -1,6 +1,6 @@
 """The options of a parameter group as values: checked in one place, None where nothing was given.
 
-A group of `torch.optim` is a dict, and so is what a checkpoint holds: `as_group` and `from_group` are that edge.
+A group of `torch.optim` is a dict, and so is what a checkpoint holds: `as_group` and `from_mapping` are that edge.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class MuonOptions(StepOptions):
     momentum_dtype: torch.dtype | str | None = None
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """Read a group that `as_group` has made."""
-        return cls(**_given(cls, group))
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Read the options among the values by name: of a group that `as_group` has made, or of a call's arguments."""
+        return cls(**_given(cls, values))
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
@@ -120,9 +120,9 @@ class AdamWOptions:
         return result
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """Read a group that `as_group` has made."""
-        return cls(**_given(cls, group))
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Read the options among the values by name, of a group that `as_group` has made."""
+        return cls(**_given(cls, values))
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
