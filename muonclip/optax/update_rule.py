@@ -51,7 +51,6 @@ def scale_by_rule(
     shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Update matrices by a rule of the core; `scale_by_muon` says what the arguments mean."""
-    names = [declared.name for declared in rule.states]
 
     def init(params: optax.Params) -> Any:
         layouts = _layouts(weight_dimension_numbers, params)
@@ -74,40 +73,55 @@ def scale_by_rule(
         count = jnp.asarray(optax.safe_increment(state.count))
         gradients, treedef = jax.tree.flatten(updates)
         stored = {"momentum_buffer": state.mu, **getattr(state, "others", {})}
-        columns = [treedef.flatten_up_to(stored[name]) for name in names]
-        states = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        operations = [
-            _operations(layout, each["momentum_buffer"].dtype)
-            for layout, each in zip(layouts.values(), states, strict=True)
+        columns = {declared.name: treedef.flatten_up_to(stored[declared.name]) for declared in rule.states}
+        arrays: list[_Array] = []
+        for number, (gradient, layout) in enumerate(zip(gradients, layouts.values(), strict=True)):
+            old = {name: column[number] for name, column in columns.items()}
+            dtype = old["momentum_buffer"].dtype
+            momentum = Momentum(beta, nesterov, count.astype(_wide_dtype(dtype)))
+            scales = _scales(layout, gradient.shape, adjust_lr_fn)
+            arrays.append(_Array(gradient, layout, old, momentum, _operations(layout, dtype), scales))
+        states = [rule.advance(each.gradient, each.old, each.momentum, each.operations) for each in arrays]
+        directions = [
+            rule.direction(each.gradient, advanced, each.momentum, each.operations)
+            for each, advanced in zip(arrays, states, strict=True)
         ]
-        momenta = [Momentum(beta, nesterov, count.astype(_wide_dtype(s["momentum_buffer"].dtype))) for s in states]
-        stages = list(zip(gradients, momenta, operations, strict=True))
-        states = [rule.advance(g, s, m, ops) for (g, m, ops), s in zip(stages, states, strict=True)]
-        directions = [rule.direction(g, s, m, ops) for (g, m, ops), s in zip(stages, states, strict=True)]
-        scales = [_scales(layout, g.shape, adjust_lr_fn) for layout, g in zip(layouts.values(), gradients, strict=True)]
         plain = type(rule).apply is MuonRule.apply  # then the scale can be taken with the iteration
         done = orthogonalize_arrays(
             directions,
             list(layouts.values()),
-            scales if plain else [(1.0,) * len(each) for each in scales],
+            [each.scales if plain else (1.0,) * len(each.scales) for each in arrays],
             newton_schulz,
             [placed[name] for name in layouts],
         )
         if not plain:
-            applied = [rule.apply(u, s, ops) for u, s, ops in zip(done, states, operations, strict=True)]
-            states = [
-                {name: value.astype(old[name].dtype) for name, value in s.items()}
-                for (_, s), old in zip(applied, states, strict=True)
-            ]
-            done = [
-                u * _by_block(layout, u, each)
-                for (u, _), layout, each in zip(applied, layouts.values(), scales, strict=True)
-            ]
-        done = [new.astype(old.dtype) for new, old in zip(done, gradients, strict=True)]
-        new = {name: treedef.unflatten([s[name] for s in states]) for name in names}
+            applied = [_applied(rule, *each) for each in zip(arrays, done, states, strict=True)]
+            done, states = [u for u, _ in applied], [s for _, s in applied]
+        done = [u.astype(each.gradient.dtype) for u, each in zip(done, arrays, strict=True)]
+        new = {name: treedef.unflatten([each[name] for each in states]) for name in columns}
         return treedef.unflatten(done), _as_optax(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Array(NamedTuple):
+    """An array of matrices in one update: what its rule is given, and the scale of each block."""
+
+    gradient: jax.Array
+    layout: ArrayLayout
+    old: dict[str, jax.Array]
+    momentum: Momentum
+    operations: MatrixOperations
+    scales: tuple[float, ...]
+
+
+def _applied(
+    rule: MuonRule, array: _Array, polar: jax.Array, state: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the scaled update of a rule that changes the polar factor, and its states in their own dtypes."""
+    update, new = rule.apply(polar, state, array.operations)
+    states = {name: value.astype(state[name].dtype) for name, value in new.items()}
+    return update * _by_block(array.layout, update, array.scales), states
 
 
 def _zeros(declared: MatrixState, leaf: jax.Array, layout: ArrayLayout, mu_dtype: Any) -> jax.Array:
