@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.experiment import Experiment
-from benchmarks.records.run_records import RunRecords
+from benchmarks.records.run_records import Frame, RunRecords
 from benchmarks.records.summary import Results, bits
 
 SMOOTHING = 25  # steps
 Floats = NDArray[np.float64]
+Kind = Literal["seed", "mean", "marks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Line:
 
     arm: str
     colour: str
-    kind: Literal["seed", "mean", "marks"]
+    kind: Kind
     x: Floats
     y: Floats
     dashed: bool = False  # it coincides with an earlier one, so that both are seen
@@ -87,72 +89,66 @@ def floor_of_logits(tau: float) -> float:
 
 
 def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
-    """Keep at most so many points (4 or more), so that no peak is lost.
-
-    These are the first, the last, and between them the lowest and the highest of equal stretches.
-    """
+    """Keep at most so many points (4 or more): both ends, and the lowest and the highest of equal stretches."""
     if len(x) <= most:
         return x, y
-    kept = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(1, len(x) - 1), (most - 2) // 2):
-        kept |= {int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])}
-    at = sorted(kept)
+    stretches = pd.Series(y).groupby(np.arange(len(y)) * ((most - 2) // 2) // len(y))
+    at = np.unique([0, *stretches.idxmin(), *stretches.idxmax(), len(y) - 1])
     return x[at], y[at]
 
 
+def spikes_of(arm: Arm, records: RunRecords) -> Frame:
+    """Return the finite losses that spike, by step."""
+    loss, training = records.steps["loss"], arm.training
+    return loss[records.spikes(training.spike_window, training.spike_threshold) & np.isfinite(loss)]
+
+
 def _chart(results: Results, quantity: Quantity, top: float) -> Chart:
-    experiment, lines, means = results.experiment, list[Line](), list[Floats]()
+    experiment, lines, means = results.experiment, list[Line](), list[Frame]()
     for arm in results.finished:
-        curves = [_curve(records, quantity) for records in results.records[arm.name].values()]
-        curves = [curve for curve in curves if curve.size]
-        if not curves:
-            continue
-        if len(curves) > 1:
-            lines += [Line(arm.name, arm.colour, "seed", *curve) for curve in curves]
-        shortest = min(curve.shape[1] for curve in curves)  # a diverged run ends early, and the mean with it
-        mean = np.mean([curve[:, :shortest] for curve in curves], axis=0)
-        lines.append(Line(arm.name, arm.colour, "mean", *mean, dashed=any(np.array_equal(mean, m) for m in means)))
-        means.append(mean)
+        curves = _curves(results.records[arm.name], quantity)
+        if curves.shape[1] > 1:
+            lines += [_line(arm, "seed", curves[seed]) for seed in curves]
+        if curves.size:
+            means.append(curves.dropna().mean(axis=1))  # a diverged run ends early, and the mean with it
+            lines.append(_line(arm, "mean", means[-1], dashed=any(map(means[-1].equals, means[:-1]))))
     heads = experiment.model.num_layers * experiment.model.num_heads
-    note = quantity.note.format(unit=experiment.data.unit, heads=heads)
+    chart = Chart(quantity.title, quantity.note.format(unit=experiment.data.unit, heads=heads), tuple(lines))
     match quantity.column:
         case "max_logit":
             clipping = [arm for arm in results.finished if arm.clips] or results.finished
             taus = tuple(sorted({arm.training.tau for arm in clipping}))
             capped = ", before a soft cap" * any(arm.capped for arm in results.finished)
             low = min(map(floor_of_logits, taus), default=1.0)
-            return Chart(quantity.title, note + capped, tuple(lines), True, (low, top * (top / low) ** 0.05), taus)
+            ends = (low, top * (top / low) ** 0.05)
+            return replace(chart, note=chart.note + capped, log=True, y_range=ends, taus=taus)
         case "loss":
-            spikes = [line for arm in results.finished for line in _spikes(results, arm)]
+            runs = [(arm, records) for arm in results.finished for records in results.records[arm.name].values()]
+            spikes = [line for of in runs if (line := _line(of[0], "marks", spikes_of(*of))).x.size]
             after = experiment.training.steps // 8  # the first drop would flatten all that follows
             seen = [y for line in lines + spikes for y in line.y[line.x >= after]]
-            y_range = (min(seen) - 0.15, max(seen) + 0.15) if seen else None
-            return Chart(quantity.title, note + "; × spikes" * bool(spikes), (*lines, *spikes), y_range=y_range)
+            ends = (min(seen) - 0.15, max(seen) + 0.15) if seen else None
+            note = chart.note + "; × spikes" * bool(spikes)
+            return replace(chart, note=note, lines=(*lines, *spikes), y_range=ends)
         case "clipped_heads":
-            return Chart(quantity.title, note, tuple(lines), y_range=(-0.03 * heads, 1.03 * heads), whole=True)
-    return Chart(quantity.title, note, tuple(lines))
+            return replace(chart, y_range=(-0.03 * heads, 1.03 * heads), whole=True)
+    return chart
 
 
-def _curve(records: RunRecords, quantity: Quantity) -> Floats:
-    """Return [2, points]: the steps that have a finite value, above 0 where the axis is logarithmic, and the values."""
-    values = records.steps[quantity.column].replace([np.inf, -np.inf], np.nan).dropna()
-    if quantity.column == "max_logit":
-        values = values[values > 0]
+def _curves(runs: Mapping[int, RunRecords], quantity: Quantity) -> Frame:
+    """Return a column for each seed that has values: finite, and above 0 where the axis is logarithmic."""
+    values = pd.DataFrame({seed: records.steps[quantity.column] for seed, records in runs.items()})
+    values = values.where(np.isfinite(values) & ((values > 0) | (quantity.column != "max_logit")))
     if quantity.column == "val_loss":
-        values = values.map(bits)
+        values = bits(values)
     if quantity.smoothed:
-        values = values.rolling(SMOOTHING, min_periods=1).mean()
-    return np.stack((values.index.to_numpy(np.float64), values.to_numpy(np.float64)))
+        values = values.rolling(SMOOTHING, min_periods=1).mean().where(values.notna())
+    return values.dropna(how="all").dropna(how="all", axis=1)
 
 
-def _spikes(results: Results, arm: Arm) -> list[Line]:
-    training, lines = arm.training, []
-    for records in results.records[arm.name].values():
-        loss = records.steps["loss"]
-        at = loss[records.spikes(training.spike_window, training.spike_threshold) & np.isfinite(loss)]
-        if len(at):
-            lines.append(Line(arm.name, arm.colour, "marks", at.index.to_numpy(np.float64), at.to_numpy()))
-    return lines
+def _line(arm: Arm, kind: Kind, values: Frame, *, dashed: bool = False) -> Line:
+    values = values.dropna()
+    return Line(arm.name, arm.colour, kind, values.index.to_numpy(np.float64), values.to_numpy(), dashed)
 
 
 class HeadMap(NamedTuple):
@@ -171,24 +167,20 @@ class HeadMap(NamedTuple):
 
 def head_map(records: RunRecords, experiment: Experiment, tau: float, *, columns: int, rows: int) -> HeadMap:
     """Make a map with at most so many columns and, where layers can be divided so, rows."""
-    maxima, longest = records.heads["max_logits"], experiment.steps
-    layers = list(dict.fromkeys(maxima.columns.get_level_values(0))) or [""]
-    per_layer = max(maxima.shape[1] // len(layers), 1)
-    every = range(1, longest + 1)
-    values = maxima.reindex(every).to_numpy(np.float64).T
-    clipped = records.clipped(tau).reindex(every, fill_value=False).to_numpy(np.float64).T
-    if not maxima.shape[1]:  # no step had finite logits
-        per_layer = experiment.model.num_heads
-        values, clipped = np.full((per_layer, longest), np.nan), np.zeros((per_layer, longest))
-    steps = math.ceil(longest / columns)
-    heads = _divisor(per_layer, math.ceil(len(values) / rows))
-    binned, marks = (_binned(_binned(cells, heads, 0), steps, 1) for cells in (values, clipped))
-    return HeadMap(binned, marks > 0, [_layer(name) for name in layers], steps, heads)
+    every = pd.RangeIndex(1, experiment.steps + 1)
+    maxima, clipped = records.heads["max_logits"].reindex(every), records.clipped(tau).reindex(every, fill_value=False)
+    if not maxima.columns.size:  # no step had finite logits
+        maxima = pd.DataFrame(math.nan, every, [("", head) for head in range(experiment.model.num_heads)])
+        clipped = maxima.notna()
+    attentions = list(dict.fromkeys(attention for attention, _ in maxima))
+    steps = math.ceil(len(every) / columns)
+    heads = _divisor(maxima.shape[1] // len(attentions), math.ceil(maxima.shape[1] / rows))
 
+    def binned(cells: Frame) -> NDArray[Any]:
+        by_step = cells.set_axis(range(cells.shape[1]), axis=1).groupby((every - 1) // steps).max()
+        return by_step.T.groupby(lambda head: head // heads).max().to_numpy()
 
-def _binned(values: Floats, size: int, axis: int) -> Floats:
-    """Take the maxima of `size` neighbours along the axis, NaN only where all of them are."""
-    return np.fmax.reduceat(values, np.arange(0, values.shape[axis], size), axis=axis)
+    return HeadMap(binned(maxima), binned(clipped), [_layer(name) for name in attentions], steps, heads)
 
 
 def _divisor(number: int, least: int) -> int:

@@ -7,20 +7,18 @@ cell holds.
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.experiment import Experiment
@@ -28,20 +26,17 @@ from benchmarks.records.summary import Results
 from benchmarks.report.charts import HeadMap, head_map
 from benchmarks.report.style import DPI, INK, QUIET, picture
 
-_WIDTH = 10.8  # inches, as all below
-_ROW, _LEAST = 0.15, 1.35  # height of a head's row, and of a map at least
-_FRAME, _LINE, _AROUND = 0.54, 0.2, 1.0  # height around a map, of a line of titles, and around an experiment's maps
+_WIDTH, _LETTERS = 10.8, 130  # of a picture: inches (as all below), and letters of a title
+_ROW, _LOWEST, _HIGHEST = 0.15, 1.35, 2.4  # a head's row and a map; more rows than fit are a pixel each
+_AROUND_MAP, _LINE, _AROUND = 0.54, 0.2, 1.0  # around a map, a further line of its title, around an experiment's maps
 _MOST_ROWS = 512  # of a map
 _MOST_COLUMNS = 1080  # of all maps side by side: each cell at least a pixel wide
-_LEGIBLE = 0.08  # height of a row in which the marks of the clip can be seen,
-_SEPARABLE = 0.03  # and of one next to which there is room for a line between layers
-_TITLE = {1: 130, 2: 65, 3: 42}  # letters in a line, by columns
+_LEGIBLE, _SEPARABLE = 0.08, 0.03  # a row in which the clip's marks can be seen, and one next to which a line can
 _COLOURS = colormaps["inferno"].with_extremes(bad="#DADADA")
 _CLIPPED = "#7FE7FF"
 
 
-@dataclass(frozen=True, slots=True)
-class Map:
+class Map(NamedTuple):
     """The first finished seed of an arm."""
 
     arm: Arm
@@ -51,18 +46,13 @@ class Map:
 
     @property
     def height(self) -> float:
-        """The height of the map: each row at least a pixel."""
         rows = len(self.cells.values)
-        return max(_LEAST, min(rows * _ROW, 2.4), 1.02 * rows / DPI)
+        return max(_LOWEST, min(rows * _ROW, _HIGHEST), 1.02 * rows / DPI)
 
     @property
-    def row_height(self) -> float:
-        return self.height / len(self.cells.values)
-
-    def title(self, columns: int) -> str:
-        """Return the caption, broken after commas and before brackets only."""
-        kept = re.sub(r"(?<!,) (?!\()", "\N{NO-BREAK SPACE}", self.arm.caption)
-        return textwrap.fill(kept, _TITLE[columns], break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
+    def marked(self) -> bool:
+        """Whether it marks what the clip rescaled."""
+        return bool(self.cells.clipped.any()) and self.height / len(self.cells.values) >= _LEGIBLE
 
 
 def draw(results: Sequence[Results], path: Path) -> None:
@@ -75,59 +65,53 @@ def draw(results: Sequence[Results], path: Path) -> None:
 
 def draw_maps(figure: Figure, results: Sequence[Results]) -> None:
     """Set the figure's height and fill it. The maps are the axes labelled with their arm's name."""
-    grids = [_grid(len(result.finished)) for result in results]
-    shown = [maps(result, columns) for result, (_, columns) in zip(results, grids, strict=True)]
-    taus = sorted({each.arm.training.tau for of in shown for each in of})
-    norm = _norm([each.cells for of in shown for each in of], taus)
-    heights = [
-        rows * (_FRAME + _LINE * max(each.title(columns).count("\n") for each in of) + of[0].height) + _AROUND
-        for (rows, columns), of in zip(grids, shown, strict=True)
-    ]
+    grids = [{1: 1, 2: 2, 4: 2}.get(len(result.finished), 3) for result in results]  # columns of each experiment
+    shown = [_maps(result, columns) for result, columns in zip(results, grids, strict=True)]
+    every = [each for maps in shown for each in maps]
+    taus = sorted({each.arm.training.tau for each in every})
+    top = max(*(np.nanmax(each.cells.values, initial=0) for each in every), 1.3 * max(taus))
+    norm = LogNorm(min(1.0, top / 100), top, clip=True)
+    heights = []
+    for maps, columns in zip(shown, grids, strict=True):
+        title = _LINE * max(_title(each, columns).count("\n") for each in maps)
+        heights.append(math.ceil(len(maps) / columns) * (maps[0].height + title + _AROUND_MAP) + _AROUND)
     figure.set_figheight(sum(heights) + 1.4)
     parts = figure.subfigures(len(results) + 1, 1, height_ratios=[*heights, 0.75], squeeze=False)[:, 0]
-    for part, result, of, grid in zip(parts, results, shown, grids, strict=False):
-        _draw_experiment(part, result.experiment, of, norm, grid)
-    marked = any(each.cells.clipped.any() and each.row_height >= _LEGIBLE for of in shown for each in of)
-    _draw_scale(parts[-1], norm, taus, marked)
+    for part, result, maps, columns in zip(parts, results, shown, grids, strict=False):
+        _draw_experiment(part, result.experiment, maps, columns, norm)
+    _draw_scale(parts[-1], norm, taus, any(each.marked for each in every))
 
 
-def maps(results: Results, columns: int) -> list[Map]:
+def _maps(results: Results, columns: int) -> list[Map]:
     """Make the maps by arm, in cells small enough for so many maps next to each other."""
     made = []
     for arm in results.finished:
-        seed = next(seed for seed in results.experiment.seeds if seed in results.records[arm.name])
-        records, tau = results.records[arm.name][seed], arm.training.tau
+        seed, records = min(results.records[arm.name].items(), key=lambda of: results.experiment.seeds.index(of[0]))
+        tau = arm.training.tau
         cells = head_map(records, results.experiment, tau, columns=_MOST_COLUMNS // columns, rows=_MOST_ROWS)
         made.append(Map(arm, seed, cells, records.diverged_at))
     return made
 
 
-def _grid(arms: int) -> tuple[int, int]:
-    columns = {1: 1, 2: 2, 4: 2}.get(arms, 3)
-    return math.ceil(arms / columns), columns
-
-
-def _norm(cells: Sequence[HeadMap], taus: Sequence[float]) -> LogNorm:
-    """Return the colour scale: from 1 (less where all is far below it) to the largest maximum, and every τ inside."""
-    finite = [cell.values[np.isfinite(cell.values)].max(initial=0) for cell in cells]
-    top = max(*finite, 1.3 * max(taus))
-    return LogNorm(min(1.0, top / 100), top, clip=True)
+def _title(shown: Map, columns: int) -> str:
+    """Return the caption, with what is in brackets on a line of its own where it is too long for one."""
+    caption, room = shown.arm.caption, _LETTERS // columns
+    lines = [caption] if len(caption) <= room else caption.replace(" (", "\n(").split("\n")
+    return "\n".join(textwrap.fill(line, room) for line in lines)
 
 
 def _draw_experiment(
-    part: SubFigure, experiment: Experiment, shown: Sequence[Map], norm: LogNorm, grid: tuple[int, int]
+    part: SubFigure, experiment: Experiment, shown: Sequence[Map], columns: int, norm: LogNorm
 ) -> None:
     part.suptitle(experiment.heading, x=0.01, ha="left", fontweight="bold", size=11.5)
     part.supxlabel(_note(experiment, shown), x=0.01, ha="left", size=10, color=QUIET)
-    axes = part.subplots(*grid, squeeze=False, sharex=True, sharey=True)
+    axes = part.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, sharex=True, sharey=True)
     for position, (axis, each) in enumerate(zip(axes.flat, shown, strict=False)):
         axis.set_label(each.arm.name)
-        _draw_map(axis, each, norm)
-        axis.set_title(each.title(grid[1]), size=10.5, pad=9)
+        _draw_map(axis, each, norm, experiment.steps)
+        axis.set_title(_title(each, columns), size=10.5, pad=9)
         axis.spines["top"].set(visible=True, color=each.arm.colour, linewidth=3, position=("outward", 3))
-        if each.diverged_at is not None:
-            _mark_end(axis, each.diverged_at, experiment.steps)
-        if position + grid[1] >= len(shown):
+        if position + columns >= len(shown):
             axis.set_xlabel("step")
             axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(shown) :]:
@@ -144,44 +128,34 @@ def _note(experiment: Experiment, shown: Sequence[Map]) -> str:
     return " · ".join(filter(None, (which + of, binned, capped)))
 
 
-def _draw_map(axis: Axes, shown: Map, norm: LogNorm) -> None:
+def _draw_map(axis: Axes, shown: Map, norm: LogNorm, longest: int) -> None:
     cells, (rows, columns) = shown.cells, shown.cells.values.shape
     in_layer, layers = rows // len(cells.layers), len(cells.layers)
     extent = (0.5, columns * cells.steps + 0.5, rows, 0)
     axis.imshow(cells.values, norm=norm, cmap=_COLOURS, aspect="auto", interpolation="nearest", extent=extent)
-    axis.set_xlim(extent[:2])
     axis.grid(False)
     axis.spines[["left", "bottom"]].set_visible(False)  # they would cover the first step and the last head
-    for layer in range(1, layers):
-        if shown.row_height >= _SEPARABLE:
-            axis.axhline(layer * in_layer, color="white", linewidth=1.2)
-        else:  # next to the map: no line is thin enough to leave a row visible
-            axis.axhline(layer * in_layer, -0.012, -0.002, color=QUIET, linewidth=0.5, clip_on=False)
-    labelled = range(0, layers, 1 if layers <= 8 else 2 if layers <= 16 else 10)
-    axis.yaxis.set_major_locator(FixedLocator([(layer + 0.5) * in_layer for layer in labelled]))
-    axis.set_yticklabels([cells.layers[layer] for layer in labelled])
+    between = range(in_layer, rows, in_layer)
+    if shown.height / rows >= _SEPARABLE:
+        for row in between:
+            axis.axhline(row, color="white", linewidth=1.2)
+    else:
+        axis.set_yticks(between, minor=True)
+        axis.tick_params(axis="y", which="minor", length=5)
+    every = math.ceil(layers / 8)
+    axis.set_yticks([(layer + 0.5) * in_layer for layer in range(0, layers, every)], cells.layers[::every])
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if shown.row_height >= _LEGIBLE:
-        axis.add_collection(LineCollection(_marks(cells), colors=_CLIPPED, linewidths=1.1, capstyle="butt"))
-
-
-def _mark_end(axis: Axes, step: int, longest: int) -> None:
-    side, shift = ("right", -5) if step > 0.7 * longest else ("left", 5)
-    axis.axvline(step, color=INK, linewidth=1)
-    axis.annotate(
-        "diverged", (step, 0.5), (shift, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-        ha=side, va="center", size=9.5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-    )  # fmt: skip
-
-
-def _marks(cells: HeadMap) -> list[list[tuple[float, float]]]:
-    """Draw a line along the foot of the row through each stretch of clipped cells."""
-    lines = []
-    for row, clipped in enumerate(cells.clipped):
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], clipped, [False])).astype(np.int8)))
-        for ends in edges.reshape(-1, 2).tolist():
-            lines.append([(0.5 + end * cells.steps, row + 0.8) for end in ends])
-    return lines
+    if shown.marked:  # along the foot of the row, from the first to the last of neighbours
+        edges = np.diff(np.pad(cells.clipped.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+        (row, first), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+        axis.hlines(row + 0.8, 0.5 + first * cells.steps, 0.5 + end * cells.steps, color=_CLIPPED, linewidth=1.1)
+    if (step := shown.diverged_at) is not None:
+        side, shift = ("right", -5) if step > 0.7 * longest else ("left", 5)
+        axis.axvline(step, color=INK, linewidth=1)
+        axis.annotate(
+            "diverged", (step, 0.5), (shift, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+            ha=side, va="center", size=9.5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+        )  # fmt: skip
 
 
 def _draw_scale(part: SubFigure, norm: LogNorm, taus: Sequence[float], marked: bool) -> None:

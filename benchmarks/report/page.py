@@ -8,13 +8,14 @@ trace says in `meta` which arm it belongs to. Numbers have four significant digi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -24,7 +25,7 @@ from benchmarks.experiment.settings import FRAMEWORKS
 from benchmarks.records.atomic_files import replacing
 from benchmarks.records.environment import made_with
 from benchmarks.records.summary import Results
-from benchmarks.report.charts import Chart, HeadMap, charts, floor_of_logits, head_map, thin, top_of_logits
+from benchmarks.report.charts import Chart, charts, floor_of_logits, head_map, thin, top_of_logits
 from benchmarks.report.comparison import setting_rows, shared_rows, written
 from benchmarks.report.tables import model_notes, runs_table
 from benchmarks.report.verdicts import arm_facts, clip_facts, effect_rows, logit_rows
@@ -60,30 +61,25 @@ def write(results: Sequence[Results], path: Path, *, title: str | None = None) -
 
 def page(results: Sequence[Results], *, title: str | None = None) -> str:
     """Make the page as text."""
-    arms, top = _all_arms(results), top_of_logits(results)
-    labels = {arm.name: arm.label for arm in arms}
-    colours = {arm.name: arm.colour for arm in arms}
-    made = [charts(result, top) for result in results]
-    titles = dict.fromkeys(chart.title for of in made for chart in of)
+    several, arms, top = len(results) > 1, _all_arms(results), top_of_logits(results)
+    made = [{chart.title: chart for chart in charts(result, top)} for result in results]
     grid: list[dict[str, Any] | None] = []  # a row per chart; None leaves a place empty
     columns = len(results) if len(results) in (2, 3) else 2 if len(results) in (1, 4) else 3
-    for name in titles:
+    for name in dict.fromkeys(name for of in made for name in of):
         for result, of in zip(results, made, strict=True):
-            chart = next((chart for chart in of if chart.title == name), None)
-            words = {"title": name, "where": result.experiment.title if len(results) > 1 else ""}
-            figure = None if chart is None else _lines(chart, result.experiment.steps, labels, colours)
-            grid.append(None if chart is None else {**words, "note": chart.note, "json": _json(figure)})
-        if len(results) > 1:
-            grid += [None] * (-len(results) % columns)
-    maps = [[_map(result, arm, labels[arm.name], top) for arm in result.finished] for result in results]
+            figure = name in of and _lines(of[name], result.experiment.steps, arms)
+            grid.append(
+                figure and {"title": name, "note": of[name].note, "json": figure, "of": result.experiment.title}
+            )
+        grid += [None] * (-len(results) % columns if several else 0)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
         title=title or " · ".join(dict.fromkeys(result.experiment.title for result in results)),
         subjects=list(dict.fromkeys(result.experiment.subject for result in results)),
-        compared=[setting_rows(results), shared_rows(results)] if len(results) > 1 else [],
-        experiments=[_experiment(result, of) for result, of in zip(results, maps, strict=True)],
-        arms=[{"name": arm.name, "label": _caption(results, arm), "colour": arm.colour} for arm in arms],
+        compared=[setting_rows(results), shared_rows(results)] if several else [],
+        experiments=[_experiment(result, arms, top) for result in results],
+        arms=[(arm, _caption(results, arm)) for arm in arms.values()],
         grid=grid,
         columns=columns,
         seeds=list(dict.fromkeys(str(seed) for r in results for runs in r.records.values() for seed in runs)),
@@ -91,7 +87,7 @@ def page(results: Sequence[Results], *, title: str | None = None) -> str:
     )
 
 
-def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _experiment(results: Results, arms: Mapping[str, Arm], top: float) -> dict[str, Any]:
     """Return what the template shows of one experiment."""
     experiment, facts = results.experiment, arm_facts(results)
     diverged = [
@@ -107,20 +103,19 @@ def _experiment(results: Results, maps: Sequence[dict[str, Any]]) -> dict[str, A
         "verdicts": [logit_rows(facts), effect_rows(clip_facts(results))],
         "runs": runs_table(results),
         "notes": [*model_notes(results), *diverged, *missing],
-        "maps": maps,
+        "maps": [_map(results, arm, arms[arm.name].label, top) for arm in results.finished],
         "made": made_with(results.environment),
         "settings": {name: value if "sha256" in name else written(value) for name, value in settings.items()},
     }
 
 
-def _all_arms(results: Sequence[Results]) -> tuple[Arm, ...]:
+def _all_arms(results: Sequence[Results]) -> dict[str, Arm]:
     """Return the finished arms of all, with a colour for each, as if they were of the first experiment."""
-    finished = {arm.name for result in results for arm in result.finished}
+    first, finished = results[0].experiment, {arm.name for result in results for arm in result.finished}
     chosen = {choice.name: choice for result in results for choice in result.experiment.chosen}
-    training = results[0].experiment.training
     lr = {name: rate for result in reversed(results) for name, rate in result.experiment.training.lr.items()}
     of = [choice for name, choice in chosen.items() if name in finished]
-    return resolve(of, results[0].experiment.model, replace(training, lr=lr))
+    return {arm.name: arm for arm in resolve(of, first.model, replace(first.training, lr=lr))}
 
 
 def _caption(results: Sequence[Results], arm: Arm) -> str:
@@ -128,35 +123,30 @@ def _caption(results: Sequence[Results], arm: Arm) -> str:
     return captions.pop() if len(captions) == 1 else arm.label
 
 
-def _lines(chart: Chart, steps: int, labels: dict[str, str], colours: dict[str, str]) -> go.Figure:
-    figure = go.Figure(layout=_LAYOUT)
-    figure.update_xaxes(range=[0, steps])
+def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> str:
+    figure = go.Figure(layout=_LAYOUT).update_xaxes(range=[0, steps])
     for line in chart.lines:
-        x, y = thin(line.x, line.y, POINTS) if line.kind != "marks" else (line.x, line.y)
-        look = _LOOKS[line.kind]
+        arm, look = arms[line.arm], _LOOKS[line.kind]
+        x, y = (line.x, line.y) if line.kind == "marks" else thin(line.x, line.y, POINTS)
         if len(x) == 1 and line.kind != "marks":  # a line of one point would not be seen
             look = {**look, "mode": "markers", "marker_size": 3 * look["line_width"]}
         elif line.dashed:
             look = {**look, "line_dash": "6px,6px"}
-        trace = go.Scatter(
-            x=x.astype(int).tolist(), y=_rounded(y), name=labels[line.arm], meta={"arm": line.arm}, **look
+        colours = {"line_color": arm.colour, "marker_color": arm.colour, "marker_line_color": arm.colour}
+        figure.add_scatter(
+            x=x.astype(int).tolist(), y=_rounded(y), name=arm.label, meta={"arm": line.arm}, **look, **colours
         )
-        colour = colours[line.arm]
-        figure.add_trace(
-            trace.update(line_color=colour, marker_color=colour, marker_line={"color": colour, "width": 1})
-        )
+    at = math.log10 if chart.log else float
     for tau in chart.taus:
         figure.add_hline(tau, line={"color": _GREY, "width": 1.2, "dash": "5px,4px"})
-        figure.add_annotation(
-            text=f"τ = {tau:g}", x=0, xref="paper", xanchor="left", y=math.log10(tau) if chart.log else tau,
-            yanchor="bottom", yshift=-1, showarrow=False,
-        )  # fmt: skip
+        place: dict[str, Any] = {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "yshift": -1}
+        figure.add_annotation(text=f"τ = {tau:g}", y=at(tau), showarrow=False, **place)
     if chart.y_range:
-        figure.update_yaxes(range=[math.log10(end) for end in chart.y_range] if chart.log else chart.y_range)
+        figure.update_yaxes(range=list(map(at, chart.y_range)))
     if chart.log:
         figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     few = len({line.arm for line in chart.lines}) <= 8
-    return figure.update_layout(hovermode="x unified" if few else "closest")
+    return figure.update_layout(hovermode="x unified" if few else "closest").to_json()
 
 
 def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
@@ -164,53 +154,37 @@ def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
     tau, runs = arm.training.tau, results.records[arm.name]
     low, high, at = (math.log10(value) for value in (floor_of_logits(tau), top, tau))
     share = (at - low) / (high - low)
-    stops = [0, share, share, (1 + share) / 2, 1]
     decades = [power for power in range(math.ceil(low), math.floor(high) + 1) if abs(power - at) > 0.12 * (high - low)]
-    bar = {
-        "thickness": 10, "outlinewidth": 0, "ticks": "", "xpad": 6, "tickvals": [*decades, at],
-        "ticktext": [*(f"{10.0**power:g}" for power in decades), f"<b>τ {tau:g}</b>"],
-    }  # fmt: skip
+    names = [*(f"{10.0**power:g}" for power in decades), f"<b>τ {tau:g}</b>"]
+    bar = {"thickness": 10, "outlinewidth": 0, "ticks": "", "xpad": 6, "tickvals": [*decades, at], "ticktext": names}
     figure = go.Figure(layout=_LAYOUT)
-    rows, layers = 0, [""]
     for number, (seed, records) in enumerate(runs.items()):
-        heads = records.heads["max_logits"].shape[1]
-        columns = min(COLUMNS, max(1, CELLS // max(heads, 1)))
-        cells = head_map(records, results.experiment, tau, columns=columns, rows=max(heads, 1))
-        rows, layers = len(cells.values), cells.layers
+        heads = max(records.heads["max_logits"].shape[1], 1)
+        columns = min(COLUMNS, max(1, CELLS // heads))
+        cells = head_map(records, results.experiment, tau, columns=columns, rows=heads)
+        per_layer = len(cells.values) // len(cells.layers)
         figure.add_heatmap(
             z=[_rounded(np.log10(np.maximum(row, 10**low))) for row in cells.values],
             customdata=[_rounded(row) for row in cells.values],
             x=[1 + cells.steps * column + (cells.steps - 1) / 2 for column in range(cells.values.shape[1])],
-            y=_names(cells),
+            y=[f"{layer}, head {head}" for layer in cells.layers for head in range(per_layer)],
             hovertemplate="%{y}<br>step %{x}: %{customdata}<extra></extra>",
             zmin=low,
             zmax=high,
-            colorscale=list(zip(stops, _SCALE, strict=True)),
+            colorscale=list(zip([0, share, share, (1 + share) / 2, 1], _SCALE, strict=True)),
             colorbar=bar,
             visible=number == 0,
             meta={"seed": str(seed)},
         )
-    per, every = rows // len(layers), math.ceil(len(layers) / 10)
+    every, middles = math.ceil(len(cells.layers) / 10), np.arange(len(cells.layers)) * per_layer + (per_layer - 1) / 2
     figure.update_xaxes(range=[0.5, results.experiment.steps + 0.5])
-    figure.update_yaxes(
-        range=[rows - 0.5, -0.5], showgrid=False, ticktext=layers[::every],
-        tickvals=[per * layer + (per - 1) / 2 for layer in range(0, len(layers), every)],
-    )  # fmt: skip
-    for layer in range(1, len(layers)):
-        figure.add_hline(per * layer - 0.5, line={"color": "white", "width": 2})
+    figure.update_yaxes(range=[len(cells.values) - 0.5, -0.5], showgrid=False)
+    figure.update_yaxes(ticktext=cells.layers[::every], tickvals=middles[::every].tolist())
+    for row in range(per_layer, len(cells.values), per_layer):
+        figure.add_hline(row - 0.5, line={"color": "white", "width": 2})
     note = "before the soft cap" if arm.capped else ""
-    return {"title": label, "note": note, "arm": arm.name, "json": _json(figure)}
+    return {"title": label, "note": note, "arm": arm.name, "json": figure.to_json()}
 
 
-def _names(cells: HeadMap) -> list[str]:
-    per = len(cells.values) // len(cells.layers)
-    return [f"{layer}, head {head}" for layer in cells.layers for head in range(per)]
-
-
-def _rounded(values: Any) -> list[float | None]:
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in np.asarray(values).tolist()]
-
-
-def _json(figure: Any) -> str:
-    """Write JSON for a script element, which any `</script` inside would end."""
-    return figure.to_json().replace("<", "\\u003c")
+def _rounded(values: NDArray[np.float64]) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -49,7 +49,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "mean": {"linewidth": 2, "dash_capstyle": "butt", "zorder": 2.8},
     "marks": {"linestyle": "none", "marker": "x", "markersize": 4, "alpha": 0.6, "zorder": 3},
 }
-_FOOTER_SIZE = 9.0  # points
+_FOOT_SIZE = 9.0  # points
 _MARGIN = 0.06  # inches, left and right of it
 
 
@@ -82,38 +82,24 @@ def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, *
     Its title is on top, and at its foot a line for each different environment.
     """
     with pyplot.rc_context(STYLE):
-        figure = pyplot.figure(**size, layout="constrained")
+        figure = pyplot.figure(**size, layout="constrained", dpi=DPI)
         figure.suptitle(title, x=0.01, ha="left", size=11.5)
         yield figure
-        figure.set_dpi(DPI)
-        lines = [line for text in dict.fromkeys(map(made_with, environments)) for line in _wrapped(text, figure)]
-        if lines:
-            figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))  # the axes keep their size
-            left = _MARGIN / figure.get_figwidth()
-            figure.supxlabel("\n".join(lines), x=left, ha="left", size=_FOOTER_SIZE, color=QUIET)
+        _write_foot(figure, [line for line in dict.fromkeys(map(made_with, environments)) if line])
         with replacing(path) as stream:
             figure.savefig(stream, dpi=DPI, format="png")
         pyplot.close(figure)
 
 
-def _wrapped(text: str, figure: Figure) -> list[str]:
-    """Break lines to fit the figure's width, between the parts where that is possible."""
+def _write_foot(figure: Figure, lines: Sequence[str]) -> None:
+    """Write the lines below the axes, which keep their size; broken where they are wider than the figure."""
     room = DPI * (figure.get_figwidth() - 2 * _MARGIN)
-    probe = figure.text(0, 0, "", size=_FOOTER_SIZE)
-
-    def width(line: str) -> float:
-        probe.set_text(line)
-        return probe.get_window_extent().width
-
-    lines: list[str] = []
-    for part in text.split(" · ") if text else []:
-        if lines and width(f"{lines[-1]} · {part}") <= room:
-            lines[-1] += f" · {part}"
-            continue
-        letters, broken = len(part), [part]
-        while (widest := max(map(width, broken))) > room:
-            letters = min(letters - 1, math.ceil(letters * room / widest))
-            broken = textwrap.wrap(part, letters)
-        lines += broken
-    probe.remove()
-    return lines
+    foot = figure.supxlabel("", x=_MARGIN / figure.get_figwidth(), ha="left", size=_FOOT_SIZE, color=QUIET)
+    letters = max(map(len, lines), default=0)
+    while letters:
+        foot.set_text("\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in lines))
+        wide = foot.get_window_extent().width / room
+        if wide <= 1:
+            break
+        letters = min(letters - 1, math.ceil(letters / wide))
+    figure.set_figheight(figure.get_figheight() + 0.18 * (foot.get_text().count("\n") + bool(lines)))

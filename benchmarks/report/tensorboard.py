@@ -7,13 +7,12 @@ process into names and first events.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment.errors import UsageError
 from benchmarks.records.atomic_files import replacing
-from benchmarks.records.run_records import BY_HEAD, SCALARS, Frame, RunRecords
+from benchmarks.records.run_records import BY_HEAD, Frame, RunRecords
 from benchmarks.records.summary import Results
 
 FILE = "events.out.tfevents.0.muonclip"  # TensorBoard reads what has "tfevents" in its name
@@ -42,20 +41,18 @@ def write(result: Results, folder: Path) -> None:
             with replacing(path) as stream:
                 writer = RecordWriter(stream)
                 writer.write(protocol.Event(file_version="brain.Event:2").SerializeToString())
-                columns = dict(_scalars(records))
-                for step in records.steps.index:
-                    there = {tag: value for tag, column in columns.items() if (value := column.get(step)) is not None}
+                for step, scalars in _scalars(records).iterrows():
+                    there = scalars[scalars.notna() | (scalars.index == "loss")]  # what is not a number is a loss, too
                     made = [values.Summary.Value(tag=tag, simple_value=value) for tag, value in there.items()]
                     event = protocol.Event(step=step, summary=values.Summary(value=made))
                     writer.write(event.SerializeToString())
 
 
-def _scalars(records: RunRecords) -> Iterator[tuple[str, Frame]]:
-    """Yield tags, and values by step: heads under their common name, over all and by layer."""
-    for name in SCALARS:
-        column = records.steps[name]
-        yield name, column if name == "loss" else column.dropna()  # a loss that is not a number is recorded so
-    for field, (name, over) in BY_HEAD.items():
-        yield name, records.steps[name].dropna()
-        for attention, heads in records.heads[field].T.groupby(level="attention"):
-            yield f"{name}/{attention}", heads.T.agg(over, axis=1).dropna()
+def _scalars(records: RunRecords) -> Frame:
+    """Return a column for each tag: heads under their common name, over all and by layer."""
+    by_layer = {
+        f"{name}/{attention}": heads.T.agg(over, axis=1)
+        for field, (name, over) in BY_HEAD.items()
+        for attention, heads in records.heads[field].T.groupby(level="attention")
+    }
+    return records.steps.assign(**by_layer)

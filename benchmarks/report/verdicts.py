@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
+
 from benchmarks.experiment.arms import Arm
 from benchmarks.records.intervals import Interval, difference, interval
 from benchmarks.records.summary import Results, bits
+from benchmarks.report.charts import spikes_of
+from benchmarks.report.tables import Rows, rows_of
 
 HELD = 2.0  # times τ: the last quarter of the steps is called held where its median is up to here
 Logits = Literal["not measured", "stayed at or under τ", "held", "not held", "above τ", "passed τ, then under it"]
@@ -83,12 +87,9 @@ def compare(own: Sequence[float], other: Sequence[float]) -> Interval:
     return interval([a - b for a, b in zip(own, other, strict=True)])
 
 
-def logit_rows(facts: Sequence[ArmFacts]) -> list[list[str]]:
+def logit_rows(facts: Sequence[ArmFacts]) -> Rows:
     """Make rows sorted by loss within each model; losses of different models are not compared."""
-    head = (
-        "arm|logits|passed τ at step|peak|last quarter ÷ τ|heads ever clipped|last clip|loss spikes|entropy|loss, bits"
-    )
-    rows = [[*head.split("|"), "from the lowest"]]
+    rows = []
     groups = {fact.arm.change: [other for other in facts if other.arm.change == fact.arm.change] for fact in facts}
     for group in groups.values():
         lowest = min((fact.loss for fact in group if math.isfinite(fact.loss)), default=math.nan)
@@ -96,35 +97,48 @@ def logit_rows(facts: Sequence[ArmFacts]) -> list[list[str]]:
             arm, tau = fact.arm, fact.arm.training.tau
             spikes = f"{len(fact.spikes)}, first at {fact.spikes[0]}" if fact.spikes else "none"
             gap = "lowest" if fact.loss == lowest else difference(fact.loss - lowest)
-            cells = {
-                "logits": f"{fact.logits} (τ = {tau:g}){', before the cap' * arm.capped}",
-                "passed": _span(sorted(fact.passed)) or "never",
-                "peak": number(fact.peak),
-                "last quarter": f"{fact.last_quarter / tau:.3g}",
-                "clipped": _span([f"{share:.0%}" for share in sorted(fact.ever_clipped)]) if arm.clips else "no clip",
-                "last clip": str(fact.last_clipped or "none"),
-                "spikes": "; ".join([spikes, *(f"seed {s} diverged at step {at}" for s, at in fact.diverged.items())]),
-                "entropy": f"{fact.entropy:.2f}" if math.isfinite(fact.entropy) else "",
-                "loss": f"{fact.loss:.3f}" if math.isfinite(fact.loss) else "not finite",
-                "gap": gap if len(groups) == 1 or len(group) > 1 else "another model",
+            rows.append(
+                {
+                    "arm": arm.label,
+                    "logits": f"{fact.logits} (τ = {tau:g}){', before the cap' * arm.capped}",
+                    "passed τ at step": _span(sorted(fact.passed)) or "never",
+                    "peak": number(fact.peak),
+                    "last quarter ÷ τ": f"{fact.last_quarter / tau:.3g}",
+                    "heads ever clipped": (
+                        _span([f"{share:.0%}" for share in sorted(fact.ever_clipped)]) if arm.clips else "no clip"
+                    ),
+                    "last clip": str(fact.last_clipped or "none"),
+                    "loss spikes": "; ".join(
+                        [spikes, *(f"seed {seed} diverged at step {at}" for seed, at in fact.diverged.items())]
+                    ),
+                    "entropy": f"{fact.entropy:.2f}" if math.isfinite(fact.entropy) else "",
+                    "loss, bits": f"{fact.loss:.3f}" if math.isfinite(fact.loss) else "not finite",
+                    "from the lowest": gap if len(groups) == 1 or len(group) > 1 else "another model",
+                }
+            )
+    return rows_of(rows)
+
+
+def effect_rows(facts: Sequence[ClipFacts]) -> Rows:
+    more = {
+        "other rates": " ({arm.lr:g} and {baseline.lr:g})",
+        "shows nothing": ": {baseline.label} did not pass τ = {arm.training.tau:g}{same}",
+    }
+    same = {True: ", and all is the same to the bit", False: ""}
+    return rows_of(
+        [
+            {
+                "with the clip": fact.arm.label,
+                "without": fact.baseline.label,
+                "verdict": fact.verdict
+                + more.get(fact.verdict, "").format(arm=fact.arm, baseline=fact.baseline, same=same[fact.identical]),
+                "loss, bits: mean (95% interval)": str(fact.interval or ""),
+                "seed by seed": ", ".join(map(difference, fact.differences)) if len(fact.differences) > 1 else "",
+                "heads clipped": str(fact.clips),
             }
-            rows.append([arm.label, *cells.values()])
-    return rows
-
-
-def effect_rows(facts: Sequence[ClipFacts]) -> list[list[str]]:
-    rows = [["with the clip", "without", "verdict", "loss, bits: mean (95% interval)", "seed by seed", "heads clipped"]]
-    for fact in facts:
-        verdict: str = fact.verdict
-        if fact.verdict == "other rates":
-            verdict += f" ({fact.arm.lr:g} and {fact.baseline.lr:g})"
-        if fact.verdict == "shows nothing":
-            verdict += f": {fact.baseline.label} did not pass τ = {fact.arm.training.tau:g}"
-            verdict += ", and all is the same to the bit" if fact.identical else ""
-        seeds = ", ".join(map(difference, fact.differences)) if len(fact.differences) > 1 else ""
-        row = [fact.arm.label, fact.baseline.label, verdict, str(fact.interval or ""), seeds]
-        rows.append([*row, str(fact.clips)])
-    return rows
+            for fact in facts
+        ]
+    )
 
 
 def number(value: float) -> str:
@@ -132,13 +146,12 @@ def number(value: float) -> str:
 
 
 def _of_arm(results: Results, arm: Arm) -> ArmFacts:
-    runs, records = results.summaries[arm.name], results.records[arm.name]
-    training, tau = arm.training, arm.training.tau
-    maxima = [of.steps["max_logit"] for of in records.values()]
-    passed = tuple(int(logits.index[logits > tau][0]) for logits in maxima if (logits > tau).any())
-    peaks = [run["max_logit_peak"] for run in runs.values() if math.isfinite(run["max_logit_peak"])]
-    medians = [m for run in runs.values() if math.isfinite(m := run["max_logit_median_last_quarter"])]
-    peak, median = max(peaks, default=math.nan), max(medians, default=math.nan)
+    tau, records = arm.training.tau, results.records[arm.name]
+    runs = pd.DataFrame(results.summaries[arm.name].values(), index=[*records])
+    finite = runs.replace([math.inf, -math.inf], math.nan)
+    peak, median = float(finite["max_logit_peak"].max()), float(finite["max_logit_median_last_quarter"].max())
+    above = [of.steps["max_logit"] > tau for of in records.values()]
+    passed = tuple(int(at.idxmax()) for at in above if at.any())
     if math.isnan(peak):
         logits: Logits = "not measured"
     elif not passed:
@@ -147,25 +160,18 @@ def _of_arm(results: Results, arm: Arm) -> ArmFacts:
         logits = "held" if median <= HELD * tau else "not held"
     else:
         logits = "above τ" if median > tau else "passed τ, then under it"
-    spikes = sorted(
-        int(step)
-        for of in records.values()
-        for step, spiked in of.spikes(training.spike_window, training.spike_threshold).items()
-        if spiked and math.isfinite(of.steps["loss"][step])
-    )
-    last = [step for run in runs.values() if (step := run["last_clipped_step"]) is not None]
     return ArmFacts(
         arm=arm,
-        losses={seed: bits(run["final_val_loss"]) for seed, run in runs.items()},
+        losses=bits(runs["final_val_loss"]).to_dict(),
         logits=logits,
         peak=peak,
         passed=passed,
         last_quarter=median,
-        ever_clipped=tuple(run["heads_ever_clipped"] for run in runs.values()),
-        last_clipped=max(last, default=None),
-        spikes=tuple(spikes),
+        ever_clipped=tuple(runs["heads_ever_clipped"]),
+        last_clipped=max(runs["last_clipped_step"].dropna().astype(int), default=None),
+        spikes=tuple(sorted(int(step) for of in records.values() for step in spikes_of(arm, of).index)),
         diverged={seed: step for seed, of in records.items() if (step := of.diverged_at) is not None},
-        entropy=statistics.fmean(run["attention_entropy"] for run in runs.values()),
+        entropy=float(runs["attention_entropy"].mean(skipna=False)),
     )
 
 
