@@ -114,6 +114,6 @@ def summarise(experiment: Experiment, arm: Arm, records: RunRecords, result: Res
     )
 
 
-def bits(nats: float) -> float:
-    """Convert a loss per token to bits per token, or per byte where a token is one: the unit of `DataRecord.unit`."""
+def bits(nats: Any) -> Any:
+    """Convert losses per token to bits per token, or per byte where a token is one: the unit of `DataRecord.unit`."""
     return nats / math.log(2)

@@ -137,12 +137,12 @@ def _chart(results: Results, quantity: Quantity, top: float) -> Chart:
 
 def _curves(runs: Mapping[int, RunRecords], quantity: Quantity) -> Frame:
     """Return a column for each seed that has values: finite, and above 0 where the axis is logarithmic."""
-    values = pd.DataFrame({seed: records.steps[quantity.column] for seed, records in runs.items()})
+    values: Frame = pd.DataFrame({seed: records.steps[quantity.column] for seed, records in runs.items()})
     values = values.where(np.isfinite(values) & ((values > 0) | (quantity.column != "max_logit")))
     if quantity.column == "val_loss":
         values = bits(values)
     if quantity.smoothed:
-        values = values.rolling(SMOOTHING, min_periods=1).mean().where(values.notna())
+        values = values.rolling(SMOOTHING, min_periods=1).mean().mask(values.isna())
     return values.dropna(how="all").dropna(how="all", axis=1)
 
 

@@ -67,10 +67,11 @@ def page(results: Sequence[Results], *, title: str | None = None) -> str:
     columns = len(results) if len(results) in (2, 3) else 2 if len(results) in (1, 4) else 3
     for name in dict.fromkeys(name for of in made for name in of):
         for result, of in zip(results, made, strict=True):
-            figure = name in of and _lines(of[name], result.experiment.steps, arms)
-            grid.append(
-                figure and {"title": name, "note": of[name].note, "json": figure, "of": result.experiment.title}
-            )
+            grid.append(None)
+            if name in of:
+                figure = _lines(of[name], result.experiment.steps, arms)
+                where = result.experiment.title if several else ""
+                grid[-1] = {"where": where, "title": name, "note": of[name].note, "figure": figure}
         grid += [None] * (-len(results) % columns if several else 0)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
@@ -123,7 +124,7 @@ def _caption(results: Sequence[Results], arm: Arm) -> str:
     return captions.pop() if len(captions) == 1 else arm.label
 
 
-def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> str:
+def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> go.Figure:
     figure = go.Figure(layout=_LAYOUT).update_xaxes(range=[0, steps])
     for line in chart.lines:
         arm, look = arms[line.arm], _LOOKS[line.kind]
@@ -146,7 +147,7 @@ def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> str:
     if chart.log:
         figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     few = len({line.arm for line in chart.lines}) <= 8
-    return figure.update_layout(hovermode="x unified" if few else "closest").to_json()
+    return figure.update_layout(hovermode="x unified" if few else "closest")
 
 
 def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
@@ -158,32 +159,33 @@ def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:
     names = [*(f"{10.0**power:g}" for power in decades), f"<b>τ {tau:g}</b>"]
     bar = {"thickness": 10, "outlinewidth": 0, "ticks": "", "xpad": 6, "tickvals": [*decades, at], "ticktext": names}
     figure = go.Figure(layout=_LAYOUT)
-    for number, (seed, records) in enumerate(runs.items()):
-        heads = max(records.heads["max_logits"].shape[1], 1)
-        columns = min(COLUMNS, max(1, CELLS // heads))
-        cells = head_map(records, results.experiment, tau, columns=columns, rows=heads)
-        per_layer = len(cells.values) // len(cells.layers)
+    heads = max(1, *(records.heads["max_logits"].shape[1] for records in runs.values()))
+    size = {"columns": min(COLUMNS, max(1, CELLS // heads)), "rows": heads}
+    maps = {seed: head_map(records, results.experiment, tau, **size) for seed, records in runs.items()}
+    largest = max(maps.values(), key=lambda cells: len(cells.values))  # a run that diverged at once has no layers
+    layers, rows = largest.layers, len(largest.values)
+    per_layer, every = rows // len(layers), math.ceil(len(layers) / 10)
+    for seed, cells in maps.items():
         figure.add_heatmap(
             z=[_rounded(np.log10(np.maximum(row, 10**low))) for row in cells.values],
             customdata=[_rounded(row) for row in cells.values],
             x=[1 + cells.steps * column + (cells.steps - 1) / 2 for column in range(cells.values.shape[1])],
-            y=[f"{layer}, head {head}" for layer in cells.layers for head in range(per_layer)],
+            y=[f"{layer}, head {head}" for layer in layers for head in range(per_layer)][: len(cells.values)],
             hovertemplate="%{y}<br>step %{x}: %{customdata}<extra></extra>",
             zmin=low,
             zmax=high,
             colorscale=list(zip([0, share, share, (1 + share) / 2, 1], _SCALE, strict=True)),
             colorbar=bar,
-            visible=number == 0,
+            visible=not figure.data,
             meta={"seed": str(seed)},
         )
-    every, middles = math.ceil(len(cells.layers) / 10), np.arange(len(cells.layers)) * per_layer + (per_layer - 1) / 2
     figure.update_xaxes(range=[0.5, results.experiment.steps + 0.5])
-    figure.update_yaxes(range=[len(cells.values) - 0.5, -0.5], showgrid=False)
-    figure.update_yaxes(ticktext=cells.layers[::every], tickvals=middles[::every].tolist())
-    for row in range(per_layer, len(cells.values), per_layer):
+    middles = [per_layer * layer + (per_layer - 1) / 2 for layer in range(0, len(layers), every)]
+    figure.update_yaxes(range=[rows - 0.5, -0.5], showgrid=False, ticktext=layers[::every], tickvals=middles)
+    for row in range(per_layer, rows, per_layer):
         figure.add_hline(row - 0.5, line={"color": "white", "width": 2})
     note = "before the soft cap" if arm.capped else ""
-    return {"title": label, "note": note, "arm": arm.name, "json": figure.to_json()}
+    return {"title": label, "note": note, "arm": arm.name, "figure": figure}
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float]:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from benchmarks.experiment.arms import Arm
 from benchmarks.records.intervals import Interval, difference, interval
+from benchmarks.records.run_records import Frame
 from benchmarks.records.summary import Results, bits
 from benchmarks.report.charts import spikes_of
 from benchmarks.report.tables import Rows, rows_of
@@ -147,9 +148,8 @@ def number(value: float) -> str:
 
 def _of_arm(results: Results, arm: Arm) -> ArmFacts:
     tau, records = arm.training.tau, results.records[arm.name]
-    runs = pd.DataFrame(results.summaries[arm.name].values(), index=[*records])
-    finite = runs.replace([math.inf, -math.inf], math.nan)
-    peak, median = float(finite["max_logit_peak"].max()), float(finite["max_logit_median_last_quarter"].max())
+    runs: Frame = pd.DataFrame(results.summaries[arm.name].values(), index=[*records])
+    peak, median = runs[["max_logit_peak", "max_logit_median_last_quarter"]].replace(math.inf, math.nan).max()
     above = [of.steps["max_logit"] > tau for of in records.values()]
     passed = tuple(int(at.idxmax()) for at in above if at.any())
     if math.isnan(peak):
@@ -171,7 +171,7 @@ def _of_arm(results: Results, arm: Arm) -> ArmFacts:
         last_clipped=max(runs["last_clipped_step"].dropna().astype(int), default=None),
         spikes=tuple(sorted(int(step) for of in records.values() for step in spikes_of(arm, of).index)),
         diverged={seed: step for seed, of in records.items() if (step := of.diverged_at) is not None},
-        entropy=float(runs["attention_entropy"].mean(skipna=False)),
+        entropy=runs["attention_entropy"].mean(skipna=False),
     )
 
 
