@@ -49,7 +49,7 @@ _LAYOUT: dict[str, Any] = {
 _LOOKS: dict[str, dict[str, Any]] = {
     "seed": {"mode": "lines", "line_width": 1, "opacity": 0.45, "hoverinfo": "skip"},
     "mean": {"mode": "lines", "line_width": 2.4, "hovertemplate": "%{y:.4~g}"},
-    "marks": {"mode": "markers", "marker": {"symbol": "x-thin", "size": 6}, "hoverinfo": "skip"},
+    "marks": {"mode": "markers", "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1}}, "hoverinfo": "skip"},
 }
 
 
