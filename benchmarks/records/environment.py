@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -39,25 +40,15 @@ def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str
 
 def made_with(environment: Mapping[str, Any]) -> str:
     """Write command, date, versions and machine, as `environment` recorded them, in one line."""
+    commit = environment.get("git_commit") or ""
+    changed = " with changes" if commit.endswith("+") else ""
+    known = {name: value for name, value in environment.items() if value}
+    known["commit"] = f" (commit {commit[:7]}{changed})" if commit else ""
     trained = ("jax", "jaxlib", "optax") if "jax" in environment else ("torch",)  # which JAX's runs only measure with
-    commit = str(environment.get("git_commit") or "")
-    commit = commit and f" (commit {commit[:7]}{' with changes' if commit.endswith('+') else ''})"
-    versions = [
-        f"muonclip {environment['muonclip']}{commit}" if "muonclip" in environment else "",
-        *(f"{package} {environment[package]}" for package in trained if package in environment),
-        f"Python {environment['python']}" if "python" in environment else "",
-    ]
-    machine = [
-        environment.get("gpu") or "",
-        f"{environment['cores']} cores of {environment['cpu']}" if {"cores", "cpu"} <= environment.keys() else "",
-    ]
-    parts = [
-        environment.get("command", ""),
-        str(environment.get("date", "")).partition("T")[0],
-        ", ".join(filter(None, versions)),
-        ", ".join(filter(None, machine)),
-    ]
-    return " · ".join(filter(None, parts))
+    versions = ["muonclip {muonclip}{commit}", *(f"{name} {{{name}}}" for name in trained), "Python {python}"]
+    parts = [["{command}"], ["{date:.10}"], versions, ["{gpu}", "{cores} cores of {cpu}"]]
+    written = [", ".join(filter(None, (_filled(each, known) for each in part))) for part in parts]
+    return " · ".join(filter(None, written))
 
 
 def available_cores() -> int:
@@ -67,24 +58,28 @@ def available_cores() -> int:
 
 def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    named = model[1] if model else _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return named or platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
     """Return the commit of this source tree, with "+" where files differ from it; None outside a repository."""
     root = str(Path(__file__).resolve().parents[2])
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
-    return commit and commit + ("+" if changed else "")
+    return _output("git", "-C", root, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
+
+
+def _filled(words: str, known: Mapping[str, Any]) -> str:
+    """Fill the words in; return nothing where one of their values is not known."""
+    try:
+        return words.format_map(known)
+    except KeyError:
+        return ""
 
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() or None

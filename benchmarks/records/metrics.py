@@ -9,7 +9,7 @@
     tokens_per_second of this step: forward, backward and update
     val_loss          where the validation text was evaluated: mean nats per token after the update
 
-and where it was, on a sample of that text and after the update (`benchmarks.measure`):
+and where it was, on a sample of that text and after the update (`benchmarks.training.probe`):
 
     attention_entropy {attention: [heads]}, nats, mean over queries
     query_norms       {attention: [heads]}, spectral norm of the head's rows of W_q (MLA: W_uq)
@@ -21,9 +21,11 @@ JSON has no infinities and no NaN; they are written as the strings "inf", "-inf"
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,11 @@ class MetricsLog:
 
     def begin(self, step: int) -> bool:
         """Cut the file after the record of `step`. False: not all records up to it were there, and now it is empty."""
-        complete = 0
-        size = 0
         with self.path.open("a+b") as stream:
             stream.seek(0)
-            for line in stream:
-                if complete == step or _step_of(line) != complete + 1:
-                    break
-                complete += 1
-                size += len(line)
-            found = complete == step
-            stream.truncate(size if found else 0)
+            steps = [_step_of(line) for line in itertools.islice(stream, step)]
+            found = steps == list(range(1, step + 1))
+            stream.truncate(stream.tell() if found else 0)
         return found
 
     def append(self, record: dict[str, Any]) -> None:
@@ -67,31 +63,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def to_json(value: Any) -> Any:
     """Return the value with every non-finite float as a string."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    return value
+    return _each(value, lambda item: str(item) if isinstance(item, float) and not math.isfinite(item) else item)
 
 
 def from_json(value: Any) -> Any:
     """Invert `to_json`."""
-    if isinstance(value, str) and value in ("inf", "-inf", "nan"):
-        return float(value)
+    return _each(value, lambda item: float(item) if item in ("inf", "-inf", "nan") else item)
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
-        return {key: from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    return value
+        return {key: _each(item, change) for key, item in value.items()}
+    return [_each(item, change) for item in value] if isinstance(value, list | tuple) else change(value)
 
 
 def _step_of(line: bytes) -> int | None:
-    if not line.endswith(b"\n"):
-        return None
+    """Return the step of a complete line."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError):
         return None
-    return record.get("step") if isinstance(record, dict) else None

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records.load_results import read_folder
-from benchmarks.records.summary import Results
+from benchmarks.records.summary import Results, read_folder
 from benchmarks.report import head_maps, page, plots, tensorboard
 
 COMPARISON = Path("comparison")  # in the current folder: a comparison belongs to none of the folders it compares

@@ -16,7 +16,7 @@ from benchmarks.experiment.data import open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.options import make_parser
-from benchmarks.records.load_results import read_folder
+from benchmarks.records.summary import read_folder
 from benchmarks.studies import kill_trials
 from benchmarks.training.sharded_learner import Layout
 from muonclip.models.parallel import Parallelism
