@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.commands import COMMANDS, check_device
+from benchmarks.commands import COMMANDS, device_of
 from benchmarks.execution import ranks
 from benchmarks.experiment.errors import RunFailed, UsageError
-from benchmarks.experiment.presets import PRESETS
 from benchmarks.options import make_parser
 
 ONLY_RANKS = ("shards", "replicas", "experts", "tensor", "accumulate", "recompute", "async_checkpoints")
@@ -47,8 +46,7 @@ def _run_command(options: argparse.Namespace) -> None:
         raise UsageError("command", f"{options.name} runs alone; explosion and scaling run under torchrun.")
     if options.name == "explosion" and options.framework == "jax":
         raise UsageError("--framework", "jax runs alone; take torchrun away, or --framework torch.")
-    wanted = options.device or PRESETS[options.preset].device
-    with ranks.joined(check_device(wanted), options.collective_timeout) as options.ranks:
+    with ranks.joined(device_of(options), options.collective_timeout) as options.ranks:
         COMMANDS[options.name](options)
 
 

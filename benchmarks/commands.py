@@ -4,58 +4,56 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
 from benchmarks.execution.rank_runs import Team
 from benchmarks.execution.train import Execution, train
-from benchmarks.experiment.arms import DEFAULT_ARMS, Choice, choices
+from benchmarks.experiment.arms import DEFAULT_ARMS, choices
 from benchmarks.experiment.data import Corpus, open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import HOT, OWN_RATE, PRESETS
-from benchmarks.experiment.settings import Framework, Training
-from benchmarks.training.run import Schedule
+from benchmarks.training.run import Alone, Schedule
 from benchmarks.training.sharded_learner import Layout
-from muonclip.models import MoEConfig
+from benchmarks.training.timing import torch_threads
 from muonclip.models.parallel import Parallelism
-
-T = TypeVar("T")
 
 
 def explosion(options: argparse.Namespace) -> None:
     """Train one experiment, as the options say."""
-    preset, training = PRESETS[options.preset], PRESETS[options.preset].training
-    _check_framework(options)
-    device = check_device(options.device or preset.device, options.framework)
-    ranks = options.ranks
-    corpus = open_corpus(options.data) if ranks is None else ranks.on_each(lambda: open_corpus(options.data))
-    given = {name: getattr(options, name) for name in ("steps", "batch_size", "tau")}
-    training = replace(training, **{name: value for name, value in given.items() if value is not None})
-    rates = training.lr if options.lr is None else options.lr
+    preset, ranks = PRESETS[options.preset], options.ranks or Alone()
+    device = device_of(options)
+    corpus = ranks.on_each(lambda: open_corpus(options.data))
+    rates = preset.training.lr if options.lr is None else options.lr
     entries = list(dict.fromkeys(choice.entry for choice in options.arms if "lr" not in choice.settings))
-    if missing := [entry for entry in entries if entry not in rates and "" not in rates]:
-        raise UsageError(
-            "--lr", f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
-        )
-    training = replace(training, lr={entry: rates.get(entry, rates.get("")) for entry in entries})
-    model = preset.model(attention=options.attention, vocab_size=corpus.vocab_size)
-    title = "Attention logits" if options.framework == "torch" else "Attention logits, JAX"
-    experiment = _experiment("", title, options.arms, options.seeds or preset.seeds, model, training, corpus)
-    experiment = replace(experiment, framework=options.framework, device=device)
+    if missing := [entry for entry in entries if entry not in rates]:
+        message = f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
+        raise UsageError("--lr", message)
+    given = {name: getattr(options, name) for name in ("steps", "batch_size", "tau")}
+    given = {name: value for name, value in given.items() if value is not None}
+    training = replace(preset.training, lr={entry: rates[entry] for entry in entries}, **given)
+    experiment = Experiment.on(
+        corpus,
+        name="",
+        title="Attention logits" if options.framework == "torch" else "Attention logits, JAX",
+        chosen=options.arms,
+        seeds=options.seeds or preset.seeds,
+        model=preset.model(attention=options.attention, vocab_size=corpus.vocab_size),
+        training=training,
+        framework=options.framework,
+        device=device,
+    )
     tried = options.pilot or (preset.pilot_rates if options.lr is None else ())
     piloted = [entry for entry in entries if not entry.startswith("adamw")]
     if tried and piloted:
         from benchmarks.studies.pilot import choose_rate, pilot_experiment
 
         pilots = train([pilot_experiment(experiment, tried)], corpus, _execution(options))
-        rate, reason = _on_first(options, lambda: choose_rate(pilots[0]))
-        if pilots:
+        rate, reason = ranks.on_first(lambda: choose_rate(pilots[0]))
+        if ranks.first:
             print(reason, file=sys.stderr)
         lr = dict(training.lr) | dict.fromkeys(piloted, rate)
         experiment = replace(experiment, training=replace(training, lr=lr))
@@ -65,12 +63,10 @@ def explosion(options: argparse.Namespace) -> None:
 def reproduce(options: argparse.Namespace) -> None:
     """Train the experiments of the README: at a rate that explodes, and at rates that a careful user would choose."""
     corpus = open_corpus(options.data)
-    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
-    best = "Each optimizer at its own best rate"
-    experiments = [
-        _experiment("hot", "A hot rate", choices("muon", "muonclip"), (0, 1), model, HOT, corpus),
-        _experiment("own-rate", best, choices(*DEFAULT_ARMS), (0,), model, OWN_RATE, corpus),
-    ]
+    of = {"corpus": corpus, "model": PRESETS["cpu"].model(vocab_size=corpus.vocab_size)}
+    hot = {"name": "hot", "title": "A hot rate", "chosen": choices("muon", "muonclip"), "seeds": (0, 1)}
+    own = {"name": "own-rate", "title": "Each optimizer at its own best rate", "chosen": choices(*DEFAULT_ARMS)}
+    experiments = [Experiment.on(training=HOT, **hot, **of), Experiment.on(training=OWN_RATE, seeds=(0,), **own, **of)]
     _run(experiments, corpus, options)
 
 
@@ -79,9 +75,7 @@ def evidence(options: argparse.Namespace) -> None:
     from benchmarks.studies.evidence import evidence as run_evidence
 
     corpus = open_corpus(options.data)
-    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
-    corpus.require(model.max_seq_len)
-    run_evidence(model, corpus, _execution(options))
+    run_evidence(PRESETS["cpu"].model(vocab_size=corpus.vocab_size), corpus, _execution(options))
 
 
 def clip_cost(options: argparse.Namespace) -> None:
@@ -91,18 +85,11 @@ def clip_cost(options: argparse.Namespace) -> None:
 
     written = options.out / f"{options.device}.json"
     if options.page is not None:
-        if not written.exists():
-            raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
-        write_into(options.page, json.loads(written.read_text()))
+        write_into(options.page, written)
         return
     plan = study.QUICK if options.quick else study.PLANS[options.device]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads or threads)
-    try:
-        result = study.clip_cost(options.out, models=options.models, device=options.device, plan=plan)
-    finally:
-        torch.set_num_threads(threads)
-    print(read_clip_cost(result))
+    with torch_threads(options.threads):
+        print(read_clip_cost(study.clip_cost(options.out, models=options.models, device=options.device, plan=plan)))
     print(f"figures  {written}", file=sys.stderr)
 
 
@@ -118,7 +105,7 @@ def scaling(options: argparse.Namespace) -> None:
     """Time training steps on more and more ranks: see `benchmarks.studies.scaling`."""
     from benchmarks.studies import scaling as study
 
-    device = options.device or PRESETS[options.preset].device
+    device = device_of(options)
     plan = study.Plan(options.arms, options.preset, options.batch_size, options.rounds, options.data, device)
     if options.ranks is not None:
         study.measure_ranks(plan, options.ranks, options.out)
@@ -147,25 +134,25 @@ def report(options: argparse.Namespace) -> None:
     redraw(options.folders, options.out, events=options.tensorboard)
 
 
-COMMANDS = {
-    command.__name__.replace("_", "-"): command
-    for command in (
-        *(explosion, reproduce, evidence, clip_cost, optax_speed),
-        *(scaling, kill_trials, ownership, report),
-    )
-}
+_FUNCTIONS = (explosion, reproduce, evidence, clip_cost, optax_speed, scaling, kill_trials, ownership, report)
+COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 
-def check_device(name: str, framework: Framework = "torch") -> str:
-    if name == "cuda" and framework == "jax":
-        raise UsageError("--device", "--framework jax runs on the CPU alone: take --device cpu.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device",
+def device_of(options: argparse.Namespace) -> str:
+    """Return the device of the runs. Raises UsageError where the framework or this machine cannot run on it."""
+    device = options.device or PRESETS[options.preset].device
+    if vars(options).get("framework") == "jax":
+        _check_jax("--framework")
+        if device == "cuda":
+            raise UsageError("--device", "--framework jax runs on the CPU alone: take --device cpu.")
+        if options.precision == "bf16":
+            raise UsageError("--precision", "--framework jax runs in fp32.")
+    if device == "cuda" and not torch.cuda.is_available():
+        why = (
             f"torch {torch.__version__} sees no CUDA device. --preset cpu is made for this machine; --device cpu runs "
-            "any preset on it, slowly.",
         )
-    return name
+        raise UsageError("--device", f"{why}any preset on it, slowly.")
+    return device
 
 
 def parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
@@ -185,31 +172,9 @@ def parallelism(options: argparse.Namespace, world_size: int) -> Parallelism:
     )
 
 
-def _check_framework(options: argparse.Namespace) -> None:
-    if options.framework == "torch":
-        return
-    _check_jax("--framework")
-    if options.precision == "bf16":
-        raise UsageError("--precision", "--framework jax runs in fp32.")
-
-
 def _check_jax(wanted_by: str) -> None:
     if missing := [package for package in ("jax", "optax") if importlib.util.find_spec(package) is None]:
         raise UsageError(wanted_by, f'jax needs {" and ".join(missing)}: pip install ".[jax]".')
-
-
-def _experiment(
-    name: str, title: str, chosen: tuple[Choice, ...], seeds: tuple[int, ...], model: MoEConfig, training: Training,
-    corpus: Corpus,
-) -> Experiment:  # fmt: skip
-    corpus.require(model.max_seq_len)
-    lr = {choice.entry: training.lr[choice.entry] for choice in chosen if choice.entry in training.lr}
-    training, data = replace(training, lr=lr), corpus.record()
-    return Experiment(name=name, title=title, chosen=chosen, seeds=seeds, model=model, training=training, data=data)
-
-
-def _on_first(options: argparse.Namespace, decide: Callable[[], T]) -> T:
-    return decide() if options.ranks is None else options.ranks.on_first(decide)
 
 
 def _run(experiments: list[Experiment], corpus: Corpus, options: argparse.Namespace) -> None:

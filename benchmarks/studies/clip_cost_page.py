@@ -5,6 +5,7 @@ No number there is typed by hand.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,17 @@ def read_clip_cost(result: Json) -> str:
     return render("clip_cost.md", **result, **names, regimes=regimes, target_facts=target_facts, sources=_sources)
 
 
-def write_into(page: Path, result: Json) -> None:
-    """Put the sections between the marks of the page. Raises UsageError where it has none."""
+def write_into(page: Path, written: Path) -> None:
+    """Put the sections between the marks of the page. Raises UsageError without marks, or what is to be written."""
+    if not written.exists():
+        raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
+    sections = read_clip_cost(json.loads(written.read_text(encoding="utf-8")))
     try:
         before, rest = page.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
     except (OSError, ValueError) as error:
         raise UsageError("--page", f"{page} does not have the lines {BEGIN} and {END}, once each.") from error
-    page.write_text(f"{before}{BEGIN}\n{read_clip_cost(result)}{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
 
 
 def _sources(cells: Sequence[Json]) -> list[tuple[str, str, int]]:

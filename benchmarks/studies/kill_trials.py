@@ -38,7 +38,7 @@ from benchmarks.records.environment import environment
 from benchmarks.records.folders import CHECKPOINTS, METRICS, STARTS, run_folder
 
 STEPS, EVERY = 12, 3  # updates, and updates between checkpoints
-_PATIENCE = 600.0  # seconds for one torchrun
+PATIENCE = 600.0  # seconds for one torchrun
 _POLL = 0.002
 
 
@@ -119,7 +119,7 @@ def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> sub
 
 def finish(process: subprocess.Popen[str]) -> None:
     """Wait for the end. Raises RunFailed where torchrun fails."""
-    if status := process.wait(_PATIENCE):
+    if status := process.wait(PATIENCE):
         raise RunFailed(f"torchrun ended with status {status}")
 
 
@@ -129,7 +129,7 @@ def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -
     Raises RunFailed where the run is over before that moment.
     """
     folder = run_folder(out, arm, 0)
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RunFailed(f"the run ended with status {process.returncode} before {trial}")
@@ -144,7 +144,7 @@ def kill_at(trial: Trial, out: Path, process: subprocess.Popen[str], arm: str) -
                 raise RunFailed(f"rank {trial.rank} had ended before {trial}") from None
             return {"seen": recorded(out, arm), **({"folder": written} if trial.files else {})}
         time.sleep(_POLL)
-    raise RunFailed(f"{trial} did not come within {_PATIENCE:g} s")
+    raise RunFailed(f"{trial} did not come within {PATIENCE:g} s")
 
 
 def records(out: Path, arm: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from benchmarks.experiment.data import Corpus
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.settings import DTYPES, Dtype, Precision
-from benchmarks.training.timing import milliseconds
+from benchmarks.training.timing import milliseconds, torch_threads
 from benchmarks.training.torch_learner import autocast, first_model
 from muonclip.torch import MuonClip
 
@@ -35,11 +35,11 @@ def choose(
         wanted = "bf16"  # tensor cores: nothing to find out
     if wanted != "auto":
         return Precision(DTYPES[wanted], DTYPES[wanted]), {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(experiment.threads)
-    passes = milliseconds({dtype: _forward_backward(experiment, corpus, dtype) for dtype in DTYPES.values()}, _ROUNDS)
-    updates = milliseconds({dtype: _update(experiment, corpus, dtype) for dtype in DTYPES.values()}, _ROUNDS)
-    torch.set_num_threads(threads)
+    with torch_threads(experiment.threads):
+        passes = milliseconds(
+            {dtype: _forward_backward(experiment, corpus, dtype) for dtype in DTYPES.values()}, _ROUNDS
+        )
+        updates = milliseconds({dtype: _update(experiment, corpus, dtype) for dtype in DTYPES.values()}, _ROUNDS)
     return Precision(faster(passes), faster(updates)), {"forward_backward_ms": passes, "optimizer_step_ms": updates}
 
 

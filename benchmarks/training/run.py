@@ -51,6 +51,10 @@ class Alone:
         """Return what `decide` returns on the first process."""
         return decide()
 
+    def on_each(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns on this process."""
+        return make()
+
     def any_of(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any process has raised it."""
         return list(flags)

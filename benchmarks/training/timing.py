@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -41,3 +42,14 @@ def milliseconds(candidates: Mapping[K, Callable[[], object]], rounds: int) -> d
     """Return the median time of each candidate's calls."""
     timed = {name: lambda run=run: seconds(run) for name, run in candidates.items()}
     return {name: round(1e3 * statistics.median(of), 3) for name, of in in_turn(timed, rounds).items()}
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Give PyTorch so many threads meanwhile; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -254,7 +254,7 @@ def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(tmp_path):
     out = tmp_path / "out"
     process = kill_trials.start(tmp_path, out, 2, "adamw", "--collective-timeout", "10", "--steps", "40")
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + kill_trials.PATIENCE
         while not (folder := out / "runs" / "adamw-0" / METRICS).exists() or folder.read_bytes().count(b"\n") < 4:
             assert time.monotonic() < deadline
             assert process.poll() is None
@@ -285,7 +285,7 @@ def test_on_other_numbers_of_ranks(tmp_path):
                 time.sleep(0.002)
             if until:
                 process.send_signal(signal.SIGTERM)
-                process.wait(300)
+                process.wait(kill_trials.PATIENCE)
             else:
                 kill_trials.finish(process)
         finally:

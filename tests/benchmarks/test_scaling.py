@@ -24,18 +24,54 @@ def test_collectives_in_flight_together_count_once():
     assert times.in_flight == pytest.approx(4.0)
 
 
-def test_what_is_computed_beside_a_collective_is_no_waiting(alone):
+class Clock:
+    """Moves only when it is told to."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", clock := Clock())
+    return clock
+
+
+def test_what_is_computed_during_a_collective_is_not_waiting(alone, clock):
     x = torch.ones(3)
     with collective_times() as times:
         dist.all_reduce(x)
         work = dist.all_reduce(x, async_op=True)
-        time.sleep(0.05)
+        clock.now += 5
         work.wait()
     assert len(times.intervals) == 2
-    assert 0 < times.blocked < 0.05
-    assert times.in_flight > 0
+    assert times.blocked == 0
     assert dist.all_reduce.__module__ == "torch.distributed.distributed_c10d"
     assert x.tolist() == [1, 1, 1]
+
+
+def test_what_the_host_waits_for_is(clock, monkeypatch):
+    class Work:
+        def wait(self):
+            clock.now += 2
+
+        def get_future(self):
+            return torch.futures.Future()  # never done: `wait` ends the collective
+
+    def all_reduce(x, async_op=False):
+        clock.now += 1
+        return Work() if async_op else None
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with collective_times() as times:
+        dist.all_reduce(torch.ones(1))
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        clock.now += 5
+        work.wait()
+    assert times.blocked == 1 + 1 + 2
+    assert times.in_flight == 1 + (1 + 5 + 2)
 
 
 def test_efficiency_is_beside_the_smallest_number_of_processes():
