@@ -1,15 +1,12 @@
-"""One bar over all runs with the time left; a plain line per run now and then where there is no terminal."""
+"""One bar over the steps of all runs, with the time left: redrawn on a terminal, elsewhere a line every 15 seconds."""
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 from typing import Any
 
 from tqdm import tqdm
-
-_LINE_SECONDS = 15.0
 
 
 def news(record: dict[str, Any]) -> dict[str, Any]:
@@ -22,52 +19,38 @@ class Progress:
     """Counts the steps of all runs; writes to standard error where it is shown."""
 
     def __init__(self, *, total: int, done: int, shown: bool = True) -> None:
-        self._terminal, self._shown = shown and sys.stderr.isatty(), shown
-        self._begun = time.monotonic()
-        self._new, self._left = 0, total - done  # steps made since the command began, and those still to make
-        self._steps: dict[str, int] = {}
-        self._news: dict[str, str] = {}
-        self._lines: dict[str, float] = {}
+        terminal = sys.stderr.isatty()
+        form = "{percentage:3.0f}% |{bar:20}| {n}/{total} steps [{elapsed}, {remaining} left] {desc}"
+        times = {} if terminal else {"mininterval": 15, "maxinterval": 15}
+        self._shown, self._steps, self._news = shown, dict[str, int](), dict[str, str]()
         self._bar = tqdm(
-            total=total, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar:20}| {n}/{total} steps [{elapsed}, {remaining} left] {desc}",
-        )  # fmt: skip
+            total=total, disable=not shown, dynamic_ncols=True, bar_format=form + "\n" * (not terminal), **times
+        )
+        self._resume(done)
 
-    def update(self, title: str, steps: int, record: dict[str, Any]) -> None:
-        """Note that a run is at `record["step"]` of `steps`; its first record says where it begins."""
+    def update(self, title: str, record: dict[str, Any]) -> None:
+        """Note that a run is at `record["step"]`; its first record says where it begins."""
         made = record["step"] - self._steps.get(title, 0)
-        if title in self._steps:
-            self._new += made
-        elif self._terminal:  # a bar that is off has no such field
-            self._bar.initial += made
-        self._advance(title, record["step"])
-        if "loss" not in record:
-            return
-        self._news[title] = f"{title} loss {record['loss']:.2f} max logit {record['max_logit']:.0f}"
-        self._bar.set_description_str(" · ".join(self._news.values()), refresh=False)
-        now = time.monotonic()
-        if not self._terminal and now - self._lines.get(title, self._begun) >= _LINE_SECONDS:
-            self._lines[title] = now
-            rate = self._new / (now - self._begun)
-            left = tqdm.format_interval(self._left / rate) if rate else "?"
-            self._print(f"{self._news[title]}, step {record['step']}/{steps}; {left} left for all")
+        if title not in self._steps:
+            self._resume(made)
+        else:
+            self._bar.update(made)
+        self._steps[title] = record["step"]
+        if "loss" in record:
+            self._news[title] = f"{title} loss {record['loss']:.2f} max logit {record['max_logit']:.0f}"
+            self._bar.set_description_str(" · ".join(self._news.values()), refresh=False)
 
     def finish(self, title: str, steps: int) -> None:
         """Note that a run is done, perhaps before its last step."""
-        self._advance(title, steps)
-        self._print(f"{self._news.pop(title, title)}, finished")
+        self.update(title, {"step": steps})
+        if self._shown:
+            self._bar.write(f"{self._news.pop(title, title)}, finished", file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
 
-    def _advance(self, title: str, step: int) -> None:
-        made = step - self._steps.get(title, 0)
-        self._steps[title] = step
-        self._left -= made
-        self._bar.update(made)
-
-    def _print(self, line: str) -> None:
-        if self._terminal:
-            self._bar.write(line, file=sys.stderr)
-        elif self._shown:
-            print(line, file=sys.stderr, flush=True)
+    def _resume(self, steps: int) -> None:
+        """Count steps that an earlier command made: they say nothing of this one's speed."""
+        if self._shown:
+            self._bar.initial += steps
+            self._bar.n += steps

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.execution.progress import Progress, news
-from benchmarks.execution.ranks import Ranks, Stop, Stopped
+from benchmarks.execution.ranks import Ranks, Stopped
 from benchmarks.execution.sharded_checkpoints import ShardedCheckpoints
 from benchmarks.execution.workers import Job
 from benchmarks.experiment.arms import Arm
@@ -97,22 +98,18 @@ def run_together(jobs: Sequence[Job], corpus: Corpus, team: Team, checkpoints: S
 
     Raises Stopped on every rank once one was told to stop and all have saved.
     """
-    ranks, stop = team.ranks, Stop()
+    ranks, stop = team.ranks, threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun hands both on; the step is finished and saved first
+        signal.signal(number, lambda *_: stop.set())
     finished = ranks.on_first(lambda: [job.finished for job in jobs])
     done = sum(job.steps for job, over in zip(jobs, finished, strict=True) if over)
     progress = Progress(total=sum(job.steps for job in jobs), done=done, shown=ranks.first)
-    for job, over in zip(jobs, finished, strict=True):
-        if over:
-            continue
+    for job in (job for job, over in zip(jobs, finished, strict=True) if not over):
         if job.experiment.device == "cpu":
             torch.set_num_threads(job.experiment.threads)
         run = team.run(job.experiment, corpus, job.run, job.arm, job.seed)
-        progress.update(job.title, job.steps, {"step": run.done})
-
-        def tell(record: dict[str, Any], job: Job = job) -> None:
-            progress.update(job.title, job.steps, news(record))
-
-        run.train(tell, lambda: stop.asked, checkpoints)
+        progress.update(job.title, {"step": run.done})
+        run.train(lambda record, title=job.title: progress.update(title, news(record)), stop.is_set, checkpoints)
         if not run.finished:
             raise Stopped
         progress.finish(job.title, job.steps)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
@@ -204,15 +203,3 @@ def lost_message(error: BaseException, ranks: Ranks) -> str | None:
         "status 1; torchrun ends the others and, with --max-restarts, starts all of them again from the newest "
         f"checkpoint. ({first_line})"
     )
-
-
-class Stop:
-    """A flag that SIGTERM and SIGINT raise, both of which torchrun hands on; the step is finished and saved first."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True

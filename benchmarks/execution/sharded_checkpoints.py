@@ -53,7 +53,7 @@ class ShardedCheckpoints:
         """Save tensors, and a state that JSON can hold, after `done` updates. Asynchronous: the tensors are copied, and
         the rest goes on during the training; the next `save` or `finish` waits for it."""
         self.finish()
-        temporary = self.folder / f"{_name(done)}.tmp"
+        temporary = self.folder / f"step-{done:09d}.tmp"
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.tmp"):
@@ -148,28 +148,24 @@ class ShardedCheckpoints:
     def _damage(self, folder: Path) -> list[str]:
         """Return what this rank finds wrong with its share of the files."""
         try:
-            files = json.loads((folder / MANIFEST).read_text())["files"]
-            written = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in sorted(files.items())]
+            files = sorted(json.loads((folder / MANIFEST).read_text())["files"].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return [f"{folder / MANIFEST} cannot be read ({error!r})"] if self.ranks.first else []
-        return [wrong for file in written[self.ranks.rank :: self.ranks.size] if (wrong := _difference(*file))]
+        own = files[self.ranks.rank :: self.ranks.size]
+        return [wrong for name, written in own if (wrong := _difference(folder / name, written))]
 
 
-def _difference(path: Path, size: int, digest: str) -> str | None:
+def _difference(path: Path, written: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a file that was written with this size and digest; None if nothing is."""
     try:
         seen = _fingerprint(path)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    if seen["bytes"] != size:
-        return f"{path} has {seen['bytes']} bytes, {size} were written"
-    if seen["sha256"] != digest:
-        return f"{path} has SHA-256 {seen['sha256'][:16]}…, written was {digest[:16]}…"
+    if seen["bytes"] != written["bytes"]:
+        return f"{path} has {seen['bytes']} bytes, {written['bytes']} were written"
+    if seen["sha256"] != written["sha256"]:
+        return f"{path} has SHA-256 {seen['sha256'][:16]}…, written was {written['sha256'][:16]}…"
     return None
-
-
-def _name(done: int) -> str:
-    return f"step-{done:09d}"
 
 
 def _rename(folder: Path, ending: str) -> None:

@@ -92,7 +92,7 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Schedu
                 processes[job] = _start(job, lock, checkpoints, events)
             job, message = events.get()
             if message is not None:
-                progress.update(job.title, job.steps, from_json(message))
+                progress.update(job.title, from_json(message))
             elif status := _end(processes.pop(job)):
                 raise RunFailed(f"{job.title} failed with status {status}:\n{_log_tail(job)}")
             else:

@@ -162,7 +162,10 @@ def _parse(name: str) -> Choice:
             raise ValueError(f"unknown setting {key!r} in {name!r}; known: {', '.join(SETTINGS)}")
         if key in settings:
             raise ValueError(f"{key} is set twice in {name!r}")
-        settings[key] = SETTINGS[key].read(key, written)
+        try:
+            settings[key] = SETTINGS[key].read(written)
+        except ValueError:
+            raise ValueError(f"{key}={written} is not {SETTINGS[key].meaning}") from None
     return choose(entry, **settings)
 
 
@@ -182,38 +185,33 @@ def _shade(colour: str, position: int, count: int) -> str:
 
 
 class Setting(NamedTuple):
-    read: Callable[[str, str], Any]  # name and text → value; raises ValueError
+    read: Callable[[str], Any]  # raises ValueError for what it is not
+    meaning: str
     words: Callable[[Any], str]
 
 
-def _number(kind: Callable[[str], float], low: float, high: float, meaning: str) -> Callable[[str, str], float]:
-    def read(key: str, written: str) -> float:
-        try:
-            value = kind(written)
-        except ValueError:
-            value = math.nan
+def _number(kind: Callable[[str], float], low: float, high: float = 1e300) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
         if not low <= value <= high:
-            raise ValueError(f"{key}={written} is not {meaning}")
+            raise ValueError
         return value
 
     return read
 
 
-def _attention(key: str, written: str) -> str:
-    if written not in get_args(Attention):
-        raise ValueError(f"{key}={written} is none of {', '.join(get_args(Attention))}")
-    return written
-
-
-_POSITIVE = _number(float, 1e-300, 1e300, "a positive number")
+_ATTENTIONS = get_args(Attention)
 SETTINGS: dict[str, Setting] = {
-    "attention": Setting(_attention, str.upper),
-    "lr": Setting(_POSITIVE, lambda lr: f"rate {lr:g}"),
-    "tau": Setting(_POSITIVE, lambda tau: f"τ = {tau:g}"),
-    "weight_decay": Setting(_number(float, 0, 1e300, "a number from 0"), lambda decay: f"λ = {decay:g}"),
-    "steps": Setting(_number(int, 1, 10**12, "an integer of at least 1"), lambda steps: f"{steps} steps"),
+    "attention": Setting(
+        lambda text: _ATTENTIONS[_ATTENTIONS.index(text)], f"one of {', '.join(_ATTENTIONS)}", str.upper
+    ),
+    "lr": Setting(_number(float, 1e-300), "a positive number", "rate {:g}".format),
+    "tau": Setting(_number(float, 1e-300), "a positive number", "τ = {:g}".format),
+    "weight_decay": Setting(_number(float, 0), "a number from 0", "λ = {:g}".format),
+    "steps": Setting(_number(int, 1), "an integer of at least 1", "{} steps".format),
     "decay_share": Setting(
-        _number(float, 0, 1, "a share from 0 to 1"),
+        _number(float, 0, 1),
+        "a share from 0 to 1",
         lambda share: f"decay over the last {share:.0%}" if share else "constant rate",
     ),
 }

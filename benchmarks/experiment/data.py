@@ -12,9 +12,8 @@ split by position: the last tenth is validation.
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.experiment.errors import UsageError
 TOKEN_DTYPES = {".bin": np.dtype("<u2"), ".u16": np.dtype("<u2"), ".u32": np.dtype("<u4")}
 VALIDATION_SHARE = 10  # one part in ten
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_SCAN = 1 << 22  # tokens or bytes read at a time where a file is only scanned
+_SCAN = 1 << 22  # tokens read at a time where a file is only scanned
 
 Kind = Literal["bytes", "tokens"]
 
@@ -53,16 +52,16 @@ class DataRecord:
         return "bits per byte" if self.kind == "bytes" else "bits per token"
 
 
+@dataclass(eq=False)
 class Corpus:
-    """Two token arrays, `train` and `validation`, 1-D; see `open_corpus`."""
+    """Two token arrays, 1-D, from these files by name; see `open_corpus`."""
 
-    def __init__(
-        self, title: str, path: Path | None, kind: Kind, parts: Sequence[NDArray[Any]], names: list[str]
-    ) -> None:
-        self.title, self.path, self.names = title, path, names
-        self.kind: Kind = kind
-        self.train, self.validation = parts
-        self._digest = hashlib.sha256()
+    title: str
+    path: Path | None
+    kind: Kind
+    files: Mapping[str, Path]
+    train: NDArray[Any]
+    validation: NDArray[Any]
 
     def batch(
         self, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
@@ -81,17 +80,12 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """The digest of the text.
-
-        A token file is read in full for it, so the command asks once, and not its workers.
-        """
-        if self.kind == "bytes":
-            return self._digest.hexdigest()
-        assert self.path is not None
-        digest = hashlib.sha256(_frame(self.path.name, self.path.stat().st_size))
-        with self.path.open("rb") as stream:
-            while chunk := stream.read(_SCAN):
-                digest.update(chunk)
+        """The digest of names and contents; all is read for it, so the command asks once, and not its workers."""
+        digest = hashlib.sha256()
+        for name, path in self.files.items():
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()
 
     @cached_property
@@ -107,8 +101,8 @@ class Corpus:
             title=self.title,
             path=None if self.path is None else str(self.path.resolve()),
             kind=self.kind,
-            split="by file" if len(self.names) > 1 else "by position",
-            files=len(self.names),
+            split="by file" if len(self.files) > 1 else "by position",
+            files=len(self.files),
             vocab_size=self.vocab_size,
             train_tokens=len(self.train),
             validation_tokens=len(self.validation),
@@ -130,12 +124,12 @@ def open_corpus(path: Path | None = None) -> Corpus:
     """Read the text; token files stay on disk. Raises UsageError where nothing usable is found."""
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        files = [p for p in sorted(root.rglob("*.py")) if not _NOT_LIBRARY.intersection(p.relative_to(root).parts)]
+        files = [p for p in root.rglob("*.py") if not _NOT_LIBRARY.intersection(p.relative_to(root).parts)]
         return _from_files("Python standard library, bytes", None, root, files)
     if not path.exists():
         raise UsageError("--data", f"{path} does not exist; give a text file, a folder or a .bin/.u16/.u32 token file.")
     if path.is_dir():
-        return _from_files(f"{path.resolve().name}/, bytes", path, path, _text_files(path))
+        return _from_files(f"{path.resolve().name}/, bytes", path, path, [*_text_files(path)])
     try:
         if path.suffix in TOKEN_DTYPES:
             return _from_tokens(path)
@@ -144,24 +138,21 @@ def open_corpus(path: Path | None = None) -> Corpus:
         raise UsageError("--data", f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _from_files(title: str, path: Path | None, root: Path, files: list[Path]) -> Corpus:
-    texts = {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+def _from_files(title: str, path: Path | None, root: Path, found: Sequence[Path]) -> Corpus:
+    files = dict(sorted((file.relative_to(root).as_posix(), file) for file in found))
+    texts = {name: file.read_bytes() for name, file in files.items()}
     if not any(texts.values()):
         raise UsageError("--data", f"{path or root} holds no text.")
-    names = sorted(texts)
-    if len(names) == 1:
-        text = texts[names[0]]
-        cut = len(text) - len(text) // VALIDATION_SHARE
-        train, validation = text[:cut], text[cut:]
-    else:
-        held_out = set(validation_names(names))
-        train = b"".join(texts[name] for name in names if name not in held_out)
-        validation = b"".join(texts[name] for name in names if name in held_out)
-    parts = (np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8))
-    corpus = Corpus(title, path, "bytes", parts, names)
-    for name in names:
-        corpus._digest.update(_frame(name, len(texts[name])) + texts[name])
-    return corpus
+    if len(files) == 1:
+        return Corpus(title, path, "bytes", files, *_split(np.frombuffer(*texts.values(), np.uint8)))
+    # A tenth of the names, at least one: those with the smallest SHA-256.
+    ranked = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held_out = set(ranked[: max(1, len(files) // VALIDATION_SHARE)])
+    train, validation = (
+        np.frombuffer(b"".join(text for name, text in texts.items() if (name in held_out) == held), np.uint8)
+        for held in (False, True)
+    )
+    return Corpus(title, path, "bytes", files, train, validation)
 
 
 def _from_tokens(path: Path) -> Corpus:
@@ -173,31 +164,23 @@ def _from_tokens(path: Path) -> Corpus:
             "Use .u16 or .u32 for ids, another suffix for text.",
         )
     tokens = np.memmap(path, dtype, mode="r")
-    cut = len(tokens) - len(tokens) // VALIDATION_SHARE
-    return Corpus(f"{path.name}, tokens", path, "tokens", (tokens[:cut], tokens[cut:]), [path.name])
+    return Corpus(f"{path.name}, tokens", path, "tokens", {path.name: path}, *_split(tokens))
 
 
-def validation_names(names: list[str]) -> list[str]:
-    """Return a tenth of the names, at least one: those with the smallest SHA-256."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return ranked[: max(1, len(names) // VALIDATION_SHARE)]
+def _split(tokens: NDArray[Any]) -> list[NDArray[Any]]:
+    return np.split(tokens, [len(tokens) - len(tokens) // VALIDATION_SHARE])
 
 
-def _text_files(folder: Path) -> list[Path]:
-    found = []
-    for directory, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path.is_file() and b"\0" not in _beginning(path)]
+def _text_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and b"\0" not in _beginning(path):
+            yield path
 
 
 def _beginning(path: Path) -> bytes:
     with path.open("rb") as stream:
         return stream.read(8192)
-
-
-def _frame(name: str, size: int) -> bytes:
-    return f"{name}\0{size}\0".encode()
 
 
 def _windows(part: NDArray[Any], key: str, rows: range, length: int) -> NDArray[np.int64]:

@@ -5,8 +5,9 @@ Some arms change the model; `Arm.changes` says how.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from benchmarks.experiment.arms import Arm, Choice, choices, resolve
@@ -72,26 +73,19 @@ class Experiment:
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON gives them back; of the arms, their names."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
-        named = {"chosen": ("arms", [choice.name for choice in self.chosen])}
-        return _plain(dict(named.get(key, (key, value)) for key, value in own.items()))
+        own = {"arms" if name == "chosen" else name: value for name, value in own.items()}
+        return json.loads(json.dumps(own, default=lambda of: of.name if isinstance(of, Choice) else asdict(of)))
 
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Experiment:
         values = dict(recorded)
-        training = dict(values["training"])
-        training["betas"] = tuple(training["betas"])
-        return cls(
-            **values
-            | {
-                "chosen": choices(*values.pop("arms")),
-                "seeds": tuple(values["seeds"]),
-                "model": MoEConfig(**values["model"]),
-                "training": Training(**training),
-                "data": DataRecord(**values["data"]),
-                "precision": Precision(**values["precision"]),
-            }
-        )
+        betas = tuple(values["training"]["betas"])
+        made = {"chosen": choices(*values.pop("arms")), "seeds": tuple(values["seeds"])}
+        made |= {"training": Training(**values["training"] | {"betas": betas}), "model": MoEConfig(**values["model"])}
+        made |= {"data": DataRecord(**values["data"]), "precision": Precision(**values["precision"])}
+        return cls(**values | made)
 
 
 def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -110,12 +104,3 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         names |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
     return names
-
-
-def _plain(value: Any) -> Any:
-    """Return the value as JSON gives it back: dataclasses as dicts, tuples as lists."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

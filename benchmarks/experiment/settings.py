@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from muonclip.core.adam_defaults import ADAM_BETAS
 from muonclip.core.schedules import WarmupConstantCosine
 
 Dtype = Literal["float32", "bfloat16"]
@@ -27,7 +28,7 @@ class Training:
     weight_decay: float = 0.1
     momentum: float = 0.95
     nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, by itself and next to Muon
+    betas: tuple[float, float] = ADAM_BETAS  # of AdamW, by itself and next to Muon
     grad_clip: float = 1.0  # global norm
     tau: float = 30.0
     rescue_at: float = 0.5  # share of the steps after which the arm `rescue` switches its clip on

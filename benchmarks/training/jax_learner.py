@@ -22,6 +22,7 @@ from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.training.learner import Learner, Windows
 from benchmarks.training.torch_learner import first_model
+from muonclip.core.adam_defaults import ADAM_EPS
 from muonclip.models import jax as models
 from muonclip.models.torch import MoE
 from muonclip.optax import muonclip, qk_clip
@@ -103,10 +104,10 @@ def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationE
             nesterov=training.nesterov,
             ns_dtype=jnp.float32,
             muon_weight_dimension_numbers=models.matrix_layouts(arm.model, per_head=arm.per_head),
-            adamw={"b1": b1, "b2": b2, "eps": 1e-8},
+            adamw={"b1": b1, "b2": b2, "eps": ADAM_EPS},
         )
     else:
-        adamw = optax.adamw(lr, b1, b2, eps=1e-8, weight_decay=training.weight_decay, mask=_matrices)
+        adamw = optax.adamw(lr, b1, b2, eps=ADAM_EPS, weight_decay=training.weight_decay, mask=_matrices)
         update = optax.chain(adamw, qk_clip(projections, tau))
     return optax.chain(optax.clip_by_global_norm(training.grad_clip), update)
 

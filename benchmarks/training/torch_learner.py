@@ -12,6 +12,7 @@ from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.settings import Precision
 from benchmarks.training.learner import Learner, Windows
+from muonclip.core.adam_defaults import ADAM_EPS
 from muonclip.models.torch import MoE
 from muonclip.torch import MuonClip, QKClip
 
@@ -99,7 +100,7 @@ def make_optimizer(
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=arm.lr, betas=training.betas, eps=1e-8, foreach=foreach), qk_clip
+        return torch.optim.AdamW(groups, lr=arm.lr, betas=training.betas, eps=ADAM_EPS, foreach=foreach), qk_clip
     muon = MuonClip(
         model,
         lr=arm.lr,
@@ -108,7 +109,7 @@ def make_optimizer(
         nesterov=training.nesterov,
         per_head=arm.per_head,
         qk_clip=qk_clip,
-        adamw={"betas": training.betas, "eps": 1e-8},
+        adamw={"betas": training.betas, "eps": ADAM_EPS},
         ns_dtype=getattr(torch, precision.ns_dtype),
     )
     return muon, qk_clip

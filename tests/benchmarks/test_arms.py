@@ -62,7 +62,7 @@ def test_a_baseline_has_the_same_settings_and_the_same_rate_where_one_does(exper
         ("muon@weight_decay=-1", "weight_decay=-1 is not a number from 0"),
         ("muon@steps=2.5", "steps=2.5 is not an integer of at least 1"),
         ("muon@decay_share=2", "decay_share=2 is not a share from 0 to 1"),
-        ("muon@attention=flash", "attention=flash is none of mla, gqa, mha"),
+        ("muon@attention=flash", "attention=flash is not one of mla, gqa, mha"),
         ("muon@lr=1@lr=2", "lr is set twice in 'muon@lr=1@lr=2'"),
     ],
 )

@@ -96,8 +96,8 @@ def test_token_files(tmp_path, suffix, dtype):
 
 def test_the_default_is_the_standard_library():
     corpus = open_corpus()
-    assert {"argparse.py", "json/decoder.py"} <= set(corpus.names)
-    assert not any("site-packages" in name or "/test/" in name for name in corpus.names)
+    assert {"argparse.py", "json/decoder.py"} <= set(corpus.files)
+    assert not any("site-packages" in name or "/test/" in name for name in corpus.files)
     assert len(corpus.train) > 2_000_000
     assert len(corpus.validation) > 200_000
 
