@@ -55,7 +55,13 @@ def train(experiments: Sequence[Experiment], corpus: Corpus, execution: Executio
         if team is None:
             begun, lock = begin()
             jobs = _jobs(begun, out)
-            _refuse_runs_of_ranks(jobs)
+            for job in jobs:
+                if not job.finished and (kept := job.run / CHECKPOINTS).exists():
+                    raise UsageError(
+                        "--out",
+                        f"{kept} is of a run under torchrun that is not finished. Go on there with torchrun, on any "
+                        "number of processes (--nproc-per-node 1 is enough), or choose another folder.",
+                    )
             cores = available_cores() // experiments[0].threads
             side_by_side = 1 if experiments[0].device == "cuda" else max(1, cores)
             run_all(jobs, workers=execution.jobs or side_by_side, lock=lock, checkpoints=execution.checkpoints)
@@ -83,16 +89,6 @@ def make_folder(out: Path) -> None:
 
 def _jobs(begun: Sequence[Begun], out: Path) -> list[Job]:
     return [Job(each, out / each.name, arm, seed) for each, _ in begun for arm, seed in each.runs()]
-
-
-def _refuse_runs_of_ranks(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        if (job.run / CHECKPOINTS).exists() and not job.finished:
-            raise UsageError(
-                "--out",
-                f"{job.run / CHECKPOINTS} is of a run under torchrun that is not finished. Go on there with torchrun, "
-                "on any number of processes (--nproc-per-node 1 is enough), or choose another folder.",
-            )
 
 
 def _begin(experiment: Experiment, corpus: Corpus, folder: Path, execution: Execution) -> Begun:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from benchmarks.experiment.experiment import Experiment
 from benchmarks.records.folders import CONFIG, run_folder
 from benchmarks.records.metrics import to_json
 from benchmarks.training.run import Run, Schedule
-
-_REPORT_SECONDS = 0.2
 
 
 def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
@@ -38,15 +35,7 @@ def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
     corpus = open_corpus(None if experiment.data.path is None else Path(experiment.data.path))
     run = Run(experiment, corpus, run_folder(folder, arm, seed), experiment.arm(arm), seed)
     _tell({"step": run.done})
-    told = time.monotonic()
-
-    def on_step(record: dict[str, Any]) -> None:
-        nonlocal told
-        if time.monotonic() - told > _REPORT_SECONDS or run.finished:
-            told = time.monotonic()
-            _tell(news(record))
-
-    run.train(on_step, stop.is_set, checkpoints)
+    run.train(lambda record: _tell(news(record)), stop.is_set, checkpoints)
     return 0 if run.finished else 1
 
 

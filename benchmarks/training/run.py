@@ -20,7 +20,7 @@ from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.data import Corpus
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records import atomic_files, metrics
-from benchmarks.records.folders import CHECKPOINT, METRICS, RESULT, Result
+from benchmarks.records.folders import CHECKPOINT, METRICS, RESULT
 from benchmarks.training.learner import Learner
 from benchmarks.training.probe import Probe
 from benchmarks.training.torch_learner import TorchLearner, autocast
@@ -147,7 +147,8 @@ class Run:
             self.save()
         self.store.finish()
         if self.finished and self.ranks.first:
-            self._write_result()
+            result = {"steps": self.done, "diverged": self.diverged, "final_val_loss": self.last["val_loss"]}
+            atomic_files.write_json(self.folder / RESULT, metrics.to_json(result | self._seconds | self.store.notes))
 
     def step(self) -> dict[str, Any]:
         """Take one update and, where it is due, validate after it; return its record (see `metrics`)."""
@@ -188,9 +189,12 @@ class Run:
         if self.ranks.first:
             self.log.sync()
         state = {"done": self.done, "last": metrics.to_json(self.last)}
-        seconds = {"wall_seconds": self.wall_seconds, "train_seconds": self.train_seconds}
-        self.store.save(self.learner, state | seconds)
+        self.store.save(self.learner, state | self._seconds)
         self.saved = self.done
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        return {"wall_seconds": self.wall_seconds, "train_seconds": self.train_seconds}
 
     def _resume(self) -> None:
         state = self.store.find()
@@ -201,16 +205,6 @@ class Run:
             self.last = metrics.from_json(state["last"])
             self.wall_seconds, self.train_seconds = state["wall_seconds"], state["train_seconds"]
         self.store.begin(self.done)
-
-    def _write_result(self) -> None:
-        result = Result(
-            steps=self.done,
-            diverged=self.diverged,
-            final_val_loss=self.last["val_loss"],
-            wall_seconds=self.wall_seconds,
-            train_seconds=self.train_seconds,
-        )
-        atomic_files.write_json(self.folder / RESULT, metrics.to_json(result | self.store.notes))
 
     def _validation_windows(self, index: int, rows: range | None = None) -> NDArray[np.int64]:
         size, length = self.arm.training.validation_batch_size, self.experiment.model.max_seq_len
