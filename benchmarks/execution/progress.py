@@ -21,11 +21,11 @@ class Progress:
     def __init__(self, *, total: int, done: int, shown: bool = True) -> None:
         terminal = sys.stderr.isatty()
         form = "{percentage:3.0f}% |{bar:20}| {n}/{total} steps [{elapsed}, {remaining} left] {desc}"
-        times = {} if terminal else {"mininterval": 15, "maxinterval": 15}
         self._shown, self._steps, self._news = shown, dict[str, int](), dict[str, str]()
         self._bar = tqdm(
-            total=total, disable=not shown, dynamic_ncols=True, bar_format=form + "\n" * (not terminal), **times
-        )
+            total=total, disable=not shown, dynamic_ncols=True, bar_format=form + "\n" * (not terminal),
+            mininterval=0.1 if terminal else 15, maxinterval=10 if terminal else 15,
+        )  # fmt: skip
         self._resume(done)
 
     def update(self, title: str, record: dict[str, Any]) -> None:

@@ -144,7 +144,8 @@ def _from_files(title: str, path: Path | None, root: Path, found: Sequence[Path]
     if not any(texts.values()):
         raise UsageError("--data", f"{path or root} holds no text.")
     if len(files) == 1:
-        return Corpus(title, path, "bytes", files, *_split(np.frombuffer(*texts.values(), np.uint8)))
+        (text,) = texts.values()
+        return Corpus(title, path, "bytes", files, *_split(np.frombuffer(text, np.uint8)))
     # A tenth of the names, at least one: those with the smallest SHA-256.
     ranked = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     held_out = set(ranked[: max(1, len(files) // VALIDATION_SHARE)])

@@ -51,7 +51,7 @@ class Map(NamedTuple):
 
     @property
     def marked(self) -> bool:
-        """Whether it marks what the clip rescaled."""
+        """True where it marks what the clip rescaled."""
         return bool(self.cells.clipped.any()) and self.height / len(self.cells.values) >= _LEGIBLE
 
 
