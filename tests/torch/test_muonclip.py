@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,11 @@ import torch
 from svd_oracle import svd_polynomial
 from tiny_attention import KINDS, WIDTH, TinyModel, dense_max_logits
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
 from muonclip.torch import MuonClip, QKClip
@@ -389,7 +395,6 @@ def test_a_step_without_any_observation_is_an_error_though_no_query_has_a_gradie
 
 
 def test_the_initialising_step_of_a_checkpoint_library_keeps_weights_and_observation():
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, optimizer = build(tau=0.1)
     model.loss(tokens(0))
@@ -418,6 +423,79 @@ def test_a_checkpoint_with_other_groups_is_refused():
     state["param_groups"] = state["param_groups"][::-1]
     with pytest.raises(ValueError, match="group 0 of the checkpoint is for 'adamw', of the optimizer for 'muon'"):
         build()[1].load_state_dict(state)
+
+
+class Resorted(nn.Module):
+    """A parameter that an earlier rule gave to Muon and one that it gave to AdamW: today the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.body = nn.Linear(8, 8, bias=False)
+        self.logits_dense = nn.Linear(8, 8, bias=False)
+        self.time_emb_proj = nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.logits_dense(self.time_emb_proj(self.norm(self.body(self.embed(x)))))
+
+
+def resorted(division=None):
+    torch.manual_seed(0)
+    model = Resorted()
+    named = dict(model.named_parameters())
+    groups = [dict(group, params=[(n, named[n]) for n in group["params"]]) for group in division or ()]
+    return model, MuonClip(groups or model, lr=0.01, qk_clip=None)
+
+
+def steps_of(model, optimizer, seeds):
+    for seed in seeds:
+        model(torch.randint(12, (2, 5), generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+EARLIER = [  # as many of each shape as today: by position every state would fit
+    dict(params=["body.weight", "logits_dense.weight"], use="muon"),
+    dict(params=["embed.weight", "time_emb_proj.weight"], use="adamw"),
+    dict(params=["norm.weight", "norm.bias"], use="adamw", weight_decay=0.0),
+]
+
+
+@pytest.mark.parametrize("how", ["torch", "dcp", "flat dcp", "without names"])
+def test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name(how):
+    model, optimizer = resorted(EARLIER)
+    steps_of(model, optimizer, range(2))
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flat dcp")
+    state = optimizer.state_dict() if how == "torch" else get_optimizer_state_dict(model, optimizer, options=options)
+    if how == "without names":
+        for group in state["param_groups"]:
+            del group["param_names"]
+    other, today = resorted()
+    last = [group["param_names"][-1] for group in today.param_groups[:2]]
+    assert last == ["time_emb_proj.weight", "logits_dense.weight"]
+    load = today.load_state_dict if how == "torch" else partial(set_optimizer_state_dict, other, today, options=options)
+    with pytest.raises(ValueError, match=r"'(logits_dense|time_emb_proj)\.weight' .*Nothing was loaded.*use='muon'"):
+        load(state) if how == "torch" else load(optim_state_dict=state)
+
+
+def test_a_checkpoint_that_sorted_a_parameter_otherwise_goes_on_with_its_own_groups():
+    model, optimizer = resorted(EARLIER)
+    steps_of(model, optimizer, range(2))
+    other, resumed = resorted(EARLIER)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (other, resumed)):
+        steps_of(*each, range(2, 4))
+    assert equal(other, model)
+
+
+def test_a_checkpoint_that_decayed_a_parameter_otherwise_is_refused_by_name():
+    decayed = dict(EARLIER[1], params=["norm.weight", "time_emb_proj.weight"])
+    _, earlier = resorted([EARLIER[0], decayed, dict(EARLIER[2], params=["embed.weight", "norm.bias"])])
+    _, today = resorted(EARLIER)
+    with pytest.raises(ValueError, match=r"'norm\.weight' is in group 1 .* in group 2 of the optimizer"):
+        today.load_state_dict(earlier.state_dict())
 
 
 def test_a_refused_group_adds_nothing():

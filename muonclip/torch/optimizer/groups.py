@@ -60,14 +60,46 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
     return groups
 
 
-def check_loadable(saved: Group, own: Group, index: int) -> None:
-    """Raise ValueError where a group of a checkpoint is for the other half of the optimizer."""
-    saved_use = saved.get("use", "adamw" if "betas" in saved else "muon")
-    if saved_use != own["use"]:
+def check_loadable(saved: Sequence[Group], own: Sequence[Group]) -> None:
+    """Raise ValueError where groups of a checkpoint hold other parameters than the optimizer's, as far as they say."""
+    for index, (theirs, ours) in enumerate(zip(saved, own, strict=False)):
+        if _use_of(theirs) != ours["use"]:
+            raise ValueError(
+                f"group {index} of the checkpoint is for {_use_of(theirs)!r}, of the optimizer for {ours['use']!r}; "
+                "build the optimizer with the groups it was saved with."
+            )
+    here = {name: index for index, group in enumerate(own) for name in group.get("param_names", ())}
+    for index, group in enumerate(saved):
+        if any(isinstance(key, str) for key in group["params"]):
+            continue  # torch.distributed.checkpoint has already given each parameter what was saved under its name
+        for name in group.get("param_names", ()):
+            other = here.get(name, index)
+            if other != index:
+                raise ValueError(
+                    f"{name!r} is in group {index} of the checkpoint, for {_use_of(group)!r}, and in group {other} of "
+                    f"the optimizer, for {own[other]['use']!r}. {_OTHER_GROUPS}"
+                )
+
+
+def check_state_of(use: str, name: str, state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a parameter has a state in a checkpoint, but not that of the rule that updates it here."""
+    needed = {"muon": "momentum_buffer", "adamw": "exp_avg"}[use]
+    if state and not isinstance(state.get(needed), Tensor):
         raise ValueError(
-            f"group {index} of the checkpoint is for {saved_use!r}, of the optimizer for {own['use']!r}; build the "
-            "optimizer with the groups it was saved with."
+            f"{name!r} has no {needed} in the checkpoint, which the optimizer needs to update it for {use!r}. "
+            f"{_OTHER_GROUPS}"
         )
+
+
+_OTHER_GROUPS = (
+    "Nothing was loaded. Build the optimizer with the groups of the checkpoint, "
+    "MuonClip([dict(params=[(name, parameter), …], use='muon'), dict(params=…, use='adamw'), …], …), to go on as "
+    "before, or load the weights alone and start its state anew."
+)
+
+
+def _use_of(saved: Group) -> str:
+    return saved.get("use", "adamw" if "betas" in saved else "muon")
 
 
 def check_parameters(groups: Iterable[Group]) -> None:

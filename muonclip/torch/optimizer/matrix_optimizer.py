@@ -16,7 +16,7 @@ from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, check_state, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
-from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, name_of
+from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, check_state_of, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
@@ -80,11 +80,12 @@ class MatrixOptimizer(Optimizer):
 
         States keep their precision: torch would cast a float32 buffer to the dtype of a bf16 parameter.
         """
+        check_loadable(state_dict["param_groups"], self.param_groups)
         for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-            check_loadable(saved, group, index)
             for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
                 name, state = name_of(group, index, position), state_dict["state"].get(key, {})
                 layout = self._layouts[index][position]
+                check_state_of(group["use"], name, state)
                 if layout is None:
                     for part, value in state.items():
                         check_state(name, part, value, parameter)
