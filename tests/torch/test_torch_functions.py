@@ -6,11 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muonclip.torch.discover import tracer
-from muonclip.torch.observe import eager
+from muonclip.torch.observe import score_rules
 from muonclip.torch.observe.torch_functions import bind, functions
 
 GROUPS = [
-    group for module in (eager, tracer) for name, group in vars(module).items() if name[0] == "_" and type(group) is set
+    group
+    for module in (score_rules, tracer)
+    for name, group in vars(module).items()
+    if name[0] == "_" and type(group) is set
 ]
 WATCHED = sorted({f for group in GROUPS for f in group} - {torch.einsum}, key=lambda f: (f.__name__, f.__qualname__))
 SQUARE = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -30,6 +33,14 @@ VALUES = {
     "dim": 0,
     "dtype": torch.float64,
     "tensors": [SQUARE, SQUARE],
+    "chunks": 2,
+    "sections": 2,
+    "split_size": 2,
+    "split_size_or_sections": 2,
+    "split_sizes": [1, 1],
+    "index": 1,
+    "start": 0,
+    "length": 2,
 }
 FOR = {
     "mm": dict(input=SQUARE[0], mat2=SQUARE[1]),
@@ -52,7 +63,7 @@ def test_keywords_and_positions_are_one_call(function):
     arguments = {name: values[name] for name in names}
     by_position = bind(function, list(arguments.values()), {})
     assert by_position == arguments
-    own = {"input": "a"} if function is torch.tensordot else {}
+    own = {torch.tensordot: {"input": "a"}, torch.split: {"input": "tensor"}}.get(function, {})
     keywords = {own.get(name, name): value for name, value in arguments.items()}
     assert bind(function, (), keywords) == arguments
     is_method = function.__qualname__.startswith("Tensor")

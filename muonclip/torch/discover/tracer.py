@@ -178,8 +178,12 @@ class AttentionTracer(ScoreTracker):
 
     # Attention
 
-    def place(self) -> object:
+    def running_modules(self) -> object:
         return list(self._running)
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        with torch.enable_grad():
+            super().follow(func, args, kwargs, result)
 
     def attention(self, call: AttentionCall) -> Any:
         """Record a call, make it, and return what it returned, or what looks like it."""
@@ -191,7 +195,7 @@ class AttentionTracer(ScoreTracker):
         if call.problem:
             call = replace(call, problem=f"its logits {call.problem} before the softmax")
         # Product and softmax may be in modules of their own: what runs both is what can be observed.
-        made, running = cast("list[tuple[str, int]]", call.place), self._running
+        made, running = cast("list[tuple[str, int]]", call.made_in), self._running
         self._record(call, [one for one, other in zip(made, running, strict=False) if one == other][-1])
 
     def _record(self, call: AttentionCall, where: tuple[str, int] | None = None) -> None:

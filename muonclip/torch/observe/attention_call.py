@@ -50,8 +50,8 @@ class AttentionCall:
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
     maxima [heads]. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
-    not matter. `problem`: what was not understood of the logits. `place`: where the product was made, of an attention
-    that is written out.
+    not matter. `problem`: what was not understood of the logits. `made_in`: the modules that were running when the
+    product was made, of an attention that is written out.
     """
 
     kernel: AttentionKernel
@@ -69,7 +69,7 @@ class AttentionCall:
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None
     run_in_trace: Callable[[], Any] | None = None
     problem: str = ""
-    place: object = None
+    made_in: object = None
 
     def heads_first(self, tensor: Tensor) -> Tensor:
         """Return `q`, `k` or `v` as [..., heads, T, d]."""
@@ -100,8 +100,8 @@ def broadcast_heads(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> tu
         return q, k, mask
     leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
     if mask is not None and mask.ndim > 2:
-        apart = mask.ndim - 2 > len(leading)  # [B, heads, Tq, Tk] for queries [B · heads, Tq, d]
-        in_front = (leading.numel() // heads, heads) if apart else leading
+        has_heads = mask.ndim - 2 > len(leading)  # [B, heads, Tq, Tk] for queries [B · heads, Tq, d]
+        in_front = (leading.numel() // heads, heads) if has_heads else leading
         mask = mask.expand(*in_front, *lengths).reshape(-1, heads, *lengths)
     q, k = (t.expand(*leading, *t.shape[-2:]).reshape(-1, heads, *t.shape[-2:]) for t in (q, k))
     return q, k, mask

@@ -18,28 +18,45 @@ _PARAMETERS: dict[str, str] = {
     **dict.fromkeys(("matmul", "__matmul__", "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), "other"),
     **dict.fromkeys(("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__", "rsub"), "other"),
     **dict.fromkeys(("sub", "sub_", "__sub__", "__isub__", "add", "add_", "__add__", "__radd__", "__iadd__"), "other"),
+    **dict.fromkeys(("multiply_", "divide_", "true_divide_", "subtract", "subtract_"), "other"),
     **dict.fromkeys(("bmm", "mm"), "mat2"),
     "addmm": "mat1 mat2",
-    "baddbmm": "batch1 batch2",
+    **dict.fromkeys(("baddbmm", "baddbmm_"), "batch1 batch2"),
     **dict.fromkeys(("masked_fill", "masked_fill_"), "mask value"),
     **dict.fromkeys(("max", "maximum"), "other"),
     "where": "condition other",  # as a method; the function has the condition in front
-    "clamp": "min max",
-    "clamp_min": "min",
+    **dict.fromkeys(("clamp", "clamp_"), "min max"),
+    **dict.fromkeys(("clamp_min", "clamp_min_"), "min"),
     **dict.fromkeys(("softmax", "log_softmax", "special_softmax"), "dim dtype"),
     "special_log_softmax": "dim",
     "linear": "weight bias",
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "weight bias"),
     "__setitem__": "index value",
+    "__getitem__": "index",
+    "chunk": "chunks dim",
+    "tensor_split": "sections dim",
+    "split_with_sizes": "split_sizes dim",
+    "unbind": "dim",
+    "select": "dim index",
+    "narrow": "dim start length",
 }  # behind `input`
 _OTHERWISE: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.where: ("condition", "input", "other"),
     torch.cat: ("tensors", "dim"),
     torch.concat: ("tensors", "dim"),
+    torch.concatenate: ("tensors", "dim"),
     F.bilinear: ("input1", "input2", "weight", "bias"),
     F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
 }
-_ALIASES = {"self": "input", "x": "input", "x1": "input", "a": "input", "x2": "other", "axis": "dim"}  # NumPy's names
+_ALIASES = {
+    "self": "input",
+    "x": "input",
+    "x1": "input",
+    "a": "input",
+    "tensor": "input",
+    "x2": "other",
+    "axis": "dim",
+}  # NumPy's names
 
 
 def functions(*names: str) -> set[Callable[..., Any]]:
