@@ -99,6 +99,19 @@ def test_a_part_that_is_called_by_itself(x):
     check(clip, model.b, x, before, 2.0, "b")
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_part_that_was_removed_and_is_called_by_itself_is_nobodys(known, x):
+    """Whether its name was known before or not."""
+    model = nn.ModuleDict({"attention": Attention(), "branch": Attention(), "head": nn.Linear(WIDTH, 3)})
+    expected = maxima(model["attention"], x)
+    clip = QKClip(model, tau=1.0)
+    outputs = [model["attention"](x)] if known else []
+    branch, head = model.pop("branch"), model.pop("head")
+    step(clip, *outputs, branch(x), head(x), model["attention"](x))
+    assert set(clip.projections) == {"attention"}
+    np.testing.assert_allclose(clip.report().layers["attention"].max_logits, expected, rtol=1e-5)
+
+
 def test_attention_that_appears_later_is_an_error_and_then_known(x):
     model = Branches()
     clip = QKClip(model, tau=2.0, observe="always")
@@ -487,6 +500,55 @@ def test_weight_norm_is_clipped_by_its_magnitude(x):
     step(clip, model(x))
     check(clip, model, x, before, 1.0, "")
     assert torch.equal(model.q.parametrizations.weight.original1, direction)
+
+
+class Gated(Attention):
+    """The queries are multiplied by a number, from a product with fewer axes than usual."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+        self.gate, self.vector = nn.Linear(WIDTH, HEAD), nn.Parameter(torch.randn(WIDTH))
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return q * self.product(x, self.gate.weight, self.vector).sigmoid().mean(), k, v
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, weight, vector: F.linear(x[0, 0], weight * vector),
+        lambda x, weight, vector: F.linear(x[0, 0], weight),
+        lambda x, weight, vector: F.linear(x, vector),
+        lambda x, weight, vector: F.linear(x, vector * vector),
+        lambda x, weight, vector: F.linear(x[0, 0], vector * vector),
+        lambda x, weight, vector: x @ vector,
+        lambda x, weight, vector: x @ weight.mT.expand(3, -1, -1),
+    ],
+)
+def test_products_with_fewer_axes_are_followed_as_well(product, x):
+    model = Gated(product)
+    before = maxima(model, x)
+    clip = QKClip(model, tau=0.5, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 0.5, "")
+
+
+class OneProduct(Attention):
+    """The queries come from a product of one axis."""
+
+    def heads(self, x):
+        q = F.linear(x[0, 0], self.q.weight * 2.0).view(1, HEADS, 1, HEAD)
+        return q, *super().heads(x)[1:]
+
+
+def test_a_query_of_one_axis_behind_a_computed_weight_is_clipped(x):
+    model = OneProduct()
+    before = maxima(model, x)
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    step(clip, model(x))
+    check(clip, model, x, before, 1.0, "")
 
 
 def test_modules_in_a_plain_list_are_refused_by_name(x):

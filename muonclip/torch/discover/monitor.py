@@ -153,10 +153,12 @@ class AttentionMonitor:
         self._running.modules += 1
         if self._running.modules > 1 or not torch.is_grad_enabled():
             return
+        name = self._name_of(module)
+        if name is None:
+            return
         self.on_forward()
         if module is self.model:
             of_thread.handlers.append(self._unclaimed)
-        name = self._name_of(module)
         if not self._is_to_be_traced(module, name):
             return
         self._traced[name] = self._traced.get(name, 0) + 1
@@ -181,10 +183,16 @@ class AttentionMonitor:
             return self._traced.get(name, 0) < (_MOST_TRACES if self._entries.modules else 1)
         return not self._traced.get(name) and not any(f"{site}.".startswith(f"{name}.") for site in self.sites)
 
-    def _name_of(self, module: nn.Module) -> str:
-        if module not in self._names:
+    def _name_of(self, module: nn.Module) -> str | None:
+        """Return the name of a module in the model; None where it was removed from the model since the hooks were put
+        on it."""
+        if module is self.model:
+            return ""
+        name = self._names.get(module)
+        if name is None or not _leads_to(self.model, name, module):
             self._names = {each: name for name, each in self.model.named_modules()}
-        return self._names[module]
+            name = self._names.get(module)
+        return name
 
     def _ask(self, inputs: Inputs, *, in_training: bool) -> Discovery:
         """Discover attentions; earlier traces are read again, since what attentions share may show itself late."""
@@ -248,6 +256,14 @@ class _Running(threading.local):
     """The number of modules of a model that the thread is inside of."""
 
     modules = 0
+
+
+def _leads_to(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Tell whether a name is still that of the module."""
+    try:
+        return model.get_submodule(name) is module
+    except AttributeError:
+        return False
 
 
 def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -> QKProjection:

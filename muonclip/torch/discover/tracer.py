@@ -146,10 +146,11 @@ class AttentionTracer(ScoreTracker):
                 x, weight, bias, axis = arguments["input"], arguments["other"], None, 1
             found, start = self._part_of(weight, axis)
             bias_found, bias_start = (None, start) if bias is None else self._part_of(bias, 0)
-            if found is not None and (bias is None or bias_found is not None) and start == bias_start:
+            is_matrix = weight.ndim == 2
+            if is_matrix and found is not None and (bias is None or bias_found is not None) and start == bias_start:
                 return Product(name, found, axis, bias_found, start)
-            if axis == 0:
-                few = x.detach().flatten(0, -2)[:64]
+            if is_matrix and axis == 0:
+                few = x.detach().reshape(-1, x.shape[-1])[:64]
                 return Product(name, recompute=lambda: F.linear(few, weight, bias), by_columns=True)
         return Product(name, recompute=lambda: func(*args, **kwargs))
 

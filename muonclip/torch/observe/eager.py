@@ -8,11 +8,12 @@ follow is a problem of the attention that comes of it, and never a reason to los
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,11 @@ from muonclip.torch.observe.torch_functions import bind
 __all__ = ["KERNEL", "ScoreTracker"]
 
 
-class _Tracked(NamedTuple):
-    tensor: weakref.ref[Tensor]
+class _Tracked(weakref.ref[Tensor]):
+    """A reference to a tensor with its score, and the id of the tensor, by which it is found."""
+
+    __slots__ = ("key", "score")
+    key: int
     score: Score
 
 
@@ -49,6 +53,7 @@ class ScoreTracker(TorchFunctionMode):
         super().__init__()
         self.on_attention = on_attention
         self._scores: dict[int, _Tracked] = {}  # by the id of their tensor, as long as that is there
+        self._forget = functools.partial(_forget, self._scores)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,9 +84,9 @@ class ScoreTracker(TorchFunctionMode):
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Record what became of a score, or a new one."""
         if func in PRODUCTS:
-            score = product(func, args, kwargs, result)
+            score = product(func, args, kwargs, result, self.running_modules())
             if score is not None:
-                self._track(result, replace(score, made_in=self.running_modules()))
+                self._track(result, score)
             return
         if not self._scores:
             return
@@ -125,10 +130,10 @@ class ScoreTracker(TorchFunctionMode):
         self._track(target, now)
         if before is None and target._base is not None and self._score_of(target._base) is None:
             self._track(target._base, now)
-        for reference, score in list(self._scores.values()):
-            other = reference()
+        for tracked in list(self._scores.values()):
+            other = tracked()
             if other is not None and other is not target and _share_memory(target, other):
-                self._track(other, _carried(target, before, now, other, score))
+                tracked.score = _carried(target, before, now, other, tracked.score)
 
     def _tracked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Score]]:
         """Return the scores among some arguments, those in lists of tensors included."""
@@ -144,8 +149,13 @@ class ScoreTracker(TorchFunctionMode):
         return None if tracked is None else tracked.score
 
     def _track(self, tensor: Tensor, score: Score) -> None:
-        key, scores = id(tensor), self._scores
-        scores[key] = _Tracked(weakref.ref(tensor, lambda _: scores.pop(key, None)), score)
+        tracked = _Tracked(tensor, self._forget)
+        tracked.key, tracked.score = id(tensor), score
+        self._scores[tracked.key] = tracked
+
+
+def _forget(scores: dict[int, _Tracked], tracked: _Tracked) -> None:
+    scores.pop(tracked.key, None)
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

@@ -157,34 +157,30 @@ class Score:
 
     def call(self, tensor: Tensor, dimension: int | None) -> AttentionCall:
         """Return the attention that a softmax of the tensor over a dimension is."""
-        logits = tensor.detach()
-        q, k, scale = self._queries_and_keys()
+        logits, first = tensor.detach(), self.blocks[0]
+        width = max([block.start + block.k.shape[-2] for block in self.blocks])
         problem = self.problem
-        width = max(block.start + block.k.shape[-2] for block in self.blocks)
-        fits = logits.shape[-2] == q.shape[-2] and logits.shape[-1] >= width
+        fits = logits.shape[-2] == first.q.shape[-2] and logits.shape[-1] >= width
         if dimension not in (-1, logits.ndim - 1) or not fits:
             problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
-        forbidden = None if problem else self.forbidden
-        allowed = [
-            _columns(logits, block) != -torch.inf
-            if forbidden is None
-            else (_columns(logits, block) != -torch.inf) & ~_columns(forbidden, block)
-            for block in self.blocks
-        ]
-        mask = allowed[0] if len(allowed) == 1 else torch.cat(allowed, -1)
-        if mask.shape[:-2] != q.shape[:-2]:  # after a reshape
+        allowed = logits != -torch.inf
+        if self.forbidden is not None and not problem:
+            allowed = allowed & ~self.forbidden
+        q, k, scale = first.q, first.k, first.scale
+        if len(self.blocks) > 1:
+            leading = torch.broadcast_shapes(*(block.k.shape[:-2] for block in self.blocks))
+            keys = [(block.k * block.scale).expand(*leading, *block.k.shape[-2:]) for block in self.blocks]
+            k, scale = torch.cat(keys, -2), 1.0
+            allowed = torch.cat([_columns(allowed, block) for block in self.blocks], -1)
+        elif allowed.shape[-1] != k.shape[-2]:
+            allowed = _columns(allowed, first)
+        if allowed.shape[:-2] != q.shape[:-2]:  # after a reshape
             leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-            if mask.shape[:-2].numel() == leading.numel():
-                mask = mask.reshape(*leading, *mask.shape[-2:])
-        return AttentionCall(KERNEL, _nothing, q, k, None, scale, attn_mask=mask, problem=problem, made_in=self.made_in)
-
-    def _queries_and_keys(self) -> tuple[Tensor, Tensor, float | Tensor]:
-        first, *others = self.blocks
-        if not others:
-            return first.q, first.k, first.scale
-        leading = torch.broadcast_shapes(*(block.k.shape[:-2] for block in self.blocks))
-        keys = [(block.k * block.scale).expand(*leading, *block.k.shape[-2:]) for block in self.blocks]
-        return first.q, torch.cat(keys, -2), 1.0
+            if allowed.shape[:-2].numel() == leading.numel():
+                allowed = allowed.reshape(*leading, *allowed.shape[-2:])
+        return AttentionCall(
+            KERNEL, _nothing, q, k, None, scale, attn_mask=allowed, problem=problem, made_in=self.made_in
+        )
 
 
 def joined(parts: Sequence[tuple[Tensor, Score | None]], dimension: int, result: Tensor) -> Score:
@@ -217,8 +213,6 @@ def joined(parts: Sequence[tuple[Tensor, Score | None]], dimension: int, result:
 
 
 def _columns(tensor: Tensor, block: Block) -> Tensor:
-    if tensor.shape[-1] == 1:  # of a mask, the same for all keys
-        return tensor
     return tensor[..., block.start : block.start + block.k.shape[-2]]
 
 

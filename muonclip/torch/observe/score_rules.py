@@ -71,19 +71,22 @@ OTHERS = _LINEAR | _LIKE
 """Functions whose result is not a score any more: a projection of it, or a new tensor of its shape."""
 
 
-def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Score | None:
-    """Return the score that a product is; None where it cannot be one of queries and keys."""
+def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, made_in: object) -> Score | None:
+    """Return the score that a product is; None where it cannot be one of queries and keys. `made_in`: of the score."""
     if func is torch.einsum:
         found = queries_and_keys(args)
-        return None if found is None else Score((Block(found[0], found[1], Pairs()),), problem=found[2])
+        return None if found is None else Score((Block(found[0], found[1], Pairs()),), made_in, problem=found[2])
     arguments = bind(func, args, kwargs)
     first, second = ("batch1", "batch2") if func in _BATCHED else ("input", "mat2" if "mat2" in arguments else "other")
     a, b = arguments[first], arguments[second]
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and min(a.ndim, b.ndim) >= 3):
         return None
     if func not in _BATCHED:
-        return Score((Block(a, b.mT, Pairs()),))
-    score, beta = Score((Block(a, b.mT, Pairs(), float(arguments.get("alpha", 1.0))),)), arguments.get("beta", 1)
+        return Score((Block(a, b.mT, Pairs()),), made_in)
+    score, beta = (
+        Score((Block(a, b.mT, Pairs(), float(arguments.get("alpha", 1.0))),), made_in),
+        arguments.get("beta", 1),
+    )
     if beta == 0:
         return score
     if arguments["input"] is result:
