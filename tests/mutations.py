@@ -623,14 +623,55 @@ MUTATIONS = (
     Mutation(
         "sum-of-two-products-read-as-one",  # 35
         "The logits of q·k + q·v are read from one of the products.",
-        "if func in _PLUS and len(scores) == 2 and",
-        "if func in _PLUS and len(scores) == 3 and",
+        "if not score.problem and not other.problem:",
+        "if False:",
         tests_of("torch/test_observation_edges.py", "test_ways_to_write_it_that_are_refused"),
+    ),
+    Mutation(
+        "sink-in-front-shifts-the-mask",
+        "A sink in front of the scores shifts their mask by a key.",
+        "block.start : block.start + block.k.shape[-2]",
+        "0 : block.k.shape[-2]",
+        tests_of("torch/test_written_out_attention.py", "test_a_sink_in_front_of_the_keys"),
+    ),
+    Mutation(
+        "mask-in-a-view-unseen",
+        "A mask that is filled into a part of the scores in place does not reach the whole.",
+        "tracked.score = _carried(target, before, now, other, tracked.score)",
+        "pass",
+        tests_of("torch/test_written_out_attention.py", "test_masks_written_in_place"),
+    ),
+    Mutation(
+        "one-softmax-ends-all-scores",
+        "The first softmax of a module ends the other scores, as of differential attention.",
+        "self.on_attention(score.call(tensor, dimension))",
+        "self.on_attention(score.call(tensor, dimension)), self._scores.clear()",
+        tests_of("torch/test_written_out_attention.py", "test_each_softmax_has_heads_of_its_own"),
+    ),
+    Mutation(
+        "parts-of-scores-lost",
+        "Scores that are divided before the softmax are lost.",
+        "for each, part in zip(results, divided(use, results), strict=True):",
+        "for each, part in ():",
+        tests_of(
+            "torch/test_written_out_attention.py",
+            "test_each_softmax_has_heads_of_its_own",
+            "test_parts_that_are_not_heads_are_refused_by_name",
+        ),
+    ),
+    Mutation(
+        "removed-module-is-a-keyerror",
+        "A module that left the model and is called by itself is looked up in it.",
+        "name = self._names.get(module)\n        return name",
+        "name = self._names[module]\n        return name",
+        tests_of(
+            "torch/test_observation_edges.py", "test_a_part_that_was_removed_and_is_called_by_itself_is_nobodys"
+        ),
     ),
     Mutation(
         "scale-of-written-scores-ignored",  # 12
         "The number that multiplies a product of queries and keys is not part of the scale.",
-        "return replace(score, scale=score.scale * factor if func in _TIMES else score.scale / factor)",
+        "return score.rescaled(lambda scale: scale * factor if times else scale / factor)",
         "return score",
         tests_of("torch/test_observation_edges.py", "test_other_ways_to_write_it"),
     ),
@@ -692,7 +733,7 @@ MUTATIONS = (
         "Finding the attention draws from the generators of the training.",
         "with torch.random.fork_rng(devices=devices):\n            yield",
         "yield",
-        tests_of("torch/test_observation.py", "test_a_rehearsal_leaves_no_trace"),
+        tests_of("torch/test_observation.py", "test_tracing_leaves_the_model_as_it_was"),
     ),
     # Muon: the iteration (core)
     Mutation(

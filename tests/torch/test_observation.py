@@ -135,7 +135,7 @@ def test_compiled_layers_share_their_code():
     np.testing.assert_allclose(observed(clip), expected, rtol=1e-5)
 
 
-def test_what_is_compiled_before_anything_was_seen_is_rehearsed_between_graphs_or_says_what_to_do():
+def test_what_is_compiled_before_anything_was_seen_is_traced_between_graphs_or_says_what_to_do():
     class ByName(Model):
         def forward(self, *, x):
             return super().forward(x)
@@ -462,7 +462,7 @@ class Watchful(Model):
         return super().forward(self.dropout(self.norm(x.mT).mT), mask)
 
 
-def test_a_rehearsal_leaves_no_trace():
+def test_tracing_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model, x = Watchful(), torch.randn(2, 9, WIDTH)
     twin, calls = copy.deepcopy(model), []
@@ -483,7 +483,7 @@ def test_a_rehearsal_leaves_no_trace():
     assert clip.projections
 
 
-def test_what_cannot_be_copied_does_not_hinder_a_rehearsal():
+def test_what_cannot_be_copied_does_not_hinder_a_trace():
     model, x = model_and_input()
     model.lock = threading.Lock()
     model.layers[0].locks = [threading.Lock()]
@@ -501,7 +501,7 @@ def _probed(model, x):
     return seen
 
 
-def test_a_forward_that_an_engine_replaced_is_not_rehearsed_but_what_it_calls():
+def test_a_forward_that_an_engine_replaced_is_not_traced_but_what_it_calls():
     model, x = model_and_input()
     expected = dense(model, x)
 

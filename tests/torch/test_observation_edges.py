@@ -208,7 +208,7 @@ class BatchThird(Attention):
 
 
 @pytest.mark.parametrize("kind", [HeadsFirst, BatchThird])
-def test_heads_that_stand_before_the_sequences_are_refused(kind, x):
+def test_heads_in_front_of_the_sequences_are_refused(kind, x):
     with pytest.raises(ValueError, match="its heads do not follow each other behind the sequences of the batch"):
         QKClip(kind(), example_inputs=x)
 

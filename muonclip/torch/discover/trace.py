@@ -98,7 +98,7 @@ def trace(
         kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
         return Trace(
             tracer.calls,
-            {key: place for key, place in paths.items() if key in kept},
+            {key: path for key, path in paths.items() if key in kept},
             {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
         )
 
