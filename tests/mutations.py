@@ -664,9 +664,7 @@ MUTATIONS = (
         "A module that left the model and is called by itself is looked up in it.",
         "name = self._names.get(module)\n        return name",
         "name = self._names[module]\n        return name",
-        tests_of(
-            "torch/test_observation_edges.py", "test_a_part_that_was_removed_and_is_called_by_itself_is_nobodys"
-        ),
+        tests_of("torch/test_observation_edges.py", "test_a_part_that_was_removed_and_is_called_by_itself_is_nobodys"),
     ),
     Mutation(
         "scale-of-written-scores-ignored",  # 12

@@ -13,6 +13,9 @@ from muonclip.torch import QKClip
 WIDTH, HEADS, HEAD, LENGTH, TAU = 20, 4, 6, 7, 0.5
 SCALE = HEAD**-0.5
 FORBIDDEN = ~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+CHECKERED = (
+    torch.arange(LENGTH)[:, None] + torch.arange(LENGTH)
+) % 2 == 0  # of which a shift allows all that it forbids
 
 
 class Attention(nn.Module):
@@ -89,8 +92,8 @@ def sink_of(scores, model):
     return model.sink.expand(len(scores), -1, scores.shape[-2], 1)
 
 
-def mask_of(columns_in_front=0, columns_behind=0):
-    return F.pad(FORBIDDEN, (columns_in_front, columns_behind))
+def mask_of(columns_in_front=0, columns_behind=0, mask=CHECKERED):
+    return F.pad(mask, (columns_in_front, columns_behind))
 
 
 def sink_in_front(q, k, v, model, fill=lambda s: s, mask=lambda s: s):
@@ -102,39 +105,39 @@ def sink_in_front(q, k, v, model, fill=lambda s: s, mask=lambda s: s):
 @pytest.mark.parametrize(
     ("fill", "mask"),
     [
-        (lambda s: s.masked_fill(FORBIDDEN, -1e4), lambda s: s),
+        (lambda s: s.masked_fill(CHECKERED, -1e4), lambda s: s),
         (lambda s: s, lambda s: s.masked_fill(mask_of(1), -1e4)),
         (lambda s: s, lambda s: s + torch.zeros(LENGTH, 1 + LENGTH).masked_fill(mask_of(1), -math.inf)),
         (  # of different widths
-            lambda s: s.masked_fill(FORBIDDEN & (torch.arange(LENGTH) < 4), -1e4),
+            lambda s: s.masked_fill(CHECKERED & (torch.arange(LENGTH) < 4), -1e4),
             lambda s: s.masked_fill(mask_of(1) & (torch.arange(1 + LENGTH) >= 5), -1e9),
         ),
         (
-            lambda s: s.masked_fill(FORBIDDEN, -1e4),
+            lambda s: s.masked_fill(CHECKERED, -1e4),
             lambda s: s + torch.zeros(3, 1, 1, 1),  # a mask that forbids nothing, of one column
         ),
     ],
 )
 def test_a_sink_in_front_of_the_keys(fill, mask, x):
-    check(lambda *heads: sink_in_front(*heads, fill, mask), x, FORBIDDEN)
+    check(lambda *heads: sink_in_front(*heads, fill, mask), x, CHECKERED)
 
 
 def sinks_on_both_sides(q, k, v, model):
-    scores = product(q, k).masked_fill(FORBIDDEN, -1e4)
+    scores = product(q, k).masked_fill(CHECKERED, -1e4)
     sink = sink_of(scores, model)
     scores = torch.cat((torch.cat([sink, sink, scores], dim=-1), sink), 3)
     return scores.masked_fill(mask_of(2, 1), -1e4).softmax(-1)[..., 2:-1] @ v
 
 
 def sink_behind(q, k, v, model):
-    scores = product(q, k).masked_fill(FORBIDDEN, -1e4)
+    scores = product(q, k).masked_fill(CHECKERED, -1e4)
     scores = torch.cat([scores, sink_of(scores, model)], -1)
     return (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
 
 
 @pytest.mark.parametrize("attend", [sinks_on_both_sides, sink_behind])
 def test_sinks_elsewhere(attend, x):
-    check(attend, x, FORBIDDEN)
+    check(attend, x, CHECKERED)
 
 
 # Writing in place, into a part of the scores or all
@@ -272,7 +275,7 @@ def memory(q, k, v, model):
 
 def memory_behind(q, k, v, model):
     """Products of other scales, masked behind the cat."""
-    scores = torch.cat([product(q, k), q @ model.m.mT], -1).masked_fill(mask_of(0, LENGTH), -1e4)
+    scores = torch.cat([product(q, k), q @ model.m.mT], -1).masked_fill(mask_of(0, LENGTH, FORBIDDEN), -1e4)
     return scores.softmax(-1) @ torch.cat([v, v], -2)
 
 
@@ -290,7 +293,7 @@ def memory_by_einsum(q, k, v, model):
     ],
 )
 def test_products_with_two_sets_of_keys_under_one_softmax(attend, keys, masked, scale, x):
-    forbidden = None if masked is None else mask_of(*masked)
+    forbidden = None if masked is None else mask_of(*masked, FORBIDDEN)
     check(attend, x, forbidden, scale, keys)
 
 
