@@ -295,7 +295,7 @@ def test_the_trials_are_those_of_the_log():
 
 def test_the_table_of_scaling_is_that_of_its_figures():
     figures = json.loads(SCALING.with_suffix(".json").read_text(encoding="utf-8"))
-    assert SCALING.read_text(encoding="utf-8") == scaling.table(figures) + "\n"
+    assert SCALING.read_text(encoding="utf-8") == scaling.table(figures)
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
 
 
