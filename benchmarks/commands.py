@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from dataclasses import replace
@@ -18,7 +19,6 @@ from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import HOT, OWN_RATE, PRESETS
 from benchmarks.training.run import Alone, Schedule
 from benchmarks.training.sharded_learner import Layout
-from benchmarks.training.timing import torch_threads
 from muonclip.models.parallel import Parallelism
 
 
@@ -78,55 +78,6 @@ def evidence(options: argparse.Namespace) -> None:
     run_evidence(PRESETS["cpu"].model(vocab_size=corpus.vocab_size), corpus, _execution(options))
 
 
-def clip_cost(options: argparse.Namespace) -> None:
-    """Time training steps with QK-Clip and without: see `benchmarks.studies.clip_cost`."""
-    from benchmarks.studies import clip_cost as study
-    from benchmarks.studies.clip_cost_page import read_clip_cost, write_into
-
-    written = options.out / f"{options.device}.json"
-    if options.page is not None:
-        write_into(options.page, written)
-        return
-    plan = study.QUICK if options.quick else study.PLANS[options.device]
-    with torch_threads(options.threads):
-        print(read_clip_cost(study.clip_cost(options.out, models=options.models, device=options.device, plan=plan)))
-    print(f"figures  {written}", file=sys.stderr)
-
-
-def optax_speed(options: argparse.Namespace) -> None:
-    """Time Muon's update in JAX and Optax's own: see `benchmarks.studies.optax_speed`."""
-    _check_jax("optax-speed")
-    from benchmarks.studies import optax_speed as study
-
-    print(study.optax_speed(options.out, options.rounds))
-
-
-def scaling(options: argparse.Namespace) -> None:
-    """Time training steps on more and more ranks: see `benchmarks.studies.scaling`."""
-    from benchmarks.studies import scaling as study
-
-    device = device_of(options)
-    plan = study.Plan(options.arms, options.preset, options.batch_size, options.rounds, options.data, device)
-    if options.ranks is not None:
-        study.measure_ranks(plan, options.ranks, options.out)
-    else:
-        print(study.scaling(plan, options.processes, options.out))
-
-
-def kill_trials(options: argparse.Namespace) -> None:
-    from benchmarks.studies import kill_trials as study
-
-    more = ["--async-checkpoints"] if options.async_checkpoints else []
-    study.kill_trials(options.out, options.trials, options.processes, options.arm, options.seed, *more)
-
-
-def ownership(options: argparse.Namespace) -> None:
-    """Draw the picture of docs/distributed.md: see `benchmarks.studies.ownership`."""
-    from benchmarks.studies.ownership import draw
-
-    draw(options.out)
-
-
 def report(options: argparse.Namespace) -> None:
     """Draw pictures and pages of finished runs: see `benchmarks.report.redraw`."""
     from benchmarks.report.redraw import redraw
@@ -134,8 +85,15 @@ def report(options: argparse.Namespace) -> None:
     redraw(options.folders, options.out, events=options.tensorboard)
 
 
-_FUNCTIONS = (explosion, reproduce, evidence, clip_cost, optax_speed, scaling, kill_trials, ownership, report)
-COMMANDS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
+def study(options: argparse.Namespace) -> None:
+    """Run the study of the command's name."""
+    if options.name == "optax-speed":
+        _check_jax("optax-speed")
+    importlib.import_module(f"benchmarks.studies.{options.name.replace('-', '_')}").run(options)
+
+
+COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
+COMMANDS |= dict.fromkeys(("clip-cost", "optax-speed", "scaling", "kill-trials", "ownership"), study)
 
 
 def device_of(options: argparse.Namespace) -> str:

@@ -13,8 +13,7 @@ from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, SETTINGS, Choice, cho
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Framework
 from benchmarks.report.redraw import COMPARISON
-from benchmarks.studies.clip_cost import PLANS
-from benchmarks.studies.clip_cost_models import MODELS
+from benchmarks.studies.clip_cost_bench import MODELS, PLANS
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models.config import Attention
 

@@ -1,94 +1,95 @@
-"""The cost of QK-Clip, end to end: whole training steps with it and without it, compared in one process.
+"""The cost of QK-Clip, end to end: `clip_cost_bench` measures it; here are the facts and, by a template, the tables.
 
-    ratio = seconds(forward, backward, AdamW, clip) / seconds(forward, backward, AdamW)
-
-of steps of one round, in one process, in changing order. AdamW, because Newton–Schulz would hide the attention; its
-rate is 0, so that every step starts from the same weights. The arms are copies of the modules that share one set of
-weights, gradients and optimizer state, and call the same attention kernel. One arm is that without the clip a second
-time: the ratio of these two shows how far the others can be trusted.
-
-`added` is the time inside `MaxLogits.observe` and `QKClip.step` over that of the rest of the step, from steps of their
-own. It leaves out what the calls of these two cost, and sees smaller differences than the ratio.
-
-Seconds are those of the clock on the wall; with a single thread they are the CPU's, which other programs disturb less.
+No number of the page is typed by hand: its tables are written between two marks.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
 import itertools
-import math
+import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks.execution.train import make_folder
-from benchmarks.experiment.errors import RunFailed, UsageError
+from benchmarks.experiment.errors import UsageError
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
-from benchmarks.records.intervals import CONFIDENCE, median_interval
-from benchmarks.studies.clip_cost_models import MODELS, VOCABULARY, build, loss
-from benchmarks.studies.host_time import host_time
-from benchmarks.training.timing import in_turn, seconds, wall_clock
-from muonclip.models.torch import Attention
-from muonclip.torch import QKClip
-from muonclip.torch.logits.max_logits import MaxLogits
+from benchmarks.records.intervals import CONFIDENCE
+from benchmarks.studies.clip_cost_bench import DTYPES, MODELS, PLANS, QUICK, REGIMES, TAU, Bench, Plan, build
+from benchmarks.studies.host_time import MATRICES, host_time
+from benchmarks.studies.templates import render
+from benchmarks.training.timing import torch_threads
 
-TAU = 100.0
-WITHOUT, AGAIN, NEEDED, ALWAYS = "without", "without, again", "needed", "always"
+Json = Mapping[str, Any]
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, or write what was measured into a page."""
+    written = options.out / f"{options.device}.json"
+    if options.page is not None:
+        write_into(options.page, written)
+        return
+    with torch_threads(options.threads):
+        result = _measure(
+            options.models, options.device, QUICK if options.quick else PLANS[options.device], options.out
+        )
+    atomic_files.write_json(written, result)
+    print(read_clip_cost(result))
+    print(f"figures  {written}", file=sys.stderr)
+
+
+def read_clip_cost(result: Json) -> str:
+    """Write the sections, one for each regime, from the object that `DEVICE.json` holds."""
+    regimes = {each.name: [cell for cell in result["cells"] if cell["regime"] == each.name] for each in REGIMES}
+    names = {"MODELS": MODELS, "DTYPES": DTYPES, "MATRICES": MATRICES}
+    return render("clip_cost.md", **result, **names, regimes=regimes, target_facts=target_facts, sources=_sources)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Sizes of the models and of the measurement."""
+class TargetFacts:
+    """A regime's rows against its target: the range of their ratios and of the added operations, and which miss it."""
 
-    width: int = 256
-    layers: int = 4
-    tokens: tuple[tuple[int, int], ...] = ((2, 512), (1, 2048))  # sequences per step, their length
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    rounds: int = 32
-    added_steps: int = 16
-    warm_up: int = 2
-
-
-PLANS = {"cpu": Plan(), "cuda": Plan(width=1536, tokens=((2, 4096),), dtypes=("bfloat16",))}
-QUICK = Plan(width=128, layers=2, tokens=((2, 32),), rounds=6, added_steps=2, warm_up=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """A case to measure, and what its heads must do.
-
-    `hot`: at weights with which every head exceeds τ. `exact`, `clipped`: all heads are, at every step; else none.
-    """
-
-    name: str
-    arm: str
-    hot: bool
-    exact: bool
-    clipped: bool
     target: float
+    ratios: tuple[float, float]
+    added: tuple[float, float]
+    rows: int
+    missed: tuple[str, ...]  # rows whose ratio is above the target, the worst first
+    surely: int  # of these, those whose whole interval is
 
 
-REGIMES = (
-    Regime("far below τ", NEEDED, hot=False, exact=False, clipped=False, target=1.01),
-    Regime("above τ", NEEDED, hot=True, exact=True, clipped=True, target=1.03),
-    Regime("always, diffuse heads", ALWAYS, hot=False, exact=True, clipped=False, target=1.15),
-)
+def target_facts(cells: Sequence[Json]) -> TargetFacts:
+    target, worst_first = cells[0]["target"], sorted(cells, key=lambda cell: -cell["ratio"]["median"])
+    ratios, added = ([cell[name]["median"] for cell in cells] for name in ("ratio", "added"))
+    over = [cell for cell in worst_first if cell["ratio"]["median"] > target]
+    surely = sum((cell["ratio"]["low"] or 0) > target for cell in over)
+    return TargetFacts(
+        target, (min(ratios), max(ratios)), (min(added), max(added)), len(cells), tuple(map(_name, over)), surely
+    )
 
 
-def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, plan: Plan) -> dict[str, Any]:
-    """Measure all cells; write `out`/DEVICE.json. Raises UsageError where device, transformers or `out` fail."""
+def write_into(page: Path, written: Path) -> None:
+    """Put the sections between the marks of the page. Raises UsageError without marks, or what is to be written."""
+    if not written.exists():
+        raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
+    sections = read_clip_cost(json.loads(written.read_text(encoding="utf-8")))
+    try:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+    except (OSError, ValueError) as error:
+        raise UsageError("--page", f"{page} does not have the lines {BEGIN} and {END}, once each.") from error
+    page.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
+
+
+def _measure(models: Sequence[str], device: str, plan: Plan, out: Path) -> dict[str, Any]:
+    """Measure all cells. Raises UsageError where device, transformers or `out` fail."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device", f"torch {torch.__version__} sees no CUDA device; --device cpu measures without.")
     for model in models:
@@ -97,145 +98,19 @@ def clip_cost(out: Path, *, models: Sequence[str] = tuple(MODELS), device: str, 
     cells: list[dict[str, Any]] = []
     for model, (batch, length), dtype in itertools.product(models, plan.tokens, plan.dtypes):
         for cell in Bench(model, batch, length, dtype, device, plan).measure():
-            print(_progress(cell), file=sys.stderr, flush=True)
+            figures = {name: round(cell[name]["median"], 4) for name in ("ratio", "control", "added")}
+            print(_name(cell), cell["regime"], figures, file=sys.stderr, flush=True)
             cells.append(cell)
     config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
     made_with = environment(device) | {"threads": torch.get_num_threads()}
-    result = {"config": config, "environment": made_with, "cells": cells, "host_us": host_time(plan.rounds)}
-    atomic_files.write_json(out / f"{device}.json", result)
-    return result
+    return {"config": config, "environment": made_with, "cells": cells, "host_us": host_time(plan.rounds)}
 
 
-class Bench:
-    """One model, length and dtype: the arms, and the weights that every step starts from."""
-
-    def __init__(self, model: str, batch: int, length: int, dtype: str, device: str, plan: Plan) -> None:
-        torch.manual_seed(0)
-        self.cell = {"model": model, "batch": batch, "length": length, "dtype": dtype}
-        self.dtype, self.device, self.plan = dtype, device, plan
-        base = build(model, width=plan.width, layers=plan.layers, length=length).to(device)
-        if model == "llama":
-            base = base.to(getattr(torch, dtype))
-        self.tokens = torch.randint(VOCABULARY, (batch, length + 1)).to(device)
-        self.optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-        copies = [copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(4)]
-        for module in (module for each in copies[:2] for module in each.modules() if isinstance(module, Attention)):
-            module.max_logits = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.models: dict[str, nn.Module] = dict(zip((WITHOUT, AGAIN, NEEDED, ALWAYS), copies, strict=True))
-        self.clips = {
-            NEEDED: QKClip(copies[2], tau=TAU, observe="needed"),
-            ALWAYS: QKClip(copies[3], tau=TAU, observe="always"),
-        }
-        self.saved: list[tuple[Tensor, Tensor]] = []  # weights that the clip scales, and what they begin with
-
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """Measure the cells, one for each regime."""
-        for hot in (False, True):
-            if hot:
-                self.inflate()
-            regimes = [regime for regime in REGIMES if regime.hot == hot]
-            times = {arm: np.array(values) for arm, values in self.rounds(regimes).items()}
-            ratios = {arm: median_interval((values / times[WITHOUT]).tolist()) for arm, values in times.items()}
-            for regime in regimes:
-                measured = {
-                    "regime": regime.name,
-                    "target": regime.target,
-                    "step_ms": 1e3 * float(np.median(times[WITHOUT])),
-                    "ratio": ratios[regime.arm],
-                    "control": ratios[AGAIN],
-                    "added": median_interval([self.added(regime) for _ in range(self.plan.added_steps)]),
-                    "sources": self.clips[regime.arm].sources(),
-                }
-                yield self.cell | measured | self.check(regime)
-
-    def rounds(self, regimes: Sequence[Regime]) -> dict[str, list[float]]:
-        """Return the seconds of a step by arm, one per round; every step of a regime's arm is checked."""
-
-        def checked(regime: Regime) -> float:
-            took = self.step(regime.arm)
-            self.check(regime)
-            return took
-
-        candidates = {arm: partial(self.step, arm) for arm in (WITHOUT, AGAIN)}
-        candidates |= {regime.arm: partial(checked, regime) for regime in regimes}
-        return in_turn(candidates, self.plan.rounds, self.plan.warm_up)
-
-    def step(self, arm: str) -> float:
-        """Return the seconds of one training step of an arm, from the weights that every step starts from."""
-        with torch.no_grad():
-            for weight, value in self.saved:
-                weight.copy_(value)
-        return seconds(partial(self._step, arm), self.now)
-
-    def _step(self, arm: str) -> None:
-        loss(self.models[arm], self.tokens, self.dtype).backward()
-        self.optimizer.step()
-        if arm in self.clips:
-            self.clips[arm].step()
-        self.optimizer.zero_grad()
-
-    def now(self) -> float:
-        if self.device == "cpu" and torch.get_num_threads() == 1:
-            return time.thread_time()
-        return wall_clock(self.device)
-
-    def added(self, regime: Regime) -> float:
-        """Return the seconds inside the clip's own functions over those of the rest of one step."""
-        with _clocked(self.now) as spent:
-            whole = self.step(regime.arm)
-        return sum(spent) / (whole - sum(spent))
-
-    def check(self, regime: Regime) -> dict[str, Any]:
-        """Return what the last step of the regime's arm reports. Raises RunFailed where that is not the regime's."""
-        report = self.clips[regime.arm].report()
-        exact = sum(int(layer.exact.sum()) for layer in report.layers.values())
-        found = {"heads": report.heads, "exact": exact, "clipped": report.clipped_heads}
-        if (exact, report.clipped_heads) != (report.heads * regime.exact, report.heads * regime.clipped):
-            raise RunFailed(f"{self.cell} is not {regime.name!r}: {found}\n{report}")
-        lowest = min(layer.bound.min().item() for layer in report.layers.values())
-        return found | {"lowest_bound": lowest, "highest_bound": report.bound}
-
-    def inflate(self) -> None:
-        """Scale the queries, layer by layer, until every head's maximum is well above τ; begin with these weights."""
-        clip = self.clips[ALWAYS]
-        for _ in range(10):
-            clip.tau = math.inf  # measures, never clips
-            self.step(ALWAYS)
-            clip.tau = TAU
-            lowest = {name: layer.max_logits.min().item() for name, layer in clip.report().layers.items()}
-            if min(lowest.values()) > 1.2 * TAU:
-                weights = {id(w): w for projection in clip.projections.values() for w in projection.qk_parameters()}
-                self.saved = [(weight, weight.detach().clone()) for weight in weights.values()]
-                return
-            for name, projection in clip.projections.items():
-                parts = (*projection.query, *projection.query_facing_shared)
-                with torch.no_grad():
-                    for weight in {id(weight): weight for rows in parts for weight, _ in rows.parameters()}.values():
-                        weight *= max(1.0, 1.5 * TAU / lowest[name])
-        raise RunFailed(f"{self.cell}: no weights were found with which every head is above {TAU:g}.")
+def _name(cell: Json) -> str:
+    return f"{MODELS[cell['model']]}, {cell['length']} tokens, {DTYPES[cell['model']][cell['dtype']]}"
 
 
-@contextmanager
-def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
-    """Measure the seconds of every call of the clip's own functions meanwhile."""
-    spent: list[float] = []
-
-    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begun = now()
-            result = function(*args, **kwargs)
-            spent.append(now() - begun)
-            return result
-
-        return call
-
-    observe, step = clocked(MaxLogits.observe), clocked(QKClip.step)
-    with mock.patch.object(MaxLogits, "observe", observe), mock.patch.object(QKClip, "step", step):
-        yield spent
-
-
-def _progress(cell: dict[str, Any]) -> str:
-    return (
-        f"{cell['model']}, {cell['length']} tokens, {cell['dtype']}, {cell['regime']}: {cell['step_ms']:.0f} ms, ratio "
-        f"{cell['ratio']['median']:.3f} (control {cell['control']['median']:.3f}), added {cell['added']['median']:.2%}"
-    )
+def _sources(cells: Sequence[Json]) -> list[tuple[str, str, int]]:
+    """Return model, source and the number of attentions that have it, once each."""
+    counted = [(cell["model"], *found) for cell in cells for found in Counter(cell["sources"].values()).items()]
+    return list(dict.fromkeys(counted))

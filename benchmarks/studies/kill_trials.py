@@ -16,6 +16,7 @@ with undisturbed, bit for bit: every record but its speed. After a line of the e
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -51,16 +52,16 @@ class Trial:
     files: int  # that the folder of the save must hold; 0: after the step, whatever is saved
 
 
-def kill_trials(out: Path, trials: int, processes: int, arm: str, seed: int, *more: str) -> None:
-    """Write the lines to `out` and print them. Raises RunFailed where a trial did not end as the undisturbed run."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+def run(options: argparse.Namespace) -> None:
+    """Write the lines and print them. Raises RunFailed where a trial did not end as the undisturbed run."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    more = ["--async-checkpoints"] if options.async_checkpoints else []
     equal = []
-    with tempfile.TemporaryDirectory() as scratch, out.open("w") as log:
-        log.write(json.dumps({"environment": environment()}) + "\n")
-        for line in lines(Path(scratch), trials, processes, arm, seed, *more):
+    with tempfile.TemporaryDirectory() as scratch, options.out.open("w", buffering=1) as log:
+        print(json.dumps({"environment": environment()}), file=log)
+        for line in lines(Path(scratch), options.trials, options.processes, options.arm, options.seed, *more):
             equal.append(line["equal"])
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            print(json.dumps(line), file=log)
             print(json.dumps(line), flush=True)
     told = f"{sum(equal)} of {len(equal)} trials ended as the undisturbed run, bit for bit."
     if not all(equal):

@@ -7,9 +7,9 @@ iterated by itself: what stacking is worth. The last row is the reference model'
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,9 +33,9 @@ MODEL, MODEL_SIZES = "reference MoE", dict[str, int]()  # the preset cpu
 Run = Callable[[], Any]
 
 
-def optax_speed(out: Path, rounds: int) -> str:
-    """Measure on JAX's default device. Writes `out`/DEVICE.json, and the table that it returns to `out`/DEVICE.md."""
-    device = jax.default_backend()
+def run(options: argparse.Namespace) -> None:
+    """Measure on JAX's default device. Writes DEVICE.json and, what it also prints, the table DEVICE.md."""
+    device, out, rounds = jax.default_backend(), options.out, options.rounds
     cases: list[dict[str, Any]] = []
     for count, m, n in SHAPES["cpu" if device == "cpu" else "gpu"]:
         cases.append(_case(f"{count} × {m}×{n}" if count > 1 else f"{m}×{n}", _matrices(count, m, n), rounds))
@@ -44,9 +44,8 @@ def optax_speed(out: Path, rounds: int) -> str:
     result = {"environment": environment() | versions, "rounds": rounds, "cases": cases}
     out.mkdir(parents=True, exist_ok=True)
     atomic_files.write_json(out / f"{device}.json", result)
-    table = read_optax_speed(result)
-    atomic_files.write_text(out / f"{device}.md", table)
-    return table
+    atomic_files.write_text(out / f"{device}.md", table := read_optax_speed(result))
+    print(table)
 
 
 def read_optax_speed(result: dict[str, Any]) -> str:

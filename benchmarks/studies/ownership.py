@@ -5,9 +5,9 @@ python -m benchmarks ownership --out docs/who-owns-what.png
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -45,46 +45,40 @@ WAYS = (
 )
 
 
-def draw(out: Path) -> None:
+def run(options: argparse.Namespace) -> None:
     """Draw the second layer of the small reference model, an expert layer."""
     figure = Figure(figsize=(11, 9), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(WAYS))
     for column, way in enumerate(WAYS):
-        distribution = plan(_layer(way))
-        _draw(axes[0, column], distribution, at_rest=True)
-        _draw(axes[1, column], distribution, at_rest=False)
+        planned = plan(_layer(way))
+        _draw(axes[0, column], planned, at_rest=True)
+        _draw(axes[1, column], planned, at_rest=False)
         first = " (the first replica)" if len(way.mesh.shape) > 1 else ""
         axes[0, column].set_title(f"{way.title}\nwhere it is stored{first}", fontsize=11)
         axes[1, column].set_title("who iterates it", fontsize=11)
     legend = [Patch(facecolor=colour, label=f"rank {rank}") for rank, colour in enumerate(COLOURS)]
     legend.append(Patch(facecolor=SHARED, label="every replica"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
-    figure.savefig(out)
+    figure.savefig(options.out)
 
 
 def _layer(way: Way) -> list[PlacedParameter]:
     with torch.device("meta"):
-        layer = MoE(MoEConfig.cpu()).layers[1]
-    iteration = NewtonSchulzConfig(torch.bfloat16, "jordan", None)
-    return [
-        PlacedParameter(
-            line.name,
-            line.shape,
-            line.layout,
-            iteration,
-            way.mesh,
-            way.experts if isinstance(line.layout, MatrixLayout) and line.layout.batch_ndim else way.dense,
-        )
-        for line in plan_module(layer, {}, per_head=False)
-        if line.layout is not None
-    ]
+        lines = plan_module(MoE(MoEConfig.cpu()).layers[1], {}, per_head=False)
+    iteration, placed = NewtonSchulzConfig(torch.bfloat16, "jordan", None), []
+    for line in lines:
+        if line.layout is not None:
+            stacked = isinstance(line.layout, MatrixLayout) and line.layout.batch_ndim
+            placements = way.experts if stacked else way.dense
+            placed.append(PlacedParameter(line.name, line.shape, line.layout, iteration, way.mesh, placements))
+    return placed
 
 
-def _draw(axes: Axes, distribution: UpdatePlan, *, at_rest: bool) -> None:
+def _draw(axes: Axes, planned: UpdatePlan, *, at_rest: bool) -> None:
     """Draw every matrix as a rectangle of its shape, in lines; its rows in the colours of the ranks that have them."""
     x = y = highest = 0.0
-    owners = distribution.owners()
-    for parameter in distribution.parameters:
+    owners = planned.owners()
+    for parameter in planned.parameters:
         matrices = list(_matrices(parameter))
         for (fan_out, fan_in, bands), owner in zip(matrices, owners[parameter.name], strict=True):
             if x + fan_in > _WIDTH:

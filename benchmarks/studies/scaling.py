@@ -11,12 +11,12 @@ the gradient's norm, update), and of the optimizer's step with the clip and the 
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ import torch
 
 from benchmarks.execution.processes import start
 from benchmarks.execution.ranks import Ranks
-from benchmarks.experiment.arms import Choice
 from benchmarks.experiment.data import Corpus, open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment
@@ -45,69 +44,54 @@ MOST = "MUONCLIP_SCALING_MOST"  # environment: the largest number of processes, 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    arms: tuple[Choice, ...]
-    preset: str
-    batch_size: int  # windows per rank
-    rounds: int
-    data: Path | None
-    device: str
-
-    def words(self, out: Path) -> list[str]:
-        """Write the same settings as words of the command line."""
-        arms = ",".join(choice.name for choice in self.arms)
-        words = ["--arms", arms, "--preset", self.preset, "--batch", str(self.batch_size), "--rounds", str(self.rounds)]
-        data = [] if self.data is None else ["--data", str(self.data)]
-        return [*words, "--device", self.device, "--out", str(out), *data]
-
-
-def scaling(plan: Plan, processes: Sequence[int], out: Path) -> str:
-    """Start torchrun for each number, write `out`/scaling.json and scaling.md, return the table."""
+def run(options: argparse.Namespace) -> None:
+    """Start torchrun for each number and write scaling.json and scaling.md; or measure as one of its ranks."""
+    device = options.device or PRESETS[options.preset].device
+    if options.ranks is not None:
+        _measure_ranks(options, device, options.ranks)
+        return
+    out, arms = options.out, ",".join(choice.name for choice in options.arms)
+    words = ["--arms", arms, "--preset", options.preset, "--batch", options.batch_size, "--rounds", options.rounds]
+    words += ["--device", device, "--out", out, *([] if options.data is None else ["--data", options.data])]
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for count in processes:
-        most = {MOST: str(max(processes))}
-        status = start("benchmarks", "scaling", *plan.words(out), ranks=count, variables=most).wait()
+    for count in options.processes:
+        most = {MOST: str(max(options.processes))}
+        status = start("benchmarks", "scaling", *map(str, words), ranks=count, variables=most).wait()
         if status:
             raise UsageError("--processes", f"{count} ended with status {status}; it said why above.")
         part = out / f"ranks-{count}.json"
         rows += json.loads(part.read_text())["rows"]
         part.unlink()
-    result = {"environment": environment(plan.device), "notes": notes(processes, plan.device)}
+    result = {"environment": environment(device), "notes": notes(options.processes, device)}
     result["rows"] = with_efficiency(rows)
     atomic_files.write_json(out / "scaling.json", result)
-    text = table(result)
-    atomic_files.write_text(out / "scaling.md", text)
-    return text
+    atomic_files.write_text(out / "scaling.md", text := table(result))
+    print(text)
 
 
-def measure_ranks(plan: Plan, ranks: Ranks, out: Path) -> None:
-    """Measure both cases under torchrun, at this number of ranks, into `out`/ranks-N.json."""
-    corpus = open_corpus(plan.data)
-    if plan.device == "cpu":
+def _measure_ranks(options: argparse.Namespace, device: str, ranks: Ranks) -> None:
+    """Measure both cases at this number of ranks, into ranks-N.json."""
+    corpus = open_corpus(options.data)
+    if device == "cpu":
         torch.set_num_threads(1)
-    total = plan.batch_size * max(int(os.environ.get(MOST, "0")), ranks.size)
+    least, most = options.batch_size * ranks.size, options.batch_size * max(int(os.environ.get(MOST, "0")), ranks.size)
     rows: list[Row] = []
-    for choice in plan.arms:
-        for case, windows in {"weak": plan.batch_size * ranks.size, "strong": total}.items():
-            measured = _measure(_experiment(plan, choice, windows, corpus), corpus, ranks, plan.rounds)
-            rows.append({"arm": choice.name, "case": case, "processes": ranks.size, "windows": windows} | measured)
+    for choice, (case, windows) in itertools.product(options.arms, {"weak": least, "strong": most}.items()):
+        preset = PRESETS[options.preset]
+        model, shared = preset.model(vocab_size=corpus.vocab_size), preset.training
+        training = Training(steps=10**6, batch_size=windows, lr=shared.lr, tau=shared.tau, warmup_steps=100)
+        narrow = Precision("bfloat16", "bfloat16") if device == "cuda" else Precision()
+        own = {"name": "", "title": "Scaling", "chosen": (choice,), "seeds": (0,), "device": device}
+        experiment = Experiment.on(corpus, model=model, training=training, precision=narrow, **own)
+        measured = _measure(experiment, corpus, ranks, options.rounds)
+        rows.append({"arm": choice.name, "case": case, "processes": ranks.size, "windows": windows} | measured)
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        result = {"environment": environment(plan.device), "notes": notes([ranks.size], plan.device), "rows": rows}
-        atomic_files.write_json(out / f"ranks-{ranks.size}.json", result)
+        options.out.mkdir(parents=True, exist_ok=True)
+        result = {"environment": environment(device), "notes": notes([ranks.size], device), "rows": rows}
+        atomic_files.write_json(options.out / f"ranks-{ranks.size}.json", result)
         if MOST not in os.environ:
             print(table(result))
-
-
-def _experiment(plan: Plan, choice: Choice, windows: int, corpus: Corpus) -> Experiment:
-    preset = PRESETS[plan.preset]
-    model, shared = preset.model(vocab_size=corpus.vocab_size), preset.training
-    training = Training(steps=10**6, batch_size=windows, lr=shared.lr, tau=shared.tau, warmup_steps=100)
-    own = {"name": "", "title": "Scaling", "chosen": (choice,), "seeds": (0,), "device": plan.device}
-    narrow = Precision("bfloat16", "bfloat16") if plan.device == "cuda" else Precision()
-    return Experiment.on(corpus, model=model, training=training, precision=narrow, **own)
 
 
 def _measure(experiment: Experiment, corpus: Corpus, ranks: Ranks, rounds: int) -> Row:
