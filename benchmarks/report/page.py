@@ -49,7 +49,7 @@ _LAYOUT: dict[str, Any] = {
 _LOOKS: dict[str, dict[str, Any]] = {
     "seed": {"mode": "lines", "line_width": 1, "opacity": 0.45, "hoverinfo": "skip"},
     "mean": {"mode": "lines", "line_width": 2.4, "hovertemplate": "%{y:.4~g}"},
-    "marks": {"mode": "markers", "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1}}, "hoverinfo": "skip"},
+    "marks": {"mode": "markers", "marker": {"symbol": "x-thin", "size": 6}, "hoverinfo": "skip"},
 }
 
 
@@ -61,28 +61,20 @@ def write(results: Sequence[Results], path: Path, *, title: str | None = None) -
 
 def page(results: Sequence[Results], *, title: str | None = None) -> str:
     """Make the page as text."""
-    several, arms, top = len(results) > 1, _all_arms(results), top_of_logits(results)
-    made = [{chart.title: chart for chart in charts(result, top)} for result in results]
-    grid: list[dict[str, Any] | None] = []  # a row per chart; None leaves a place empty
+    arms, top, several = _all_arms(results), top_of_logits(results), len(results) > 1
     columns = len(results) if len(results) in (2, 3) else 2 if len(results) in (1, 4) else 3
-    for name in dict.fromkeys(name for of in made for name in of):
-        for result, of in zip(results, made, strict=True):
-            grid.append(None)
-            if name in of:
-                figure = _lines(of[name], result.experiment.steps, arms)
-                where = result.experiment.title if several else ""
-                grid[-1] = {"where": where, "title": name, "note": of[name].note, "figure": figure}
-        grid += [None] * (-len(results) % columns if several else 0)
+    experiments = [_experiment(result, arms, top) for result in results]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
         title=title or " · ".join(dict.fromkeys(result.experiment.title for result in results)),
         subjects=list(dict.fromkeys(result.experiment.subject for result in results)),
         compared=[setting_rows(results), shared_rows(results)] if several else [],
-        experiments=[_experiment(result, arms, top) for result in results],
+        experiments=experiments,
         arms=[(arm, _caption(results, arm)) for arm in arms.values()],
-        grid=grid,
+        quantities=dict.fromkeys(title for each in experiments for title in each["charts"]),
         columns=columns,
+        empty=-len(results) % columns if several else 0,  # places of a row of charts
         seeds=list(dict.fromkeys(str(seed) for r in results for runs in r.records.values() for seed in runs)),
         plotly=get_plotlyjs(),
     )
@@ -100,7 +92,9 @@ def _experiment(results: Results, arms: Mapping[str, Arm], top: float) -> dict[s
     framework = {"framework": FRAMEWORKS[experiment.framework]}  # by the name people know, as the first line
     settings = framework | flat(results.environment) | flat(experiment.to_json()) | framework
     return {
+        "title": experiment.title,
         "heading": experiment.heading,
+        "charts": {chart.title: _lines(chart, experiment.steps, arms) for chart in charts(results, top)},
         "verdicts": [logit_rows(facts), effect_rows(clip_facts(results))],
         "runs": runs_table(results),
         "notes": [*model_notes(results), *diverged, *missing],
@@ -124,7 +118,7 @@ def _caption(results: Sequence[Results], arm: Arm) -> str:
     return captions.pop() if len(captions) == 1 else arm.label
 
 
-def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> go.Figure:
+def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> dict[str, Any]:
     figure = go.Figure(layout=_LAYOUT).update_xaxes(range=[0, steps])
     for line in chart.lines:
         arm, look = arms[line.arm], _LOOKS[line.kind]
@@ -133,9 +127,15 @@ def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> go.Figure:
             look = {**look, "mode": "markers", "marker_size": 3 * look["line_width"]}
         elif line.dashed:
             look = {**look, "line_dash": "6px,6px"}
-        colours = {"line_color": arm.colour, "marker_color": arm.colour, "marker_line_color": arm.colour}
+        colours = dict.fromkeys(("line_color", "marker_color", "marker_line_color"), arm.colour)
         figure.add_scatter(
-            x=x.astype(int).tolist(), y=_rounded(y), name=arm.label, meta={"arm": line.arm}, **look, **colours
+            x=x.astype(int).tolist(),
+            y=_rounded(y),
+            name=arm.label,
+            meta={"arm": line.arm},
+            marker_line_width=1,
+            **look,
+            **colours,
         )
     at = math.log10 if chart.log else float
     for tau in chart.taus:
@@ -147,7 +147,8 @@ def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> go.Figure:
     if chart.log:
         figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     few = len({line.arm for line in chart.lines}) <= 8
-    return figure.update_layout(hovermode="x unified" if few else "closest")
+    figure.update_layout(hovermode="x unified" if few else "closest")
+    return {"title": chart.title, "note": chart.note, "figure": figure}
 
 
 def _map(results: Results, arm: Arm, label: str, top: float) -> dict[str, Any]:

@@ -36,13 +36,6 @@ class State(NamedTuple):
     optimizer: optax.OptState
 
 
-class Measured(NamedTuple):
-    loss: Array
-    grad_norm: Array  # before clipping
-    max_logits: dict[str, Array]
-    clipped_heads: Array
-
-
 class JaxLearner(Learner):
     """`now` is the state after the last step; a step uses its arrays up."""
 
@@ -61,13 +54,9 @@ class JaxLearner(Learner):
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
         tau = self.arm.tau(done)
         self.now, measured = self.compiled(self.now, windows.astype(np.int32), np.float32(lr), np.float32(tau))
-        record: dict[str, Any] = {"loss": measured.loss.item(), "grad_norm": measured.grad_norm.item()}
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
-            return record | {"max_logits": {}, "clipped_heads": 0}
-        return record | {
-            "max_logits": {name: maxima.tolist() for name, maxima in measured.max_logits.items()},
-            "clipped_heads": measured.clipped_heads.item(),
-        }
+        record = jax.tree.map(lambda array: array.tolist(), measured)
+        finite = math.isfinite(record["loss"] + record["grad_norm"])
+        return record if finite else record | {"max_logits": {}, "clipped_heads": 0}
 
     def loss(self, windows: Windows) -> float:
         return self._validation_loss(self.now.params, self.now.buffers, windows.astype(np.int32)).item()
@@ -112,7 +101,8 @@ def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationE
     return optax.chain(optax.clip_by_global_norm(training.grad_clip), update)
 
 
-def _step(arm: Arm, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, Measured]:
+def _step(arm: Arm, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, dict[str, Any]]:
+    """Return the state after the step, and the step's part of the record: its norm is that before clipping."""
     (loss, aux), gradients = jax.value_and_grad(models.loss, has_aux=True)(
         state.params, state.buffers, windows[:, :-1], windows[:, 1:], arm.model
     )
@@ -123,7 +113,7 @@ def _step(arm: Arm, state: State, windows: Array, lr: Array, tau: Array) -> tupl
     params: Any = optax.apply_updates(state.params, updates)
     state = State(params, models.balance(state.buffers, aux.loads, arm.model), optimizer)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
-    return state, Measured(loss, norm, aux.max_logits, jnp.asarray(clipped))
+    return state, {"loss": loss, "grad_norm": norm, "max_logits": aux.max_logits, "clipped_heads": jnp.asarray(clipped)}
 
 
 def _loss(arm: Arm, params: models.Params, buffers: models.Buffers, windows: Array) -> Array:
