@@ -25,11 +25,6 @@ def rows_of(cells: Sequence[Mapping[str, str]]) -> Rows:
     return [list(head) for head in cells[:1]] + [list(row.values()) for row in cells]
 
 
-def markdown(rows: Rows) -> str:
-    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, f"|{'---|' * len(rows[0])}", *rest])
-
-
 def runs_table(results: Results) -> Rows:
     """Make a row per finished run; bits are per byte, per token for token ids."""
     unit = results.experiment.data.unit.replace("bits per ", "bits/")

@@ -18,8 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.experiment.errors import RunFailed, UsageError
 from benchmarks.records.intervals import median_interval
-from benchmarks.training.timing import in_turn, seconds, wall_clock
+from benchmarks.training.timing import clocked, in_turn, seconds, wall_clock
 from muonclip.models import MoEConfig
 from muonclip.models.torch import Attention, MoE
 from muonclip.torch import QKClip
@@ -162,7 +161,9 @@ class Bench:
 
     def added(self, regime: Regime) -> float:
         """Return the seconds inside the clip's own functions over those of the rest of one step."""
-        with _clocked(self.now) as spent:
+        spent: list[float] = []
+        observe, step = (clocked(each, spent.append, self.now) for each in (MaxLogits.observe, QKClip.step))
+        with mock.patch.object(MaxLogits, "observe", observe), mock.patch.object(QKClip, "step", step):
             whole = self.step(regime.arm)
         return sum(spent) / (whole - sum(spent))
 
@@ -194,25 +195,6 @@ class Bench:
                     for weight in {id(weight): weight for rows in parts for weight, _ in rows.parameters()}.values():
                         weight *= max(1.0, 1.5 * TAU / lowest[name])
         raise RunFailed(f"{self.cell}: no weights were found with which every head is above {TAU:g}.")
-
-
-@contextmanager
-def _clocked(now: Callable[[], float]) -> Iterator[list[float]]:
-    """Measure the seconds of every call of the clip's own functions meanwhile."""
-    spent: list[float] = []
-
-    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begun = now()
-            result = function(*args, **kwargs)
-            spent.append(now() - begun)
-            return result
-
-        return call
-
-    observe, step = clocked(MaxLogits.observe), clocked(QKClip.step)
-    with mock.patch.object(MaxLogits, "observe", observe), mock.patch.object(QKClip, "step", step):
-        yield spent
 
 
 def build(name: str, *, width: int, layers: int, length: int) -> nn.Module:

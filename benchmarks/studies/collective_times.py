@@ -35,10 +35,6 @@ class CollectiveTimes:
     blocked: float = 0.0
     intervals: list[list[float]] = field(default_factory=list)  # issue, completion; infinity until then
 
-    def clear(self) -> None:
-        self.blocked = 0.0
-        self.intervals.clear()
-
     @property
     def in_flight(self) -> float:
         """The length of the union of the intervals, in seconds."""

@@ -76,31 +76,29 @@ def lines(scratch: Path, trials: int, processes: int, arm: str, seed: int, *more
     finish(start(scratch, reference, processes, arm, *more))
     expected = records(reference, arm)
     for number in range(trials):
-        during_save = number % 3 == 2
-        step = draws.randrange(EVERY, STEPS + 1, EVERY) if during_save else draws.randrange(1, STEPS)
-        files = draws.randint(1, processes + 1) if during_save else 0
+        saving = number % 3 == 2
+        step = draws.randrange(EVERY, STEPS + 1, EVERY) if saving else draws.randrange(1, STEPS)
+        files = draws.randint(1, processes + 1) if saving else 0
         trial = Trial(draws.randrange(processes), step, files)
         begun, out = time.monotonic(), scratch / str(number)
+        line = {"trial": number, "arm": arm, "processes": processes, "rank": trial.rank}
+        line |= {"what": "during save" if saving else "after step", "step": step}
+        failure: dict[str, str] = {}
         process = start(scratch, out, processes, arm, *more)
-        told, failure = {}, {}
         try:
-            told = kill_at(trial, out, process, arm)
+            line |= kill_at(trial, out, process, arm)
             finish(process)
-        except subprocess.TimeoutExpired as error:
-            failure = {"failure": f"not done {error.timeout:g} s after the kill"}
         except RunFailed as error:
             failure = {"failure": str(error)}
         finally:
             kill_session(process)
         seen = records(out, arm)
-        starts = [json.loads(line) for line in (run_folder(out, arm, 0) / STARTS).read_text().splitlines()]
-        line = {"trial": number, "arm": arm, "processes": processes, "rank": trial.rank}
-        line |= {"what": "during save" if during_save else "after step", "step": trial.step, **told}
+        starts = [json.loads(start) for start in (run_folder(out, arm, 0) / STARTS).read_text().splitlines()]
         line |= {"restarts": starts[-1]["restart"]}
         line |= {"resumed_from": [start["resumed_from"] for start in starts if start["restart"]]}
         line |= {"final_loss": seen[-1]["loss"], "val_loss": seen[-1].get("val_loss")}
-        equal = not failure and seen == expected
-        yield line | {"equal": equal, "seconds": round(time.monotonic() - begun, 1), **failure}
+        line |= {"equal": not failure and seen == expected, "seconds": round(time.monotonic() - begun, 1)}
+        yield line | failure
 
 
 def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> subprocess.Popen[str]:
@@ -119,8 +117,12 @@ def start(scratch: Path, out: Path, processes: int, arm: str, *more: str) -> sub
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Wait for the end. Raises RunFailed where torchrun fails."""
-    if status := process.wait(PATIENCE):
+    """Wait for the end. Raises RunFailed where torchrun fails or does not end."""
+    try:
+        status = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(f"not done {PATIENCE:g} s after the kill") from error
+    if status:
         raise RunFailed(f"torchrun ended with status {status}")
 
 

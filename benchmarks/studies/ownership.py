@@ -6,16 +6,15 @@ python -m benchmarks ownership --out docs/who-owns-what.png
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from muonclip.core import MatrixLayout
 from muonclip.models import MoEConfig
 from muonclip.models.torch import MoE
 from muonclip.torch.distributed import Mesh, NewtonSchulzConfig, PlacedParameter, UpdatePlan, plan
@@ -27,51 +26,32 @@ SHARED = "#D9D9D9"
 _WIDTH, _GAP = 620.0, 10.0  # of a row of matrices, in columns of a matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way of sharding over four ranks: of dense parameters, and of stacks of experts."""
-
-    title: str
-    mesh: Mesh
-    dense: tuple[Placement, ...]
-    experts: tuple[Placement, ...]
-
-
-RANKS = (0, 1, 2, 3)
-WAYS = (
-    Way("DDP, 4 replicas", Mesh((4,), RANKS), (Replicate(),), (Replicate(),)),
-    Way("FSDP2, 4 shards", Mesh((4,), RANKS), (Shard(0),), (Shard(0),)),
-    Way("HSDP, 2 replicas × 2 shards", Mesh((2, 2), RANKS), (Replicate(), Shard(0)), (Replicate(), Shard(0))),
-)
+WAYS = {  # of sharding over four ranks: the shape of the mesh, and how parameters are placed along it
+    "DDP, 4 replicas": ((4,), (Replicate(),)),
+    "FSDP2, 4 shards": ((4,), (Shard(0),)),
+    "HSDP, 2 replicas × 2 shards": ((2, 2), (Replicate(), Shard(0))),
+}
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw the second layer of the small reference model, an expert layer."""
+    with torch.device("meta"):
+        lines = plan_module(MoE(MoEConfig.cpu()).layers[1], {}, per_head=False)
+    iteration = NewtonSchulzConfig(torch.bfloat16, "jordan", None)
     figure = Figure(figsize=(11, 9), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(WAYS))
-    for column, way in enumerate(WAYS):
-        planned = plan(_layer(way))
+    for column, (title, (shape, placements)) in enumerate(WAYS.items()):
+        own = iteration, Mesh(shape, (0, 1, 2, 3)), placements
+        planned = plan([PlacedParameter(line.name, line.shape, line.layout, *own) for line in lines if line.layout])
         _draw(axes[0, column], planned, at_rest=True)
         _draw(axes[1, column], planned, at_rest=False)
-        first = " (the first replica)" if len(way.mesh.shape) > 1 else ""
-        axes[0, column].set_title(f"{way.title}\nwhere it is stored{first}", fontsize=11)
+        first = " (the first replica)" if len(shape) > 1 else ""
+        axes[0, column].set_title(f"{title}\nwhere it is stored{first}", fontsize=11)
         axes[1, column].set_title("who iterates it", fontsize=11)
     legend = [Patch(facecolor=colour, label=f"rank {rank}") for rank, colour in enumerate(COLOURS)]
     legend.append(Patch(facecolor=SHARED, label="every replica"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     figure.savefig(options.out)
-
-
-def _layer(way: Way) -> list[PlacedParameter]:
-    with torch.device("meta"):
-        lines = plan_module(MoE(MoEConfig.cpu()).layers[1], {}, per_head=False)
-    iteration, placed = NewtonSchulzConfig(torch.bfloat16, "jordan", None), []
-    for line in lines:
-        if line.layout is not None:
-            stacked = isinstance(line.layout, MatrixLayout) and line.layout.batch_ndim
-            placements = way.experts if stacked else way.dense
-            placed.append(PlacedParameter(line.name, line.shape, line.layout, iteration, way.mesh, placements))
-    return placed
 
 
 def _draw(axes: Axes, planned: UpdatePlan, *, at_rest: bool) -> None:
@@ -104,8 +84,7 @@ def _matrices(parameter: PlacedParameter) -> Iterator[tuple[int, int, list[tuple
             for rank, runs in zip(ranks, shards.rows, strict=True)
             for start, stop in runs
         ]
-        for start, stop in shards.batches:
-            for batch in range(start, stop):
-                for head in shards.heads:
-                    numbered[shards.block, batch, head] = shards.fan_out, shards.fan_in, bands
+        batches = (batch for start, stop in shards.batches for batch in range(start, stop))
+        for batch, head in itertools.product(batches, shards.heads):
+            numbered[shards.block, batch, head] = shards.fan_out, shards.fan_in, bands
     return (numbered[key] for key in sorted(numbered))

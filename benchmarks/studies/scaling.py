@@ -32,7 +32,7 @@ from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Precision, Training
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import available_cores, environment
-from benchmarks.studies.collective_times import CollectiveTimes, collective_times
+from benchmarks.studies.collective_times import collective_times
 from benchmarks.studies.templates import render
 from benchmarks.training.sharded_learner import Layout, ShardedLearner
 from benchmarks.training.timing import seconds, wall_clock
@@ -99,18 +99,22 @@ def _measure(experiment: Experiment, corpus: Corpus, ranks: Ranks, rounds: int) 
     if size % ranks.size:
         raise UsageError("--batch", f"{size} windows cannot be divided over {ranks.size} ranks.")
     learner = ShardedLearner(experiment, arm, 0, Layout(Parallelism(shards=ranks.size)))
-    timer = _OptimizerTimer(learner.optimizer)
-    steps: list[tuple[float, ...]] = []
-    now = partial(wall_clock, experiment.device)
+    optimizer_step, optimizer_times = learner.optimizer.step, []
+
+    def timed() -> None:  # hooks included
+        with collective_times() as times:
+            took = seconds(optimizer_step)
+        optimizer_times.append((took, times.blocked, times.in_flight))
+
+    setattr(learner.optimizer, "step", timed)  # noqa: B010
+    now, steps = partial(wall_clock, experiment.device), []
     for step in range(WARM_UP + rounds):
         windows = corpus.batch(seed=0, step=step, batch_size=size, length=length, rows=learner.rows(size))
         ranks.any_of(False)  # all begin together
-        update = partial(learner.step, windows, step, arm.training.schedule(step) * arm.lr)
-        with collective_times() as timer.times:
-            whole = seconds(update, now)
-        everyone = ranks.gathered((whole, timer.seconds, timer.blocked, timer.in_flight))
-        slowest = max(everyone, key=lambda times: times[1])
-        steps.append((max(times[0] for times in everyone), *slowest[1:]))
+        whole = seconds(partial(learner.step, windows, step, arm.training.schedule(step) * arm.lr), now)
+        of_ranks = ranks.gathered((whole, *optimizer_times[-1]))
+        slowest = max(of_ranks, key=lambda times: times[1])
+        steps.append((max(times[0] for times in of_ranks), *slowest[1:]))
     whole, update, blocked, in_flight = np.median(steps[WARM_UP:], axis=0).tolist()
     row: Row = {"step_ms": round(1e3 * whole, 3), "tokens_per_second": round(size * length / whole, 1)}
     if experiment.device == "cuda":
@@ -121,22 +125,6 @@ def _measure(experiment: Experiment, corpus: Corpus, ranks: Ranks, rounds: int) 
         "communication_share": round(blocked / update, 4),
         "overlap_share": round(max(0.0, 1 - blocked / in_flight), 4) if in_flight else None,
     }
-
-
-class _OptimizerTimer:
-    """The seconds of the last `step` of an optimizer, hooks included, and of the collectives inside."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.seconds = self.blocked = self.in_flight = 0.0
-        self.times = CollectiveTimes()
-        step = optimizer.step
-
-        def timed() -> None:
-            self.times.clear()
-            self.seconds = seconds(step)
-            self.blocked, self.in_flight = self.times.blocked, self.times.in_flight
-
-        setattr(optimizer, "step", timed)  # noqa: B010
 
 
 def with_efficiency(rows: Sequence[Row]) -> list[Row]:

@@ -6,11 +6,12 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 K = TypeVar("K")
+T = TypeVar("T")
 Clock = Callable[[], float]
 
 
@@ -25,6 +26,18 @@ def seconds(run: Callable[[], object], clock: Clock = time.perf_counter) -> floa
     begun = clock()
     run()
     return clock() - begun
+
+
+def clocked(function: Callable[..., T], tell: Callable[[float], object], clock: Clock) -> Callable[..., T]:
+    """Return the function with the seconds of every call told."""
+
+    def call(*args: Any, **kwargs: Any) -> T:
+        begun = clock()
+        result = function(*args, **kwargs)
+        tell(clock() - begun)
+        return result
+
+    return call
 
 
 def in_turn(candidates: Mapping[K, Callable[[], float]], rounds: int, warm_up: int = 3) -> dict[K, list[float]]:

@@ -10,7 +10,7 @@ from bench_runs import results_of, with_arms
 from benchmarks.experiment.arms import ARMS
 from benchmarks.records.run_records import run_records
 from benchmarks.records.summary import Results, summarise
-from benchmarks.report.tables import markdown, model_notes, runs_table
+from benchmarks.report.tables import model_notes, runs_table
 
 
 def records(maxima, losses=None, clipped=None):
@@ -124,10 +124,6 @@ def test_arms_that_change_the_model_are_named(every_arm):
     notes = model_notes(made)
     assert [note.partition(" changes")[0] for note in notes] == [ARMS["qk-norm"].label, ARMS["softcap"].label]
     assert "before the cap" in notes[1]
-
-
-def test_markdown():
-    assert markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
 def test_results_of_some_arms(experiment):
