@@ -61,22 +61,25 @@ class Ranks(Alone):
 
     def on_first(self, decide: Callable[[], T]) -> T:
         """Return on every rank what `decide` returns on the first; raise there, too, the UsageError that it raises."""
-        answer: list[Any] = list(_attempt(decide)) if self.first else [None, None]
+        answer = [_attempt(decide) if self.first else None]
         dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UsageError(*answer[1])
-        return answer[0]
+        assert answer[0] is not None
+        made, wrong = answer[0]
+        if wrong is not None:
+            raise wrong
+        return cast(T, made)
 
     def on_each(self, make: Callable[[], T]) -> T:
         """Return what `make` returns on this rank; raise on all ranks the UsageError that it raises on any of them."""
         made, wrong = _attempt(make)
         for rank, problem in enumerate(self.gathered(wrong)):
             if problem is not None:
-                raise UsageError(problem[0], f"{problem[1]} (rank {rank})")
+                raise UsageError(problem.option, f"{problem.message} (rank {rank})")
         return cast(T, made)
 
     def any_of(self, *flags: bool) -> list[bool]:
-        raised = torch.tensor(flags, dtype=torch.int32, device=self.collective_device)
+        device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+        raised = torch.tensor(flags, dtype=torch.int32, device=device)
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
 
@@ -86,11 +89,6 @@ class Ranks(Alone):
         dist.all_gather_object(values, value)
         return values
 
-    @property
-    def collective_device(self) -> str:
-        """Return the device of the tensors of small collectives."""
-        return "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-
     def announce(self, out: Path) -> None:
         """Leave this rank's process id in the folder of results, for whoever watches the ranks."""
         folder = out / PIDS
@@ -99,12 +97,11 @@ class Ranks(Alone):
         write_json(folder / f"{self.rank}.json", told)
 
 
-def _attempt(make: Callable[[], T]) -> tuple[T | None, tuple[str, str] | None]:
-    """Return what it returns, or option and message of the UsageError that it raises."""
+def _attempt(make: Callable[[], T]) -> tuple[T | None, UsageError | None]:
     try:
         return make(), None
     except UsageError as error:
-        return None, (error.option, error.message)
+        return None, error
 
 
 @contextlib.contextmanager

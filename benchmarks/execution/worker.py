@@ -20,7 +20,6 @@ from benchmarks.execution.progress import news
 from benchmarks.experiment.data import open_corpus
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records.folders import CONFIG, run_folder
-from benchmarks.records.metrics import to_json
 from benchmarks.training.run import Run, Schedule
 
 
@@ -40,7 +39,7 @@ def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
 
 
 def _tell(message: dict[str, Any]) -> None:
-    print(json.dumps(to_json(message)), flush=True)
+    print(json.dumps(message), flush=True)  # NaN included, which Python reads back
 
 
 def _leave_with_parent() -> None:

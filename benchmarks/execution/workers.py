@@ -25,7 +25,6 @@ from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.errors import RunFailed, UsageError
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records.folders import LOG, RESULT, run_folder
-from benchmarks.records.metrics import from_json
 from benchmarks.training.run import Schedule
 
 _GRACE_SECONDS = 20.0  # for a worker to finish its step and save
@@ -92,7 +91,7 @@ def run_all(jobs: Sequence[Job], *, workers: int, lock: int, checkpoints: Schedu
                 processes[job] = _start(job, lock, checkpoints, events)
             job, message = events.get()
             if message is not None:
-                progress.update(job.title, from_json(message))
+                progress.update(job.title, message)
             elif status := _end(processes.pop(job)):
                 raise RunFailed(f"{job.title} failed with status {status}:\n{_log_tail(job)}")
             else:

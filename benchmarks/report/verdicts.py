@@ -121,25 +121,25 @@ def logit_rows(facts: Sequence[ArmFacts]) -> Rows:
 
 
 def effect_rows(facts: Sequence[ClipFacts]) -> Rows:
-    more = {
-        "other rates": " ({arm.lr:g} and {baseline.lr:g})",
-        "shows nothing": ": {baseline.label} did not pass τ = {arm.training.tau:g}{same}",
-    }
-    same = {True: ", and all is the same to the bit", False: ""}
-    return rows_of(
-        [
+    """Make a row for each; a verdict that says what it could not measure says why."""
+    rows = []
+    for fact in facts:
+        why = {
+            "other rates": f" ({fact.arm.lr:g} and {fact.baseline.lr:g})",
+            "shows nothing": f": {fact.baseline.label} did not pass τ = {fact.arm.training.tau:g}"
+            + ", and all is the same to the bit" * fact.identical,
+        }
+        rows.append(
             {
                 "with the clip": fact.arm.label,
                 "without": fact.baseline.label,
-                "verdict": fact.verdict
-                + more.get(fact.verdict, "").format(arm=fact.arm, baseline=fact.baseline, same=same[fact.identical]),
+                "verdict": fact.verdict + why.get(fact.verdict, ""),
                 "loss, bits: mean (95% interval)": str(fact.interval or ""),
                 "seed by seed": ", ".join(map(difference, fact.differences)) if len(fact.differences) > 1 else "",
                 "heads clipped": str(fact.clips),
             }
-            for fact in facts
-        ]
-    )
+        )
+    return rows_of(rows)
 
 
 def number(value: float) -> str:
@@ -152,14 +152,11 @@ def _of_arm(results: Results, arm: Arm) -> ArmFacts:
     peak, median = runs[["max_logit_peak", "max_logit_median_last_quarter"]].replace(math.inf, math.nan).max()
     above = [of.steps["max_logit"] > tau for of in records.values()]
     passed = tuple(int(at.idxmax()) for at in above if at.any())
-    if math.isnan(peak):
-        logits: Logits = "not measured"
-    elif not passed:
-        logits = "stayed at or under τ"
-    elif arm.clips:
-        logits = "held" if median <= HELD * tau else "not held"
-    else:
-        logits = "above τ" if median > tau else "passed τ, then under it"
+    late: Logits = "above τ" if median > tau else "passed τ, then under it"
+    held: Logits = "held" if median <= HELD * tau else "not held"
+    logits: Logits = held if arm.clips else late
+    if not passed:
+        logits = "not measured" if math.isnan(peak) else "stayed at or under τ"
     return ArmFacts(
         arm=arm,
         losses=bits(runs["final_val_loss"]).to_dict(),
@@ -184,20 +181,15 @@ def _of_clip(results: Results, arm: Arm, baseline: Arm) -> ClipFacts:
     if arm.lr != baseline.lr:
         return ClipFacts(arm, baseline, "other rates", clips=clips)
     differences = tuple(bits(own[seed]["final_val_loss"]) - bits(other[seed]["final_val_loss"]) for seed in seeds)
-    records = [(results.records[arm.name][seed], results.records[baseline.name][seed]) for seed in seeds]
-    peaks = [run["max_logit_peak"] for run in other.values()]
+    identical = all(results.records[arm.name][seed].same_as(results.records[baseline.name][seed]) for seed in seeds)
     found = interval(differences).verdict
-    identical = all(one.same_as(two) for one, two in records)
-    if max(peaks) <= arm.training.tau:
-        verdict: Clip = "shows nothing"
+    verdict: Clip = "helped" if found == "lower" else "cost loss" if found == "higher" else found
+    if max(run["max_logit_peak"] for run in other.values()) <= arm.training.tau:
+        verdict = "shows nothing"
     elif identical:
         verdict = "same to the bit"
-    elif found == "not finite":
-        verdict = "not finite"
-    elif not clips:
+    elif found != "not finite" and not clips:
         verdict = "does not repeat"
-    else:
-        verdict = "helped" if found == "lower" else "cost loss" if found == "higher" else found
     return ClipFacts(arm, baseline, verdict, differences, clips, identical)
 
 

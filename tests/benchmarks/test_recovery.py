@@ -220,7 +220,7 @@ def test_what_is_wrong_on_one_rank_is_told_on_all(alone, monkeypatch):
     assert alone.on_each(lambda: 3) == 3
     with pytest.raises(UsageError, match=r"does not exist\. \(rank 0\)"):
         alone.on_each(missing)
-    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value, ("--data", "no such file.")])
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: [value, UsageError("--data", "no such file.")])
     with pytest.raises(UsageError, match=r"no such file\. \(rank 1\)"):
         alone.on_each(lambda: 3)
 
