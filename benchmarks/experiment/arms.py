@@ -127,10 +127,7 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
         config = entry.model(replace(model, attention=attention), own)
         before = asdict(model)
         shades = [other.name for other in chosen if other.entry == choice.entry]
-        others = sorted(
-            (other.name for other in chosen if other.entry == entry.baseline and _rest(other) == _rest(choice)),
-            key=lambda name: rates[name] != lr,
-        )
+        others = [other.name for other in chosen if other.entry == entry.baseline and _rest(other) == _rest(choice)]
         arms.append(
             Arm(
                 name=choice.name,
@@ -144,7 +141,7 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
                 training=own,
                 lr=lr,
                 states_rate="lr" in choice.settings,
-                baseline=next(iter(others), None),
+                baseline=min(others, key=lambda name, lr=lr: rates[name] != lr, default=None),
                 changes={key: value for key, value in asdict(config).items() if value != before[key]},
             )
         )
@@ -179,9 +176,9 @@ def _shade(colour: str, position: int, count: int) -> str:
     if count == 1:
         return colour
     mix = -0.45 + 1.0 * position / (count - 1)  # below 0 towards black, above 0 towards white
-    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    mixed = [round(part + mix * (255 - part)) if mix > 0 else round(part * (1 + mix)) for part in parts]
-    return "#" + "".join(f"{part:02X}" for part in mixed)
+    parts = bytes.fromhex(colour.removeprefix("#"))
+    mixed = bytes(round(part + mix * (255 - part) if mix > 0 else part * (1 + mix)) for part in parts)
+    return f"#{mixed.hex().upper()}"
 
 
 class Setting(NamedTuple):
