@@ -153,6 +153,7 @@ def in_place(write):
 
 
 BIAS = torch.zeros(LENGTH, LENGTH).masked_fill(FORBIDDEN, -1e4)
+ROWS = torch.arange(LENGTH)[:, None]
 PART = FORBIDDEN & (torch.arange(LENGTH) < 4)
 
 
@@ -166,6 +167,12 @@ def add_to_rows(scores):
 
 def assign_masked_part(scores):
     scores[..., :4] = scores[..., :4].masked_fill(FORBIDDEN[:, :4], -1e4)
+
+
+def add_to_parts_of_masked(scores):
+    scores.masked_fill_(FORBIDDEN & (ROWS < 2), -1e4)
+    scores[..., :4] += BIAS[..., :4]
+    scores[:, :, 2:].add_(BIAS[2:])
 
 
 def assign_number(scores):
@@ -186,9 +193,6 @@ def fill_heads(scores):
         scores[:, head].masked_fill_(FORBIDDEN, -1e4)
 
 
-ROWS = torch.arange(LENGTH)[:, None]
-
-
 @pytest.mark.parametrize(
     ("write", "forbidden"),
     [
@@ -200,6 +204,7 @@ ROWS = torch.arange(LENGTH)[:, None]
         (lambda s: s.data.masked_fill_(FORBIDDEN, -1e4), FORBIDDEN),
         (lambda s: s[:, 1:3].add_(BIAS), FORBIDDEN & torch.tensor([0, 1, 1, 0], dtype=torch.bool)[:, None, None]),
         (add_to_part, PART),
+        (add_to_parts_of_masked, FORBIDDEN),
         (add_to_rows, FORBIDDEN & (ROWS < 4)),
         (assign_masked_part, PART),
         (assign_number, FORBIDDEN),
@@ -387,10 +392,58 @@ def test_each_softmax_has_heads_of_its_own(attend, names, x):
         (lambda q, k, v, _: torch.lerp(product(q, k), BIAS, 0.5).softmax(-1), "pass through lerp"),
         (lambda q, k, v, _: F.pad(product(q, k), (1, 0)).softmax(-1), "pass through pad"),
         (lambda q, k, v, _: product(q, k).mT.softmax(-1), "pass through mT"),
+        (lambda q, k, v, _: product(q, k).flatten().softmax(-1), "pass through flatten"),
     ],
 )
 def test_parts_that_are_not_heads_are_refused_by_name(attend, reason, x):
     refused(attend, reason, x)
+
+
+MIXTURE = nn.Parameter(torch.randn(HEADS, HEADS, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("mix", "reason"),
+    [
+        (lambda s: F.linear(s.permute(0, 2, 3, 1), MIXTURE).permute(0, 3, 1, 2), "pass through permute"),
+        (
+            lambda s: (s.permute(0, 2, 3, 1) @ MIXTURE).permute(0, 3, 1, 2).masked_fill(FORBIDDEN, -1e4),
+            "pass through permute",
+        ),
+        (lambda s: torch.einsum("bhij,hg->bgij", s, MIXTURE), "pass through einsum"),
+        (lambda s: F.conv2d(s, MIXTURE[:, :, None, None]) + BIAS, "pass through conv2d"),
+    ],
+)
+def test_heads_that_are_mixed_before_the_softmax_are_refused_by_name(mix, reason, x):
+    refused(lambda q, k, v, _: mix(product(q, k)).softmax(-1) @ v, reason, x)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda y: (
+            F.linear(y, torch.eye(HEAD)).mean((1, 2)).softmax(-1).sum() * y
+        ),  # each head by itself, a class of each
+        lambda y: F.linear(y, torch.eye(HEAD)).transpose(1, 2).flatten(2).softmax(-1).sum() * y,
+        lambda y: (F.linear(y, torch.eye(HEAD)).mT.reshape(3, 2, -1, LENGTH) * 2).flatten(1).softmax(-1).sum() * y,
+        lambda y: F.conv2d(y, MIXTURE[:, :, None, None]).flatten(2).softmax(-1).sum() * y,
+        lambda y: F.linear(y.transpose(1, 2).flatten(2), torch.eye(HEADS * HEAD)).softmax(-1).sum() * y,
+    ],
+)
+def test_what_attention_has_weighed_is_not_taken_for_logits(after, x):
+    check(lambda q, k, v, _: after(product(q, k).masked_fill(FORBIDDEN, -1e4).softmax(-1) @ v), x, FORBIDDEN)
+
+
+def test_an_einsum_that_is_not_understood_ends_no_forward(x):
+    """As of relative positions, whose axes are not those of the scores."""
+
+    def attend(q, k, v, model):
+        positions = torch.einsum("bhid,ghd->ibgh", q, model.m[0].transpose(0, 1).reshape(LENGTH, HEADS, HEAD))
+        bias = F.linear(positions.permute(1, 3, 0, 2), torch.eye(LENGTH))
+        scores = product(q, k) + bias[:, :, :1] * PER_HEAD + positions[:, :, :3].sum() + bias.flatten(0, 1)[0]
+        return scores.masked_fill(FORBIDDEN, -1e4).softmax(-1) @ v
+
+    check(attend, x, FORBIDDEN)
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,14 @@ from torch.overrides import TorchFunctionMode
 from muonclip.torch.observe.attention_call import AttentionCall
 from muonclip.torch.observe.score import KERNEL, Score
 from muonclip.torch.observe.score_rules import (
+    MIXTURES,
     OTHERS,
     PRODUCTS,
     SOFTMAX,
     Use,
     after,
     divided,
+    mixed,
     overwritten,
     product,
     writes,
@@ -87,7 +89,7 @@ class ScoreTracker(TorchFunctionMode):
             score = product(func, args, kwargs, result, self.running_modules())
             if score is not None:
                 self._track(result, score)
-            return
+                return
         if not self._scores:
             return
         tracked = self._tracked(args, kwargs)
@@ -102,7 +104,9 @@ class ScoreTracker(TorchFunctionMode):
         elif isinstance(result, Tensor):
             if result.is_floating_point():  # else it is a mask, or indices
                 use = Use(func, bind(func, args, kwargs), tensor, score, tracked, result)
-                self._track(result, after(use))
+                now = mixed(use) if func in MIXTURES else after(use)
+                if now is not None:
+                    self._track(result, now)
         elif isinstance(result, tuple | list):
             results = [each for each in result if isinstance(each, Tensor) and each.is_floating_point()]
             if results:
@@ -112,7 +116,7 @@ class ScoreTracker(TorchFunctionMode):
 
     def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
         """Report the attention of a softmax, unless another softmax has had the same pairs, as for an entropy."""
-        if all(block.pairs.were_observed() for block in score.blocks):
+        if not score.are_logits(tensor.shape) or all(block.pairs.were_observed() for block in score.blocks):
             return
         for block in score.blocks:
             block.pairs.observed = True
@@ -122,7 +126,7 @@ class ScoreTracker(TorchFunctionMode):
         """Record what became of a tensor that was changed in place, and of all that have its memory."""
         target, before = use.result, self._score_of(use.result)
         if before is None:
-            now = use.score.with_problem("are copied into another tensor")
+            now = use.score.rearranged("are copied into another tensor")
         elif use.function is Tensor.__setitem__:
             now = overwritten(use, before)
         else:
@@ -142,6 +146,8 @@ class ScoreTracker(TorchFunctionMode):
             for each in value if type(value) in (list, tuple) else (value,):
                 if isinstance(each, Tensor) and id(each) in scores:
                     found.append((each, scores[id(each)].score))
+        if len(found) > 1:  # what was mixed is only followed for itself
+            found = [each for each in found if not each[1].mixed] or found
         return found
 
     def _score_of(self, tensor: Tensor) -> Score | None:

@@ -7,6 +7,7 @@ What a function of torch does to a score, `score_rules.py` says in the terms of 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,15 @@ KERNEL = AttentionKernel(
 
 
 class Pairs:
-    """The pairs of queries and keys of one product, or of some of its heads. `observed`: a softmax has had them."""
+    """The pairs of queries and keys of one product, or of some of its heads, that a tensor of this `shape` had.
 
-    __slots__ = ("observed", "whole")
+    `observed`: a softmax has had them.
+    """
 
-    def __init__(self, whole: Pairs | None = None) -> None:
-        self.whole, self.observed = whole, False
+    __slots__ = ("observed", "shape", "whole")
+
+    def __init__(self, shape: Sequence[int], whole: Pairs | None = None) -> None:
+        self.shape, self.whole, self.observed = shape, whole, False
 
     def were_observed(self) -> bool:
         """Tell whether a softmax has had them, or the pairs that they are a part of."""
@@ -79,7 +83,8 @@ class Score:
 
     `forbidden`: bool, broadcastable to the tensor, the pairs that were masked so far. `problem`: what was not
     understood on the way. `made_in`: the modules that were running when the product was made. `part`: where it was
-    taken from, if it is a part of another score.
+    taken from, if it is a part of another score. `mixed`: it is behind a product with a matrix, where it may be
+    logits whose heads were mixed, or what attention has weighed.
     """
 
     blocks: tuple[Block, ...]
@@ -87,10 +92,15 @@ class Score:
     forbidden: Tensor | None = None
     problem: str = ""
     part: Part | None = None
+    mixed: bool = False
 
     def with_problem(self, problem: str) -> Score:
         """Return the score with what was not understood, if it is the first."""
         return self if self.problem else replace(self, problem=problem)
+
+    def rearranged(self, problem: str) -> Score:
+        """Return the score of a tensor in which it is not known where each pair is."""
+        return replace(self, problem=self.problem or problem, forbidden=None)
 
     def forbid(self, pairs: Any) -> Score:
         """Forbid pairs, bool, broadcastable to the tensor; anything but a tensor forbids none."""
@@ -104,6 +114,8 @@ class Score:
 
     def with_queries_rescaled(self, rescale: Callable[[Tensor], Tensor], shape: torch.Size) -> Score:
         """Return the score with other queries, by factors that have the axes of a tensor of this shape."""
+        if self.problem:
+            return self
         blocks = []
         for block in self.blocks:
             aligned = block.with_leading_axes(shape[:-2])
@@ -123,16 +135,16 @@ class Score:
 
         Known are the heads and sequences that are taken by an index; queries or keys that are taken are a problem.
         """
-        leading = _leading(index, tensor.ndim)
+        leading = None if self.problem else _leading(index, tensor.ndim)
         blocks = [] if leading is None else [block.with_leading_axes(tensor.shape[:-2]) for block in self.blocks]
         if leading is None or None in blocks:
-            part = self.with_problem(f"pass through {name}")
+            part = self.rearranged(f"pass through {name}")
         else:
             index = (*leading, slice(None), slice(None))
             taken = []
             for block, (q, k) in zip(self.blocks, blocks, strict=True):  # pyright: ignore[reportGeneralTypeIssues]
                 q, k = (t.expand(*tensor.shape[:-2], *t.shape[-2:])[index] for t in (q, k))
-                taken.append(replace(block, q=q, k=k, pairs=Pairs(block.pairs)))
+                taken.append(replace(block, q=q, k=k, pairs=Pairs((*q.shape[:-1], k.shape[-2]), block.pairs)))
             forbidden = None if self.forbidden is None else self.forbidden.expand(tensor.shape)[index]
             part = replace(self, blocks=tuple(taken), forbidden=forbidden)
         return replace(part, part=Part(weakref.ref(tensor), index, part.blocks, part.problem))
@@ -155,26 +167,31 @@ class Score:
         forbidden[index] = self.forbidden
         return whole.forbid(forbidden)
 
+    def are_logits(self, shape: torch.Size) -> bool:
+        """Tell whether a tensor of this shape can be logits: behind a mixture only with the axes of the product."""
+        before = self.blocks[0].pairs.shape
+        return not self.mixed or (shape.numel() == math.prod(before) and all(size in before for size in shape[-2:]))
+
     def call(self, tensor: Tensor, dimension: int | None) -> AttentionCall:
         """Return the attention that a softmax of the tensor over a dimension is."""
         logits, first = tensor.detach(), self.blocks[0]
         width = max([block.start + block.k.shape[-2] for block in self.blocks])
         problem = self.problem
-        fits = logits.shape[-2] == first.q.shape[-2] and logits.shape[-1] >= width
+        fits = logits.ndim > 1 and logits.shape[-2] == first.q.shape[-2] and logits.shape[-1] >= width
         if dimension not in (-1, logits.ndim - 1) or not fits:
             problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
         allowed = logits != -torch.inf
         if self.forbidden is not None and not problem:
             allowed = allowed & ~self.forbidden
         q, k, scale = first.q, first.k, first.scale
-        if len(self.blocks) > 1:
+        if len(self.blocks) > 1 and not problem:
             leading = torch.broadcast_shapes(*(block.k.shape[:-2] for block in self.blocks))
             keys = [(block.k * block.scale).expand(*leading, *block.k.shape[-2:]) for block in self.blocks]
             k, scale = torch.cat(keys, -2), 1.0
             allowed = torch.cat([_columns(allowed, block) for block in self.blocks], -1)
-        elif allowed.shape[-1] != k.shape[-2]:
+        elif allowed.shape[-1:] != k.shape[-2:-1]:
             allowed = _columns(allowed, first)
-        if allowed.shape[:-2] != q.shape[:-2]:  # after a reshape
+        if allowed.shape[:-2] != q.shape[:-2] and not problem:  # after a reshape
             leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
             if allowed.shape[:-2].numel() == leading.numel():
                 allowed = allowed.reshape(*leading, *allowed.shape[-2:])
@@ -188,7 +205,7 @@ def joined(parts: Sequence[tuple[Tensor, Score | None]], dimension: int, result:
     scores = [score for _, score in parts if score is not None]
     first = max(scores, key=lambda score: bool(score.problem))
     if dimension not in (-1, result.ndim - 1):
-        return first.with_problem(f"are joined along dimension {dimension}")
+        return first.rearranged(f"are joined along dimension {dimension}")
     blocks, masks, start = [], [], 0
     for tensor, score in parts:
         blocks += [] if score is None else [replace(block, start=block.start + start) for block in score.blocks]

@@ -67,24 +67,30 @@ PRODUCTS = _PRODUCTS | {torch.einsum}
 """Functions that make a score."""
 SOFTMAX = _SOFTMAX
 """Functions that end it."""
-OTHERS = _LINEAR | _LIKE
-"""Functions whose result is not a score any more: a projection of it, or a new tensor of its shape."""
+MIXTURES = PRODUCTS | _LINEAR
+"""Functions that multiply a score by a matrix, where they do not make a new one."""
+OTHERS = _LIKE
+"""Functions whose result has only the shape of a score."""
 
 
 def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, made_in: object) -> Score | None:
     """Return the score that a product is; None where it cannot be one of queries and keys. `made_in`: of the score."""
     if func is torch.einsum:
         found = queries_and_keys(args)
-        return None if found is None else Score((Block(found[0], found[1], Pairs()),), made_in, problem=found[2])
+        return (
+            None
+            if found is None
+            else Score((Block(found[0], found[1], Pairs(result.shape)),), made_in, problem=found[2])
+        )
     arguments = bind(func, args, kwargs)
     first, second = ("batch1", "batch2") if func in _BATCHED else ("input", "mat2" if "mat2" in arguments else "other")
     a, b = arguments[first], arguments[second]
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and min(a.ndim, b.ndim) >= 3):
         return None
     if func not in _BATCHED:
-        return Score((Block(a, b.mT, Pairs()),), made_in)
+        return Score((Block(a, b.mT, Pairs(result.shape)),), made_in)
     score, beta = (
-        Score((Block(a, b.mT, Pairs(), float(arguments.get("alpha", 1.0))),), made_in),
+        Score((Block(a, b.mT, Pairs(result.shape), float(arguments.get("alpha", 1.0))),), made_in),
         arguments.get("beta", 1),
     )
     if beta == 0:
@@ -108,11 +114,19 @@ def after(use: Use) -> Score:
     return score
 
 
+def mixed(use: Use) -> Score | None:
+    """Return the score of heads that are mixed by a matrix before the softmax; None of the output of an attention,
+    which has three axes when it is projected."""
+    if use.tensor.ndim < 4:
+        return None
+    return replace(use.score.rearranged(f"pass through {name_of(use.function)}"), mixed=True)
+
+
 def divided(use: Use, results: Sequence[Any]) -> list[Score]:
     """Return the scores that the tensors are which a function has made of one."""
     name = name_of(use.function)
     if use.function not in _DIVIDE or not use.tensor.ndim:
-        return [use.score.with_problem(f"pass through {name}") for _ in results]
+        return [use.score.rearranged(f"pass through {name}") for _ in results]
     axis, start, scores = use.arguments.get("dim", 0) % use.tensor.ndim, 0, []
     for number, result in enumerate(results):
         index = number
@@ -244,7 +258,7 @@ def _same(use: Use) -> Score:
 
 
 def _unknown(use: Use) -> Score:
-    return use.score.with_problem(f"pass through {name_of(use.function)}")
+    return use.score.rearranged(f"pass through {name_of(use.function)}")
 
 
 _RULES: dict[Any, Callable[[Use], Score]] = {
