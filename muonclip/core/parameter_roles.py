@@ -18,9 +18,11 @@ Kind: TypeAlias = Literal["embedding", "norm", "linear", "convolution"]
 GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up", "w13"})
 """Modules whose weight holds two matrices, gate and up, one after the other."""
 
+ARRAY_NAMES = frozenset({"kernel", "weight", "w"})
+"""What modules call their matrix: such a last part of a name belongs to the array, not to the module."""
+
 _HEADS_ANYWHERE = {"lm_head", "embed_out", "unembed", "logits", "logits_dense"}
 _HEADS_OUTSIDE_OF_LAYERS = {"head", "output", "output_layer", "score", "classifier", "proj_out"}
-_ARRAY_NAMES = {"kernel", "weight", "w"}  # what a module calls its matrix
 _PROJECTIONS = {"proj", "projection", "linear", "dense", "mlp", "fc"}
 _EMBEDDING = re.compile(r"\w*embed\w*|embs?|w[tp]e")
 _NORM = re.compile(r"\w*norm(s|alization|\dd)?|ln")
@@ -58,7 +60,7 @@ def role_of(
     of Muon's may still turn out to be one row, once its layout is known: see `is_one_row`.
     """
     parts = _parts(name)
-    modules = parts[:-1] if parts[-1] in _ARRAY_NAMES and len(parts) > 1 else parts
+    modules = parts[:-1] if parts[-1] in ARRAY_NAMES and len(parts) > 1 else parts
     nearest = _behind_the_last_number(modules)[-2:]
     if len(shape) < 2:
         return Role("adamw", "vector", decays=False)
@@ -106,7 +108,7 @@ def embedding_shapes(
 def module_of(name: str) -> str:
     """Return the last part of a name that is not the array's own: `layers.0.q_proj.weight` → `q_proj`."""
     parts = _parts(name)
-    return parts[-2] if parts[-1] in _ARRAY_NAMES and len(parts) > 1 else parts[-1]
+    return parts[-2] if parts[-1] in ARRAY_NAMES and len(parts) > 1 else parts[-1]
 
 
 def names_a_norm(name: str) -> bool:

@@ -10,7 +10,8 @@ from jax.tree_util import GetAttrKey, keystr
 from optax import MaskedNode
 
 
-def is_masked(leaf: Any) -> bool:
+def is_masked_node(leaf: Any) -> bool:
+    """Tell whether `optax.masked` or `partition` took this leaf away."""
     return isinstance(leaf, MaskedNode)
 
 
@@ -18,7 +19,7 @@ def name_of(path: tuple[Any, ...]) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked) -> dict[str, Any]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_masked_node) -> dict[str, Any]:
     """Return the leaves by name, in order; those that `optax.masked` or `partition` took away are `MaskedNode`s.
 
     The `value` of a Flax variable does not belong to its name: Flax hands over trees with and without.
@@ -45,7 +46,7 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def named_arrays(tree: Any) -> dict[str, Any]:
     """Return the arrays by name, in order, without `MaskedNode`s."""
-    return {name: leaf for name, leaf in named_leaves(tree).items() if not is_masked(leaf)}
+    return {name: leaf for name, leaf in named_leaves(tree).items() if not is_masked_node(leaf)}
 
 
 def declared_for(arrays: Any, declared: Any, kinds: type | tuple[type, ...], argument: str) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def declared_for(arrays: Any, declared: Any, kinds: type | tuple[type, ...], arg
     of `kinds` or None. Raises ValueError, naming the `argument`, where nothing was declared for an array.
     """
     tree = declared(arrays) if callable(declared) else declared
-    said = named_leaves(tree, lambda node: node is None or is_masked(node) or isinstance(node, kinds))
+    said = named_leaves(tree, lambda node: node is None or is_masked_node(node) or isinstance(node, kinds))
     found: dict[str, Any] = {}
     for name in named_arrays(arrays):
         above = [prefix for prefix in said if below(prefix, name)]

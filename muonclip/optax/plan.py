@@ -21,6 +21,7 @@ from optax.contrib import MuonDimensionNumbers
 from muonclip.core import MatrixLayout
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
+    ARRAY_NAMES,
     GATE_UP_NAMES,
     ONE_ROW,
     Role,
@@ -36,7 +37,6 @@ from muonclip.optax.qk_clip import QKProjection, QKProjections
 
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
 _OUTPUT_NAMES = {"out", "o", "o_proj", "out_proj", "output_proj"}
-_ARRAY_NAMES = {"kernel", "weight", "w", "embedding"}  # what a module calls its array
 
 DECLARE = (
     "pass muon_weight_dimension_numbers=, a tree with a MuonDimensionNumbers or a MatrixLayout for each matrix and "
@@ -241,4 +241,4 @@ def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -
 def _parent(path: str) -> str:
     """Return the module that holds a projection and its siblings; the path may name its array."""
     parts = path.split("/")
-    return "/".join(parts[: -2 if parts[-1] in _ARRAY_NAMES else -1])
+    return "/".join(parts[: -2 if parts[-1] in ARRAY_NAMES else -1])

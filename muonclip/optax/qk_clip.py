@@ -24,7 +24,7 @@ from muonclip.core import clip_factors
 from muonclip.core.head_parts import FACTOR_OF, HeadPart, check_parts, grouped_parts, latent_parts
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
-from muonclip.optax.paths import below, is_masked, map_named, name_of, named_leaves
+from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def _scalings(
             continue
         sides = [(factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()]
         paths = [rows.path for rows in projection.parts()]
-        own = {leaf: is_masked(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
+        own = {leaf: is_masked_node(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
         if any(own.values()):
             if not all(own.values()):
                 masked = ", ".join(leaf for leaf, is_it in own.items() if is_it)
