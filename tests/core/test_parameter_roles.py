@@ -60,6 +60,8 @@ def test_the_table_of_the_docs_has_every_reason():
         ("layers.0.attn_gate.weight", None, "muon"),
         ("layers.0.attn_gated_norm.weight", None, "adamw"),
         ("norm1.linear.weight", "linear", "muon"),
+        ("layers.0.modulation.weight", "norm", "adamw"),
+        ("layers.0.ln_2.weight", "linear", "muon"),
         ("member.weight", None, "muon"),
         ("patch_embed.proj.weight", "convolution", "adamw"),
         ("embedder.h.0.weight", "linear", "muon"),

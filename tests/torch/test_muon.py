@@ -36,6 +36,13 @@ def clones(params):
     return [nn.Parameter(p.detach().clone()) for p in params]
 
 
+def test_a_layout_that_does_not_fit_is_refused_with_the_name_of_the_parameter():
+    layer = nn.Linear(4, 6, bias=False)
+    group = dict(params=list(layer.named_parameters()), layout=MatrixLayout(blocks=(4, 4)))
+    with pytest.raises(ValueError, match=r"^'weight': "):
+        Muon([group])
+
+
 def test_every_option_of_a_group_is_an_argument():
     options = [field.name for field in fields(MuonOptions)]
     for cls in (Muon, MuonClip):
