@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.execution import ranks
-from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, SETTINGS, Choice, choices
+from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, SETTINGS, Choice, choices, number
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Framework
 from benchmarks.report.redraw import COMPARISON
@@ -72,23 +71,20 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return read
 
 
-def number(kind: Callable[[str], Any], low: float, meaning: str, *, above: bool = False) -> Callable[[str], Any]:
+def value(kind: Callable[[str], Any], meaning: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            value = kind(text)
+            return kind(text)
         except ValueError:
-            value = math.nan
-        if not low <= value < math.inf or (above and value == low):
-            raise ArgumentTypeError(f"{text!r} is not {meaning}")
-        return value
+            raise ArgumentTypeError(f"{text!r} is not {meaning}") from None
 
     return read
 
 
-positive = number(float, 0, "a positive number", above=True)
-seconds = number(float, 0, "a number of seconds, zero or more")
-count = number(int, 1, "an integer of at least 1")
-seed = number(int, 0, "an integer of at least 0")
+positive = value(number(float, 1e-300), "a positive number")
+seconds = value(number(float, 0), "a number of seconds, zero or more")
+count = value(number(int, 1), "an integer of at least 1")
+seed = value(number(int, 0), "an integer of at least 0")
 
 
 def _of(kind: Callable[[str], Any], metavar: str, meaning: str, default: Any = None, **more: Any) -> dict[str, Any]:

@@ -148,6 +148,18 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
     return tuple(arms)
 
 
+def number(kind: Callable[[str], float], low: float, high: float = 1e300) -> Callable[[str], Any]:
+    """Return what reads a number between these, and raises ValueError for anything else."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return read
+
+
 def _parse(name: str) -> Choice:
     entry, *parts = name.split("@")
     if entry not in ARMS:
@@ -187,27 +199,17 @@ class Setting(NamedTuple):
     words: Callable[[Any], str]
 
 
-def _number(kind: Callable[[str], float], low: float, high: float = 1e300) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return read
-
-
 _ATTENTIONS = get_args(Attention)
 SETTINGS: dict[str, Setting] = {
     "attention": Setting(
         lambda text: _ATTENTIONS[_ATTENTIONS.index(text)], f"one of {', '.join(_ATTENTIONS)}", str.upper
     ),
-    "lr": Setting(_number(float, 1e-300), "a positive number", "rate {:g}".format),
-    "tau": Setting(_number(float, 1e-300), "a positive number", "τ = {:g}".format),
-    "weight_decay": Setting(_number(float, 0), "a number from 0", "λ = {:g}".format),
-    "steps": Setting(_number(int, 1), "an integer of at least 1", "{} steps".format),
+    "lr": Setting(number(float, 1e-300), "a positive number", "rate {:g}".format),
+    "tau": Setting(number(float, 1e-300), "a positive number", "τ = {:g}".format),
+    "weight_decay": Setting(number(float, 0), "a number from 0", "λ = {:g}".format),
+    "steps": Setting(number(int, 1), "an integer of at least 1", "{} steps".format),
     "decay_share": Setting(
-        _number(float, 0, 1),
+        number(float, 0, 1),
         "a share from 0 to 1",
         lambda share: f"decay over the last {share:.0%}" if share else "constant rate",
     ),
