@@ -67,10 +67,47 @@ def test_the_table_of_the_docs_has_every_reason():
         ("embedder.h.0.weight", "linear", "muon"),
         ("x/LayerNorm_0/scale", None, "adamw"),
         ("Embed_0/embedding", None, "adamw"),
+        ("mixer.table.weight", "linear", "muon"),
+        ("rel_pos_proj", None, "muon"),
+        ("layers.0.embed.mlp.fc.weight", "linear", "muon"),
+        ("layers/mlp/score/kernel", None, "muon"),
+        ("layers/score/kernel", None, "muon"),
+        ("blocks/score/kernel", None, "muon"),
+        ("head.0.output.weight", "linear", "muon"),
+        ("decoder.mlp.output.weight", "linear", "muon"),
+        *(
+            (f"{name}.weight", "linear", "adamw")
+            for name in ("lm_head", "embed_out", "unembed", "logits", "classifier")
+        ),
+        *((f"{name}.weight", "linear", "adamw") for name in ("head", "output", "output_layer")),
+        *(
+            (name, None, "adamw")
+            for name in ("b_table", "latents", "cls_token", "pos_enc", "rel_pos_h", "relative_bias_w")
+        ),
+        *((f"x.{name}.weight", None, "adamw") for name in ("emb", "wpe", "wte", "norms", "ln", "BatchNorm1d")),
+        ("x.gamma", None, "adamw"),
+        *((f"time_emb_{name}.weight", None, "muon") for name in ("projection", "linear", "dense", "mlp", "fc")),
+        ("score.w", None, "adamw"),
     ],
 )
 def test_names_of_models(name, kind, use):
     assert role_of(name, (64, 32), kind).use == use
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "use"),
+    [
+        ("to_words.weight", (100, 32), "linear", "adamw"),
+        ("to_layers.weight", (100, 32), "linear", "adamw"),
+        ("to_words.weight", (32, 100), "linear", "muon"),
+        ("to_words/kernel", (32, 100), None, "adamw"),
+        ("layers.0.up.weight", (100, 32), "linear", "muon"),
+        ("up.weight", (64, 64), "linear", "muon"),
+        ("up.weight", (0, 32), "linear", "adamw"),
+    ],
+)
+def test_the_shape_of_an_embedding_is_a_head_outside_of_the_layers(name, shape, kind, use):
+    assert role_of(name, shape, kind, {**EMBEDDINGS, (64, 64): "square.weight"}).use == use
 
 
 def test_classes_of_norms():
