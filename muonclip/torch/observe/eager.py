@@ -103,10 +103,11 @@ class ScoreTracker(TorchFunctionMode):
             self._overwrite(Use(func, arguments, tensor, score, tracked, arguments["input"]))
         elif isinstance(result, Tensor):
             if result.is_floating_point():  # else it is a mask, or indices
-                use = Use(func, bind(func, args, kwargs), tensor, score, tracked, result)
-                now = mixed(use) if func in MIXTURES else after(use)
-                if now is not None:
-                    self._track(result, now)
+                if func not in MIXTURES:
+                    use = Use(func, bind(func, args, kwargs), tensor, score, tracked, result)
+                    self._track(result, after(use))
+                elif tensor.ndim > 3:  # the output of an attention has three axes when it is projected
+                    self._track(result, mixed(func, score))
         elif isinstance(result, tuple | list):
             results = [each for each in result if isinstance(each, Tensor) and each.is_floating_point()]
             if results:

@@ -114,12 +114,9 @@ def after(use: Use) -> Score:
     return score
 
 
-def mixed(use: Use) -> Score | None:
-    """Return the score of heads that are mixed by a matrix before the softmax; None of the output of an attention,
-    which has three axes when it is projected."""
-    if use.tensor.ndim < 4:
-        return None
-    return replace(use.score.rearranged(f"pass through {name_of(use.function)}"), mixed=True)
+def mixed(func: Any, score: Score) -> Score:
+    """Return the score of heads that a function has mixed by a matrix."""
+    return replace(score.rearranged(f"pass through {name_of(func)}"), mixed=True)
 
 
 def divided(use: Use, results: Sequence[Any]) -> list[Score]:
