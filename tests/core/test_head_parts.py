@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from muonclip.core import clip_factors
-from muonclip.core.head_parts import FACTOR_OF, check_parts, grouped_parts, latent_parts
+from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, check_parts, grouped_parts, latent_parts
 from muonclip.optax import QKProjection as JaxProjection
 from muonclip.torch import MaxLogits
 from muonclip.torch import QKProjection as TorchProjection
@@ -57,6 +57,23 @@ def test_both_adapters_scale_the_same_rows(how):
             np.testing.assert_array_equal(one.rows("cpu").numpy(), other.index(sizes[other.path]))
 
 
+def test_the_rows_of_latent_attention_are_nope_and_rope_then_key_and_value():
+    labels = {"q": ["query"] * 5 + ["query_facing_shared"] * 3, "kv": ["key"] * 5 + ["value"] * 7}
+    found = {"q": [""] * 8 * HEADS, "kv": [""] * 12 * HEADS}
+    for part in latent_parts(HEADS, **LATENT)[1]:
+        for head in range(part.num_heads):
+            first = head * part.stride + part.start
+            found[part.projection][first : first + part.size] = [part.part] * part.size
+    assert found == {name: own * HEADS for name, own in labels.items()}
+
+
+def test_a_part_is_on_the_side_of_its_projection():
+    parts = [*grouped_parts(4, 4)[1], *grouped_parts(4, 2)[1]]
+    assert all(SIDE_OF[part.part][0] == part.projection for part in parts)
+    assert SIDE_OF.keys() >= FACTOR_OF.keys()
+    assert {part.num_heads for part in grouped_parts(4, 2)[1] if part.part == "value"} == {2}
+
+
 def test_parts_that_leave_a_term_untouched_are_refused():
     for parts, reason in (((), "QK-norm"), (("query", "key"), ""), (("query_facing_shared",), "")):
         check_parts(parts, reason)
@@ -65,3 +82,5 @@ def test_parts_that_leave_a_term_untouched_are_refused():
             check_parts(parts, "")
     with pytest.raises(ValueError, match="num_kv_heads=3 must divide num_heads=4"):
         grouped_parts(4, 3)
+    with pytest.raises(ValueError, match="num_kv_heads=-2 must divide num_heads=4"):
+        grouped_parts(4, -2)
