@@ -579,8 +579,8 @@ MUTATIONS = (
     Mutation(
         "qk-norm-not-recognised",  # 9
         "Queries that are normalised behind their projection are not seen to be.",
-        "source.normalised = True",
-        "source.normalised = False",
+        "found.rows(gains), normalised=True)",
+        "found.rows(gains), normalised=False)",
         tests_of("torch/test_attention_search.py", "test_qk_norm_is_recognised_and_left_alone"),
     ),
     Mutation(
@@ -1028,9 +1028,23 @@ MUTATIONS = (
     Mutation(
         "checkpoint-of-the-other-half-accepted",
         "A group of AdamW takes the state of a Muon group.",
-        'if saved_use != own["use"]:',
+        'if _use_of(theirs) != ours["use"]:',
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_with_other_groups_is_refused"),
+    ),
+    Mutation(
+        "checkpoint-of-another-group-accepted-by-position",
+        "A parameter that was sorted otherwise when it was saved takes the state of the one at its position.",
+        "if other != index:",
+        "if False:",
+        tests_of("torch/test_muonclip.py", "test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name"),
+    ),
+    Mutation(
+        "state-of-the-other-half-accepted-by-name",
+        "torch.distributed.checkpoint gives a parameter the state that the other half of the optimizer saved for it.",
+        "if state and not isinstance(state.get(needed), Tensor):",
+        "if False:",
+        tests_of("torch/test_muonclip.py", "test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name"),
     ),
     Mutation(
         "state-of-another-mesh-accepted",
