@@ -205,10 +205,38 @@ MUTATIONS = (
     ),
     Mutation(
         "frozen-attention-scaled",
-        "Projections that are not trained are scaled.",
-        "return bool(projection.scaled_parts()) and projection.trains()",
-        "return bool(projection.scaled_parts())",
-        tests_of("torch/test_qk_clip.py", "test_frozen_projections_keep_their_weights"),
+        "An attention that is not trained at all is scaled where frozen weights may be.",
+        "if projection.reason or not projection.trains():\n        return {}",
+        "if projection.reason:\n        return {}",
+        tests_of("torch/test_frozen.py", "test_a_wholly_frozen_attention_stays_with_clip_frozen"),
+    ),
+    Mutation(
+        "frozen-weights-scaled",
+        "The frozen base below an adapter is scaled, so the adapter alone is not the model that was trained.",
+        "fixed = () if clip_frozen else [part for part in parts if not _is_trained(projection, part)]",
+        "fixed = ()",
+        tests_of("torch/test_frozen.py", "test_a_lora_adapter_is_all_that_has_to_be_saved"),
+    ),
+    Mutation(
+        "adapter-of-a-frozen-base-scaled",
+        "A side of which any weight is trained is scaled.",
+        "return all(parameter.requires_grad for rows in getattr(projection, part)",
+        "return any(parameter.requires_grad for rows in getattr(projection, part)",
+        tests_of("torch/test_frozen.py", "test_where_no_side_can_be_scaled_nothing_is_and_the_report_says_so"),
+    ),
+    Mutation(
+        "other-side-of-a-frozen-one-keeps-its-share",
+        "Where one side is frozen, the other takes its share of γ only.",
+        'factors[other] = "gamma"',
+        "pass",
+        tests_of("torch/test_frozen.py", "test_the_side_that_is_trained_takes_all_of_gamma"),
+    ),
+    Mutation(
+        "query-of-a-shared-key-frozen-and-the-rest-scaled",
+        "Where the query that meets a shared key is frozen, the private parts are scaled all the same.",
+        'if "query_facing_shared" in fixed or {"query", "key"} <= {*fixed}:',
+        'if {"query", "key"} <= {*fixed}:',
+        tests_of("core/test_head_parts.py", "test_what_is_scaled_where_parts_are_fixed"),
     ),
     Mutation(
         "computed-weight-accepted",  # 36

@@ -16,7 +16,10 @@ from typing import Literal, TypeAlias
 
 Part: TypeAlias = Literal["query", "key", "query_facing_shared", "shared_key", "value"]
 
-FACTOR_OF: dict[Part, Literal["query", "key", "gamma"]] = {
+Factor: TypeAlias = Literal["query", "key", "gamma"]
+"""A field of `ClipFactors`."""
+
+FACTOR_OF: dict[Part, Factor] = {
     "query": "query",
     "key": "key",
     "query_facing_shared": "gamma",
@@ -70,6 +73,21 @@ def latent_parts(
         HeadPart("query_facing_shared", "q", num_heads, qk_rope_head_dim, qk_nope_head_dim, q),
         HeadPart("value", "kv", num_heads, v_head_dim, qk_nope_head_dim, kv),
     )
+
+
+def factors_of(parts: Collection[Part], fixed: Collection[Part] = ()) -> dict[Part, Factor]:
+    """Return the factor of each part that is scaled, where the weights of the parts `fixed` must not change.
+
+    A logit is linear in either side of a term, so the other side takes all of γ then. Empty where no side of a term can
+    be scaled: what is left would not shrink the logit by γ.
+    """
+    factors = {part: factor for part, factor in FACTOR_OF.items() if part in parts and part not in fixed}
+    if "query_facing_shared" in fixed or {"query", "key"} <= {*fixed}:
+        return {}
+    for part, other in (("query", "key"), ("key", "query")):
+        if part in fixed and other in factors:
+            factors[other] = "gamma"
+    return factors
 
 
 def check_parts(parts: Collection[Part], reason: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from muonclip.core import clip_factors
-from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, check_parts, grouped_parts, latent_parts
+from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, check_parts, factors_of, grouped_parts, latent_parts
 from muonclip.optax import QKProjection as JaxProjection
 from muonclip.torch import MaxLogits
 from muonclip.torch import QKProjection as TorchProjection
@@ -34,6 +34,34 @@ def test_every_term_of_a_logit_shrinks_by_gamma_and_what_heads_share_does_not_mo
         np.testing.assert_allclose(taken[query] * taken.get(key, 1.0), factors.gamma, rtol=1e-12)
     assert not {"shared_key", "value"} & taken.keys()
     assert {part.num_heads for part in parts if part.part in FACTOR_OF} == {HEADS}
+
+
+SCALED = {
+    "mha": ["query", "key"],
+    "gqa": ["query_facing_shared", "shared_key"],
+    "mla": ["query", "key", "query_facing_shared"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixed", "left"),
+    [
+        ("mha", ["key"], {"query": "gamma"}),
+        ("mha", ["query"], {"key": "gamma"}),
+        ("mha", ["query", "key"], {}),
+        ("gqa", ["shared_key"], {"query_facing_shared": "gamma"}),
+        ("gqa", ["query_facing_shared"], {}),
+        ("mla", ["key"], {"query": "gamma", "query_facing_shared": "gamma"}),
+        ("mla", ["query"], {"key": "gamma", "query_facing_shared": "gamma"}),
+        ("mla", ["query_facing_shared"], {}),
+        ("mla", ["query", "query_facing_shared"], {}),
+        ("mha", [], {"query": "query", "key": "key"}),
+        ("mla", [], FACTOR_OF),
+    ],
+)
+def test_what_is_scaled_where_parts_are_fixed(kind, fixed, left):
+    """Each term of a logit shrinks by γ, or nothing is scaled."""
+    assert factors_of(SCALED[kind], fixed) == left
 
 
 @pytest.mark.parametrize("how", ["mha", "gqa", "mqa", "mla"])

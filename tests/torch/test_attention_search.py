@@ -733,7 +733,7 @@ def test_lora_scales_base_and_adapter_together():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.2)
     model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"]))
-    clip = QKClip(model, observe="always")
+    clip = QKClip(model, observe="always", clip_frozen=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -6,6 +6,7 @@ is in `logits`.
 
 from muonclip.torch.clip.attach import Attachment, is_idle
 from muonclip.torch.clip.attentions import ClipAttentions
+from muonclip.torch.clip.frozen import clipping_in_words, frozen_weights
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.clip.report import LayerReport, QKClipReport
 from muonclip.torch.clip.rescaling import scaled_rows
@@ -16,6 +17,8 @@ __all__ = [
     "LayerReport",
     "QKClip",
     "QKClipReport",
+    "clipping_in_words",
+    "frozen_weights",
     "is_idle",
     "scaled_rows",
 ]

@@ -121,6 +121,18 @@ class ClipAttentions:
         for root in self._roots():
             yield from root.parameters()
 
+    def names_of(self, weights: Iterable[Tensor]) -> list[str]:
+        """Name weights of queries and keys as the model does; without a model, by their attention and module."""
+        wanted = {id(weight) for weight in weights}
+        if self._model is not None:
+            return [name for name, parameter in self._model.named_parameters() if id(parameter) in wanted]
+        names: dict[int, str] = {}
+        for attention, projection in self.projections.items():
+            for _, rows in projection.parts():
+                for parameter, _ in rows.parameters():
+                    names.setdefault(id(parameter), f"{rows.name_of(parameter)} in {attention}")
+        return [name for key, name in names.items() if key in wanted]
+
     def _is_as_read(self) -> bool:
         if self._read is None or self._read[0] != self.version:
             return False

@@ -19,6 +19,7 @@ from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
 from muonclip.torch.clip.errors import DeferredErrors, Details, message
+from muonclip.torch.clip.frozen import FrozenWarning
 from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.clip.reduction import UNKNOWN_ATTENTION, JointMaxima, has_gradient, note_of
 from muonclip.torch.clip.report import LayerReport, QKClipReport, StepCount
@@ -43,6 +44,9 @@ class QKClip:
     - `alpha`: the query's share of γ where query and key are private to the head.
     - `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes every
       one.
+    - `clip_frozen`: scale frozen weights with the trained ones, as of a LoRA's base and adapter; `MuonClip.plan` lists
+      those to save. By default a weight with `requires_grad=False` is never changed: the other side of its heads takes
+      all of γ where all weights of that side are trained; else these heads are reported as loud and not clipped.
     - `declare`: projections of attentions in the model, by module name, instead of what would be found.
     - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
       the attentions are found now, which `torch.compile` needs.
@@ -68,6 +72,7 @@ class QKClip:
         alpha: float = 0.5,
         observe: Literal["needed", "always"] = "needed",
         *,
+        clip_frozen: bool = False,
         declare: Mapping[str, QKProjection] | None = None,
         example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         clip_gains: bool = False,
@@ -79,9 +84,11 @@ class QKClip:
         if observe not in ("needed", "always"):
             raise ValueError(f"observe={observe!r}; use 'needed' or 'always'.")
         self.observe = observe
+        self.clip_frozen = clip_frozen
         self.master_of = master_of
         self._steps = StepCount()
         self._deferred = DeferredErrors()
+        self._frozen_warning = FrozenWarning()
         self._unknown = ""  # what is wrong on this rank with attention that nobody observed
         self.last_layers: dict[str, LayerReport] = {}
         """What the last step saw and did, still on the device; `report` waits for it."""
@@ -174,7 +181,7 @@ class QKClip:
         self._steps.add(clipped)
         may_wait = _may_wait_for(device)
         if not may_wait or bool(clipped):
-            scale(self.projections, factors, self.master_of, skip_quiet=may_wait)
+            scale(self.projections, factors, self.master_of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
         self.reset()
 
     def reset(self) -> None:
@@ -189,6 +196,7 @@ class QKClip:
     def report(self) -> QKClipReport:
         """Return what the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
         self.raise_deferred()
+        self._frozen_warning.give(wait=True)
         return QKClipReport(self.tau, dict(self.last_layers), *self._steps.read())
 
     def _threshold(self) -> float:
@@ -213,7 +221,9 @@ class QKClip:
             raise RuntimeError(unknown)
         self._unknown = unknown  # raised with what the other ranks raise
         self._check(maxima, before_update)
-        factors, self.last_layers = decide(maxima, self.projections, self.tau, self.alpha)
+        factors, self.last_layers = decide(maxima, self.projections, self.tau, self.alpha, clip_frozen=self.clip_frozen)
+        self._frozen_warning.add(self.projections, self.last_layers, clip_frozen=self.clip_frozen)
+        self._frozen_warning.give(wait=_may_wait_for(device))
         return factors
 
     def _has_work(self) -> bool:

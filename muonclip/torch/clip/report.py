@@ -18,12 +18,14 @@ class LayerReport:
     - `gamma`: the factor its logits were scaled by; 1 where the head was not clipped.
     - `exact`: whether `max_logits` is the maximum itself.
     - `bound`: an upper bound of the logits; equal to the maximum where that is exact.
+    - `frozen`: whether it is above τ and cannot be clipped, because weights of its queries and keys are frozen.
     """
 
     max_logits: Tensor
     gamma: Tensor
     exact: Tensor
     bound: Tensor
+    frozen: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,11 @@ class QKClipReport:
     def clipped_heads(self) -> int:
         """Number of heads that were rescaled."""
         return sum(int((layer.gamma < 1).sum()) for layer in self.layers.values())
+
+    @property
+    def frozen_heads(self) -> int:
+        """Number of heads above τ that cannot be clipped, because weights of their queries and keys are frozen."""
+        return sum(int(layer.frozen.sum()) for layer in self.layers.values())
 
     @property
     def heads(self) -> int:
@@ -92,6 +99,7 @@ class QKClipReport:
                 "gamma": layer.gamma.tolist(),
                 "exact": layer.exact.tolist(),
                 "bound": layer.bound.tolist(),
+                "frozen": layer.frozen.tolist(),
             }
             for name, layer in self.layers.items()
         }
@@ -106,11 +114,16 @@ class QKClipReport:
     def __str__(self) -> str:
         """Write a table: the maximum of each head, or ≤ its upper bound."""
         lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
+        if self.frozen_heads:
+            lines[0] += f"; {self.frozen_heads} loud, cannot be clipped: frozen"
         for name, layer in self.layers.items():
             values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
             logits = " ".join(f"{value:8.2f}" if exact else f"≤{bound:7.2f}" for value, exact, bound in values)
             gammas = " ".join(f"{value:8.3f}" for value in layer.gamma.tolist())
             lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
+            frozen = layer.frozen.nonzero().flatten().tolist()
+            if frozen:
+                lines.append(f"    loud, cannot be clipped: frozen (heads {', '.join(map(str, frozen))})")
         return "\n".join(lines)
 
 

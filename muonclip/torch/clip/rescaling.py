@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from muonclip.core import ClipFactors, clip_factors
-from muonclip.core.head_parts import FACTOR_OF
+from muonclip.torch.clip.frozen import is_held, scaled_factors
 from muonclip.torch.clip.reduction import JointMaxima, constant
 from muonclip.torch.clip.report import LayerReport
 from muonclip.torch.heads import HeadRows, QKProjection, scale_heads
 
 
 def decide(
-    maxima: JointMaxima, projections: Mapping[str, QKProjection], tau: float, alpha: float
+    maxima: JointMaxima, projections: Mapping[str, QKProjection], tau: float, alpha: float, *, clip_frozen: bool
 ) -> tuple[dict[str, ClipFactors], dict[str, LayerReport]]:
     """Return the factors of each attention's heads, and what to report of them.
 
     A head without anything to scale keeps 1.
     """
     factors = clip_factors(maxima.maximum, tau, alpha, xp=torch)
-    keeps = [not clips(projection) for projection in projections.values() for _ in range(projection.num_heads)]
-    if any(keeps):
-        left_alone = constant(tuple(keeps), torch.bool, maxima.maximum.device)
-        factors = ClipFactors(*(factor.masked_fill(left_alone, 1.0) for factor in factors))
+    each = projections.values()
+    clips = _of_heads([bool(scaled_factors(one, clip_frozen=clip_frozen)) for one in each], maxima)
+    frozen = (maxima.maximum > tau) & _of_heads([is_held(one, clip_frozen=clip_frozen) for one in each], maxima)
+    factors = ClipFactors(*(torch.where(clips, factor, 1.0) for factor in factors))
     bound = maxima.upper_bound
     exact = bound <= maxima.maximum
     seen = torch.where(exact, maxima.maximum, math.nan)
-    reported = zip(*(each.split(maxima.sizes) for each in (seen, factors.gamma, exact, bound)), strict=True)
+    reported = zip(*(each.split(maxima.sizes) for each in (seen, factors.gamma, exact, bound, frozen)), strict=True)
     decided = zip(*(each.split(maxima.sizes) for each in factors), strict=True)
     return (
         {name: ClipFactors(*layer) for name, layer in zip(projections, decided, strict=True)},
@@ -43,6 +43,7 @@ def scale(
     factors: Mapping[str, ClipFactors],
     master_of: Callable[[Tensor], Tensor | None] | None,
     *,
+    clip_frozen: bool,
     skip_quiet: bool,
 ) -> None:
     """Scale the rows of every head by its factors; each rank those that it has, without communication.
@@ -50,24 +51,24 @@ def scale(
     `skip_quiet`: read the factors, and skip attentions of which no head is above τ.
     """
     loud = {name: each for name, each in factors.items() if not skip_quiet or bool((each.gamma < 1).any())}
-    for rows, by_head in scaled_rows(projections, loud):
+    for rows, by_head in scaled_rows(projections, loud, clip_frozen=clip_frozen):
         _scale_rows(rows, by_head, master_of)
 
 
 def scaled_rows(
-    projections: Mapping[str, QKProjection], factors: Mapping[str, ClipFactors]
+    projections: Mapping[str, QKProjection], factors: Mapping[str, ClipFactors], *, clip_frozen: bool
 ) -> Iterator[tuple[HeadRows, Tensor]]:
     """Yield the rows that these factors scale, each with its factor for every head."""
     for name, factor in factors.items():
         projection = projections[name]
-        if clips(projection):
-            for part, own in FACTOR_OF.items():
-                yield from ((rows, getattr(factor, own)) for rows in getattr(projection, part))
+        for part, own in scaled_factors(projection, clip_frozen=clip_frozen).items():
+            yield from ((rows, getattr(factor, own)) for rows in getattr(projection, part))
 
 
-def clips(projection: QKProjection) -> bool:
-    """Tell whether the projection has rows to scale."""
-    return bool(projection.scaled_parts()) and projection.trains()
+def _of_heads(flags: Sequence[bool], maxima: JointMaxima) -> Tensor:
+    """Repeat what holds of each attention for its heads; bool [heads of all]."""
+    values = tuple(flag for flag, heads in zip(flags, maxima.sizes, strict=True) for _ in range(heads))
+    return constant(values, torch.bool, maxima.maximum.device)
 
 
 def _scale_rows(rows: HeadRows, factors: Tensor, master_of: Callable[[Tensor], Tensor | None] | None) -> None:

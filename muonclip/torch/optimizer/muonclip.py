@@ -208,7 +208,8 @@ class MuonClip(MatrixOptimizer):
         super()._update()
         self.qk_clip.after_update(factors)
         if type(self.rule).rescale is not MuonRule.rescale:
-            self._rescale_states(scaled_rows(self.qk_clip.projections, factors))
+            clip_frozen = self.qk_clip.clip_frozen
+            self._rescale_states(scaled_rows(self.qk_clip.projections, factors, clip_frozen=clip_frozen))
 
     def _rescale_states(self, scaled: Iterable[tuple[HeadRows, Tensor]]) -> None:
         """Tell the states of each weight which of its rows the clip has scaled."""

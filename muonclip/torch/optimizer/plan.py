@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
@@ -26,12 +25,10 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.core.text_table import table
+from muonclip.torch.clip import QKClip, clipping_in_words, frozen_weights
 from muonclip.torch.heads import QKProjection, out_axis
 from muonclip.torch.optimizer.layouts import default_layout, projection_layouts
 from muonclip.torch.update import UpdatePlan
-
-if TYPE_CHECKING:
-    from muonclip.torch.clip import QKClip
 
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
@@ -49,27 +46,29 @@ class Plan:
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
     def __str__(self) -> str:
+        clip = self.qk_clip
         parameters = parameter_table(self.parameters, lambda layout, shape: layout.describe(shape))
         attentions = [("attention", "kind", "heads", "clip", "maximum from")] + [
             (
                 name or "(model)",
                 projection.kind,
                 str(projection.num_heads),
-                "off" if self.qk_clip is None else _clipping(projection),
-                "" if self.qk_clip is None else self.qk_clip.sources()[name],
+                "off" if clip is None else clipping_in_words(projection, clip_frozen=clip.clip_frozen),
+                "" if clip is None else clip.sources()[name],
             )
             for name, projection in self.attentions.items()
         ]
         found = table(attentions) if self.attentions else ""
-        if self.qk_clip is None:
+        if clip is None:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
-        elif self.qk_clip.attentions.to_come:
-            found += ("\n" if found else "") + f"attention to be found and checked: {self.qk_clip.attentions.to_come}"
+        elif clip.attentions.to_come:
+            found += ("\n" if found else "") + f"attention to be found and checked: {clip.attentions.to_come}"
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
         over_ranks = ""
         if self.update_plan is not None and len(self.update_plan.ranks) > 1:
             over_ranks = str(self.update_plan)
-        parts = [parameters, over_ranks, found, options]
+        to_save = "" if clip is None or not clip.clip_frozen else _to_save(clip)
+        parts = [parameters, over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
 
@@ -167,8 +166,12 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
     return MatrixLayout(batch_ndim=len(shape) - 2, transposed=transposed, blocks=(rows // 2, rows // 2))
 
 
-def _clipping(projection: QKProjection) -> str:
-    return projection.reason or ("above tau" if projection.trains() else "frozen: observed only")
+def _to_save(clip: QKClip) -> str:
+    weights = [weight for projection in clip.projections.values() for weight in frozen_weights(projection)]
+    if not weights:
+        return ""
+    names = "\n".join(f"  {name}" for name in clip.attentions.names_of(weights))
+    return f"frozen weights that the clip scales; save them with what is trained:\n{names}"
 
 
 def _adamw(name: str, parameter: Tensor, role: Role) -> PlannedParameter:
