@@ -213,8 +213,8 @@ MUTATIONS = (
     Mutation(
         "frozen-weights-scaled",
         "The frozen base below an adapter is scaled, so the adapter alone is not the model that was trained.",
-        "fixed = () if clip_frozen else [part for part in parts if not _is_trained(projection, part)]",
-        "fixed = ()",
+        "fixed: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]",
+        "fixed: list[Part] = []",
         tests_of("torch/test_frozen.py", "test_a_lora_adapter_is_all_that_has_to_be_saved"),
     ),
     Mutation(

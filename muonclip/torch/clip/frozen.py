@@ -26,7 +26,7 @@ def scaled_factors(projection: QKProjection, *, clip_frozen: bool) -> dict[Part,
     if projection.reason or not projection.trains():
         return {}
     parts: list[Part] = [part for part in FACTOR_OF if getattr(projection, part)]
-    fixed = () if clip_frozen else [part for part in parts if not _is_trained(projection, part)]
+    fixed: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]
     return factors_of(parts, fixed)
 
 
