@@ -281,6 +281,41 @@ MUTATIONS = (
         tests_of("torch/test_qk_clip.py", "test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step"),
     ),
     Mutation(
+        "loaded-weights-judged-by-old-maxima",
+        "After a spike and a rollback the heads are scaled by the maxima of the spike.",
+        "if statistic is not None:\n                statistic.reset()",
+        "if statistic is not None:\n                pass",
+        tests_of("torch/test_loaded_weights.py", "test_after_a_spike_the_last_good_weights_train_on"),
+    ),
+    Mutation(
+        "loads-in-place-missed",
+        "A load by torch.distributed.checkpoint into the tensors of a state dict keeps the maxima.",
+        "hooks.loaded_in_place(storages)",
+        "pass",
+        tests_of("torch/test_loaded_weights.py", "test_a_checkpoint_loaded_in_place_is_a_load"),
+    ),
+    Mutation(
+        "any-load-in-place-forgets",
+        "A checkpoint that is loaded into another model resets the maxima of this one.",
+        "if storages & {_storage(each) for each in module.parameters(recurse=False)}:",
+        "if storages:",
+        tests_of("torch/test_loaded_weights.py", "test_a_checkpoint_of_another_model_is_none"),
+    ),
+    Mutation(
+        "load-of-the-optimizer-keeps-observations",
+        "MuonClip.load_state_dict keeps the maxima of the run before.",
+        "super().load_state_dict(state_dict)\n        if self.qk_clip is not None:",
+        "super().load_state_dict(state_dict)\n        if False:",
+        tests_of("torch/test_loaded_weights.py", "test_the_optimizer_s_load_is_enough[False]"),
+    ),
+    Mutation(
+        "load-of-an-optimizer-with-a-clip-attached-keeps-observations",
+        "load_state_dict of the optimizer that a clip is attached to keeps the maxima.",
+        "self._clip.reset()  # what",
+        "pass  # what",
+        tests_of("torch/test_loaded_weights.py", "test_the_optimizer_s_load_is_enough[True]"),
+    ),
+    Mutation(
         "missing-observation-ignored",  # 11
         "An attention that was not observed counts as quiet.",
         "missing = ~observed & constant(tuple(trains), torch.bool, observed.device)",

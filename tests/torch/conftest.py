@@ -2,8 +2,10 @@ import gc
 
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict_loader
 
 from muonclip.torch.observe.handlers import of_thread
+from muonclip.torch.observe.loads import _loads_in_place
 from muonclip.torch.observe.patches import PATCHES
 
 
@@ -25,3 +27,12 @@ def no_other_patches():
         PATCHES.remove_user()
     yield
     PATCHES.users += others
+
+
+@pytest.fixture
+def no_other_loads():
+    """No hooks for loads are left from a clip of another test."""
+    gc.collect()
+    for hooks in list(_loads_in_place._hooks):
+        hooks.take_off()
+    assert state_dict_loader._load_state_dict.__module__ == state_dict_loader.__name__

@@ -18,6 +18,8 @@ class AroundUpdate(Protocol):
 
     def after_update(self, factors: dict[str, ClipFactors]) -> None: ...
 
+    def reset(self) -> None: ...
+
 
 class Attachment:
     """A clip that acts at the steps of one optimizer, until it is removed."""
@@ -28,6 +30,7 @@ class Attachment:
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
         )
 
     def remove(self) -> None:
@@ -48,6 +51,9 @@ class Attachment:
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         factors, self._factors = self._factors, {}
         self._clip.after_update(factors)
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        self._clip.reset()  # what was observed belongs to another run
 
     def _measured(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         def run() -> Any:

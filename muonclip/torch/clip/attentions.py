@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from muonclip.torch.discover import NOTHING_FOUND, AttentionMonitor, Inputs
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits
-from muonclip.torch.observe import DECLARED, AttentionKernel
+from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks
 
 
 class ClipAttentions:
@@ -32,6 +32,8 @@ class ClipAttentions:
     ) -> None:
         self.projections = projections
         self._model, self._monitor = model, monitor
+        self._loads: LoadHooks | None = None  # the monitor has its own
+        self._watch_loads()
         self._sharded: list[FSDPModule] = []
         self._read: tuple[int, list[weakref.ref[Tensor]]] | None = None  # version and weights when they were read
         self.placement_version = 0
@@ -98,6 +100,8 @@ class ClipAttentions:
 
     def remove(self) -> None:
         """Take the observers off the model."""
+        if self._loads is not None:
+            self._loads.take_off()
         if self._monitor is not None:
             self._monitor.remove("it was removed")
 
@@ -113,6 +117,7 @@ class ClipAttentions:
         self._sharded = [each for root in self._roots() for each in root.modules() if isinstance(each, FSDPModule)]
         for module in self._sharded:
             module.reshard()
+        self._watch_loads()
         self._read = self.version, [weakref.ref(weight) for weight in self._weights()]
         self.placement_version += 1
 
@@ -148,8 +153,14 @@ class ClipAttentions:
             return (self._model,)
         return {rows.module: None for each in self.projections.values() for _, rows in each.parts()}
 
+    def _watch_loads(self) -> None:
+        """Let the statistics of given projections forget what they saw when their weights are loaded."""
+        if self._monitor is None:
+            self._loads = self._loads or LoadHooks()
+            self._loads.watch((m, each.max_logits) for each in self.projections.values() for m in each.qk_modules())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": None, "_sharded": []}  # read again in a copy
+        return {**self.__dict__, "_read": None, "_sharded": [], "_loads": None}  # read again in a copy
 
 
 def attentions_of_model(

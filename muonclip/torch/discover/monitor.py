@@ -30,6 +30,7 @@ from muonclip.torch.observe import (
     EAGER,
     PATCHES,
     Hooks,
+    LoadHooks,
     Observer,
     ObserverHooks,
     Unclaimed,
@@ -69,6 +70,7 @@ class AttentionMonitor:
     def _prepare(self) -> None:
         entry = _Entry(self)
         self._observers = ObserverHooks()
+        self._loads = LoadHooks()
         self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
         self._names: dict[nn.Module, str] = {}
         self._running = _Running()
@@ -81,7 +83,7 @@ class AttentionMonitor:
             if other is not None:
                 other.remove("another QKClip was made for the same model, and observes it now")
         PATCHES.add_user(self.model)
-        hooks = self._observers, self._root, self._entries
+        hooks = self._observers, self._loads, self._root, self._entries
         self._end = weakref.finalize(self, _take_down, self._unclaimed, *hooks)
         self._root.put_on(self.model)
         for module in self.model.modules():
@@ -230,8 +232,11 @@ class AttentionMonitor:
         self._observe()
 
     def _observe(self) -> None:
-        """Let what each site's attention shows go to its statistics."""
+        """Let what each site's attention shows go to its statistics, which forget it when weights are loaded."""
         self._observers.take_off()
+        self._loads.watch(
+            (module, each.max_logits) for each in self.projections.values() for module in each.qk_modules()
+        )
         for site in self.sites.values():
             if site.kernel is not DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
@@ -326,7 +331,7 @@ def _is_not_training(module: nn.Module) -> bool:
     return is_tracing() or is_unobserved() or has_a_foreign_forward(module)
 
 
-def _take_down(unclaimed: Unclaimed, *hooks: Hooks) -> None:
+def _take_down(unclaimed: Unclaimed, *hooks: Hooks | LoadHooks) -> None:
     drop_handlers(unclaimed)
     for each in hooks:
         if isinstance(each, ObserverHooks):

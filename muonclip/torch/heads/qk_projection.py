@@ -148,6 +148,10 @@ class QKProjection:
         """Return the weights and biases behind queries and keys."""
         return [p for side, rows in self.parts() if side != "value" for p, _ in rows.parameters()]
 
+    def qk_modules(self) -> list[nn.Module]:
+        """Return the modules that hold the weights behind queries and keys."""
+        return list({rows.module: None for side, rows in self.parts() if side != "value"})
+
     def trains(self) -> bool:
         """Tell whether queries or keys are trained; a frozen attention is neither scaled nor has to be observed."""
         return any(parameter.requires_grad for parameter in self.qk_parameters())

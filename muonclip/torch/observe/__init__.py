@@ -10,6 +10,7 @@ from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.handlers import AttentionCallHandler, drop_handlers, handled, handling, of_thread
 from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
 from muonclip.torch.observe.kernels import KERNELS
+from muonclip.torch.observe.loads import LoadHooks
 from muonclip.torch.observe.observer import Observer, Unclaimed
 from muonclip.torch.observe.patches import PATCHES
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionCallHandler",
     "AttentionKernel",
     "Hooks",
+    "LoadHooks",
     "Observer",
     "ObserverHooks",
     "ScoreTracker",

@@ -195,6 +195,12 @@ class MuonClip(MatrixOptimizer):
             self.qk_clip.raise_deferred()
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as any optimizer does; what the clip observed before belongs to another run and is forgotten."""
+        super().load_state_dict(state_dict)
+        if self.qk_clip is not None:
+            self.qk_clip.reset()
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
