@@ -3,8 +3,8 @@ skipped test.
 
 A test may skip itself in CI only for want of a GPU: its reason then says "GPU" or "CUDA".
 
-JAX's programs run for milliseconds and take seconds to compile, so they are compiled without optimization, and once for
-all processes of a run.
+JAX's programs run for milliseconds and take seconds to compile, so they are compiled without optimization, by the
+emitters that compile fastest, and once for all processes of a run.
 """
 
 import os
@@ -25,7 +25,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_prefer_vector_width=128",
 )
 _own_cache = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="muonclip-jax-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_own_cache))
