@@ -47,8 +47,7 @@ _WHERE = functions("where")
 _SAME = functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "max", "maximum", "clamp",
     "clamp_", "clamp_min", "clamp_min_", "nan_to_num", "nan_to_num_", "view", "reshape", "unflatten", "squeeze",
-    "unsqueeze", "flatten", "tanh", "tanh_", "view_as", "reshape_as",
-    "requires_grad_",
+    "unsqueeze", "flatten", "tanh", "tanh_", "view_as", "reshape_as", "requires_grad_",
 )  # fmt: skip
 _SOFTMAX = functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
@@ -77,11 +76,10 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Te
     """Return the score that a product is; None where it cannot be one of queries and keys. `made_in`: of the score."""
     if func is torch.einsum:
         found = queries_and_keys(args)
-        return (
-            None
-            if found is None
-            else Score((Block(found[0], found[1], Pairs(result.shape)),), made_in, problem=found[2])
-        )
+        if found is None:
+            return None
+        queries, keys, problem = found
+        return Score((Block(queries, keys, Pairs(result.shape)),), made_in, problem=problem)
     arguments = bind(func, args, kwargs)
     first, second = ("batch1", "batch2") if func in _BATCHED else ("input", "mat2" if "mat2" in arguments else "other")
     a, b = arguments[first], arguments[second]
@@ -89,10 +87,8 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Te
         return None
     if func not in _BATCHED:
         return Score((Block(a, b.mT, Pairs(result.shape)),), made_in)
-    score, beta = (
-        Score((Block(a, b.mT, Pairs(result.shape), float(arguments.get("alpha", 1.0))),), made_in),
-        arguments.get("beta", 1),
-    )
+    alpha, beta = float(arguments.get("alpha", 1.0)), arguments.get("beta", 1)
+    score = Score((Block(a, b.mT, Pairs(result.shape), alpha),), made_in)
     if beta == 0:
         return score
     if arguments["input"] is result:
