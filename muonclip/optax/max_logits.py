@@ -138,7 +138,8 @@ def dot_product_attention(
     )
     allowed = mask
     if bias is not None:
-        allowed = ~is_masked(bias) if mask is None else mask & ~is_masked(bias)
+        permitted = ~is_masked(bias, xp=jnp)
+        allowed = permitted if mask is None else mask & permitted
     if tau is None:
         return attend(), exact_max_logits(query, key, mask=allowed, **masks)
     return attend(), certified_max_logits(query, key, tau, mask=allowed, **masks)

@@ -358,10 +358,12 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = _head_maxima.arg_names
-    constants = dict(IS_CAUSAL=True, HIGHEST_MASKED=0, WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
+    constants = dict(IS_CAUSAL=True, WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
     constants |= {name.removeprefix("_"): size for name, size in BLOCKS.items()}
-    types = dict(q=f"*{dtype}", k=f"*{dtype}", documents="*i64", attn_mask="*u8", scale="fp32")
-    types |= dict.fromkeys(["row_bounds", "floor", "maxima", "bounds"], "*fp32") | dict.fromkeys(constants, "constexpr")
+    types = dict(q=f"*{dtype}", k=f"*{dtype}", documents="*i64", attn_mask="*fp16", scale="fp32")
+    types |= dict.fromkeys(["row_bounds", "floor", "highest_masked", "maxima", "bounds"], "*fp32") | dict.fromkeys(
+        constants, "constexpr"
+    )
     source = ASTSource(_head_maxima, {name: types.get(name, "i32") for name in names}, constants)
     assembly = compile_kernel(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
     assert "max.NaN.f32" in assembly

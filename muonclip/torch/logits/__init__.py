@@ -4,6 +4,7 @@ Here are its bounds, the masks it respects, the kernels that compute it, and att
 knows queries and keys, but no model and no weight.
 """
 
+from muonclip.torch.logits.added_mask import is_masked
 from muonclip.torch.logits.attention import attention
 from muonclip.torch.logits.exact_maxima import measure_max_logits, statistic_dtype
 from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
@@ -17,6 +18,7 @@ __all__ = [
     "MaxLogits",
     "attention",
     "host_sdpa",
+    "is_masked",
     "is_unobserved",
     "local_queries_and_keys",
     "measure_max_logits",

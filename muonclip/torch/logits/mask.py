@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
-from muonclip.core.attention_mask import is_masked
+from muonclip.torch.logits.added_mask import highest_masked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionMask:
     """The pairs of query and key that count: those that every given condition allows.
 
@@ -21,7 +21,8 @@ class AttentionMask:
     - `window`: query i may see keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
     - `document_ids`: int [B, T]; a query may see the keys of its own document.
     - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
-      (`muonclip.core.attention_mask` says which values forbid a pair). For padding give `keep[:, None, None, :]`.
+      (`muonclip.core.attention_mask` says which values of it, as a whole, forbid a pair). For padding give
+      `keep[:, None, None, :]`.
 
     Raises ValueError for masks of other shapes and dtypes.
     """
@@ -79,7 +80,7 @@ class AttentionMask:
         if self.document_ids is not None:
             conditions.append((self.document_ids[:, rows, None] == self.document_ids[:, None, columns])[:, None])
         if self.attn_mask is not None:
-            conditions.append(_is_allowed(_tile(self.attn_mask, rows, columns)))
+            conditions.append(self._allows(_tile(self.attn_mask, rows, columns)))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to(self, batch: int, head: int, rows: Tensor) -> Tensor | None:
@@ -97,7 +98,7 @@ class AttentionMask:
             mask = self.attn_mask
             if mask.ndim == 4:
                 mask = mask[batch if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0]
-            conditions.append(_is_allowed(mask[rows] if mask.ndim == 2 and mask.shape[0] > 1 else mask))
+            conditions.append(self._allows(mask[rows] if mask.ndim == 2 and mask.shape[0] > 1 else mask))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to_rows(self, rows: Tensor) -> Tensor | None:
@@ -113,14 +114,23 @@ class AttentionMask:
             conditions.append(own[..., None] == self.document_ids[:, None, :])
         if self.attn_mask is not None:
             full = self.attn_mask.expand(*rows.shape, self.query_length, self.key_length)
-            conditions.append(_is_allowed(full.gather(2, i[..., None].expand(-1, -1, 1, self.key_length)).squeeze(2)))
+            conditions.append(self._allows(full.gather(2, i[..., None].expand(-1, -1, 1, self.key_length)).squeeze(2)))
         return reduce(torch.logical_and, conditions) if conditions else None
+
+    @cached_property
+    def highest_masked(self) -> Tensor | None:
+        """The number [] at and below which values of a float `attn_mask` forbid their pairs; read when it is asked."""
+        return None if self.attn_mask is None or self.attn_mask.dtype == torch.bool else highest_masked(self.attn_mask)
+
+    def _allows(self, part: Tensor) -> Tensor:
+        """Tell which pairs a part of `attn_mask` allows."""
+        return part if self.highest_masked is None else ~(part <= self.highest_masked)
 
     def of_heads(self, heads: list[int]) -> AttentionMask:
         """Return the mask of some of the heads."""
         if self.attn_mask is None or self.attn_mask.ndim < 4 or self.attn_mask.shape[1] == 1:
             return self
-        return replace(self, attn_mask=self.attn_mask[:, heads])
+        return replace(self, attn_mask=self._allows(self.attn_mask[:, heads]))  # what forbids is said by all heads
 
     def dense(self, device: torch.device) -> Tensor | None:
         """Return the mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""
@@ -138,10 +148,6 @@ def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:
         raise ValueError(
             f"attn_mask has shape {tuple(mask.shape)}; it must be broadcastable to [B, H, {lengths[0]}, {lengths[1]}]."
         )
-
-
-def _is_allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else ~is_masked(mask)
 
 
 def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from muonclip.core.attention_mask import is_masked
+from muonclip.core.attention_mask import replaces
+from muonclip.torch.logits import is_masked
 from muonclip.torch.observe.einsum import queries_and_keys
 from muonclip.torch.observe.score import Block, Pairs, Score, joined
 from muonclip.torch.observe.torch_functions import bind, functions
@@ -138,10 +139,11 @@ def overwritten(use: Use, target: Score) -> Score:
         if not tracked.is_of(tensor, index):
             return target.with_problem("are changed in part")
         return tracked.put_back(tensor, index, target)
-    if not (isinstance(value, Tensor) or is_masked(value)):
+    forbids = replaces(value.detach() if isinstance(value, Tensor) else value)
+    if forbids is False:
         return target
     forbidden = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
-    forbidden[index] = is_masked(value)
+    forbidden[index] = forbids
     return target.forbid(forbidden)
 
 
@@ -218,8 +220,8 @@ def _chosen(use: Use) -> Score:
 
 def _where_masked(chosen: Tensor, value: Any) -> Tensor | bool:
     """Return where `value` replaces a logit and forbids the pair."""
-    masked = is_masked(value.detach() if isinstance(value, Tensor) else value)
-    return chosen & masked if isinstance(masked, Tensor) else masked and chosen
+    forbids = replaces(value.detach() if isinstance(value, Tensor) else value)
+    return chosen & forbids if isinstance(forbids, Tensor) else forbids and chosen
 
 
 def _joined(use: Use) -> Score:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muonclip.core.attention_mask import MASKED
 from muonclip.torch.logits.mask import AttentionMask
 
 _BLOCK_ROWS, _BLOCK_COLUMNS, _BLOCK_WIDTH = 64, 64, 32
@@ -51,7 +50,7 @@ def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floo
 
     key_norms = _norms(k).amax(-1).repeat_interleave(heads // groups, 1)
     row_bounds = _norms(q) * (key_norms * (abs(scale) * _ROUNDING_MARGIN))[..., None]
-    documents, attn_mask, highest_masked = _expanded(mask, q.shape, key_length)
+    documents, attn_mask = _expanded(mask, q.shape, key_length)
     maximum, bound = torch.empty(2, heads, batch * blocks, dtype=torch.float32, device=q.device)
     strides = (
         *q.stride(),
@@ -65,10 +64,10 @@ def head_maxima(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, floo
     launch: Any = _head_maxima[(heads * batch * blocks,)]  # its parameters are annotated for Triton's compiler
     with torch.cuda.device_of(q):
         launch(
-            q, k, row_bounds, floor, documents, attn_mask, maximum, bound, *strides,
+            q, k, row_bounds, floor, documents, attn_mask, mask.highest_masked, maximum, bound, *strides,
             scale=scale, batch=batch, blocks=blocks, queries_per_key=heads // groups,
             query_length=query_length, key_length=key_length, window=min(mask.window or longest, longest),
-            IS_CAUSAL=mask.is_causal, HIGHEST_MASKED=highest_masked, WIDTH=width,
+            IS_CAUSAL=mask.is_causal, WIDTH=width,
             BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, BLOCK_WIDTH=_BLOCK_WIDTH,
         )  # fmt: skip
     return maximum.amax(-1), bound.amax(-1)
@@ -80,31 +79,29 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) + lost
 
 
-def _expanded(
-    mask: AttentionMask, query_shape: torch.Size, key_length: int
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Return document ids [B, T], attn_mask [B, H, Tq, Tk] (not copied), and its largest value that forbids a pair."""
+def _expanded(mask: AttentionMask, query_shape: torch.Size, key_length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return document ids [B, T] and attn_mask [B, H, Tq, Tk], not copied."""
     batch, heads, query_length, _ = query_shape
-    documents, attn_mask, highest_masked = mask.document_ids, mask.attn_mask, MASKED
+    documents, attn_mask = mask.document_ids, mask.attn_mask
     if documents is not None:
         documents = documents.expand(batch, query_length)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask, highest_masked = attn_mask.view(torch.uint8), 0
+            attn_mask = attn_mask.view(torch.uint8)
         attn_mask = attn_mask.expand(batch, heads, query_length, key_length)
-    return documents, attn_mask, highest_masked
+    return documents, attn_mask
 
 
 @triton.jit
 def _head_maxima(
-    q, k, row_bounds, floor, documents, attn_mask, maxima, bounds,
+    q, k, row_bounds, floor, documents, attn_mask, highest_masked, maxima, bounds,
     q_batch, q_head, q_row, q_width,
     k_batch, k_head, k_row, k_width,
     bound_batch, bound_head, bound_row, floor_head,
     document_batch, document_row,
     mask_batch, mask_head, mask_row, mask_column,
     scale, batch, blocks, queries_per_key, query_length, key_length, window,
-    IS_CAUSAL: tl.constexpr, HIGHEST_MASKED: tl.constexpr, WIDTH: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute one row block of one head and batch entry; strides follow the tensors, and offsets are 64 bits wide."""
@@ -126,6 +123,8 @@ def _head_maxima(
             documents += b * document_batch
             row_documents = tl.load(documents + rows_64 * document_row, mask=rows_inside, other=0)
         if attn_mask is not None:
+            if highest_masked is not None:
+                forbids = tl.load(highest_masked)
             mask_rows = attn_mask + b * mask_batch + h * mask_head + rows_64[:, None] * mask_row
 
         last_row = tl.minimum(first_row + BLOCK_ROWS, query_length) - 1
@@ -163,7 +162,10 @@ def _head_maxima(
                 allowed &= row_documents[:, None] == column_documents[None, :]
             if attn_mask is not None:
                 values = tl.load(mask_rows + columns_64[None, :] * mask_column, mask=allowed, other=0)
-                allowed &= ~(values <= HIGHEST_MASKED)  # `is_masked`; false of NaN
+                if highest_masked is None:
+                    allowed &= values != 0
+                else:
+                    allowed &= ~(values <= forbids)  # false of NaN
             scores = tl.where(allowed, scores * scale, float("-inf"))
             best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
         maximum = _amax(best)

@@ -1,0 +1,62 @@
+"""Which values of a tensor that is added to the logits forbid a pair, without waiting for the device.
+
+`muonclip.core.attention_mask` has the rule. The whole tensor is read for it, by rows, so that no copy of it is made.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muonclip.core import attention_mask as core
+from muonclip.core.attention_mask import MASKED, TWO_VALUED
+
+_PART = {"cpu": 2**20}
+_PART_ON_DEVICE = 2**26  # values that are read at once
+
+
+@torch.no_grad()
+def highest_masked(added: Tensor) -> Tensor:
+    """Return the number [], on the tensor's device, at and below which its values forbid their pairs."""
+    if isinstance(added, DTensor):
+        added = added.to_local()
+    added = added.detach()
+    if not added.is_floating_point():
+        added = added.float()
+    if not added.numel():
+        return torch.full((), MASKED, device=added.device)
+    for axis, stride in enumerate(added.stride()):
+        if stride == 0:  # broadcast
+            added = added.narrow(axis, 0, 1)
+    number = _highest_masked_on_host(added) if added.device.type == "cpu" and type(added) is Tensor else None
+    if number is not None:
+        return torch.full((), number, device="cpu", dtype=torch.float64)
+    levels = [core.mask_levels(part, xp=torch) for part in _parts(added)]
+    return core.highest_masked(
+        [reduce(torch.maximum, each) for each in zip(*levels, strict=True)], added.dtype, xp=torch
+    )
+
+
+def is_masked(added: Tensor) -> Tensor:
+    """Tell which values forbid their pair: bool, one by one."""
+    return added.detach() <= highest_masked(added)
+
+
+def _highest_masked_on_host(added: Tensor) -> float | None:
+    """Return the number by a look at the range and, of a mask of two values, one at each; None for other tensors."""
+    lowest, highest = (each.item() for each in added.aminmax())
+    if core.forbids_nothing(lowest, highest):
+        return MASKED
+    is_mask = highest == 0 and lowest <= TWO_VALUED and bool(((added == lowest) | (added == 0)).all())
+    return lowest if is_mask else None
+
+
+def _parts(added: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensor by rows, all axes in front of them whole."""
+    if added.ndim < 2:
+        return (added,)
+    rows = max(1, _PART.get(added.device.type, _PART_ON_DEVICE) * added.shape[-2] // added.numel())
+    return added.split(rows, -2) if rows < added.shape[-2] else (added,)
