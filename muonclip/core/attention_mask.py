@@ -8,8 +8,8 @@ Models forbid pairs with −inf, with the lowest number of a dtype (float16: −
 2. A mask has exactly two other values, 0 and one that is at most −50, which forbids.
 3. A mask and a bias that all sequences share (Swin: all windows) may have been added up before. Where the first of four
    axes counts sequences, what each is below the highest of them is the mask, by rule 2 up to rounding.
-4. In other tensors −9984 (−1e4) and less forbid, if a gap divides those values from the higher ones that is as wide as
-   either group is. A bias has no such gap.
+4. In other tensors −9984 (−1e4) and less forbid, with what a bias made of them (up to −8985.6), if a gap divides these
+   values from the others that is about as wide as either group is. A bias by itself has no such gap.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MASKED = -9984.0
 """−1e4 as bfloat16 stores it; float16 and float32 hold it exactly."""
 TWO_VALUED = -50.0
 _FAR = TWO_VALUED / 2  # between the two values
+_DIVIDE = 0.9 * MASKED  # between the two groups
 
 
 def is_masked(added: Array, *, xp: Any) -> Array:
@@ -58,10 +59,10 @@ def mask_levels(added: Array, *, xp: Any) -> list[Array]:
         return xp.amax(xp.where(where, values, -math.inf))
 
     lowest = _unreachable(added.dtype, xp)
-    counts, above = added > lowest, added > MASKED
+    counts = added > lowest
     far, near = counts & (added <= _FAR), added > _FAR
     levels = [highest(-added, far), highest(added, far), highest(-added, near), highest(added, near)]
-    levels += [highest(-added, above), highest(added, counts & ~above)]
+    levels += [highest(-added, added > _DIVIDE), highest(added, counts & (added <= _DIVIDE))]
     if added.ndim == 4 and added.shape[0] > 1:
         finite = xp.where(counts, added, lowest)
         steps = finite - xp.amax(finite, 0, keepdims=True)
@@ -78,7 +79,7 @@ def highest_masked(levels: Sequence[Array], dtype: Any, *, xp: Any) -> Array:
     lowest_above = xp.minimum(-neg_lowest_above, highest)  # where all are below, there is no gap
     gap = lowest_above - highest_below
     are_two_groups = (gap >= highest - lowest_above) & (gap * 1.5 >= highest_below + neg_lowest)
-    number = xp.where(are_two_groups, MASKED, _unreachable(dtype, xp))
+    number = xp.where(are_two_groups & (neg_lowest >= -MASKED), highest_below, _unreachable(dtype, xp))
     if len(levels) > 6:
         neg_lowest_step, highest_step, neg_lowest_near_step, highest_masked, neg_lowest_allowed = levels[6:]
         rounding = 2 * xp.finfo(dtype).eps * neg_lowest_step

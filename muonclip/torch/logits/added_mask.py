@@ -50,8 +50,9 @@ def _highest_masked_on_host(added: Tensor) -> float | None:
     lowest, highest = (each.item() for each in added.aminmax())
     if core.forbids_nothing(lowest, highest):
         return MASKED
-    is_mask = highest == 0 and lowest <= TWO_VALUED and bool(((added == lowest) | (added == 0)).all())
-    return lowest if is_mask else None
+    if highest == 0 and lowest <= TWO_VALUED and all(((part == lowest) | (part == 0)).all() for part in _parts(added)):
+        return lowest
+    return None
 
 
 def _parts(added: Tensor) -> tuple[Tensor, ...]:
