@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax.sharding import Mesh, PartitionSpec
-from masked_values import FORBIDDING, LOWEST_BIAS
+from masked_values import ADDED, FORBIDDING, LOWEST_BIAS, added_tensors
 
 from muonclip.optax.attention_mask import AttentionMask
 from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
@@ -501,6 +501,31 @@ def test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part(dtype, m
     dense = [dense_maxima(q, k, allowed=causal(q, k) & mask) for mask in (True, half)]
     for maxima, expected in zip(maxima_under_bias(q, k, bias, jnp.asarray(half)), np.repeat(dense, 2, 0), strict=True):
         np.testing.assert_allclose(maxima, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ADDED)
+def test_the_whole_bias_says_which_of_its_values_forbid(name, dtype):
+    q, k = random_qk(dtype=dtype)
+    added, allowed = added_tensors(2, 6, 37, dtype)[name]
+    bias = jnp.asarray(added, dtype)
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    half = np.broadcast_to(np.arange(37) < 20, (1, 1, 1, 37))
+    dense = [dense_maxima(q, k, allowed=allowed & mask) for mask in (True, half)]
+    for maxima, expected in zip(maxima_under_bias(q, k, bias, jnp.asarray(half)), np.repeat(dense, 2, 0), strict=True):
+        np.testing.assert_allclose(maxima, expected, rtol=1e-5)
+
+
+def test_the_far_pairs_of_alibi_count_at_30000_positions():
+    """Its bias is below −1e4 there. Four queries of the 30000, one head."""
+    distances = abs(np.array([0, 900, 29_000, 29_999])[:, None] - np.arange(30_000))
+    key = np.random.default_rng(0).random((1, 30_000, 1, 2))
+    key[0, 40] = 9.0
+    q, k = jnp.ones((1, 4, 1, 2), jnp.float32).at[0, :2].set(0.1), jnp.asarray(key, jnp.float32)
+    maxima = dot_product_attention(q, k, k, jnp.asarray(-0.5 * distances, jnp.float32)[None, None])[1]
+    expected = dense_maxima(q, k)
+    assert distances[2, 40] * -0.5 < -1e4
+    np.testing.assert_allclose(maxima, expected, rtol=1e-5)
 
 
 # Errors

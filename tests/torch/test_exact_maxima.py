@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked_values import FORBIDDING, LOWEST_BIAS
+from masked_values import ADDED, FORBIDDING, LOWEST_BIAS, added_tensors
 from tiny_attention import dense_max_logits
 
 from muonclip.torch import AttentionMask, MaxLogits, attention, measure_max_logits
@@ -111,7 +111,7 @@ def by_tiles(q, k, mask, lse):
 
 
 def by_rows(q, k, mask, lse):
-    statistic = MaxLogits(HEADS)
+    statistic = MaxLogits(q.shape[1])
     statistic.observe(q, k, scale=0.4, mask=mask, lse=lse)
     return statistic.maximum
 
@@ -122,7 +122,7 @@ def by_norms(q, k, mask, lse):
 
 def by_attention(q, k, mask, lse):
     statistic = MaxLogits(HEADS)
-    attention(q, k, k, scale=0.4, attn_mask=mask.attn_mask.to(q.dtype), max_logits=statistic)
+    attention(q, k, k, scale=0.4, attn_mask=torch.atleast_2d(mask.attn_mask.to(q.dtype)), max_logits=statistic)
     return statistic.maximum
 
 
@@ -139,6 +139,42 @@ def test_whatever_forbids_a_pair_does_so_for_every_source(source, dtype, masked)
     expected = truth(q, k, 0.4, allowed.expand(2, -1, -1, -1).numpy())
     np.testing.assert_allclose(seen.double().numpy(), expected, rtol=1e-5)
     assert (truth(q, k, 0.4, np.ones((2, HEADS, LENGTH, LENGTH), dtype=bool)) > 1.05 * expected).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("source", [by_tiles, by_rows, by_norms, by_attention])
+def test_the_whole_mask_says_which_of_its_values_forbid(source, name, dtype, monkeypatch):
+    """Tiles, rows and heads are parts of it."""
+    monkeypatch.setattr(exact_maxima, "_TILE_ROWS", 7)
+    monkeypatch.setattr(exact_maxima, "_TILE_COLUMNS", 5)
+    q, k = case(3, getattr(torch, dtype))
+    added, allowed = added_tensors(2, HEADS, LENGTH, dtype)[name]
+    added = torch.from_numpy(added).to(q.dtype)
+    mask = AttentionMask(LENGTH, LENGTH, attn_mask=added[None] if added.ndim == 3 else added)
+    seen = source(q, k, mask, lse_of(q, k, 0.4, torch.tensor(allowed)))
+    np.testing.assert_allclose(seen.double().numpy(), truth(q, k, 0.4, allowed), rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [None, -math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("source", [by_tiles, by_norms])
+def test_the_far_pairs_of_alibi_count_at_30000_positions(source, causal):
+    """Its bias is below −1e4 there. Four queries of the 30000, one head."""
+    length, positions = 30_000, torch.tensor([0, 900, 29_000, 29_999])
+    distances = (positions[:, None] - torch.arange(length)).float()
+    bias = -0.5 * distances.abs()
+    if causal is not None:
+        bias = bias.masked_fill(distances < 0, causal)
+    torch.manual_seed(0)
+    q, k = torch.rand(1, 1, 4, 2) + 0.5, torch.rand(1, 1, length, 2)
+    k[..., 40, :] = 9.0  # the loudest, 28960 positions and more before the last queries
+    k[..., 29_999, :] = 50.0  # for the last one alone, where the future is masked
+    q[..., 3, :] = 1e-3
+    allowed = distances >= 0 if causal is not None else torch.ones(4, length, dtype=torch.bool)
+    seen = source(q, k, AttentionMask(4, length, attn_mask=bias), None)
+    expected = (0.4 * q.double() @ k.double().mT)[0, 0].masked_fill(~allowed, -math.inf)
+    assert expected.max() == expected[2].max() if causal is not None else expected[:, 29_999].max()
+    np.testing.assert_allclose(seen, [expected.max()], rtol=1e-5)
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_values import FORBIDDING, LOWEST_BIAS
+from masked_values import ADDED, FORBIDDING, LOWEST_BIAS, added_tensors
 from tiny_attention import dense_max_logits
 
 from muonclip.torch import AttentionMask, measure_max_logits
@@ -173,6 +173,16 @@ def test_whatever_forbids_a_pair_does_so(head_maxima, dtype, masked):
     expected = exact_maxima(q, k, allowed.numpy())
     assert_maxima(head_maxima(q, k, attn_mask=mask)[0], expected)
     assert (exact_maxima(q, k) > 1.05 * expected).any()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, "float32") for name in ADDED] + [("of windows", "bfloat16")])
+def test_the_whole_mask_says_which_of_its_values_forbid(head_maxima, name, dtype):
+    """The device says it, of −100 (Swin) and ALiBi at 30000 positions too."""
+    q, k = random_qk("mha")
+    added, allowed = added_tensors(2, 3, 17, dtype)[name]
+    added = torch.from_numpy(added).to(getattr(torch, dtype))
+    maximum, _ = head_maxima(q, k, attn_mask=added[None] if added.ndim == 3 else added)
+    assert_maxima(maximum, exact_maxima(q, k, allowed))
 
 
 @settings(max_examples=25)

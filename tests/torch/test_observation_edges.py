@@ -1,5 +1,6 @@
 """Where a search or an observer could be misled: branches, strange layouts and masks, other people's patches."""
 
+import functools
 import math
 import random
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from masked_values import ADDED, added_tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,6 +284,70 @@ def test_what_is_as_good_as_minus_infinity_masks(value, written_out, x):
     check(clip, model, x, before, 1.0, "", allowed=allowed)
 
 
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("form", ["kernel", "added", "subtracted", "batched"])
+def test_the_whole_of_what_is_added_says_which_values_forbid(form, name):
+    class Masked(Attention):
+        def forward(self, x, mask):
+            q, k, v = self.heads(x)
+            if form == "kernel":
+                return F.scaled_dot_product_attention(q, k, v, mask)
+            scores = q @ k.mT * HEAD**-0.5
+            if form == "added":
+                scores = mask + scores + torch.arange(12.0)
+            elif form == "subtracted":
+                scores = torch.sub(scores, mask / -4, alpha=4)
+            else:
+                flat = (2 * mask).expand(*scores.shape).flatten(0, 1)
+                scores = flat.baddbmm(q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=HEAD**-0.5).view_as(scores)
+            return scores.softmax(-1) @ v
+
+    torch.manual_seed(0)
+    x, model = torch.randn(3, 12, WIDTH), Masked()
+    mask, allowed = (torch.tensor(each) for each in added_tensors(3, HEADS, 12)[name])
+    if form == "batched" and name == "of windows":
+        pytest.skip("Heads and sequences are one axis there.")
+    mask = torch.atleast_2d(mask.float())
+    before = maxima(model, x, allowed)
+    clip = QKClip(model, tau=0.5, observe="always", example_inputs=(x, mask))
+    step(clip, model(x, mask))
+    check(clip, model, x, before, 0.5, "", allowed=allowed)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_windows_of_swin_do_not_see_each_other(implementation):
+    """Its −100 is added to a trained bias first."""
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=1, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4, drop_path_rate=0.0,
+        attn_implementation=implementation,
+    )  # fmt: skip
+    model, x = transformers.SwinModel(config), torch.randn(2, 3, 16, 16)
+    expected, unmasked = {}, {}
+
+    def measure(name, module, args, kwargs):
+        hidden, mask = args[0], kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        with torch.no_grad():
+            q, k = (m(hidden).unflatten(-1, (-1, module.head_dim)).mT for m in (module.q_proj, module.k_proj))
+        scores = torch.einsum("bidh,bjdh->bhij", q.double(), k.double()) * module.scaling
+        unmasked[name] = scores.amax((0, 2, 3)).numpy()
+        if mask is not None:
+            scores = scores.masked_fill((mask != 0)[:, None].repeat(len(scores) // len(mask), 1, 1, 1), -math.inf)
+        expected[name] = scores.amax((0, 2, 3)).numpy()
+
+    for name, module in model.named_modules():
+        if name.endswith(".attention"):
+            module.register_forward_pre_hook(functools.partial(measure, name), with_kwargs=True)
+            nn.init.normal_(module.relative_position_bias.relative_position_bias_table, std=4)
+            module.q_proj.weight.data *= 300
+    clip = QKClip(model, tau=1.0, observe="always", example_inputs=x)
+    report = step(clip, model(x).last_hidden_state)
+    assert len(report.layers) == 4
+    assert any((unmasked[name] > 1.05 * expected[name]).any() for name in expected)
+    for name, layer in report.layers.items():
+        np.testing.assert_allclose(layer.max_logits, expected[name], rtol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [3, HEADS])
 def test_a_mask_of_three_axes_is_one_for_each_head(batch):
     torch.manual_seed(0)
@@ -338,6 +405,12 @@ def filled_by_index(q, k, v):
     return scores.softmax(-1) @ v
 
 
+def filled_by_index_with_little(q, k, v):
+    scores = q @ k.mT * HEAD**-0.5
+    scores[:, :, FORBIDDEN] = -100
+    return scores.softmax(-1) @ v
+
+
 def filled_in_batched_form(q, k, v):
     """As Bloom and nn.MultiheadAttention do: heads and sequences on one axis for the products, on two for the mask."""
     mask = FORBIDDEN.expand(len(q), 1, 7, 7).clone()
@@ -359,6 +432,12 @@ def filled_in_batched_form(q, k, v):
         lambda s: (s + torch.zeros(7, 7).masked_fill(FORBIDDEN, -1e4)) * HEAD**-0.5,
         lambda s: s * HEAD**-0.5 - 1e4 * FORBIDDEN.float(),
         lambda s: torch.add(input=s * HEAD**-0.5, other=FORBIDDEN.float(), alpha=-1e4),
+        lambda s: (s * HEAD**-0.5).masked_fill(FORBIDDEN, -100),
+        lambda s: (s * HEAD**-0.5).masked_fill(FORBIDDEN, -1e-9),
+        lambda s: torch.where(FORBIDDEN, torch.zeros(7, 7), s * HEAD**-0.5),
+        lambda s: torch.where(~FORBIDDEN, s * HEAD**-0.5, -50 * torch.rand(7)),
+        lambda s: s * HEAD**-0.5 + 30 * torch.randn(7, 7) - 100 * FORBIDDEN.float(),
+        lambda s: s * HEAD**-0.5 - 1000 * FORBIDDEN.long() + torch.arange(7),
         lambda s: (s * HEAD**-0.5).masked_fill(FORBIDDEN, -1e4).unflatten(0, (1, -1)).flatten(0, 1),
         lambda s: 5 * torch.tanh((s * HEAD**-0.5).masked_fill(FORBIDDEN, -math.inf) / 5),
     ],
@@ -367,7 +446,7 @@ def test_pairs_are_forbidden_by_what_is_filled_in_or_added(masked, x):
     check_forbidden(lambda q, k, v: masked(q @ k.mT).softmax(-1) @ v, FORBIDDEN, x)
 
 
-@pytest.mark.parametrize("function", [filled_by_index, filled_in_batched_form])
+@pytest.mark.parametrize("function", [filled_by_index, filled_by_index_with_little, filled_in_batched_form])
 def test_pairs_are_forbidden_in_other_ways(function, x):
     forbidden = FORBIDDEN
     if function is filled_in_batched_form:
@@ -393,6 +472,9 @@ def check_forbidden(function, forbidden, x):
         lambda s: s + s.max(-1, keepdim=True).values.neg(),
         lambda s: s.masked_fill(FORBIDDEN.mT & FORBIDDEN, -1e4),
         lambda s: s - 100 * torch.arange(7.0),
+        lambda s: s - 5000 * (torch.arange(7.0)[:, None] - torch.arange(7)).abs(),
+        lambda s: torch.where(s > 0.1, 0.1, s),
+        lambda s: s.masked_fill(s > 0.1, 0.1),
     ],
 )
 def test_an_exploded_logit_is_not_taken_for_a_mask(function, x):
@@ -409,7 +491,7 @@ def test_an_exploded_logit_is_not_taken_for_a_mask(function, x):
 
 @pytest.mark.parametrize("factor", [lambda t: t, lambda t: t.view(1, 1, 1), lambda t: nn.Parameter(t)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scale_that_is_a_tensor_is_not_read(factor, dtype):
+def test_a_scale_that_is_a_tensor_and_a_mask_are_not_read(factor, dtype):
     """The host would wait for the device in every forward."""
 
     class NoReading(TorchDispatchMode):
@@ -419,10 +501,11 @@ def test_a_scale_that_is_a_tensor_is_not_read(factor, dtype):
 
     torch.manual_seed(0)
     q, k = torch.randn(2, HEADS, 7, HEAD, dtype=dtype), torch.randn(2, HEADS, 7, HEAD, dtype=dtype)
-    scale, found = factor(torch.tensor(0.37)), []
+    scale, found, mask = factor(torch.tensor(0.37)), [], torch.where(FORBIDDEN, -100.0, 0.0)
     with NoReading(), ScoreTracker(found.append):
-        torch.softmax(torch.tensor(3.0) * (q @ k.mT * scale) / scale / torch.tensor(7.0), -1)
+        torch.softmax(torch.tensor(3.0) * (q @ k.mT * scale) / scale / torch.tensor(7.0) + mask, -1)
     assert len(found) == 1
+    assert torch.equal(found[0].attn_mask.expand(2, HEADS, 7, 7), ~FORBIDDEN.expand(2, HEADS, 7, 7))
     assert not found[0].problem
     statistic = MaxLogits(HEADS)
     with ScoreTracker(lambda call: take_in(call, statistic, None)):

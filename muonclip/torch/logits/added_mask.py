@@ -10,6 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from muonclip.core import attention_mask as core
 from muonclip.core.attention_mask import MASKED, TWO_VALUED
@@ -20,24 +21,24 @@ _PART_ON_DEVICE = 2**26  # values that are read at once
 
 @torch.no_grad()
 def highest_masked(added: Tensor) -> Tensor:
-    """Return the number [], on the tensor's device, at and below which its values forbid their pairs."""
+    """Return the number at and below which its values forbid their pairs, [] in float32 (float64 for float64), on the
+    tensor's device."""
     if isinstance(added, DTensor):
         added = added.to_local()
-    added = added.detach()
-    if not added.is_floating_point():
-        added = added.float()
-    if not added.numel():
-        return torch.full((), MASKED, device=added.device)
+    added = added.detach() if added.is_floating_point() else added.float()
+    dtype = torch.promote_types(added.dtype, torch.float32)
     for axis, stride in enumerate(added.stride()):
         if stride == 0:  # broadcast
-            added = added.narrow(axis, 0, 1)
-    number = _highest_masked_on_host(added) if added.device.type == "cpu" and type(added) is Tensor else None
+            added = added.narrow(axis, 0, min(1, added.shape[axis]))
+    number = None
+    if not added.numel():
+        number = MASKED
+    elif added.device.type == "cpu" and not is_in_torch_dispatch_mode():  # of which some have no values
+        number = _highest_masked_on_host(added)
     if number is not None:
-        return torch.full((), number, device="cpu", dtype=torch.float64)
-    levels = [core.mask_levels(part, xp=torch) for part in _parts(added)]
-    return core.highest_masked(
-        [reduce(torch.maximum, each) for each in zip(*levels, strict=True)], added.dtype, xp=torch
-    )
+        return torch.full((), number, dtype=dtype, device=added.device)
+    levels = zip(*(core.mask_levels(part, xp=torch) for part in _parts(added)), strict=True)
+    return core.highest_masked([reduce(torch.maximum, each) for each in levels], added.dtype, xp=torch).to(dtype)
 
 
 def is_masked(added: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def _head_maxima(
                 if highest_masked is None:
                     allowed &= values != 0
                 else:
-                    allowed &= ~(values <= forbids)  # false of NaN
+                    allowed &= ~(values.to(forbids.dtype) <= forbids)  # false of NaN
             scores = tl.where(allowed, scores * scale, float("-inf"))
             best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
         maximum = _amax(best)
