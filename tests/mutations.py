@@ -549,8 +549,8 @@ MUTATIONS = (
     Mutation(
         "lowest-number-of-a-mask-allows",  # 27
         "Only −inf masks; finfo.min, −1e9 and −1e4 do not.",
-        "return mask if mask.dtype == torch.bool else ~is_masked(mask)",
-        "return mask if mask.dtype == torch.bool else mask > -torch.inf",
+        "return part if self.highest_masked is None else ~(part <= self.highest_masked)",
+        "return part if self.highest_masked is None else part > -torch.inf",
         tests_of("torch/test_max_logits.py", "test_the_lowest_number_of_a_float_mask_masks")
         + tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
     ),
@@ -564,16 +564,83 @@ MUTATIONS = (
     Mutation(
         "number-filled-into-scores-allows",  # 27
         "Where attention is written out, what is filled in for a forbidden pair counts as its logit.",
-        "masked = is_masked(value.detach() if isinstance(value, Tensor) else value)",
-        "masked = False",
+        "forbids = replaces(value.detach() if isinstance(value, Tensor) else value)\n    return",
+        "forbids = False\n    return",
         tests_of("torch/test_observation_edges.py", "test_pairs_are_forbidden_by_what_is_filled_in_or_added"),
     ),
     Mutation(
         "minus-1e4-in-bf16-allows",  # 27
         "−1e4 as bfloat16 stores it is no mask.",
         "MASKED = -9984.0",
-        "MASKED = -9999.0",
+        "MASKED = -10048.0",
         tests_of("torch/test_exact_maxima.py", "test_whatever_forbids_a_pair_does_so_for_every_source"),
+    ),
+    Mutation(
+        "number-alone-forbids",
+        "ALiBi's far pairs are masked at 30000 positions.",
+        "are_two_groups & (neg_lowest >= -MASKED)",
+        "(neg_lowest >= -MASKED)",
+        tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid")
+        + tests_of("torch/test_exact_maxima.py", "test_the_far_pairs_of_alibi_count_at_30000_positions")
+        + tests_of("optax/test_max_logits.py", "test_the_far_pairs_of_alibi_count_at_30000_positions"),
+    ),
+    Mutation(
+        "two-values-are-a-bias",
+        "−100 and −1000 forbid nothing.",
+        "return xp.where(is_mask, highest_far, number)",
+        "return number",
+        tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid"),
+    ),
+    Mutation(
+        "two-values-are-a-bias-on-the-host",
+        "A mask of two values is not known at a look.",
+        "        return lowest\n    return None",
+        "        return MASKED\n    return None",
+        tests_of("torch/test_exact_maxima.py", "test_the_whole_mask_says_which_of_its_values_forbid")
+        + tests_of("torch/test_observation_edges.py", "test_the_whole_of_what_is_added_says_which_values_forbid"),
+    ),
+    Mutation(
+        "any-lowest-value-is-a-mask",
+        "The lowest of many values forbids, where the highest is 0.",
+        "(neg_lowest >= -TWO_VALUED) & (highest_far == -neg_lowest)",
+        "(neg_lowest >= -TWO_VALUED)",
+        tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid"),
+    ),
+    Mutation(
+        "windows-see-each-other",
+        "Swin's −100, added to a bias, forbids nothing.",
+        "number = xp.where(is_sum, highest_masked, number)",
+        "pass",
+        tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid")
+        + tests_of("torch/test_observation_edges.py", "test_the_windows_of_swin_do_not_see_each_other"),
+    ),
+    Mutation(
+        "mask-of-some-heads-judged-by-them",
+        "What forbids in a mask is said again by the heads that are still open.",
+        "replace(self, attn_mask=self._allows(self.attn_mask[:, heads]))",
+        "replace(self, attn_mask=self.attn_mask[:, heads])",
+        tests_of("torch/test_exact_maxima.py", "test_what_forbids_is_said_by_all_heads"),
+    ),
+    Mutation(
+        "mask-read-by-the-host",
+        "The host waits for a device to read a mask.",
+        'elif added.device.type == "cpu" and not is_in_torch_dispatch_mode():',
+        "else:",
+        tests_of("core/test_attention_mask.py", "test_a_device_is_not_waited_for"),
+    ),
+    Mutation(
+        "small-value-filled-in-allows",
+        "A value that takes the place of a logit forbids only where it is low.",
+        "return value <= 0",
+        "return value <= MASKED",
+        tests_of("torch/test_observation_edges.py", "test_pairs_are_forbidden_by_what_is_filled_in_or_added"),
+    ),
+    Mutation(
+        "cap-filled-in-forbids",
+        "A cap that is filled in for loud logits hides them.",
+        "return value <= 0",
+        "return value < math.inf",
+        tests_of("torch/test_observation_edges.py", "test_an_exploded_logit_is_not_taken_for_a_mask"),
     ),
     Mutation(
         "future-seen-in-tiles-on-the-diagonal",
@@ -599,9 +666,9 @@ MUTATIONS = (
     Mutation(
         "lowest-number-of-a-mask-allows-in-the-kernel",  # 27
         "The kernel for CUDA takes finfo.min in a float mask for a bias.",
-        "highest_masked = mask.document_ids, mask.attn_mask, MASKED",
-        'highest_masked = mask.document_ids, mask.attn_mask, float("-inf")',
-        tests_of("torch/test_head_maxima.py", "test_is_exact_under_every_mask"),
+        "~(values.to(forbids.dtype) <= forbids)",
+        '~(values == float("-inf"))',
+        tests_of("torch/test_head_maxima.py", "test_whatever_forbids_a_pair_does_so"),
     ),
     Mutation(
         "nan-lost-in-the-kernel",
@@ -1408,8 +1475,8 @@ MUTATIONS = (
     Mutation(
         "optax-bias-of-minus-1e4-allows",  # 27
         "Only −inf in a bias masks.",
-        "allowed = ~is_masked(bias) if mask is None",
-        "allowed = ~(bias == -jnp.inf) if mask is None",
+        "permitted = ~is_masked(bias, xp=jnp)",
+        "permitted = ~(bias == -jnp.inf)",
         tests_of("optax/test_max_logits.py", "test_a_bias_that_forbids_is_a_mask_and_one_that_does_not_is_no_part"),
     ),
     Mutation(

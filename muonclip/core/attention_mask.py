@@ -1,4 +1,4 @@
-"""Which values of a tensor that is added to the logits forbid a pair of query and key.
+"""The rule of which values of a tensor that is added to the logits forbid a pair of query and key.
 
 Models forbid pairs with −inf, with the lowest number of a dtype (float16: −65504), with −1e9, −1e4 (GPT-2, Megatron),
 −1000 or −100 (Swin). A bias only makes a pair less likely, and its logit counts; ALiBi is −100 at 200 positions and

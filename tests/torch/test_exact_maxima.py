@@ -156,6 +156,21 @@ def test_the_whole_mask_says_which_of_its_values_forbid(source, name, dtype, mon
     np.testing.assert_allclose(seen.double().numpy(), truth(q, k, 0.4, allowed), rtol=1e-5)
 
 
+def test_what_forbids_is_said_by_all_heads(monkeypatch):
+    """Two values of one head may be a mask, and those of all heads are a bias. The first head is decided at once."""
+    monkeypatch.setattr(exact_maxima, "_FEW_ROWS", 0)
+    q, k = case(0)
+    q[:, 0] *= 1e-3
+    mask = torch.where(torch.rand(1, HEADS, LENGTH, LENGTH) < 0.5, 0.0, -100.0)
+    mask[:, 0, 0, 0] = -1.0
+    statistic = MaxLogits(HEADS)
+    statistic.threshold = 0.5
+    statistic.observe(q, k, scale=0.4, mask=AttentionMask(LENGTH, LENGTH, attn_mask=mask))
+    expected = truth(q, k, 0.4, np.ones((2, HEADS, LENGTH, LENGTH), bool))
+    assert expected[0] < 0.5 < expected[1:].min()
+    np.testing.assert_allclose(statistic.maximum[1:], expected[1:], rtol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [None, -math.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("source", [by_tiles, by_norms])
 def test_the_far_pairs_of_alibi_count_at_30000_positions(source, causal):

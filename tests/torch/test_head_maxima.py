@@ -137,6 +137,10 @@ def random_masks(batch, heads, rows, columns, seed=0):
         "padding of queries": (dict(attn_mask=torch.from_numpy(queries)), queries),
         "of heads": (dict(attn_mask=torch.from_numpy(head)), head),
         "bias": (dict(attn_mask=torch.where(torch.from_numpy(pairs), bias, -INF)), pairs),
+        "lowest float32": (
+            dict(attn_mask=torch.where(torch.from_numpy(pairs), bias, torch.finfo(torch.float32).min)),
+            pairs,
+        ),
     }
     if rows == columns:
         documents = np.sort(generator.integers(0, 4, (batch, rows)), axis=1)

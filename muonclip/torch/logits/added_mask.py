@@ -1,4 +1,4 @@
-"""Which values of a tensor that is added to the logits forbid a pair, without waiting for the device.
+"""The values of an added tensor that forbid their pairs, found without waiting for the device.
 
 `muonclip.core.attention_mask` has the rule. The whole tensor is read for it, by rows, so that no copy of it is made.
 """
