@@ -645,22 +645,22 @@ MUTATIONS = (
     Mutation(
         "future-seen-in-tiles-on-the-diagonal",
         "The tiles on the diagonal are not masked.",
-        "if self.is_causal and columns.stop - 1 > rows.start:",
-        "if self.is_causal and columns.start > rows.start:",
+        "is_right_open=columns.stop - 1 <= last",
+        "is_right_open=columns.start <= last",
         tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
     ),
     Mutation(
         "window-begins-too-late",
         "The tiles leave out the first key of a window.",
-        "start = max(start, rows.start - self.window + 1)",
-        "start = max(start, rows.start - self.window + 2)",
+        "start = max(start, rows.start + self.query_offset - left)",
+        "start = max(start, rows.start + self.query_offset - left + 1)",
         tests_of("torch/test_max_logits.py", "test_is_the_exact_masked_maximum_whatever_the_tiles"),
     ),
     Mutation(
         "documents-see-each-other-in-the-best-rows",
         "The rows of the largest bounds see the keys of other documents.",
-        "conditions.append(own[..., None] == self.document_ids[:, None, :])",
-        "conditions.append(own[..., None] >= self.document_ids[:, None, :])",
+        "conditions.append(own[..., None] == self._documents_of_keys()[:, None, :])",
+        "conditions.append(own[..., None] >= self._documents_of_keys()[:, None, :])",
         tests_of("torch/test_exact_maxima.py", "test_what_matters_is_exact_and_the_rest_is_bounded"),
     ),
     Mutation(

@@ -34,6 +34,10 @@ def masks(seed):
     per_head = torch.rand(2, HEADS, LENGTH, LENGTH, generator=generator) < 0.6
     keep = torch.rand(2, 1, 1, LENGTH, generator=generator) < 0.7
     bias = torch.randn(1, HEADS, LENGTH, LENGTH, generator=generator).masked_fill(~per_head[:1], -math.inf)
+    of_queries = torch.randint(0, 3, (2, LENGTH), generator=generator)
+    other = (of_queries[:, :, None] == documents[:1, None, :])[:, None]
+    offsets = torch.randint(-9, 9, (2, LENGTH), generator=generator)
+    shifts = offsets[:, None, :, None]
     size = (LENGTH, LENGTH)
     return {
         "none": (AttentionMask(*size), full),
@@ -44,6 +48,16 @@ def masks(seed):
         "one for all": (AttentionMask(*size, attn_mask=per_head[0, 0]), full & per_head[0, 0]),
         "padding": (AttentionMask(*size, is_causal=True, attn_mask=keep), full & (j <= i) & keep),
         "bias": (AttentionMask(*size, attn_mask=bias), full & per_head[:1]),
+        "bottom right": (AttentionMask(*size, is_causal=True, query_offset=7), full & (j <= i + 7)),
+        "moved window": (
+            AttentionMask(*size, window=(3, 1), query_offset=-4),
+            full & (j <= i - 3) & (i - 4 - j <= 3),
+        ),
+        "past alone": (AttentionMask(*size, window=(None, 0)), full & (j <= i)),
+        "packed": (
+            AttentionMask(*size, True, (9, 3), of_queries, key_document_ids=documents[:1], query_offset=offsets),
+            full & other & (j <= i + shifts) & (i + shifts - j <= 9),
+        ),
     }
 
 
@@ -89,6 +103,16 @@ def test_what_matters_is_exact_and_the_rest_is_bounded(kind, seed, threshold, wi
     assert exact[expected > threshold + 1e-5].all()
     assert (bound[~exact] <= threshold).all()
     assert statistic.observed == 1
+
+
+@pytest.mark.parametrize("kind", masks(0))
+def test_one_operator_for_the_compiler_takes_every_mask(kind):
+    q, k = case(3)
+    mask, _ = masks(3)[kind]
+    statistic, opaque = MaxLogits(HEADS), MaxLogits(HEADS)
+    statistic.observe(q, k, scale=0.4, mask=mask)
+    exact_maxima.observe_opaquely(q, k, opaque.packed, scale=0.4, threshold=-math.inf, mask=mask, lse=None)
+    assert torch.equal(opaque.packed, statistic.packed)
 
 
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.1, 8))

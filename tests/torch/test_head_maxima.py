@@ -72,9 +72,9 @@ def head_maxima():
     command = [sys.executable, __file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
 
-        def call(q, k, *, scale=SCALE, floor=-INF, **mask):
+        def call(q, k, *, scale=SCALE, floor=-INF, bounds=None, **mask):
             floor = torch.as_tensor(floor, dtype=torch.float32).expand(q.shape[1])
-            pickle.dump((q, k, mask, dict(scale=scale, floor=floor)), process.stdin)
+            pickle.dump((q, k, mask, dict(scale=scale, floor=floor, bounds=bounds)), process.stdin)
             process.stdin.flush()
             result = pickle.load(process.stdout)
             if isinstance(result, Exception):
@@ -142,6 +142,26 @@ def random_masks(batch, heads, rows, columns, seed=0):
             pairs,
         ),
     }
+    offset, reach = int(generator.integers(-columns, columns)), (int(generator.integers(0, 9)), window)
+    offsets = generator.integers(-rows, columns, (batch, rows))
+    shifts = offsets[:, None, :, None]
+    of_queries, of_keys = generator.integers(0, 3, (batch, rows)), generator.integers(0, 3, (1, columns))
+    other = (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
+    packed = dict(document_ids=torch.from_numpy(of_queries), key_document_ids=torch.from_numpy(of_keys))
+    masks |= {
+        "bottom right": (dict(is_causal=True, query_offset=columns - rows), j <= i + columns - rows),
+        "moved window": (
+            dict(window=reach, query_offset=offset),
+            (j <= i + offset + reach[1]) & (i + offset - j <= reach[0]),
+        ),
+        "past alone": (dict(window=(None, 0)), j <= i),
+        "causal, a window's future": (dict(is_causal=True, window=(3, 2)), (j <= i) & (i - j <= 3)),
+        "other documents": (packed, other),
+        "moved by query": (
+            dict(packed, is_causal=True, window=(7, None), query_offset=torch.from_numpy(offsets)),
+            other & (j <= i + shifts) & (i + shifts - j <= 7),
+        ),
+    }
     if rows == columns:
         documents = np.sort(generator.integers(0, 4, (batch, rows)), axis=1)
         same = (documents[:, :, None] == documents[:, None, :])[:, None]
@@ -197,6 +217,25 @@ def test_is_exact_at_every_length(head_maxima, seed, length, groups, data):
     masks = random_masks(2, 4, length, length, seed)
     arguments, allowed = masks[data.draw(st.sampled_from(sorted(masks)))]
     assert_maxima(head_maxima(q, k, **arguments)[0], exact_maxima(q, k, allowed))
+
+
+def test_a_row_block_is_left_out_where_its_log_sum_exp_certifies_it(head_maxima):
+    """The norm bound of such a block is above the floor; the bound that it leaves is that of the log-sum-exp."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 200, 16), torch.randn(1, 2, 200, 16)
+    q[:, :, 70] *= 6
+    scores = SCALE * q @ k.mT
+    lse, expected = scores.logsumexp(-1), exact_maxima(q, k)
+    floor = lse[:, :, :64].amax().item()
+    assert (exact_bounds(q[:, :, :64], k) > floor).all()
+    assert (expected > floor).all()
+    maximum, bound = head_maxima(q, k, floor=floor, bounds=lse + 1e-3)
+    assert_maxima(maximum, expected)
+    maximum, bound = head_maxima(q[:, :, :64], k, floor=floor + 1e-3, bounds=lse[:, :, :64] + 1e-3)
+    assert (maximum == -INF).all()
+    np.testing.assert_allclose(bound, lse[:, :, :64].amax((0, 2)) + 1e-3, rtol=1e-5)
+    q[0, 1, 3] = NAN  # of which a kernel may say that its log-sum-exp is 0
+    assert np.isnan(head_maxima(q, k, floor=INF, bounds=torch.zeros_like(lse))[0][1])
 
 
 def test_takes_any_strides(head_maxima):
@@ -362,7 +401,8 @@ def test_float64_is_refused(head_maxima, q_dtype, k_dtype):
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("fp32", 90), ("fp32", 100)])
-def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_each_query", [False, True])
+def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, of_each_query, tmp_path, monkeypatch):
     """The compiler refuses some of what the interpreter takes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -372,9 +412,12 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = _head_maxima.arg_names
-    constants = dict(IS_CAUSAL=True, WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
+    constants = dict(WIDTH=80, q_width=1, k_width=1, document_row=1, blocks=1)
+    if not of_each_query:
+        constants["offsets"] = None
     constants |= {name.removeprefix("_"): size for name, size in BLOCKS.items()}
-    types = dict(q=f"*{dtype}", k=f"*{dtype}", documents="*i64", attn_mask="*fp16", scale="fp32")
+    types = dict(q=f"*{dtype}", k=f"*{dtype}", attn_mask="*fp16", scale="fp32")
+    types |= dict.fromkeys(["documents", "key_documents", "offsets"], "*i64")
     types |= dict.fromkeys(["row_bounds", "floor", "highest_masked", "maxima", "bounds"], "*fp32") | dict.fromkeys(
         constants, "constexpr"
     )
@@ -386,7 +429,9 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, tmp
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="The compiled kernel needs a GPU")
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
-@pytest.mark.parametrize("mask", ["none", "causal", "causal window", "documents", "4-d", "lowest float32"])
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "causal window", "documents", "4-d", "lowest float32", "moved by query"]
+)
 def test_is_exact_when_compiled(mask, dtypes):
     from muonclip.torch.logits.kernels.head_maxima import head_maxima
 

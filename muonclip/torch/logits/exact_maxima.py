@@ -60,7 +60,7 @@ def observe(
     packed[-1:].fill_(1.0)
     floor = maximum.clamp(min=threshold)
     if q.device.type != "cpu":
-        seen, rest = _exact_on_device(q, k, floor, scale, mask)
+        seen, rest = _exact_on_device(q, k, floor, scale, mask, lse)
     else:
         bounds = _bounds(q, k, scale, lse)
         top = bounds.amax((0, 2)) if bounds.numel() and k.numel() else torch.full_like(floor, -math.inf)
@@ -88,9 +88,12 @@ def observe_opaquely(
     first: int = 0,
 ) -> None:
     """Run `observe` as one operator, for `torch.compile`, which would trace its branches and unroll its tiles."""
+    offset = mask.query_offset
+    by_query, offset = (offset, 0) if isinstance(offset, Tensor) else (None, offset)
     _observe_operator(
-        q.detach(), k.detach(), packed, scale, threshold, mask.is_causal, mask.window, mask.document_ids,
-        None if mask.attn_mask is None else mask.attn_mask.detach(), None if lse is None else lse.detach(), first,
+        q.detach(), k.detach(), packed, scale, threshold, *mask.reach, mask.document_ids, mask.key_document_ids, offset,
+        by_query, None if mask.attn_mask is None else mask.attn_mask.detach(),
+        None if lse is None else lse.detach(), first,
     )  # fmt: skip
 
 
@@ -101,14 +104,19 @@ def _observe_operator(
     packed: Tensor,
     scale: float,
     threshold: float,
-    is_causal: bool,
-    window: int | None,
+    left: int | None,
+    right: int | None,
     document_ids: Tensor | None,
+    key_document_ids: Tensor | None,
+    offset: int,
+    offset_by_query: Tensor | None,
     attn_mask: Tensor | None,
     lse: Tensor | None,
     first: int,
 ) -> None:
-    mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    by_query = offset if offset_by_query is None else offset_by_query
+    documents = document_ids, attn_mask, key_document_ids
+    mask = AttentionMask(q.shape[-2], k.shape[-2], False, (left, right), *documents, by_query)
     observe(q, k, packed, scale=scale, threshold=threshold, mask=mask, lse=lse, first=first)
 
 
@@ -131,8 +139,14 @@ def _bounds(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
         return norm_q * (norm_k.repeat_interleave(q.shape[1] // k.shape[1], 1) * (abs(scale) * (1 + 1e-5)))
     if bool((lse == 0).any()) and not bool((q.sum(dtype=dtype) + k.sum(dtype=dtype)).isfinite()):
         return torch.full_like(lse, math.nan, dtype=dtype)  # the kernel gives 0 to a row of NaN, as to one without keys
-    # A kernel's log-sum-exp may sit below the maximum: 6e-5 were seen for logits of order one.
-    lse = lse.to(dtype)
+    return _bounds_of_lse(q, lse.to(dtype))
+
+
+def _bounds_of_lse(q: Tensor, lse: Tensor) -> Tensor:
+    """Return upper bounds [B, H, Tq] of the logits of each row; +inf where a kernel gives that to a row without keys.
+
+    A kernel's log-sum-exp may sit below the maximum: 6e-5 were seen for logits of order one.
+    """
     return lse + (1e-3 if q.dtype in (torch.bfloat16, torch.float16) else 1e-4) * (1 + lse.abs())
 
 
@@ -267,13 +281,16 @@ def _tiles(
         yield rows, maxima
 
 
-def _exact_on_device(q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+def _exact_on_device(
+    q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Do the same without waiting for the device: the kernel itself leaves out the rows that a bound excludes."""
     if q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and find_spec("triton"):
         from muonclip.torch.logits.kernels.head_maxima import head_maxima
 
+        bounds = None if lse is None else _bounds_of_lse(q, lse)
         with torch.autocast(q.device.type, enabled=False):
-            return head_maxima(q, k, scale=scale, mask=mask, floor=floor)
+            return head_maxima(q, k, scale=scale, mask=mask, floor=floor, bounds=bounds)
     seen = measure_max_logits(q, k, scale=scale, mask=mask)
     return seen, seen
 

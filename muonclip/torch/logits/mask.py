@@ -19,7 +19,11 @@ class AttentionMask:
     - `query_length`, `key_length`: Tq and Tk.
     - `is_causal`: query i may see keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
     - `window`: query i may see keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
-    - `document_ids`: int [B, T]; a query may see the keys of its own document.
+      Or a pair (left, right): i − left ≤ j ≤ i + right, as in FlashAttention; None where a side has no limit.
+    - `document_ids`: int [B, Tq]; a query may see the keys of its own document. `key_document_ids`: those of the keys,
+      int [B, Tk], where they are others.
+    - `query_offset`: what causality and window add to i: which key has the first query's position. Tk − Tq aligns at
+      the last position. int [B, Tq] where each query has its own, as in packed sequences of unequal lengths.
     - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
       (`muonclip.core.attention_mask` says which values of it, as a whole, forbid a pair). For padding give
       `keep[:, None, None, :]`.
@@ -30,27 +34,53 @@ class AttentionMask:
     query_length: int
     key_length: int
     is_causal: bool = False
-    window: int | None = None
+    window: int | tuple[int | None, int | None] | None = None
     document_ids: Tensor | None = None
     attn_mask: Tensor | None = None
+    key_document_ids: Tensor | None = None
+    query_offset: int | Tensor = 0
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
+        if isinstance(self.window, int) and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: the query's own position.")
         if self.attn_mask is not None:
             _check_mask(self.attn_mask, (self.query_length, self.key_length))
         if self.document_ids is not None and not (
-            self.document_ids.ndim == 2 and self.document_ids.shape[1] == self.query_length == self.key_length
+            self.document_ids.ndim == 2 and self.document_ids.shape[1] == self.query_length
         ):
             raise ValueError(
                 f"document_ids has shape {tuple(self.document_ids.shape)}; it must be [B, T] with T = "
-                f"{self.query_length} queries = {self.key_length} keys."
+                f"{self.query_length} queries."
+            )
+        of_keys = self.documents_of_keys
+        if of_keys is not None and not (of_keys.ndim == 2 and of_keys.shape[1] == self.key_length):
+            raise ValueError(
+                f"document_ids of the keys has shape {tuple(of_keys.shape)}; it must be [B, T] with T = "
+                f"{self.key_length} keys. Give key_document_ids where they are not those of the queries."
             )
 
     @property
+    def documents_of_keys(self) -> Tensor | None:
+        """The document of each key, int [B, Tk]."""
+        return self.document_ids if self.key_document_ids is None else self.key_document_ids
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many keys before and after its own position a query may see; None: all of them."""
+        left, right = self.window if isinstance(self.window, tuple) else (self._half_width(), self._half_width())
+        return left, right if not self.is_causal else 0 if right is None else min(right, 0)
+
+    def _half_width(self) -> int | None:
+        return self.window - 1 if isinstance(self.window, int) else None
+
+    @property
     def is_causal_only(self) -> bool:
-        """True where causality is the only condition."""
-        return self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None
+        """True where causality is the only condition, and query i has the position of key i."""
+        return (
+            (self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None)
+            and isinstance(self.query_offset, int)
+            and self.query_offset == 0
+        )
 
     def column_tiles(self, rows: slice, size: int) -> list[slice]:
         """Return the keys that some of these queries may see by their position, in tiles of at most `size`.
@@ -58,11 +88,12 @@ class AttentionMask:
         Where only position forbids anything, the tiles off the diagonal are whole: they need no mask.
         """
         start, stop = 0, self.key_length
-        if self.is_causal:
-            stop = min(stop, rows.stop)
-        if self.window is not None:
-            start = max(start, rows.start - self.window + 1)
-            stop = min(stop, rows.stop + self.window - 1)
+        left, right = self.reach
+        if isinstance(self.query_offset, int):
+            if right is not None:
+                stop = min(stop, rows.stop + self.query_offset + right)
+            if left is not None:
+                start = max(start, rows.start + self.query_offset - left)
         edges = [*range(start, stop, size), stop]
         if self.is_causal_only and start < rows.start < stop:
             edges = sorted({*range(start, rows.start, size), rows.start, *range(rows.start, stop, size), stop})
@@ -72,28 +103,28 @@ class AttentionMask:
         """Return the allowed pairs, bool, broadcastable to [B, H, rows, columns]; None where every pair is allowed."""
         i = torch.arange(rows.start, rows.stop, device=device)[:, None]
         j = torch.arange(columns.start, columns.stop, device=device)[None, :]
-        conditions: list[Tensor] = []
-        if self.is_causal and columns.stop - 1 > rows.start:
-            conditions.append(j <= i)
-        if self.window is not None:
-            conditions.append((i - j).abs() < self.window)
+        if isinstance(self.query_offset, Tensor):
+            i = i + self.query_offset[:, None, rows, None]
+            conditions = self._within_reach(i, j)
+        else:
+            last = rows.start + self.query_offset + (self.reach[1] or 0)  # the last key that the first of these sees
+            conditions = self._within_reach(i + self.query_offset, j, is_right_open=columns.stop - 1 <= last)
         if self.document_ids is not None:
-            conditions.append((self.document_ids[:, rows, None] == self.document_ids[:, None, columns])[:, None])
+            own, of_keys = self.document_ids[:, rows, None], self._documents_of_keys()[:, None, columns]
+            conditions.append((own == of_keys)[:, None])
         if self.attn_mask is not None:
             conditions.append(self._allows(_tile(self.attn_mask, rows, columns)))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to(self, batch: int, head: int, rows: Tensor) -> Tensor | None:
         """Return the keys that these queries, int64 [rows], of one sequence and head may see: bool [rows, Tk]."""
-        i, j = rows[:, None], torch.arange(self.key_length, device=rows.device)[None, :]
-        conditions: list[Tensor] = []
-        if self.is_causal:
-            conditions.append(j <= i)
-        if self.window is not None:
-            conditions.append((i - j).abs() < self.window)
+        j = torch.arange(self.key_length, device=rows.device)[None, :]
+        offset = self.query_offset
+        i = rows + (_of_sequence(offset, batch)[rows] if isinstance(offset, Tensor) else offset)
+        conditions = self._within_reach(i[:, None], j)
         if self.document_ids is not None:
-            documents = self.document_ids[batch]
-            conditions.append(documents[rows, None] == documents[None, :])
+            own, of_keys = _of_sequence(self.document_ids, batch), _of_sequence(self._documents_of_keys(), batch)
+            conditions.append(own[rows, None] == of_keys[None, :])
         if self.attn_mask is not None:
             mask = self.attn_mask
             if mask.ndim == 4:
@@ -104,14 +135,13 @@ class AttentionMask:
     def allowed_to_rows(self, rows: Tensor) -> Tensor | None:
         """Return the keys that one query of each sequence and head, int64 [B, H], may see: bool [B, H, Tk]."""
         i, j = rows[..., None], torch.arange(self.key_length, device=rows.device)
-        conditions: list[Tensor] = []
-        if self.is_causal:
-            conditions.append(j <= i)
-        if self.window is not None:
-            conditions.append((i - j).abs() < self.window)
+        offset = self.query_offset
+        if isinstance(offset, Tensor):
+            offset = offset.expand(len(rows), -1).gather(1, rows)[..., None]  # [B, H, 1]
+        conditions = self._within_reach(i + offset, j)
         if self.document_ids is not None:
-            own = self.document_ids.gather(1, rows)  # [B, H]
-            conditions.append(own[..., None] == self.document_ids[:, None, :])
+            own = self.document_ids.expand(len(rows), -1).gather(1, rows)  # [B, H]
+            conditions.append(own[..., None] == self._documents_of_keys()[:, None, :])
         if self.attn_mask is not None:
             full = self.attn_mask.expand(*rows.shape, self.query_length, self.key_length)
             conditions.append(self._allows(full.gather(2, i[..., None].expand(-1, -1, 1, self.key_length)).squeeze(2)))
@@ -125,6 +155,23 @@ class AttentionMask:
     def _allows(self, part: Tensor) -> Tensor:
         """Tell which pairs a part of `attn_mask` allows."""
         return part if self.highest_masked is None else ~(part <= self.highest_masked)
+
+    def _documents_of_keys(self) -> Tensor:
+        assert self.documents_of_keys is not None
+        return self.documents_of_keys
+
+    def _within_reach(self, i: Tensor, j: Tensor, *, is_right_open: bool = False) -> list[Tensor]:
+        """Return the conditions that causality and window set on queries and keys at positions `i` and `j`.
+
+        `is_right_open`: none of the keys is too far behind.
+        """
+        left, right = self.reach
+        conditions: list[Tensor] = []
+        if right is not None and not is_right_open:
+            conditions.append(j <= i + right)
+        if left is not None:
+            conditions.append(i - j <= left)
+        return conditions
 
     def of_heads(self, heads: list[int]) -> AttentionMask:
         """Return the mask of some of the heads."""
@@ -148,6 +195,11 @@ def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:
         raise ValueError(
             f"attn_mask has shape {tuple(mask.shape)}; it must be broadcastable to [B, H, {lengths[0]}, {lengths[1]}]."
         )
+
+
+def _of_sequence(tensor: Tensor, batch: int) -> Tensor:
+    """Return one row of [B, T] or [1, T], which is for all sequences."""
+    return tensor[batch if len(tensor) > 1 else 0]
 
 
 def _tile(mask: Tensor, rows: slice, columns: slice) -> Tensor:
