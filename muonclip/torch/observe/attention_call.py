@@ -44,8 +44,9 @@ class AttentionCall:
     """One call. `q`, `k`, `v` as the kernel takes them, with the axes of `layout`: [..., heads, T, d] or
     [..., T, heads, d].
 
-    `scale`: of the logits, a number or a tensor []; None: 1/√d. `attn_mask`, `is_causal`, `window`, `document_ids`: as
-    `AttentionMask` takes them; a BlockMask of FlexAttention, too. `run` makes the call and returns what it returns.
+    `scale`: of the logits, a number or a tensor []; None: 1/√d. `attn_mask`, `is_causal`, `window`, `document_ids`,
+    `key_document_ids`, `query_offset`: as `AttentionMask` takes them; a BlockMask of FlexAttention, too. `run` makes
+    the call and returns what it returns.
 
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
@@ -62,8 +63,10 @@ class AttentionCall:
     scale: float | Tensor | None = None
     attn_mask: Tensor | BlockMask | None = None
     is_causal: bool = False
-    window: int | None = None
+    window: int | tuple[int | None, int | None] | None = None
     document_ids: Tensor | None = None
+    key_document_ids: Tensor | None = None
+    query_offset: int | Tensor = 0
     layout: Literal["heads, positions", "positions, heads"] = "heads, positions"
     run_with_lse: Callable[[], tuple[Any, Tensor | None]] | None = None
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None

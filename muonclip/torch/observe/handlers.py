@@ -25,6 +25,9 @@ class AttentionCallHandler(Protocol):
         ...
 
 
+_OF_OPERATORS = ("default", "overloads")  # by which policies of checkpointing and others know an operator of torch
+
+
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.handlers: list[AttentionCallHandler | None] = []
@@ -73,6 +76,7 @@ def handled(read: Callable[..., AttentionCall]) -> Callable[[Any], Any]:
             return handler.attention(read(host, *args, **kwargs))
 
         patched.__name__ = host.__name__  # by which torch's context parallelism finds what it puts its own in place of
+        vars(patched).update({name: getattr(host, name) for name in _OF_OPERATORS if hasattr(host, name)})
         return patched
 
     return patch

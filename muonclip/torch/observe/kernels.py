@@ -6,12 +6,16 @@ Attention that is written out has no function of its own; `eager.py` follows its
 from __future__ import annotations
 
 from muonclip.torch.observe.attention_call import AttentionKernel
+from muonclip.torch.observe.flash_attn import KERNELS as FLASH_ATTN
 from muonclip.torch.observe.flex import KERNEL as FLEX
 from muonclip.torch.observe.huggingface import KERNEL as HUGGING_FACE
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
+from muonclip.torch.observe.varlen import KERNEL as VARLEN
 
 KERNELS: list[AttentionKernel] = [
     SDPA,
     FLEX,
     HUGGING_FACE,
+    VARLEN,
+    *FLASH_ATTN,
 ]

@@ -58,6 +58,11 @@ class ObserverRun:
         """Make a call and take it into its statistic."""
         if not self.observer.active:
             return call.run()
+        if call.problem and not self.observer.written_out:
+            raise RuntimeError(
+                f"QK-Clip cannot observe an attention as it is called now: {call.problem}. Call it as in the first "
+                "step, or declare the attention and fill its MaxLogits yourself."
+            )
         statistic = self._next_statistic()
         if call.run_with_max is not None:
             result, maxima = call.run_with_max()
@@ -129,7 +134,14 @@ def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> No
         q, k, scale = q.to(dtype) * _local(scale), k.to(dtype), 1.0
     q, k, dense = broadcast_heads(q, k, _local(call.dense_mask()), statistic.heads_in(q))
     mask = AttentionMask(
-        q.shape[-2], k.shape[-2], call.is_causal, call.window, _local(call.document_ids), attn_mask=dense
+        q.shape[-2],
+        k.shape[-2],
+        call.is_causal,
+        call.window,
+        _local(call.document_ids),
+        dense,
+        _local(call.key_document_ids),
+        _local(call.query_offset),
     )
     statistic.observe(q, k, scale=scale, mask=mask, lse=lse)
 

@@ -1,8 +1,8 @@
 """Functions in the place of the kernels' own, while somebody observes or traces a model.
 
 They are put where models look: in torch's modules, in the sources and classes of a model that imported a function by
-name, in the attention interface of Hugging Face. In torch's pipelines one keeps a stage's first run, which is for the
-shapes alone, from being observed.
+name, in the attention interface of Hugging Face, in the autograd functions of kernels. In torch's pipelines one keeps a
+stage's first run, which is for the shapes alone, from being observed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ class Patches:
             if self.users:
                 return
             for (_, name), (holder, patch, original) in reversed(self._placed.items()):
-                if vars(holder).get(name) is patch:
+                if vars(holder).get(name) is not patch:
+                    continue
+                if original is _INHERITED:
+                    delattr(holder, name)
+                else:
                     setattr(holder, name, original)
             self._placed.clear()
             self._patches.clear()
@@ -81,12 +85,13 @@ class Patches:
         module, _, path = kernel.home.partition(":")
         *owners, name = path.split(".")
         holder: Any = sys.modules.get(module)
-        if holder is None or kernel.patch is None:  # its package is not imported, so that nobody calls it
+        for owner in owners:
+            holder = getattr(holder, owner, None)
+            holder = getattr(holder, _HOST, holder)
+        # Its package is not imported, or of a version without this function, so that nobody calls it.
+        if holder is None or kernel.patch is None or not hasattr(holder, name) or (id(holder), name) in self._placed:
             return
-        holder = functools.reduce(getattr, owners, holder)
-        if (id(holder), name) in self._placed:
-            return
-        there = vars(holder)[name]
+        there = vars(holder).get(name, getattr(holder, name))
         host = getattr(there, _HOST, None)
         if host is None:
             self._put(holder, name, self._patch_of(there, kernel.patch))
@@ -112,7 +117,7 @@ class Patches:
 
     def _put(self, holder: Any, name: str, patch: Any) -> None:
         if (id(holder), name) not in self._placed:
-            self._placed[id(holder), name] = holder, patch, vars(holder)[name]
+            self._placed[id(holder), name] = holder, patch, vars(holder).get(name, _INHERITED)
             setattr(holder, name, patch)
 
     def _patch_pipelines(self) -> None:
@@ -124,6 +129,7 @@ class Patches:
 
 
 _HOST = "_qk_host"  # the attribute of a patch that has the function in whose place it is
+_INHERITED = object()  # in the place of what a class does not have itself
 _SDPA = "torch.nn.functional:scaled_dot_product_attention"
 PATCHES = Patches()
 """Those of this process."""
