@@ -1,86 +1,23 @@
-"""Functions of flash-attn that a user has imported by name, long before: their heads are found, observed and clipped.
-
-The package does not run without a GPU; stand-ins with its signatures and structure compute dense attention.
-"""
+"""Functions of flash-attn that a user has imported by name, long before: their heads are found and clipped."""
 
 import importlib
 import math
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from kernel_case import HEAD, HEADS, WIDTH, Attention, assert_clipped, largest, run_case, stand_ins, starts
 
 from muonclip.torch import QKClip
-
-STAND_INS = Path(__file__).parents[1] / "support" / "kernel_packages"
-WIDTH, HEADS, GROUPS, HEAD, VALUE = 10, 4, 2, 8, 6
 
 
 @pytest.fixture
 def kernels(monkeypatch, no_other_patches):
-    """The stand-ins, and the module of a user who has imported their functions."""
-    names = {path.stem for path in STAND_INS.iterdir()}
-
-    def forget():
-        for name in [name for name in sys.modules if name.partition(".")[0] in names]:
-            del sys.modules[name]
-
-    forget()
-    monkeypatch.syspath_prepend(STAND_INS)
-    yield importlib.import_module("calls_bound_early")
-    forget()
-
-
-class Attention(nn.Module):
-    """A user's attention. Queries of `x`, keys of `memory`, of another number of heads and another width of values."""
-
-    def __init__(self, call, groups=GROUPS, value=VALUE):
-        super().__init__()
-        self.call = [call]
-        self.groups = groups
-        self.q = nn.Linear(WIDTH, HEADS * HEAD)
-        self.k = nn.Linear(WIDTH, groups * HEAD)
-        self.v = nn.Linear(WIDTH, groups * value)
-        self.o = nn.Linear(HEADS * value, WIDTH)
-        with torch.no_grad():
-            self.q.weight.view(HEADS, -1).mul_(torch.tensor([3.0, 0.5, 6.0, 1.0])[:, None])
-
-    def heads(self, x, memory):
-        q, k, v = self.q(x), self.k(memory), self.v(memory)
-        return q.unflatten(-1, (HEADS, -1)), k.unflatten(-1, (self.groups, -1)), v.unflatten(-1, (self.groups, -1))
-
-    def forward(self, x, memory=None, options=None):
-        q, k, v = self.heads(x, x if memory is None else memory)
-        return self.o(self.call[0](q, k, v, **(options or {})).flatten(2))
-
-
-def largest(model, x, memory, options):
-    """[H] in float64: of each sequence alone, over the pairs that the kernel computes."""
-    pairs_of = importlib.import_module("dense_attention").pairs_of
-    with torch.no_grad():
-        q, k, _ = model.double().heads(x.double(), memory.double())
-    model.float()
-    q, k = q.numpy(), k.numpy().repeat(HEADS // model.groups, 2)
-    sequences = list(zip(q, k, strict=True))
-    if "starts" in options:
-        of_q, of_k = (each.tolist() for each in options["starts"])
-        ends = zip(of_q, of_q[1:], of_k, of_k[1:], strict=False)
-        sequences = [(q[0, a:b], k[0, c:d]) for a, b, c, d in ends]
-    scale = options.get("softmax_scale") or HEAD**-0.5
-    maxima = np.full(HEADS, -np.inf)
-    for q, k in sequences:
-        allowed = pairs_of(len(q), len(k), options.get("causal", False), options.get("window_size") or (None, None))
-        scores = np.where(allowed, scale * np.einsum("ihd,jhd->hij", q, k), -np.inf)
-        maxima = np.maximum(maxima, scores.max((1, 2), initial=-np.inf))
-    return maxima
-
-
-def starts(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    """The module of a user who has imported the functions of the stand-ins."""
+    with stand_ins(monkeypatch):
+        yield importlib.import_module("calls_bound_early")
 
 
 OPTIONS = {
@@ -100,73 +37,59 @@ PACKED = {  # cumulative lengths of queries and keys, in rows of 11 and 15
 }
 
 
-def run_case(kernels, name, options, *, cross, observe="always", tau=None):
-    torch.manual_seed(0)
-    kinds = dict(groups=HEADS, value=HEAD) if "qkv" in name else dict(value=HEAD) if "kv" in name else {}
-    kinds = kinds if name != "3 qkv" else dict(value=HEAD)
-    model = Attention(kernels.CALLS[name], **kinds)
-    batch = 1 if "starts" in options else 2
-    x = torch.randn(batch, 11, WIDTH)
-    memory = torch.randn(batch, 15, WIDTH) if cross else x
-    before = largest(model, x, memory, options)
-    expected = model(x, memory, options)
-    expected.square().mean().backward()
-    gradients = [p.grad for p in model.parameters()]
-    model.zero_grad()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    clip = QKClip(model, tau=float(np.median(before)) if tau is None else tau, observe=observe)
-    result = model(x, memory, options)
-    assert torch.equal(result, expected)
-    result.square().mean().backward()
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        assert torch.equal(parameter.grad, gradient)
-    clip.step()
-    return model, clip, before, weights, lambda: largest(model, x, memory, options)
+def case(kernels, name, options, *, cross, **more):
+    kinds = dict(groups=HEADS, value=HEAD) if name.startswith("2") and "qkv" in name else {}
+    kinds = dict(value=HEAD) if "kv" in name and not kinds else kinds
+    return run_case(kernels.CALLS[name], options, cross=cross, **kinds, **more)
 
 
-def assert_clipped(case):
-    model, clip, before, weights, after = case
-    report = clip.report().layers[""]
-    loud = before > clip.tau
-    of_all = report.exact.numpy()
-    assert of_all[loud].all()
-    np.testing.assert_allclose(report.max_logits[of_all], before[of_all], rtol=1e-5)
-    np.testing.assert_allclose(after(), np.minimum(before, clip.tau), rtol=1e-5)
-    assert 0 < loud.sum() < HEADS
-    for name, parameter in model.named_parameters():
-        if not name.startswith(("q.", "k.")):
-            assert torch.equal(parameter, weights[name])
-        elif name.startswith("q.") or model.groups == HEADS:
-            for head in np.flatnonzero(~loud):
-                old, new = (each.unflatten(0, (HEADS, -1))[head] for each in (weights[name], parameter))
-                assert torch.equal(old, new)
-        else:
-            assert torch.equal(parameter, weights[name])  # keys that several heads share
-
-
-@pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", ["2", "2 kv", "2 qkv", "3", "3 qkv", "4"])
+@pytest.mark.parametrize(
+    ("name", "option", "cross"),
+    [
+        *(("2", option, True) for option in OPTIONS),
+        *((name, "past window", False) for name in ("2", "2 qkv", "3 qkv", "4")),
+        *((name, option, True) for name in ("2 kv", "3", "4") for option in ("softcap", "past window")),
+    ],
+)
 def test_loud_heads_end_at_tau_and_others_stay(kernels, name, option, cross):
     """With more keys than queries, causality and windows are aligned at the last position."""
-    if cross and "qkv" in name:
-        return
-    assert_clipped(run_case(kernels, name, OPTIONS[option], cross=cross))
+    assert_clipped(case(kernels, name, OPTIONS[option], cross=cross))
 
 
-@pytest.mark.parametrize("lengths", PACKED)
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", ["2 varlen", "2 varlen kv", "2 varlen qkv", "3 varlen", "4 varlen"])
+@pytest.mark.parametrize(
+    ("name", "option", "lengths"),
+    [
+        *(("2 varlen", option, lengths) for option in ("all", "past window", "future") for lengths in PACKED),
+        ("2 varlen qkv", "past window", "same"),
+        *((name, "past window", "an empty one") for name in ("2 varlen kv", "3 varlen", "4 varlen")),
+    ],
+)
 def test_packed_sequences_do_not_see_each_other(kernels, name, option, lengths):
-    if lengths != "same" and "qkv" in name:
-        return
     options = dict(OPTIONS[option], starts=PACKED[lengths])
-    assert_clipped(run_case(kernels, name, options, cross=lengths != "same"))
+    assert_clipped(case(kernels, name, options, cross=lengths != "same"))
+
+
+def test_nobody_sees_what_is_behind_the_last_sequence(kernels):
+    torch.manual_seed(0)
+    model = Attention(kernels.CALLS["2 varlen"])
+    options = dict(starts=PACKED["rest"])
+    x, memory = torch.randn(1, 11, WIDTH), torch.randn(1, 15, WIDTH)
+    x[:, 8:] *= 100
+    memory[:, 12:] *= 100
+    before = largest(model, x, memory, options)
+    clip = QKClip(model, observe="always")
+    model(x, memory, options).sum().backward()
+    clip.step()
+    np.testing.assert_allclose(clip.report().layers[""].max_logits, before, rtol=1e-5)
+
+
+def test_who_holds_the_autograd_function_is_observed_too(kernels):
+    assert_clipped(case(kernels, "2 class", {}, cross=True))
 
 
 def test_a_bias_by_distance_is_not_part_of_a_logit(kernels):
     slopes = torch.tensor([0.5, 0.2, 0.1, 0.05])
-    assert_clipped(run_case(kernels, "2", dict(causal=True, alibi_slopes=slopes), cross=True))
+    assert_clipped(case(kernels, "2", dict(causal=True, alibi_slopes=slopes), cross=True))
 
 
 @pytest.mark.parametrize("name", ["2", "2 varlen", "3", "4", "4 varlen"])
@@ -178,7 +101,7 @@ def test_the_log_sum_exp_of_the_kernel_certifies_quiet_heads(kernels, name, sink
         if not name.startswith("4"):
             return
         options["learnable_sink"] = torch.full((HEADS,), 0.5)
-    _, clip, before, _, _ = run_case(kernels, name, options, cross=False, observe="needed", tau=1e3)
+    _, clip, before, _, _ = case(kernels, name, options, cross=False, observe="needed", tau=1e3)
     bound = clip.report().layers[""].bound.numpy()
     assert (bound >= before).all()
     assert not clip.report().layers[""].exact.any()
@@ -189,9 +112,9 @@ def test_the_log_sum_exp_of_the_kernel_certifies_quiet_heads(kernels, name, sink
 
 def test_a_soft_cap_or_a_bias_keeps_the_log_sum_exp_from_being_a_bound(kernels):
     """Capped at 0.5, the log-sum-exp of every row is below the largest logit."""
-    assert_clipped(run_case(kernels, "2", dict(softcap=0.5), cross=True, observe="needed"))
+    assert_clipped(case(kernels, "2", dict(softcap=0.5), cross=True, observe="needed"))
     slopes = torch.full((HEADS,), 40.0)
-    assert_clipped(run_case(kernels, "2", dict(alibi_slopes=slopes), cross=True, observe="needed"))
+    assert_clipped(case(kernels, "2", dict(alibi_slopes=slopes), cross=True, observe="needed"))
 
 
 UNKNOWN = {

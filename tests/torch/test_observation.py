@@ -297,6 +297,34 @@ def test_what_flash_attention_is_told_is_understood(packed_by):
     assert {kernel.name for kernel in clip.attentions.kernels().values()} == {"Hugging Face attention interface"}
 
 
+def test_flash_attention_aligns_cached_keys_at_the_last_position():
+    """Three tokens were seen before; each of the others sees them and those before it."""
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+    def flash(module, query, key, value, attention_mask, *, scaling, **kwargs):
+        rows, columns = query.shape[2], key.shape[2]
+        allowed = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return host_sdpa(query, key, value, allowed, scale=scaling).transpose(1, 2), None
+
+    AttentionInterface.register("bottom_right", flash)
+    AttentionMaskInterface.register("bottom_right", lambda *args, **kwargs: None)
+    model, _ = llama()
+    tokens = torch.randint(3, 50, (2, 9))
+    everything = dense(model, input_ids=tokens)
+    first = dense(model, input_ids=tokens[:, :3])
+    model.set_attn_implementation("bottom_right")
+    clip = QKClip(model, observe="always")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :3], cache=cache)
+    model(input_ids=tokens[:, 3:], cache=cache)
+    seen = observed(clip)
+    np.testing.assert_allclose(np.maximum(seen, first), everything, rtol=1e-4)
+    assert (seen > first).any()
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_every_implementation_of_the_interface_gives_the_same(implementation):
     model, tokens = llama()

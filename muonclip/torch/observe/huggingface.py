@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import current_handler, handling
+from muonclip.torch.observe.packed_sequences import packed_pairs
 
 
 def _patch(host: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,28 +65,30 @@ def _mask(
         return {"attn_mask": mask}
     if implementation == "eager" or (isinstance(mask, Tensor) and mask.ndim == 4):
         return {"attn_mask": None if mask is None else mask[..., : key.shape[-2]]}
-    # FlashAttention: causal and window by flags, padding [B, Tk], packed sequences by their ends or positions.
+    # FlashAttention: causal and window by flags, aligned at the last position; padding [B, Tk]; packed sequences by
+    # their ends or positions.
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    documents = _documents(query, kwargs)
     window = kwargs.get("sliding_window")
     return {
-        "is_causal": bool(causal) and query.shape[-2] > 1,
+        "is_causal": bool(causal),
         "window": None if window is None or window < 1 else int(window),
-        "document_ids": documents,
         "attn_mask": None if mask is None else mask.bool()[:, None, None, :],
+        "query_offset": key.shape[-2] - query.shape[-2],
+        **_packed(query, key, kwargs),
     }
 
 
-def _documents(query: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """int [1, T]: which of the sequences packed into one row each position belongs to."""
-    ends, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-    length = query.shape[-2]
-    if ends is not None:
-        return torch.searchsorted(ends[1:], torch.arange(length, device=query.device), right=True)[None]
-    if positions is not None and positions.shape == (query.shape[0], length) and query.shape[0] == 1:
-        return (positions == 0).cumsum(-1)
-    return None
+def _packed(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return which of the sequences packed into one row, if any, each position belongs to."""
+    starts, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    lengths = query.shape[-2], key.shape[-2]
+    if starts is not None:
+        of_keys = kwargs.get("cu_seq_lens_k")
+        return packed_pairs(starts, starts if of_keys is None else of_keys, lengths)
+    if positions is not None and positions.shape == (1, lengths[0]) and query.shape[0] == 1:
+        return {"document_ids": (positions == 0).cumsum(-1)} if lengths[0] == lengths[1] else {}
+    return {}
 
 
 KERNEL = AttentionKernel(

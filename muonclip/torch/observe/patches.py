@@ -87,7 +87,7 @@ class Patches:
         holder: Any = sys.modules.get(module)
         for owner in owners:
             holder = getattr(holder, owner, None)
-            holder = getattr(holder, _HOST, holder)
+            holder = holder if holder is None else vars(holder).get(_HOST, holder)  # not a patch that is in its place
         # Its package is not imported, or of a version without this function, so that nobody calls it.
         if holder is None or kernel.patch is None or not hasattr(holder, name) or (id(holder), name) in self._placed:
             return

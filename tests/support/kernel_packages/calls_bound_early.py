@@ -14,6 +14,7 @@ from flash_attn import (
 )
 from flash_attn.cute import flash_attn_func as fourth_flash_attn_func
 from flash_attn.cute import flash_attn_varlen_func as fourth_flash_attn_varlen_func
+from flash_attn.flash_attn_interface import FlashAttnFunc
 from flash_attn_interface import flash_attn_func as third_flash_attn_func
 from flash_attn_interface import flash_attn_qkvpacked_func as third_flash_attn_qkvpacked_func
 from flash_attn_interface import flash_attn_varlen_func as third_flash_attn_varlen_func
@@ -37,6 +38,9 @@ def self_packed(function):
 
 CALLS = {
     "2": flash_attn_func,
+    "2 class": lambda q, k, v: FlashAttnFunc.apply(
+        q, k, v, 0.0, None, False, (-1, -1), 0.0, None, False, False, torch.is_grad_enabled()
+    ),
     "2 kv": lambda q, k, v, **options: flash_attn_kvpacked_func(q, torch.stack([k, v], 2), **options),
     "2 qkv": lambda q, k, v, **options: flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), **options),
     "2 varlen": packed(flash_attn_varlen_func),
