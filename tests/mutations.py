@@ -724,7 +724,7 @@ MUTATIONS = (
         "In the attention interface of Hugging Face, too.",
         '"query_offset": key.shape[-2] - query.shape[-2],',
         '"query_offset": 0,',
-        tests_of("torch/test_observation.py", "test_flash_attention_aligns_cached_keys_at_the_last_position"),
+        tests_of("torch/test_observation.py", "test_flash_attention_aligns_at_the_last_position"),
     ),
     Mutation(
         "kernel-held-by-its-class-missed",

@@ -297,32 +297,40 @@ def test_what_flash_attention_is_told_is_understood(packed_by):
     assert {kernel.name for kernel in clip.attentions.kernels().values()} == {"Hugging Face attention interface"}
 
 
-def test_flash_attention_aligns_cached_keys_at_the_last_position():
-    """Three tokens were seen before; each of the others sees them and those before it."""
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+def test_flash_attention_aligns_at_the_last_position():
+    """Of nine tokens the last six ask, as where keys of three are cached: each sees all before it."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def flash(module, query, key, value, attention_mask, *, scaling, **kwargs):
         rows, columns = query.shape[2], key.shape[2]
         allowed = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         return host_sdpa(query, key, value, allowed, scale=scaling).transpose(1, 2), None
 
     AttentionInterface.register("bottom_right", flash)
-    AttentionMaskInterface.register("bottom_right", lambda *args, **kwargs: None)
-    model, _ = llama()
-    tokens = torch.randint(3, 50, (2, 9))
-    everything = dense(model, input_ids=tokens)
-    first = dense(model, input_ids=tokens[:, :3])
-    model.set_attn_implementation("bottom_right")
-    clip = QKClip(model, observe="always")
-    cache = DynamicCache(config=model.config)
+
+    class Late(Attention):
+        is_causal = True
+
+        def forward(self, x, mask=None):
+            q, k, v = self.heads(x)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface("bottom_right", None)
+            return self.o(attend(self, q[:, :, 3:], k, v, None, scaling=0.5)[0].flatten(2))
+
+    torch.manual_seed(0)
+    model, x = Late(), torch.randn(2, 9, WIDTH)
     with torch.no_grad():
-        model(input_ids=tokens[:, :3], cache=cache)
-    model(input_ids=tokens[:, 3:], cache=cache)
-    seen = observed(clip)
-    np.testing.assert_allclose(np.maximum(seen, first), everything, rtol=1e-4)
-    assert (seen > first).any()
+        q, k, _ = model.heads(x)
+        scores = 0.5 * q[:, :, 3:] @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    at_first, at_last = (
+        scores.masked_fill(~torch.ones(6, 9, dtype=torch.bool).tril(shift), -math.inf).amax((0, 2, 3))
+        for shift in (0, 3)
+    )
+    assert (at_last > 1.01 * at_first).any()
+    clip = QKClip(model, observe="always")
+    model(x).sum().backward()
+    clip.step()
+    torch.testing.assert_close(clip.report().layers[""].max_logits, at_last, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

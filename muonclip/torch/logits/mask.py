@@ -66,7 +66,7 @@ class AttentionMask:
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How many keys before and after its own position a query may see; None: all of them."""
+        """The number of keys before and after its own position that a query may see; None: all of them."""
         left, right = self.window if isinstance(self.window, tuple) else (self._half_width(), self._half_width())
         return left, right if not self.is_causal else 0 if right is None else min(right, 0)
 

@@ -119,8 +119,9 @@ def _run_with_lse(host: Callable[..., Any], names: tuple[str, ...], args: tuple[
     lse = result[1] if isinstance(result, tuple) else None
     q = _queries_keys_values(arguments)[0]
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    is_of_rows = isinstance(lse, Tensor) and lse.shape == shape
-    return result[0] if is_asked_for else result, lse.detach().reshape(-1, *shape[-2:]) if is_of_rows else None
+    if lse is not None:
+        lse = lse.detach().reshape(-1, *shape[-2:]) if lse.shape == shape else None
+    return result[0] if is_asked_for else result, lse
 
 
 def _run_in_trace(arguments: _Arguments, q: Tensor, v: Tensor) -> Any:
