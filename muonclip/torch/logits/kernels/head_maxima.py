@@ -72,7 +72,8 @@ def head_maxima(
     launch: Any = _head_maxima[(heads * batch * blocks,)]  # its parameters are annotated for Triton's compiler
     with torch.cuda.device_of(q):
         launch(
-            q, k, row_bounds, floor, documents, key_documents, offsets, attn_mask, mask.highest_masked, maximum, bound, *strides,
+            q, k, row_bounds, floor, documents, key_documents, offsets, attn_mask, mask.highest_masked,
+            maximum, bound, *strides,
             scale=scale, batch=batch, blocks=blocks, queries_per_key=heads // groups,
             query_length=query_length, key_length=key_length, left=left, right=right, offset=offset,
             WIDTH=width,
@@ -90,7 +91,7 @@ def _norms(x: Tensor) -> Tensor:
 def _expanded(
     mask: AttentionMask, query_shape: torch.Size, key_length: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return document ids of queries and keys [B, T], their offsets [B, Tq] and attn_mask [B, H, Tq, Tk], not copied."""
+    """Return document ids of queries and keys [B, T], offsets [B, Tq] and attn_mask [B, H, Tq, Tk], not copied."""
     batch, heads, query_length, _ = query_shape
     offsets = mask.query_offset.expand(batch, query_length) if isinstance(mask.query_offset, Tensor) else None
     documents, of_keys, attn_mask = mask.document_ids, mask.documents_of_keys, mask.attn_mask
