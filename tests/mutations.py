@@ -624,9 +624,16 @@ MUTATIONS = (
     Mutation(
         "mask-read-by-the-host",
         "The host waits for a device to read a mask.",
-        'elif added.device.type == "cpu" and not is_in_torch_dispatch_mode():',
+        'elif added.device.type == "cpu" and has_values:',
         "else:",
         tests_of("core/test_attention_mask.py", "test_a_device_is_not_waited_for"),
+    ),
+    Mutation(
+        "highest-of-the-last-sequence",
+        "The kernel that reads a mask compares sequences with the last of them.",
+        "highest = tl.where(x > highest, x, highest)",
+        "highest = x",
+        tests_of("torch/test_mask_levels.py", "test_the_kernel_says_what_the_definition_does"),
     ),
     Mutation(
         "small-value-filled-in-allows",

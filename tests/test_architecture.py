@@ -19,6 +19,7 @@ ENGINES = {
     "torch/huggingface.py": {"transformers"},
     "torch/observe/huggingface.py": {"transformers"},
     "torch/logits/kernels/head_maxima.py": {"triton"},
+    "torch/logits/kernels/mask_levels.py": {"triton"},
 }  # imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},

@@ -24,8 +24,8 @@ UNREACHABLE = -1e8
 MASKED = -9984.0
 """−1e4 as bfloat16 stores it; float16 and float32 hold it exactly."""
 TWO_VALUED = -50.0
-_FAR = TWO_VALUED / 2  # between the two values
-_DIVIDE = 0.9 * MASKED  # between the two groups
+BETWEEN_VALUES = TWO_VALUED / 2
+BETWEEN_GROUPS = 0.9 * MASKED
 
 
 def is_masked(added: Array, *, xp: Any) -> Array:
@@ -46,7 +46,7 @@ def replaces(value: Array | float) -> Array:
 
 def forbids_nothing(lowest: float, highest: float) -> bool:
     """Tell of the lowest and highest value of an added tensor whether that is enough to know that none is masked."""
-    return lowest > _FAR and highest - lowest < 0.9 * -TWO_VALUED
+    return lowest > BETWEEN_VALUES and highest - lowest < 0.9 * -TWO_VALUED
 
 
 def mask_levels(added: Array, *, xp: Any) -> list[Array]:
@@ -58,15 +58,15 @@ def mask_levels(added: Array, *, xp: Any) -> list[Array]:
     def highest(values: Array, where: Array) -> Array:
         return xp.amax(xp.where(where, values, -math.inf))
 
-    lowest = _unreachable(added.dtype, xp)
+    lowest = unreachable(added.dtype, xp)
     counts = added > lowest
-    far, near = counts & (added <= _FAR), added > _FAR
+    far, near = counts & (added <= BETWEEN_VALUES), added > BETWEEN_VALUES
     levels = [highest(-added, far), highest(added, far), highest(-added, near), highest(added, near)]
-    levels += [highest(-added, added > _DIVIDE), highest(added, counts & (added <= _DIVIDE))]
+    levels += [highest(-added, added > BETWEEN_GROUPS), highest(added, counts & (added <= BETWEEN_GROUPS))]
     if added.ndim == 4 and added.shape[0] > 1:
         finite = xp.where(counts, added, lowest)
         steps = finite - xp.amax(finite, 0, keepdims=True)
-        far, near = counts & (steps <= _FAR), counts & (steps > _FAR)
+        far, near = counts & (steps <= BETWEEN_VALUES), counts & (steps > BETWEEN_VALUES)
         levels += [highest(-steps, far), highest(steps, far), highest(-steps, near)]
         levels += [highest(added, far), highest(-added, near)]
     return levels
@@ -79,7 +79,7 @@ def highest_masked(levels: Sequence[Array], dtype: Any, *, xp: Any) -> Array:
     lowest_above = xp.minimum(-neg_lowest_above, highest)  # where all are below, there is no gap
     gap = lowest_above - highest_below
     are_two_groups = (gap >= highest - lowest_above) & (gap * 1.5 >= highest_below + neg_lowest)
-    number = xp.where(are_two_groups & (neg_lowest >= -MASKED), highest_below, _unreachable(dtype, xp))
+    number = xp.where(are_two_groups & (neg_lowest >= -MASKED), highest_below, unreachable(dtype, xp))
     if len(levels) > 6:
         neg_lowest_step, highest_step, neg_lowest_near_step, highest_masked, neg_lowest_allowed = levels[6:]
         rounding = 2 * xp.finfo(dtype).eps * neg_lowest_step
@@ -91,5 +91,6 @@ def highest_masked(levels: Sequence[Array], dtype: Any, *, xp: Any) -> Array:
     return xp.where(is_mask, highest_far, number)
 
 
-def _unreachable(dtype: Any, xp: Any) -> float:
+def unreachable(dtype: Any, xp: Any) -> float:
+    """Return the number at and below which the values of a dtype forbid in any tensor."""
     return max(UNREACHABLE, float(xp.finfo(dtype).min))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -30,15 +31,22 @@ def highest_masked(added: Tensor) -> Tensor:
     for axis, stride in enumerate(added.stride()):
         if stride == 0:  # broadcast
             added = added.narrow(axis, 0, min(1, added.shape[axis]))
+    has_values = not is_in_torch_dispatch_mode()  # some modes run without
     number = None
     if not added.numel():
         number = MASKED
-    elif added.device.type == "cpu" and not is_in_torch_dispatch_mode():  # of which some have no values
+    elif added.device.type == "cpu" and has_values:
         number = _highest_masked_on_host(added)
     if number is not None:
         return torch.full((), number, dtype=dtype, device=added.device)
-    levels = zip(*(core.mask_levels(part, xp=torch) for part in _parts(added)), strict=True)
-    return core.highest_masked([reduce(torch.maximum, each) for each in levels], added.dtype, xp=torch).to(dtype)
+    if added.is_cuda and has_values and dtype == torch.float32 and find_spec("triton"):
+        from muonclip.torch.logits.kernels.mask_levels import mask_levels
+
+        levels = mask_levels(added)
+    else:
+        of_parts = zip(*(core.mask_levels(part, xp=torch) for part in _parts(added)), strict=True)
+        levels = [reduce(torch.maximum, each) for each in of_parts]
+    return core.highest_masked(levels, added.dtype, xp=torch).to(dtype)
 
 
 def is_masked(added: Tensor) -> Tensor:
