@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.discover import NOTHING_FOUND, AttentionMonitor, Inputs
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits
@@ -35,7 +35,7 @@ class ClipAttentions:
         self._loads: LoadHooks | None = None  # the monitor has its own
         self._watch_loads()
         self._sharded: list[FSDPModule] = []
-        self._read: tuple[int, list[weakref.ref[Tensor]]] | None = None  # version and weights when they were read
+        self._found = FoundWeights(model)
         self.placement_version = 0
 
     @property
@@ -108,17 +108,18 @@ class ClipAttentions:
     def refresh(self) -> None:
         """Put an optimizer's shards in place of the whole weights that FSDP may have left after a forward.
 
-        Where weights were replaced, `placement_version` grows.
+        Where weights were replaced, `placement_version` grows. Raises RuntimeError where something was changed since
+        the attentions were found, and heads would not be clipped by it any more.
         """
         for module in self._sharded:
             module.reshard()
-        if self._is_as_read():
+        if self._found.are_as_read(self.projections, self.version):
             return
         self._sharded = [each for root in self._roots() for each in root.modules() if isinstance(each, FSDPModule)]
         for module in self._sharded:
             module.reshard()
         self._watch_loads()
-        self._read = self.version, [weakref.ref(weight) for weight in self._weights()]
+        self._found.read(self.projections, self.version, self._sites())
         self.placement_version += 1
 
     def parameters(self) -> Iterator[Tensor]:
@@ -138,15 +139,16 @@ class ClipAttentions:
                     names.setdefault(id(parameter), f"{rows.name_of(parameter)} in {attention}")
         return [name for key, name in names.items() if key in wanted]
 
-    def _is_as_read(self) -> bool:
-        if self._read is None or self._read[0] != self.version:
-            return False
-        weights, read = list(self._weights()), self._read[1]
-        return len(weights) == len(read) and all(ref() is weight for ref, weight in zip(read, weights, strict=True))
-
-    def _weights(self) -> Iterator[Tensor]:
-        for projection in self.projections.values():
-            yield from projection.qk_parameters()
+    def _sites(self) -> dict[str, list[str]]:
+        """Return the names of the modules that call each attention, by its name."""
+        sites = {} if self._monitor is None else self._monitor.sites
+        callers: dict[str, list[str]] = {}
+        for name, projection in self.projections.items():
+            own = projection.max_logits
+            callers[name] = [
+                module for module, site in sites.items() if any(each.max_logits is own for each in site.projections)
+            ]
+        return callers
 
     def _roots(self) -> Iterable[nn.Module]:
         if self._model is not None:
@@ -160,7 +162,8 @@ class ClipAttentions:
             self._loads.watch((m, each.max_logits) for each in self.projections.values() for m in each.qk_modules())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": None, "_sharded": [], "_loads": None}  # read again in a copy
+        again = {"_found": FoundWeights(self._model), "_sharded": [], "_loads": None}  # read again in a copy
+        return {**self.__dict__, **again}
 
 
 def attentions_of_model(

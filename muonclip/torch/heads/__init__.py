@@ -5,11 +5,16 @@ Facts and declarations only: `discover` finds them, `clip` scales them.
 
 from muonclip.torch.heads.head_rows import HeadRows, scale_heads
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections, out_axis
+from muonclip.torch.heads.reparametrised import NotProportional, followed, registered, sources
 
 __all__ = [
     "HeadRows",
+    "NotProportional",
     "QKProjection",
     "declared_qk_projections",
+    "followed",
     "out_axis",
+    "registered",
     "scale_heads",
+    "sources",
 ]
