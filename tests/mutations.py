@@ -381,15 +381,36 @@ MUTATIONS = (
     Mutation(
         "attention-without-gradient-required",
         "An attention that has no gradient in this step must be observed nevertheless.",
-        "missing &= ~observed.any() | (self.notes != NO_GRADIENT)",
+        "missing &= unknown | (self.notes >= FINITE_GRADIENT)",
         "pass",
         tests_of("torch/test_muonclip.py", "test_an_attention_without_gradient_may_be_unobserved"),
     ),
     Mutation(
+        "attention-with-a-zero-gradient-required",
+        "A layer that was dropped must be observed, where gradients are set to zero and not to None.",
+        "torch.where(zero, ZERO_GRADIENT, FINITE_GRADIENT)",
+        "torch.where(zero, FINITE_GRADIENT, FINITE_GRADIENT)",
+        tests_of("torch/test_layerdrop.py", "test_a_step_need_not_reach_every_attention"),
+    ),
+    Mutation(
+        "unobserved-gradients-accepted",
+        "An attention that has a gradient and was not observed counts as quiet.",
+        "missing &= unknown | (self.notes >= FINITE_GRADIENT)",
+        "missing &= unknown",
+        tests_of("torch/test_layerdrop.py", "test_a_gradient_without_an_observation_is_an_error"),
+    ),
+    Mutation(
+        "all-attentions-dropped-is-an-error",
+        "A step that runs the model and reaches none of its attentions fails.",
+        "self.ran = True",
+        "self.ran = False",
+        tests_of("torch/test_layerdrop.py", "test_a_step_need_not_reach_every_attention"),
+    ),
+    Mutation(
         "nothing-observed-is-fine-without-gradients",  # 11
-        "Where no query has a gradient, a step without any observation is accepted.",
-        "missing &= ~observed.any() | (self.notes != NO_GRADIENT)",
-        "missing &= self.notes != NO_GRADIENT",
+        "Where no query has a gradient, a step without any forward is accepted.",
+        "missing &= unknown | (self.notes >= FINITE_GRADIENT)",
+        "missing &= self.notes >= FINITE_GRADIENT",
         tests_of(
             "torch/test_muonclip.py",
             "test_a_step_without_any_observation_is_an_error_though_no_query_has_a_gradient",
@@ -398,9 +419,16 @@ MUTATIONS = (
     Mutation(
         "skipped-step-fails-the-next",  # 7
         "A non-finite maximum that is left from a step which the scaler skipped fails the next one.",
-        "(self._any_of_each(self.nonfinite > 0) > 0) & (self.notes != FINITE_GRADIENT)",
+        "(self._any_of_each(self.nonfinite > 0) > 0) & is_of_this_step",
         "self._any_of_each(self.nonfinite > 0) > 0",
         tests_of("torch/test_muonclip.py", "test_a_non_finite_maximum_of_a_skipped_step_does_not_fail_the_next"),
+    ),
+    Mutation(
+        "skipped-step-fails-the-next-that-drops-the-layer",
+        "A non-finite maximum that is left from a skipped step fails the next one, where that drops the layer.",
+        "(self.notes != ZERO_GRADIENT) & (self.notes != FINITE_GRADIENT)",
+        "self.notes != FINITE_GRADIENT",
+        tests_of("torch/test_layerdrop.py", "test_what_a_skipped_step_left_does_not_fail_one_that_drops_the_layer"),
     ),
     Mutation(
         "rate-zero-clips-nothing",

@@ -61,6 +61,18 @@ class ClipAttentions:
         """Return the statistics, in the order of the projections."""
         return [projection.max_logits for projection in self.projections.values()]
 
+    @property
+    def ran(self) -> bool:
+        """True where the model was seen to run with gradients since the last step."""
+        return self._monitor is not None and self._monitor.ran
+
+    def forget(self) -> None:
+        """Forget what was seen since the last step."""
+        for state in self.states():
+            state.reset()
+        if self._monitor is not None:
+            self._monitor.ran = False
+
     def set_threshold(self, threshold: float) -> None:
         """Require maxima to be exact from this logit on, also those of attentions still to be found."""
         if self._monitor is not None:

@@ -149,9 +149,10 @@ class QKClip:
     def step(self) -> None:
         """Scale the heads above τ, then forget the observation.
 
-        Raises RuntimeError, before any weight is changed, where a trained attention was not observed since the last
-        step or saw a non-finite logit. The host does not wait for an accelerator to learn that: there such a head keeps
-        its weights and the error is raised by the next `step()`, `report()` or `state_dict()` of the optimizer.
+        Raises RuntimeError, before any weight is changed, where a trained attention has a gradient and was not observed
+        since the last step, or saw a non-finite logit. Call it before the gradients are discarded. The host does not
+        wait for an accelerator to learn that: there such a head keeps its weights and the error is raised by the next
+        `step()`, `report()` or `state_dict()` of the optimizer.
         """
         self.attentions.refresh()
         self.after_update(self._measure(before_update=False))
@@ -161,7 +162,8 @@ class QKClip:
         """Return the factors of this step by attention, before the optimizer changes a weight.
 
         The maxima are those of all ranks, the gradients those that the optimizer will use. An attention that has no
-        gradient will not move and may be unobserved, as long as another one is observed. `idle`: the optimizer's rates
+        gradient, or one of zero, was not run and may be unobserved, if the model ran with gradients or another one was
+        observed. `idle`: the optimizer's rates
         are 0, as in the step by which checkpoint libraries make its state; the result is empty then where also nothing
         was observed or nothing has a gradient, on no rank. Raises what `step` raises.
         """
@@ -186,8 +188,7 @@ class QKClip:
 
     def reset(self) -> None:
         """Forget what was observed since the last step."""
-        for state in self.attentions.states():
-            state.reset()
+        self.attentions.forget()
 
     def raise_deferred(self) -> None:
         """Raise the errors that steps on an accelerator left for later. Waits for the device."""
@@ -215,7 +216,7 @@ class QKClip:
         # All heads of all attentions in one vector: many small layers would cost many small operations.
         maxima = JointMaxima.from_states(self.attentions.states(), device)
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
-            notes = torch.full_like(maxima.observed, UNKNOWN_ATTENTION) if unknown else self._notes()
+            notes = torch.full_like(maxima.observed, UNKNOWN_ATTENTION) if unknown else self._notes(before_update)
             maxima = maxima.all_reduce(group, notes)
         if unknown and (group is None or _may_wait_for(device)):
             raise RuntimeError(unknown)
@@ -245,8 +246,10 @@ class QKClip:
         """Return the group of the ranks that clip together; None for this one alone."""
         return self._ranks.group(self.attentions.parameters(), self.projections, self.attentions.placement_version)
 
-    def _notes(self) -> Tensor:
-        return torch.stack([note_of(projection, self.attentions.device) for projection in self.projections.values()])
+    def _notes(self, before_update: bool) -> Tensor:
+        ran = self.attentions.ran if before_update else any(p.grad is not None for p in self.attentions.parameters())
+        device = self.attentions.device
+        return torch.stack([note_of(projection, device, ran=ran) for projection in self.projections.values()])
 
     def _check(self, maxima: JointMaxima, before_update: bool) -> None:
         """Raise on all ranks, or leave for later what an accelerator must not be waited for."""
@@ -254,7 +257,7 @@ class QKClip:
         if maxima.notes is None:
             if may_wait and bool(maxima.are_fine(self.tau)):
                 return
-            maxima = maxima.with_notes(self._notes())
+            maxima = maxima.with_notes(self._notes(before_update))
         trains = [projection.trains() for projection in self.projections.values()]
         errors = maxima.errors(trains, self.tau, before_update=before_update)
         if not may_wait:

@@ -20,9 +20,10 @@ from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import MaxLogits
 from muonclip.torch.mesh import local_part
 
-NO_GRADIENT, FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 0.0, 1.0, 2.0, 3.0
-"""Notes of a rank about an attention, of which the largest over the ranks counts. The last is about the whole model:
-attention ran that nobody observed."""
+NOTHING_RAN, NO_GRADIENT, ZERO_GRADIENT = -1.0, 0.0, 1.0
+FINITE_GRADIENT, NONFINITE_GRADIENT, UNKNOWN_ATTENTION = 2.0, 3.0, 4.0
+"""Notes of a rank about an attention, of which the largest over the ranks counts. The first and the last are about the
+whole model: nothing says that it ran, or attention ran that nobody observed."""
 
 _SEEN = torch.finfo(torch.float32).min  # as a bound: observed, without any logit
 
@@ -81,16 +82,21 @@ class JointMaxima:
     def errors(self, trains: Sequence[bool], tau: float, *, before_update: bool) -> Tensor:
         """Return which `Error` each attention has in this step, bool [attentions, 4].
 
-        `before_update`: what has no gradient will not move. A GradScaler skips the step when the gradients are not
-        finite, and a non-finite logit makes them so. One seen together with finite gradients is therefore left from a
-        step that was skipped, and not an error of this one.
+        An attention without a gradient, or with one of zero, on all ranks was not run: there is nothing to clip. That
+        must not hide a step of which nothing was observed at all, `before_update`, or, after it, gradients that were
+        discarded. A GradScaler skips the step when the gradients are not finite, and a non-finite logit makes them so.
+        One seen together with finite gradients is therefore left from a step that was skipped, and not an error of
+        this one.
         """
         assert self.notes is not None
         observed = self.observed > 0
         missing = ~observed & constant(tuple(trains), torch.bool, observed.device)
+        unknown = self.notes == NOTHING_RAN
         if before_update:
-            missing &= ~observed.any() | (self.notes != NO_GRADIENT)
-        nonfinite = (self._any_of_each(self.nonfinite > 0) > 0) & (self.notes != FINITE_GRADIENT)
+            unknown &= ~observed.any()
+        missing &= unknown | (self.notes >= FINITE_GRADIENT)
+        is_of_this_step = (self.notes != ZERO_GRADIENT) & (self.notes != FINITE_GRADIENT)
+        nonfinite = (self._any_of_each(self.nonfinite > 0) > 0) & is_of_this_step
         columns = {
             Error.UNKNOWN_ATTENTION: self.notes == UNKNOWN_ATTENTION,
             Error.NONFINITE: nonfinite,
@@ -109,14 +115,17 @@ class JointMaxima:
         return each.scatter_reduce(0, _owners(self.sizes, heads.device), heads.float(), "amax")
 
 
-def note_of(projection: QKProjection, device: torch.device) -> Tensor:
-    """Make the note about the gradients that this rank has, fp32 []."""
+def note_of(projection: QKProjection, device: torch.device, *, ran: bool) -> Tensor:
+    """Make the note about the gradients that this rank has, fp32 []. `ran`: whether it is known that the model ran."""
     parameters = projection.qk_parameters()
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:  # nothing to scale, or nobody has asked for gradients yet
-        return torch.full((), NO_GRADIENT if parameters else FINITE_GRADIENT, device=device)
-    sums = torch.stack([local_part(gradient).sum(dtype=torch.float32).to(device) for gradient in gradients])
-    return torch.where(sums.isfinite().all(), FINITE_GRADIENT, NONFINITE_GRADIENT)
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    sizes = [torch.linalg.vector_norm(gradient, math.inf) for gradient in gradients if gradient.numel()]
+    if not sizes:  # nothing to scale, or nobody has asked for gradients yet
+        note = (NO_GRADIENT if ran else NOTHING_RAN) if parameters else FINITE_GRADIENT
+        return torch.full((), note, dtype=torch.float32, device=device)
+    finite = torch.stack([size.isfinite().to(device) for size in sizes]).all()
+    zero = torch.stack([(size == 0).to(device) for size in sizes]).all()
+    return torch.where(finite, torch.where(zero, ZERO_GRADIENT, FINITE_GRADIENT), NONFINITE_GRADIENT).float()
 
 
 def has_gradient(parameter: Tensor) -> bool:

@@ -45,8 +45,8 @@ _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] =
 
 class AttentionMonitor:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
-    observed. `on_forward` is called inside each forward with gradients. `to_come`: why nothing was found yet, or "".
-    `version` counts findings. Nothing happens to the model before `start`."""
+    observed. `on_forward` is called inside each forward with gradients, which sets `ran`. `to_come`: why nothing was
+    found yet, or "". `version` counts findings. Nothing happens to the model before `start`."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class AttentionMonitor:
         self.to_come = "the first forward with gradients"
         self.removed = ""
         self.version = 0
+        self.ran = False
         self._traces: tuple[Trace, ...] = ()
         self._traced: dict[str, int] = {}  # how often, by the name of the module that a forward began with
         self._prepare()
@@ -159,6 +160,7 @@ class AttentionMonitor:
         if name is None:
             return
         self.on_forward()
+        self.ran = True
         if module is self.model:
             of_thread.handlers.append(self._unclaimed)
         if not self._is_to_be_traced(module, name):
@@ -249,7 +251,7 @@ class AttentionMonitor:
         memo[id(self)] = other
         for name in ("projections", "declared", "sites", "model", "on_forward"):
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
-        for name in ("threshold", "clip_gains", "to_come", "removed", "version"):
+        for name in ("threshold", "clip_gains", "to_come", "removed", "version", "ran"):
             setattr(other, name, getattr(self, name))
         other._traces, other._traced = (), dict(self._traced)
         other._prepare()
