@@ -26,7 +26,7 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_prefer_vector_width=128",
+    "--xla_cpu_use_fusion_emitters=false",
 )
 _own_cache = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="muonclip-jax-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_own_cache))
