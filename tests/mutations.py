@@ -332,8 +332,8 @@ MUTATIONS = (
     Mutation(
         "observation-not-forgotten",  # 37
         "A step leaves its maxima for the next one.",
-        "scale(self.projections, factors, self.master_of, skip_quiet=may_wait)\n        self.reset()",
-        "scale(self.projections, factors, self.master_of, skip_quiet=may_wait)",
+        "skip_quiet=may_wait)\n        self.reset()",
+        "skip_quiet=may_wait)",
         tests_of("torch/test_qk_clip.py", "test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step"),
     ),
     Mutation(
@@ -778,8 +778,8 @@ MUTATIONS = (
     Mutation(
         "packed-documents-see-each-other",  # 42
         "Sequences packed by their positions count as one document.",
-        "return (positions == 0).cumsum(-1)",
-        "return torch.zeros_like(positions)",
+        '{"document_ids": (positions == 0).cumsum(-1)}',
+        '{"document_ids": torch.zeros_like(positions)}',
         tests_of("torch/test_observation.py", "test_what_flash_attention_is_told_is_understood"),
     ),
     Mutation(

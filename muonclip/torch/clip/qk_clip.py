@@ -163,9 +163,9 @@ class QKClip:
 
         The maxima are those of all ranks, the gradients those that the optimizer will use. An attention that has no
         gradient, or one of zero, was not run and may be unobserved, if the model ran with gradients or another one was
-        observed. `idle`: the optimizer's rates
-        are 0, as in the step by which checkpoint libraries make its state; the result is empty then where also nothing
-        was observed or nothing has a gradient, on no rank. Raises what `step` raises.
+        observed. `idle`: the optimizer's rates are 0, as in the step by which checkpoint libraries make its state; the
+        result is empty then where also nothing was observed or nothing has a gradient, on no rank. Raises what `step`
+        raises.
         """
         self.attentions.refresh()
         if idle and not self.attentions.removed and not self._has_work():
