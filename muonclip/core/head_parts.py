@@ -81,7 +81,9 @@ def factors_of(parts: Collection[Part], fixed: Collection[Part] = ()) -> dict[Pa
     A logit is linear in either side of a term, so the other side takes all of γ then. Empty where no side of a term can
     be scaled: what is left would not shrink the logit by γ.
     """
-    factors = {part: factor for part, factor in FACTOR_OF.items() if part in parts and part not in fixed}
+    factors: dict[Part, Factor] = {
+        part: factor for part, factor in FACTOR_OF.items() if part in parts and part not in fixed
+    }
     if "query_facing_shared" in fixed or {"query", "key"} <= {*fixed}:
         return {}
     for part, other in (("query", "key"), ("key", "query")):

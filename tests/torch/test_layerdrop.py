@@ -1,9 +1,11 @@
 """A step need not reach every attention: what was not run has no gradient, or one of zero, and nothing to clip."""
 
 import copy
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_attention import HEAD, HEADS, WIDTH, TinyAttention, dense_max_logits
 from torch import nn
 
@@ -169,3 +171,38 @@ def test_what_a_skipped_step_left_does_not_fail_one_that_drops_the_layer():
     model.dropped = frozenset({1})
     backward(model)
     step()
+
+
+def drop_on(model, dropped):
+    model.zero_grad(set_to_none=False)
+    model.dropped = frozenset(dropped)
+    backward(model)
+
+
+@pytest.mark.parametrize(
+    ("dropped_here", "dropped_there", "gradient_there", "error"),
+    [((1,), (), False, False), ((1,), (1,), False, False), ((0, 1, 2), (1,), False, False), ((1,), (1,), True, True)],
+)
+def test_a_gradient_or_an_observation_on_any_rank_counts(
+    dropped_here, dropped_there, gradient_there, error, monkeypatch
+):
+    """Two ranks, of which each gives the other its vector."""
+    sent = []
+    monkeypatch.setattr(QKClip, "_group", lambda self: "both")
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: sent.append(tensor.clone()))
+    (here, step, clip), (there, _, other) = (training(muonclip) for _ in range(2))
+    for model, dropped, of_rank in ((here, dropped_here, clip), (there, dropped_there, other)):
+        drop_on(model, ())
+        of_rank.reset()
+        drop_on(model, dropped)
+    if gradient_there:
+        there.layers[1].q.weight.grad[0, 0] = 1.0
+    with suppress(RuntimeError):  # the vector was sent by then
+        other.before_update()
+    vector = sent.pop()
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: tensor.copy_(torch.maximum(tensor, vector)))
+    with pytest.raises(RuntimeError, match=r"observed no forward of layers\.1 since") if error else nullcontext():
+        step()
+    if not error:
+        reached = [bool(layer.max_logits.isfinite().any()) for layer in clip.report().layers.values()]
+        assert reached == [index not in dropped_here or index not in dropped_there for index in range(3)]
