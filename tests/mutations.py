@@ -248,8 +248,8 @@ MUTATIONS = (
     Mutation(
         "computed-weight-not-noticed",
         "What a computed weight depends on is not looked at again.",
-        "yield from sources(rows.module, attribute)",
-        "pass",
+        'yield module._modules, "parametrizations"\n    if _is_parametrized(module, attribute):',
+        "if False:",
         tests_of("torch/test_reparametrised.py", "test_a_parametrization_added_to_one_that_was_followed_is_seen"),
     ),
     Mutation(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from muonclip.torch.heads import NotProportional, QKProjection, followed, registered, sources
+from muonclip.torch.heads import NotProportional, QKProjection, followed, places, registered
 
 _Home = tuple[nn.Module, str]
 """A module, and the name under which it has a parameter."""
@@ -29,19 +29,22 @@ class FoundWeights:
         self._model = model
         self._found: dict[str, tuple[QKProjection, QKProjection]] = {}  # as found, and as it was followed
         self._version = -1
-        self._marks: list[Any] | None = None  # None: not read
+        self._projections: list[QKProjection] | None = None  # None: not read
+        self._marks: list[tuple[Any, str, weakref.ref[Any] | None]] = []  # where to look, and what was there
         self._tied: dict[_Home, list[_Home]] = {}  # all homes of a parameter, by the one that is scaled
         self._ways: dict[str, list[_Step]] = {}  # by attention
 
     def are_as_read(self, projections: Mapping[str, QKProjection], version: int) -> bool:
         """Tell whether nothing was replaced since the last `read`; costs a look at each weight, and no search."""
-        if self._marks is None or self._version != version:
+        if self._projections is None or self._version != version or len(self._projections) != len(projections):
             return False
-        now = list(self._look(projections))
-        return len(now) == len(self._marks) and all(
-            (mark() if isinstance(mark, weakref.ref) else mark) is one
-            for mark, one in zip(self._marks, now, strict=True)
-        )
+        if any(one is not other for one, other in zip(self._projections, projections.values(), strict=True)):
+            return False
+        for place, key, mark in self._marks:
+            now = place.get(key)
+            if (now is not None) if mark is None else (now is None or mark() is not now):
+                return False
+        return True
 
     def read(self, projections: dict[str, QKProjection], version: int, sites: Mapping[str, Iterable[str]]) -> None:
         """Read all weights again and follow those that are computed now, in place of their projections.
@@ -52,30 +55,27 @@ class FoundWeights:
         modules = self._modules(projections)
         self._follow(projections, modules)
         tied = self._homes(projections, modules)
-        if self._marks is not None and self._version == version:
+        if self._projections is not None and self._version == version:
             self._check_ways(modules, sites)
             self._check_homes(tied, modules)
         self._version, self._tied = version, tied
         self._ways = self._find_ways(projections, modules, sites)
-        self._marks = [weakref.ref(one) if isinstance(one, _REFERABLE) else one for one in self._look(projections)]
+        self._projections = list(projections.values())
+        self._marks = [
+            (place, key, None if (there := place.get(key)) is None else weakref.ref(there))
+            for place, key in self._places(projections)
+        ]
 
-    def _look(self, projections: Mapping[str, QKProjection]) -> Iterator[object]:
-        """Yield everything that is compared by identity."""
-        for name, current in projections.items():
-            found, followed_to = self._found.get(name, (current, current))
-            for _, rows in (found if followed_to is current else current).parts():
+    def _places(self, projections: Mapping[str, QKProjection]) -> Iterator[tuple[Any, str]]:
+        """Yield where to look at each step, and under which key."""
+        for name in projections:
+            for _, rows in self._found[name][0].parts():
                 for attribute in filter(None, (rows.weight, rows.bias)):
-                    parameter = rows.module._parameters.get(attribute)
-                    yield parameter
-                    if parameter is None and attribute not in rows.module._parameters:
-                        yield registered(rows.module, attribute)
-                        yield from sources(rows.module, attribute)
+                    yield from places(rows.module, attribute)
         for ways in self._ways.values():
-            for step in ways:
-                parent = step.parent()
-                yield None if parent is None else parent._modules.get(step.key)
+            yield from ((parent._modules, step.key) for step in ways if (parent := step.parent()) is not None)
         for homes in self._tied.values():
-            yield from (module._parameters.get(attribute) for module, attribute in homes[1:])
+            yield from ((module._parameters, attribute) for module, attribute in homes[1:])
 
     def _modules(self, projections: Mapping[str, QKProjection]) -> dict[nn.Module, str]:
         if self._model is not None:
@@ -187,7 +187,6 @@ class _Step:
         return now is found or set(map(id, now.parameters())) == set(map(id, found.parameters()))
 
 
-_REFERABLE = (nn.Parameter, nn.Module)
 _WHAT_TO_DO = (
     "Undo that, or make the optimizer and its clip anew after such a change: they find the attention as it is then "
     "and say what can be scaled."

@@ -5,7 +5,7 @@ Facts and declarations only: `discover` finds them, `clip` scales them.
 
 from muonclip.torch.heads.head_rows import HeadRows, scale_heads
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections, out_axis
-from muonclip.torch.heads.reparametrised import NotProportional, followed, registered, sources
+from muonclip.torch.heads.reparametrised import NotProportional, followed, places, registered
 
 __all__ = [
     "HeadRows",
@@ -14,7 +14,7 @@ __all__ = [
     "declared_qk_projections",
     "followed",
     "out_axis",
+    "places",
     "registered",
     "scale_heads",
-    "sources",
 ]

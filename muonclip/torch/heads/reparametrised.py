@@ -7,7 +7,9 @@ row in g. Where the computed rows are not proportional to rows of one parameter,
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,14 +47,33 @@ def registered(module: nn.Module, attribute: str) -> nn.Parameter | None:
     return forwarded if isinstance(forwarded, nn.Parameter) else None
 
 
-def sources(module: nn.Module, attribute: str) -> list[object]:
-    """Return what a computed weight depends on: other objects, where it is computed in another way."""
-    found: list[object] = [module._parameters.get(f"{attribute}{end}") for end in ("_orig", "_g")]
-    found += [module._buffers.get(f"{attribute}{end}") is not None for end in ("_mask", "_u")]
+def places(module: nn.Module, attribute: str) -> Iterator[tuple[Any, str]]:
+    """Yield the dictionaries and keys at which another object is found as soon as a weight comes from somewhere else.
+
+    In a module that forwards the attributes of another one there is no dictionary: something with a `get` is.
+    """
+    yield module._parameters, attribute
+    if attribute in module._parameters:
+        return
+    yield _Forwarded(module), attribute
+    yield from ((module._parameters, f"{attribute}{end}") for end in ("_orig", "_g"))
+    yield from ((module._buffers, f"{attribute}{end}") for end in ("_mask", "_u"))
+    yield module._modules, "parametrizations"
     if _is_parametrized(module, attribute):
         parametrization = _parametrization(module, attribute)
-        found += [*parametrization._modules.values(), *parametrization._parameters.values()]
-    return found
+        yield module.parametrizations._modules, attribute  # pyright: ignore
+        yield from ((parametrization._modules, str(index)) for index in range(len(parametrization) + 1))
+        yield from ((parametrization._parameters, name) for name in parametrization._parameters)
+
+
+class _Forwarded:
+    """Looks a parameter up among the attributes of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def get(self, attribute: str) -> nn.Parameter | None:
+        return registered(self.module, attribute)
 
 
 def _followed(rows: HeadRows) -> tuple[HeadRows, ...]:
