@@ -122,3 +122,33 @@ def assert_clipped(case):
                 assert torch.equal(old, new)
         else:
             assert torch.equal(parameter, weights[name])  # keys that several heads share
+
+
+def assert_clipped_to(model, inputs, largest, *, observe="always", tau=None):
+    """Run a step of the clip alone, whose loud heads must end at τ and whose quiet ones must not move.
+
+    `largest`: [H] in float64, as the weights are. With a τ above all of them nothing may move. Returns the report of
+    the attention, and the maxima before.
+    """
+    before = largest()
+    expected = model(*inputs)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    clip = QKClip(model, tau=float(np.median(before)) if tau is None else tau, observe=observe)
+    result = model(*inputs)
+    assert torch.equal(result, expected)
+    result.square().mean().backward()
+    clip.step()
+    (report,) = clip.report().layers.values()
+    loud, exact = before > clip.tau, report.exact.numpy()
+    assert exact[loud].all()
+    np.testing.assert_allclose(report.max_logits[exact], before[exact], rtol=1e-5)
+    np.testing.assert_allclose(largest(), np.minimum(before, clip.tau), rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("q.", "k.")):
+            for head in np.flatnonzero(~loud):
+                old, new = (each.unflatten(0, (HEADS, -1))[head] for each in (weights[name], parameter))
+                assert torch.equal(old, new)
+        else:
+            assert torch.equal(parameter, weights[name])
+    clip.remove()
+    return report, before

@@ -1,8 +1,5 @@
 """The functions of flash-attn 2, 3 and 4, where each of them ends: at an autograd function.
 
-Users import these functions by name, in modules of their own and before a model is observed. Each of them looks its
-autograd function up when it is called, and calls `apply` with all of its arguments by position.
-
 Versions differ in what they take, so that arguments are read by the names of the parameters of `forward`; one that is
 given and not known here is a problem by its name. Checked with 2.8.4 and with 3 and 4 of the same date, August 2026.
 """
@@ -10,16 +7,14 @@ given and not known here is a problem by its name. Checked with 2.8.4 and with 3
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
-from muonclip.torch.observe.handlers import handled
+from muonclip.torch.observe.autograd_functions import at_functions
 from muonclip.torch.observe.packed_sequences import packed_pairs
 
 _READ = {
@@ -137,34 +132,11 @@ def _run_in_trace(arguments: _Arguments, q: Tensor, v: Tensor) -> Any:
     return (out, lse, q.new_zeros(0)) if "dropout_p" in arguments else (out, lse)
 
 
-def _patched(kernel: AttentionKernel, function: Any) -> Any:
-    """Return what takes the place of `apply` of an autograd function."""
-    names = tuple(inspect.signature(function.forward).parameters)[1:]  # without ctx
-    # The host has an `apply` of its own, since that of the function is replaced.
-    host = type(function)(function.__name__, (function,), {"apply": vars(torch.autograd.Function)["apply"]})
-    return handled(functools.partial(_read, kernel, names))(host.apply)
-
-
-def _patch_apply(kernel: AttentionKernel, apply: Any) -> Any:
-    return _patched(kernel, apply.__self__)
-
-
-def _patch_function(kernel: AttentionKernel, function: Any) -> Any:
-    """Return a class in the place of an autograd function, of which torch.compile calls `apply` whoever replaces it."""
-    return type(function.__name__, (), {"apply": staticmethod(_patched(kernel, function))})
-
-
 def _kernels(name: str, module: str, *functions: str) -> list[AttentionKernel]:
-    """Return the kernels of the functions' `apply`, for whoever holds the function, and of the functions themselves."""
     kernel = AttentionKernel(
         name, on_cpu="row LSE or norm bound, then exact rows", on_cuda="row LSE and norm bound, then tiles"
     )
-    patches = (".apply", _patch_apply), ("", _patch_function)
-    return [
-        replace(kernel, home=f"{module}:{function}{path}", patch=functools.partial(patch, kernel))
-        for path, patch in patches
-        for function in functions
-    ]
+    return at_functions(kernel, _read, module, *functions)
 
 
 KERNELS: list[AttentionKernel] = [

@@ -11,6 +11,7 @@ from muonclip.torch.observe.flex import KERNEL as FLEX
 from muonclip.torch.observe.huggingface import KERNEL as HUGGING_FACE
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
 from muonclip.torch.observe.varlen import KERNEL as VARLEN
+from muonclip.torch.observe.xformers import KERNELS as XFORMERS
 
 KERNELS: list[AttentionKernel] = [
     SDPA,
@@ -18,4 +19,5 @@ KERNELS: list[AttentionKernel] = [
     HUGGING_FACE,
     VARLEN,
     *FLASH_ATTN,
+    *XFORMERS,
 ]

@@ -176,3 +176,35 @@ def backward(ctx, dout):
     q, k, v, starts_q, starts_k, alibi, sink = ctx.saved_tensors
     options = (*ctx.options[:4], starts_q, starts_k, ctx.options[4], alibi, sink)
     return torch.ops.stand_in.attend_backward(dout, q, k, v, *options)
+
+
+def _masked(q, k, v, scale, bias):
+    """q, k, v [B, T, heads, d] of equal heads; `bias` broadcastable to [B, heads, Tq, Tk]."""
+    q, k, v = (np.asarray(t.detach().double()) for t in (q, k, v))
+    scores = scale * np.einsum("bihd,bjhd->bhij", q, k)
+    scores = scores + (0.0 if bias is None else np.asarray(bias.detach().double()))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sum_of = np.exp(scores).sum(-1, keepdims=True)
+        p = np.where(sum_of > 0, np.exp(scores) / sum_of, 0.0)
+        return q, k, v, p, np.where(sum_of > 0, np.log(sum_of), np.inf)[..., 0]
+
+
+def masked_attention(q, k, v, scale, bias):
+    """out and log-sum-exp fp32 [B, heads, T]."""
+    _, _, values, p, lse = _masked(q, k, v, scale, bias)
+    out = torch.from_numpy(np.einsum("bhij,bjhd->bihd", p, values)).to(q.dtype)
+    return out, torch.from_numpy(lse).float()
+
+
+def masked_gradients(dout, q, k, v, scale, bias):
+    """dq, dk, dv."""
+    queries, keys, values, p, _ = _masked(q, k, v, scale, bias)
+    dout = np.asarray(dout.detach().double())
+    dp = np.einsum("bihd,bjhd->bhij", dout, values)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
+    found = (
+        np.einsum("bhij,bjhd->bihd", ds, keys),
+        np.einsum("bhij,bihd->bjhd", ds, queries),
+        np.einsum("bhij,bihd->bjhd", p, dout),
+    )
+    return tuple(torch.from_numpy(each).to(q.dtype) for each in found)
