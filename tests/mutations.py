@@ -881,6 +881,27 @@ MUTATIONS = (
         tests_of("torch/test_xformers.py", "test_a_bias_keeps_the_log_sum_exp_from_being_a_bound"),
     ),
     Mutation(
+        "causality-of-transformer-engine-aligned-at-the-last-position",
+        "TransformerEngine aligns causality at the first position, unless its mask says otherwise.",
+        'pairs | {"query_offset": lengths[1] - lengths[0] if bottom_right else 0}',
+        'pairs | {"query_offset": lengths[1] - lengths[0]}',
+        tests_of("torch/test_transformer_engine.py", "test_loud_heads_end_at_tau_and_others_stay"),
+    ),
+    Mutation(
+        "gaps-between-sequences-count",
+        "What is between two packed sequences of TransformerEngine is seen.",
+        "ids.append((inside, owner.masked_fill(~is_used, -1 - side)))",
+        "ids.append((inside, owner))",
+        tests_of("torch/test_transformer_engine.py", "test_loud_heads_end_at_tau_and_others_stay"),
+    ),
+    Mutation(
+        "maxima-of-transformer-engine-with-a-bias",
+        "The maxima that TransformerEngine returns have the bias in them.",
+        'if getattr(module, "return_max_logit", False) and not has_bias and not problem',
+        'if getattr(module, "return_max_logit", False) and not problem',
+        tests_of("torch/test_transformer_engine.py", "test_its_own_maxima_are_not_taken_with_a_bias"),
+    ),
+    Mutation(
         "row-bounds-not-used-in-the-kernel",
         "The kernel for CUDA computes what a log-sum-exp certifies.",
         "row_bounds = torch.minimum(row_bounds, bounds)",

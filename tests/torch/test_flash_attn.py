@@ -72,7 +72,7 @@ def test_packed_sequences_do_not_see_each_other(kernels, name, option, lengths):
 def test_nobody_sees_what_is_behind_the_last_sequence(kernels):
     torch.manual_seed(0)
     model = Attention(kernels.CALLS["2 varlen"])
-    options = dict(starts=PACKED["rest"])
+    options = dict(starts=PACKED["rest"], softcap=1e3)  # with which no log-sum-exp leaves these rows out
     x, memory = torch.randn(1, 11, WIDTH), torch.randn(1, 15, WIDTH)
     x[:, 8:] *= 100
     memory[:, 12:] *= 100

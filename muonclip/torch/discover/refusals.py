@@ -40,8 +40,8 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
 
 NOTHING_FOUND = (
     "QK-Clip: no attention was found. It sees torch's scaled_dot_product_attention, FlexAttention and varlen_attn, "
-    "flash-attn, xFormers, the attention interface of Hugging Face models, and a product of queries and keys that "
-    "reaches a softmax. Pass the model that has the attention; or declare it: give each attention module "
+    "flash-attn, xFormers, TransformerEngine, the attention interface of Hugging Face models, and a product of queries "
+    "and keys that reaches a softmax. Pass the model that has the attention; or declare it: give each attention module "
     "`self.max_logits = MaxLogits(num_heads)`, call `muonclip.torch.attention(q, k, v, max_logits=self.max_logits)`, "
     "and add a method `qk_projection()` that returns `QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, "
     "max_logits=self.max_logits)` (or .gqa, .mla); or switch the clip off with qk_clip=None."

@@ -10,6 +10,7 @@ from muonclip.torch.observe.flash_attn import KERNELS as FLASH_ATTN
 from muonclip.torch.observe.flex import KERNEL as FLEX
 from muonclip.torch.observe.huggingface import KERNEL as HUGGING_FACE
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
+from muonclip.torch.observe.transformer_engine import KERNEL as TRANSFORMER_ENGINE
 from muonclip.torch.observe.varlen import KERNEL as VARLEN
 from muonclip.torch.observe.xformers import KERNELS as XFORMERS
 
@@ -20,4 +21,5 @@ KERNELS: list[AttentionKernel] = [
     VARLEN,
     *FLASH_ATTN,
     *XFORMERS,
+    TRANSFORMER_ENGINE,
 ]

@@ -47,7 +47,8 @@ def _read(kernel: AttentionKernel, names: tuple[str, ...], host: Callable[..., A
     One head, [N, T, 1, d], may be each of B · heads.
     """
     first = next(index for index, value in enumerate(args) if isinstance(value, Tensor))  # behind the operators
-    query, key, value, bias, _, scale = (*args[first:], *(None,) * 6)[:6]
+    inputs: list[Any] = [*args[first:], None, None, None]
+    query, key, value, bias, _, scale = inputs[:6]
     has_one_head = query.shape[-2] == query.shape[2] == 1
     q, k, v = (t.squeeze(2) if has_one_head else t.flatten(2, -2) for t in (query, key, value))
     pairs, problem = _pairs(bias, q, k)
@@ -108,8 +109,9 @@ def _run_with_lse(host: Callable[..., Any], args: tuple[Any, ...], q: Tensor) ->
     """Return what the call returns, and the log-sum-exp [B, heads, Tq] where it returns that in this form."""
     result = host(*args)
     lse = result[1] if isinstance(result, tuple) else None
-    is_of_rows = isinstance(lse, Tensor) and q.ndim == 4 and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    return result, lse.detach() if is_of_rows else None
+    if lse is None or q.ndim != 4 or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        return result, None
+    return result, lse.detach()
 
 
 def _run_in_trace(query: Tensor, value: Tensor, returns_lse: bool) -> Any:

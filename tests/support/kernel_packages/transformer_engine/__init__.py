@@ -1,0 +1,1 @@
+"""A stand-in with the structure of TransformerEngine, August 2026."""
