@@ -101,7 +101,8 @@ def _pairs(module: Any, given: _Arguments, kind: str, layout: str, q: Tensor, k:
         "is_causal": is_causal,
         "window": tuple(None if side < 0 else side for side in window),
     }
-    mask, bias = given.get("attention_mask"), given.get("core_attention_bias")
+    mask: Any = given.get("attention_mask")
+    bias = given.get("core_attention_bias")
     if bias is not None:
         pairs["attn_mask"] = bias
     if kind == "arbitrary":
