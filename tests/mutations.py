@@ -911,7 +911,7 @@ MUTATIONS = (
     Mutation(
         "overload-of-a-patched-operator-lost",
         "Policies of checkpointing do not find an operator that is observed.",
-        '_OF_OPERATORS = ("default", "overloads")',
+        '_OF_OPERATORS = ("default", "op", "op_overloads", "overloads", "_qualified_op_name", "_schemas")',
         "_OF_OPERATORS = ()",
         tests_of("torch/test_varlen_attn.py", "test_the_operator_keeps_what_others_know_it_by"),
     ),

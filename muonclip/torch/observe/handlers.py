@@ -25,7 +25,8 @@ class AttentionCallHandler(Protocol):
         ...
 
 
-_OF_OPERATORS = ("default", "overloads")  # by which policies of checkpointing and others know an operator of torch
+_OF_OPERATORS = ("default", "op", "op_overloads", "overloads", "_qualified_op_name", "_schemas")
+# By these, compilers and policies of checkpointing know an operator of torch.
 
 
 class _OfThread(threading.local):
