@@ -89,6 +89,27 @@ class TinyAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class UndeclaredAttention(nn.Module):
+    """Calls the host's attention and declares nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * HEAD) for _ in range(3))
+        self.out = nn.Linear(HEADS * HEAD, WIDTH)
+
+    def heads(self, projection, x):
+        return projection(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+
+    def forward(self, x):
+        q, k, v = (self.heads(each, x) for each in (self.q, self.k, self.v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+    def maxima(self, x):
+        """[H], from the dense logits."""
+        with torch.no_grad():
+            return dense_max_logits(self.heads(self.q, x), self.heads(self.k, x))
+
+
 class TinyModel(nn.Module):
     """Embedding, two attentions with residuals, norm, head; `loss(tokens)` is a scalar."""
 

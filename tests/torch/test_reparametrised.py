@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny_attention import HEAD, HEADS, WIDTH, TinyModel, dense_max_logits
+from tiny_attention import HEAD, HEADS, WIDTH, TinyModel, UndeclaredAttention
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -15,30 +15,10 @@ from muonclip.torch import MuonClip, QKClip
 TAU = 0.05
 
 
-class Attention(nn.Module):
-    """It declares nothing, and its weights have biases."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * HEAD) for _ in range(3))
-        self.out = nn.Linear(HEADS * HEAD, WIDTH)
-
-    def heads(self, projection, x):
-        return projection(x).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
-
-    def forward(self, x):
-        q, k, v = (self.heads(each, x) for each in (self.q, self.k, self.v))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-    def logits(self, x):
-        with torch.no_grad():
-            return dense_max_logits(self.heads(self.q, x), self.heads(self.k, x))
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([Attention(), Attention()])
+        self.layers = nn.ModuleList([UndeclaredAttention(), UndeclaredAttention()])
         self.head = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
@@ -68,7 +48,7 @@ class Training:
         return self.model.layers[0]
 
     def logits(self):
-        return self.attention.logits(self.x)
+        return self.attention.maxima(self.x)
 
 
 def attached(model, clip):

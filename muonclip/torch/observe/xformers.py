@@ -31,13 +31,17 @@ _KINDS = {
     "LowerTriangularMask": _Kind(is_causal=True),
     "LowerTriangularMaskWithTensorBias": _Kind(is_causal=True),
     "LowerTriangularFromBottomRightMask": _Kind(is_causal=True, bottom_right=True),
-    "LowerTriangularFromBottomRightLocalAttentionMask": _Kind(True, True, windows=("_window_size",)),
+    "LowerTriangularFromBottomRightLocalAttentionMask": _Kind(
+        is_causal=True, bottom_right=True, windows=("_window_size",)
+    ),
     "LocalAttentionFromBottomRightMask": _Kind(bottom_right=True, windows=("window_left", "window_right")),
     "BlockDiagonalMask": _Kind(is_packed=True),
     "BlockDiagonalCausalMask": _Kind(is_causal=True, is_packed=True),
-    "BlockDiagonalCausalFromBottomRightMask": _Kind(True, True, True),
-    "BlockDiagonalCausalLocalAttentionMask": _Kind(True, False, True, ("_window_size",)),
-    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": _Kind(True, True, True, ("_window_size",)),
+    "BlockDiagonalCausalFromBottomRightMask": _Kind(is_causal=True, bottom_right=True, is_packed=True),
+    "BlockDiagonalCausalLocalAttentionMask": _Kind(is_causal=True, is_packed=True, windows=("_window_size",)),
+    "BlockDiagonalCausalLocalAttentionFromBottomRightMask": _Kind(
+        is_causal=True, bottom_right=True, is_packed=True, windows=("_window_size",)
+    ),
 }
 
 

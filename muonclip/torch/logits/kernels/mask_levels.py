@@ -54,13 +54,8 @@ def _mask_levels(
     none = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
     neg_lowest_far, highest_far, neg_lowest_near, highest_near = none, none, none, none
     neg_lowest_above, highest_below = none, none
-    neg_lowest_step, highest_step, neg_lowest_near_step, highest_masked, neg_lowest_allowed = (
-        none,
-        none,
-        none,
-        none,
-        none,
-    )
+    neg_lowest_step, highest_step, neg_lowest_near_step = none, none, none
+    highest_masked, neg_lowest_allowed = none, none
     highest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), UNREACHABLE, tl.float32)
     if OF_SEQUENCES:
         for b in range(batch):
