@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import re
 import shlex
@@ -13,7 +14,6 @@ import sys
 import textwrap
 import tomllib
 from dataclasses import dataclass
-from itertools import combinations, zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -69,7 +69,7 @@ def name_of(page):
 def blocks_of(page):
     text = page.read_text(encoding="utf-8")
     fences = list(FENCE.finditer(text))
-    for fence, follower in zip_longest(fences, fences[1:]):
+    for fence, follower in itertools.zip_longest(fences, fences[1:]):
         shown = follower is not None and "text" in follower[2] and not text[fence.end() : follower.start()].strip()
         yield Block(
             language=fence[2].strip(),
@@ -149,6 +149,15 @@ def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped()
     model(torch.randn(2, 7, 5)).square().sum().backward()
     optimizer.step()
     assert optimizer.qk_clip.report().clipped_heads == 3
+
+
+@pytest.mark.parametrize("page", [README, *PAGES, READING, SPEED, SCALING], ids=name_of)
+def test_headings_and_tables_are_read_as_such(page):
+    """Markdown takes a heading or a table that follows another line without a blank one for a part of that."""
+    lines = FENCE.sub("", page.read_text("utf-8")).splitlines()
+    for before, line in itertools.pairwise(lines):
+        begins = re.match("#+ ", line) or (line.startswith("|") and not before.startswith("|"))
+        assert not begins or not before.strip() or before.startswith("<!--"), line
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
@@ -328,7 +337,7 @@ def test_the_figures_of_the_two_frameworks_are_those_recorded():
             assert f"| {label} | {name} | {' | '.join(cells)} |" in text
         torch_, jax_ = ([runs[f, arm, seed]["final_val_loss"] for seed in range(4)] for f in ("torch", "jax"))
         apart.append(fmean(abs(a - b) for a, b in zip(torch_, jax_, strict=True)))
-        seeds_apart.append(fmean(abs(a - b) for a, b in combinations(torch_, 2)))
+        seeds_apart.append(fmean(abs(a - b) for a, b in itertools.combinations(torch_, 2)))
     words = (
         "differ by {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) nats on average, those of two PyTorch seeds by "
     )
