@@ -1350,6 +1350,20 @@ MUTATIONS = (
         tests_of("torch/test_engines.py", "test_parameters_replaced_after_the_optimizer_was_built_are_found")
         + tests_of("torch/test_muonclip.py"),
     ),
+    Mutation(
+        "steps-counted-in-the-default-dtype",  # 39
+        "AdamW's count of steps has torch's default dtype: in bfloat16 it stops at 256.",
+        'state["step"] = torch.zeros((), dtype=torch.float32, device=device)',
+        'state["step"] = torch.zeros((), device=device)',
+        tests_of("torch/test_defaults.py", "test_the_count_of_steps_goes_on_as_torch_s_does"),
+    ),
+    Mutation(
+        "orthogonalised-on-the-default-device",
+        "A matrix is orthogonalised on torch's default device, not on its own.",
+        "return xp.asarray(x, dtype=dtype) if to is None else to(dtype)",
+        "return xp.asarray(x, dtype=dtype)",
+        tests_of("torch/test_defaults.py", "test_rows_that_follow_no_stride_are_found_on_their_device"),
+    ),
     # Resume (torch)
     Mutation(
         "state-only-with-gradients",  # 19

@@ -106,7 +106,7 @@ def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total:
     Dividing by Σ|x| first keeps the squares from under- and overflowing, so that no floor is needed for small inputs.
     (`torch.optim.Muon` has one at 1e-7 and so swallows smaller gradients.)
     """
-    x = x if x.dtype == xp.float64 else xp.asarray(x, dtype=xp.float32)
+    x = x if x.dtype == xp.float64 else _cast(x, xp.float32, xp)
     total = xp.sum(abs(x), axis=(-2, -1), keepdims=True) if total is None else total
     scale = xp.where(total > 0, total, 1.0)
     x = x / scale
@@ -162,6 +162,12 @@ def orthogonalize(
     products = products or plain_products(xp)
     tall = x.shape[-2] > x.shape[-1]
     wide = normalize(x.mT if tall else x, products, xp=xp, eps=eps)
-    wide = wide if dtype is None else xp.asarray(wide, dtype=dtype)
+    wide = wide if dtype is None else _cast(wide, dtype, xp)
     wide = iterate(wide, ns_coefficients, ns_steps, form=form, xp=xp, products=products)
-    return xp.asarray(wide.mT if tall else wide, dtype=x.dtype)
+    return _cast(wide.mT if tall else wide, x.dtype, xp)
+
+
+def _cast(x: Array, dtype: Any, xp: Any) -> Array:
+    """Convert an array to a dtype on its own device; torch's `asarray` would move it to the default one."""
+    to = getattr(x, "to", None)
+    return xp.asarray(x, dtype=dtype) if to is None else to(dtype)

@@ -111,7 +111,7 @@ class JointMaxima:
 
     def _any_of_each(self, heads: Tensor) -> Tensor:
         """Return 1 for each attention of which a head is true in `heads` [heads of all]; fp32 [attentions]."""
-        each = torch.zeros(len(self.sizes), device=heads.device)
+        each = torch.zeros(len(self.sizes), dtype=torch.float32, device=heads.device)
         return each.scatter_reduce(0, _owners(self.sizes, heads.device), heads.float(), "amax")
 
 

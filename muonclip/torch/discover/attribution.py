@@ -149,8 +149,9 @@ class _Contributions:
         heads = tensor.shape[1]
         narrow = any(each.dtype in (torch.bfloat16, torch.float16) for each in (tensor, *leaves))
         tolerance = 6e-2 if narrow else 2e-3
-        shares = torch.zeros(heads, len(leaves), dtype=torch.float64)
-        found = cls(leaves, shares, torch.zeros(heads, dtype=torch.float64), [[] for _ in leaves], tolerance)
+        shares = torch.zeros(heads, len(leaves), dtype=torch.float64, device="cpu")
+        totals = torch.zeros(heads, dtype=torch.float64, device="cpu")
+        found = cls(leaves, shares, totals, [[] for _ in leaves], tolerance)
         for head in range(heads):
             probe = _probe(tensor, head)
             by_leaf = gradients(tensor, leaves, probe)

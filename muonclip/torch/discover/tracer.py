@@ -304,7 +304,7 @@ def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
     probe = torch.zeros_like(slices)
     probe[index] = torch.randn_like(probe[index])
     by_leaf = gradients(slices, leaves, probe) if leaves else ()
-    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else torch.zeros(0) for g in by_leaf]
+    return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else slices.new_zeros(0) for g in by_leaf]
 
 
 def _of_order_one(output: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: A
     if dense is None:
         return scores.softmax(-1).to(v.dtype) @ v
     if dense.dtype == torch.bool:
-        dense = torch.zeros(dense.shape, device=dense.device).masked_fill(~dense, -math.inf)
+        dense = torch.zeros(dense.shape, dtype=scores.dtype, device=dense.device).masked_fill(~dense, -math.inf)
     blind = (dense == -math.inf).all(-1, keepdim=True)  # a query without allowed keys gets zeros, as from SDPA
     weights = (scores + dense.masked_fill(blind, 0)).softmax(-1).masked_fill(blind, 0)
     return weights.to(v.dtype) @ v

@@ -220,7 +220,7 @@ class _OpenHeads:
         """Compute all rows of the open heads in tiles, except the row blocks that bounds exclude meanwhile."""
         if not self.heads:
             return
-        heads = torch.tensor(self.heads)
+        heads = torch.tensor(self.heads, device=self.seen.device)
 
         def known() -> Tensor:
             return torch.maximum(self.floor, self.seen)[heads]

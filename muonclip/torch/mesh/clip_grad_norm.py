@@ -43,7 +43,7 @@ def clip_grad_norm_(
         parts = by_sharding.setdefault(key, [])
         if parameter.grad is not None:
             parts.append(local_part(parameter.grad))
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for (mesh, dims), parts in by_sharding.items():
         squares = torch.nn.utils.get_total_norm(parts).to(device, torch.float32).square()
         group = None if mesh is None else group_over(mesh, dims)

@@ -17,9 +17,16 @@ def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOpt
     """Fill the state of a parameter that has none."""
     if not state:
         device = parameter.device if options.capturable or options.fused else torch.device("cpu")
-        state["step"] = torch.zeros((), device=device)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def widen_step_count(state: dict[str, Any]) -> None:
+    """Make a loaded count of steps float32, where it is narrower and would stop (bfloat16: at 256)."""
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.dtype in (torch.bfloat16, torch.float16):
+        state["step"] = step.float()
 
 
 def adamw_update(parameters: Iterable[Tensor], options: AdamWOptions, state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, check_state, local_gradient, local_part
-from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state
+from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state, widen_step_count
 from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, check_state_of, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
@@ -99,6 +99,9 @@ class MatrixOptimizer(Optimizer):
                     self.state[parameter].update(
                         restored_states(state_dict["state"].get(key, {}), self.rule, parameter, options)
                     )
+            else:
+                for parameter in group["params"]:
+                    widen_step_count(self.state.get(parameter, {}))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_muon", "_adamw", "_workspace_bytes", "_layouts")

@@ -37,8 +37,8 @@ def editing(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position
 @lru_cache(maxsize=1024)
 def row_index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
     """Return the indices of these rows along the out axis, head after head."""
-    rows = [torch.arange(start, stop) for head in heads for start, stop in head]
-    return (torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)).to(device)
+    rows = [torch.arange(start, stop, device=device) for head in heads for start, stop in head]
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:

@@ -25,7 +25,8 @@ def mask_levels(added: Tensor) -> tuple[Tensor, ...]:
         added = added.reshape(1, -1, *(1, 1, *added.shape)[-2:])
     batch, heads, rows, columns = added.shape
     row_blocks, column_blocks = -(-rows // _BLOCK_ROWS), -(-columns // _BLOCK_COLUMNS)
-    levels = torch.empty(heads * row_blocks * column_blocks, 11 if of_sequences else 6, device=added.device)
+    shape = heads * row_blocks * column_blocks, 11 if of_sequences else 6
+    levels = torch.empty(shape, dtype=torch.float32, device=added.device)
     launch: Any = _mask_levels[(len(levels),)]
     with torch.cuda.device_of(added):
         launch(
