@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from muonclip.torch.clip.found_weights import FoundWeights
-from muonclip.torch.discover import NOTHING_FOUND, AttentionMonitor, Inputs
+from muonclip.torch.clip.monitor import AttentionMonitor
+from muonclip.torch.discover import NOTHING_FOUND, Inputs
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits
 from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks

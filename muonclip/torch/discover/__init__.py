@@ -3,12 +3,27 @@
 Nothing here scales a weight or fills a statistic; how a call to an attention kernel is read is `observe`'s.
 """
 
-from muonclip.torch.discover.discovery import Inputs
-from muonclip.torch.discover.monitor import AttentionMonitor
-from muonclip.torch.discover.refusals import NOTHING_FOUND
+from muonclip.torch.discover.dense_copy import TooLarge
+from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site, discover
+from muonclip.torch.discover.example_inputs import guess_inputs
+from muonclip.torch.discover.refusals import NOTHING_FOUND, Refusal, message
+from muonclip.torch.discover.replica import Replica, has_a_foreign_forward, is_experiment, replica_of
+from muonclip.torch.discover.trace import Trace
 
 __all__ = [
     "NOTHING_FOUND",
-    "AttentionMonitor",
+    "Discovery",
     "Inputs",
+    "NotTraced",
+    "Refusal",
+    "Replica",
+    "Site",
+    "TooLarge",
+    "Trace",
+    "discover",
+    "guess_inputs",
+    "has_a_foreign_forward",
+    "is_experiment",
+    "message",
+    "replica_of",
 ]

@@ -1,34 +1,21 @@
 """One forward of a copy of the model, in which every attention is seen, and its queries and keys traced to their rows.
 
-The copy shares the memory of its matrices with the model and has everything else of its own, so that nothing is left
-behind: no buffer, counter or random number of the model moves. In evaluation mode no layer is dropped. Of a sharded
-model the copy is whole, with other values (`dense_copy.py`); no rank waits for another.
-What is seen in it, `tracer.py` says.
+In evaluation mode no layer is dropped. What is seen in the forward, `tracer.py` says.
 """
 
 from __future__ import annotations
 
-import copy
-import random
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._library.custom_ops import CustomOpDef
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from muonclip.torch.discover.dense_copy import DenseCopies, check_size, without_engine
+from muonclip.torch.discover.replica import replica_of
 from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
 from muonclip.torch.logits import MaxLogits
-from muonclip.torch.mesh import plain_class
-from muonclip.torch.observe import PATCHES, handling
+from muonclip.torch.observe import handling
 
 
 @dataclass(slots=True, eq=False)
@@ -44,160 +31,20 @@ class Trace:
     statistics: dict[int, MaxLogits]
 
 
-class _OfThread(threading.local):
-    tracing = False
-
-
-_of_thread = _OfThread()
-
-
-def is_tracing() -> bool:
-    """Tell whether this thread runs a traced forward, whose modules are copies."""
-    return _of_thread.tracing
-
-
-def has_a_foreign_forward(module: nn.Module) -> bool:
-    """Tell whether `forward` is not the module's own method: a copy would run the original."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__self__", None) is not module
-
-
 def trace(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, prefix: str = "", training: bool = False
 ) -> Trace:
     """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
     `prefix`: of the names. `training`: the mode of the copy."""
-    with ExitStack() as stack:
-        stack.enter_context(PATCHES.used(model))
-        stack.enter_context(_process_state.kept())
-        check_size(model.parameters())
-        copies = DenseCopies()
-        parameters: dict[int, Any] = {}
-        for parameter in model.parameters():
-            parameters[id(parameter)] = _parameter_of_replica(parameter, copies)
-        memo = dict(parameters)
-        for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
-            if isinstance(tensor, DTensor):
-                memo[id(tensor)] = copies.dense(tensor)
-        replica = _replica(model, memo)
-        args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
-        replica.train(training)
-        paths: dict[int, tuple[str, str]] = {}
-        for name, module in model.named_modules():
-            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
-        tracer = AttentionTracer(replica, prefix)
-        _of_thread.tracing = True
-        stack.callback(setattr, _of_thread, "tracing", False)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(handling(tracer))
-        with tracer:
-            replica(*args, **kwargs)
-        sources = [source for call in tracer.calls for source in (call.query, call.key, call.value) if source]
-        kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
-        return Trace(
-            tracer.calls,
-            {key: path for key, path in paths.items() if key in kept},
-            {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)},
-        )
+    with replica_of(model, args, kwargs, _moved, prefix=prefix, training=training) as replica:
+        tracer = AttentionTracer(replica.module, prefix)
+        with torch.enable_grad(), handling(tracer), tracer:
+            replica.run()
+    sources = [source for call in tracer.calls for source in (call.query, call.key, call.value) if source]
+    kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
+    return Trace(tracer.calls, {key: path for key, path in replica.paths.items() if key in kept}, replica.statistics)
 
 
-def _parameter_of_replica(parameter: nn.Parameter, copies: DenseCopies) -> Any:
-    """Make a parameter for the copy: the same memory, except for vectors, which are moved a little.
-
-    A bias that is still zero could not be distinguished from a gain.
-    """
-    if not parameter.is_floating_point():
-        return copies.dense(parameter) if isinstance(parameter, DTensor) else parameter
-    data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
-    if data.ndim <= 1 and not data.is_meta:
-        data = data + 0.05 * torch.rand_like(data) + 0.02
-    return nn.Parameter(data, requires_grad=True)
-
-
-def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy a module deeply; what cannot be copied (a lock, a process group) is shared."""
-    if id(module) in memo:
-        return memo[id(module)]
-    if isinstance(module, OptimizedModule):
-        replica = memo[id(module)] = _Uncompiled(_replica(module._orig_mod, memo))
-        return replica
-    kind = plain_class(module)
-    replica = memo[id(module)] = kind.__new__(kind)
-    try:
-        state = module.__getstate__()  # without what a module does not want copied, such as its compiled form
-    except RuntimeError:  # parametrized modules refuse
-        state = None
-    state = without_engine(state if isinstance(state, dict) else vars(module))
-    if has_a_foreign_forward(module):
-        state.pop("forward", None)
-    inner = {name: None if each is None else _replica(each, memo) for name, each in module._modules.items()}
-    replica.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
-    return replica
-
-
-class _Uncompiled(nn.Module):
-    """In the place of what torch.compile wraps around a module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    memo.update((id(each), each) for each in tree_leaves(value) if isinstance(each, CustomOpDef))  # its copy is broken
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # whatever an object's own copying raises
-        if isinstance(value, Tensor):  # with a graph behind it
-            return value.detach().clone()
-        if type(value) in (list, tuple):
-            return type(value)(_copied(item, memo) for item in value)
-        return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
-
-
-class _ProcessState:
-    """The changes that traced forwards make to the process, from the first one that runs to the last.
-
-    Random numbers are put back, and nothing is compiled. Each of several threads would put back what another has
-    changed.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._users, self._changes = threading.Lock(), 0, ExitStack()
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._changes.enter_context(_random_state_kept())
-                self._changes.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    self._changes.close()
-
-
-_process_state = _ProcessState()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+def _moved(values: Tensor) -> Tensor:
+    """Move vectors a little: a bias that is still zero could not be distinguished from a gain."""
+    return values + 0.05 * torch.rand_like(values) + 0.02 if values.ndim <= 1 else values

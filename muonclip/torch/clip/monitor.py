@@ -18,11 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from muonclip.torch.discover.dense_copy import TooLarge
-from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site, discover
-from muonclip.torch.discover.example_inputs import guess_inputs
-from muonclip.torch.discover.refusals import NOTHING_FOUND, message
-from muonclip.torch.discover.trace import Trace, has_a_foreign_forward, is_tracing
+from muonclip.torch.discover import (
+    NOTHING_FOUND,
+    Discovery,
+    Inputs,
+    NotTraced,
+    Site,
+    TooLarge,
+    Trace,
+    discover,
+    guess_inputs,
+    has_a_foreign_forward,
+    is_experiment,
+    message,
+)
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import is_unobserved
 from muonclip.torch.observe import (
@@ -330,7 +339,7 @@ class _NoEntry(_Entry):
 
 def _is_not_training(module: nn.Module) -> bool:
     """Tell whether what runs is not a forward of the training, or not the module's own."""
-    return is_tracing() or is_unobserved() or has_a_foreign_forward(module)
+    return is_experiment() or is_unobserved() or has_a_foreign_forward(module)
 
 
 def _take_down(unclaimed: Unclaimed, *hooks: Hooks | LoadHooks) -> None:
