@@ -639,6 +639,42 @@ MUTATIONS = (
         + tests_of("torch/test_observation_edges.py", "test_what_is_as_good_as_minus_infinity_masks"),
     ),
     Mutation(
+        "score-mod-fills-allow",
+        "A pair whose score a score_mod replaces counts with its product.",
+        "return replace(one, filled=~condition if one.filled is None else ~condition | one.filled)",
+        "return one",
+        tests_of("torch/test_score_mod.py", "test_the_statistic_is_of_what_the_softmax_sees_of_the_score"),
+    ),
+    Mutation(
+        "score-mod-biases-forbid",
+        "What a score_mod adds forbids pairs by its size alone, as ALiBi's far away.",
+        "filled = filled | (each <= highest)",
+        "filled = filled | (each <= -9984.0)",
+        tests_of("torch/test_score_mod.py", "test_the_statistic_is_of_what_the_softmax_sees_of_the_score"),
+    ),
+    Mutation(
+        "score-mod-factors-of-keys",
+        "A score_mod's factor of each key multiplies the queries.",
+        "elif self._slope.shape[3] == 1:",
+        "elif self._slope.shape[3] >= 1:",
+        tests_of("torch/test_score_mod.py", "test_the_statistic_is_of_what_the_softmax_sees_of_the_score"),
+    ),
+    Mutation(
+        "score-mod-read-once",
+        "What a score_mod masks and scales is what it did in the first forward.",
+        "_slopes(self, *of_axes: Tensor) -> Tensor:",
+        "_slopes(self, *of_axes: Tensor, known: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006\n"
+        '        return known.setdefault("", once(at_pairs(self._read, *indices(*of_axes))[0]))',
+        tests_of("torch/test_score_mod.py", "test_heads_are_clipped_by_what_a_forward_reads_anew"),
+    ),
+    Mutation(
+        "condition-of-other-heads",
+        "A condition on pairs is that of the first heads, whichever are still open.",
+        "None if self.condition is None else self.condition.of_heads(heads)",
+        "self.condition",
+        tests_of("torch/test_score_mod.py", "test_long_sequences_are_read_in_tiles"),
+    ),
+    Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
         "is_masked(added.detach() if alpha == 1",
@@ -701,8 +737,8 @@ MUTATIONS = (
     Mutation(
         "mask-of-some-heads-judged-by-them",
         "What forbids in a mask is said again by the heads that are still open.",
-        "replace(self, attn_mask=self._allows(self.attn_mask[:, heads]))",
-        "replace(self, attn_mask=self.attn_mask[:, heads])",
+        "mask = self._allows(mask[:, heads])",
+        "mask = mask[:, heads]",
         tests_of("torch/test_exact_maxima.py", "test_what_forbids_is_said_by_all_heads"),
     ),
     Mutation(

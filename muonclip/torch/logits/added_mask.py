@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from importlib.util import find_spec
 
@@ -44,9 +45,20 @@ def highest_masked(added: Tensor) -> Tensor:
 
         levels = mask_levels(added)
     else:
-        of_parts = zip(*(core.mask_levels(part, xp=torch) for part in _parts(added)), strict=True)
-        levels = [reduce(torch.maximum, each) for each in of_parts]
+        return highest_masked_of_parts(_parts(added))
     return core.highest_masked(levels, added.dtype, xp=torch).to(dtype)
+
+
+@torch.no_grad()
+def highest_masked_of_parts(parts: Iterable[Tensor]) -> Tensor:
+    """Return the same number for a tensor of which these are the parts, by rows, each with all sequences."""
+    of_parts, dtype = [], torch.float32
+    for part in parts:
+        part = part if part.is_floating_point() else part.float()
+        of_parts.append(core.mask_levels(part, xp=torch))
+        dtype = part.dtype
+    levels = [reduce(torch.maximum, each) for each in zip(*of_parts, strict=True)]
+    return core.highest_masked(levels, dtype, xp=torch).to(torch.promote_types(dtype, torch.float32))
 
 
 def is_masked(added: Tensor) -> Tensor:

@@ -22,18 +22,22 @@ from muonclip.torch.logits.mask import AttentionMask
 
 _TILE_ROWS, _TILE_COLUMNS = 128, 512  # of all heads: a few megabytes, which stay in the cache
 _FEW_ROWS = 64  # of one head, computed row by row; more of them are computed in tiles
+_MOST_PAIRS = 2**27  # for which the device keeps a condition evaluated
 
 
 @torch.no_grad()
-def measure_max_logits(q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask) -> Tensor:
+def measure_max_logits(
+    q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, slopes: Callable[[slice, slice], Tensor] | None = None
+) -> Tensor:
     """Compute the exact maxima [H] of one attention, in float32 (float64 for float64), outside autocast and autograd.
 
     `q`: [B, H, Tq, d], `k`: [B, G, Tk, d]. `scale`: from q · k to a logit. `mask`: the pairs that count. Logits are
-    computed tile by tile. A head with no allowed pair gives −inf; NaN is kept.
+    computed tile by tile. A head with no allowed pair gives −inf; NaN is kept. `slopes`: of queries and keys, a tile of
+    factors of the logits, broadcastable to [B, H, rows, columns].
     """
     maxima = torch.full((q.shape[1],), -math.inf, dtype=statistic_dtype(q, k), device=q.device)
     with torch.autocast(q.device.type, enabled=False):
-        for _, rows in _tiles(q, k, scale, mask, maxima.dtype):
+        for _, rows in _tiles(q, k, scale, mask, maxima.dtype, slopes=slopes):
             maxima = torch.maximum(maxima, rows.amax((0, 2)))
     return maxima
 
@@ -249,6 +253,7 @@ def _tiles(
     heads: list[int] | None = None,
     bounds: Tensor | None = None,
     known: Callable[[], Tensor] | None = None,
+    slopes: Callable[[slice, slice], Tensor] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield row blocks and their row maxima [B, heads, rows], the products in `dtype`.
 
@@ -274,6 +279,8 @@ def _tiles(
         maxima = torch.full((batch, count, length), -math.inf, dtype=dtype, device=q.device)
         for columns in mask.column_tiles(rows, _TILE_COLUMNS):
             scores = (queries @ k[:, :, columns].mT).view(batch, count, length, -1)
+            if slopes is not None:
+                scores = scores * slopes(rows, columns)
             allowed = mask.allowed(rows, columns, q.device)
             if allowed is not None:
                 scores = scores.masked_fill_(~allowed, -math.inf)
@@ -285,7 +292,9 @@ def _exact_on_device(
     q: Tensor, k: Tensor, floor: Tensor, scale: float, mask: AttentionMask, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Do the same without waiting for the device: the kernel itself leaves out the rows that a bound excludes."""
-    if q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and find_spec("triton"):
+    mask = mask.with_dense_condition(_MOST_PAIRS)
+    of_kernel = q.device.type == "cuda" and statistic_dtype(q, k) == torch.float32 and mask.condition is None
+    if of_kernel and find_spec("triton"):
         from muonclip.torch.logits.kernels.head_maxima import head_maxima
 
         bounds = None if lse is None else _bounds_of_lse(q, lse)

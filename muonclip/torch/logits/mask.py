@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from muonclip.torch.logits.added_mask import highest_masked
+from muonclip.torch.logits.pair_condition import PairCondition
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AttentionMask:
     - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
       (`muonclip.core.attention_mask` says which values of it, as a whole, forbid a pair). For padding give
       `keep[:, None, None, :]`.
+    - `condition`: of a function of their indices.
 
     Raises ValueError for masks of other shapes and dtypes.
     """
@@ -39,6 +41,7 @@ class AttentionMask:
     attn_mask: Tensor | None = None
     key_document_ids: Tensor | None = None
     query_offset: int | Tensor = 0
+    condition: PairCondition | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and self.window < 1:
@@ -79,7 +82,7 @@ class AttentionMask:
         return (
             (self.is_causal and self.window is None and self.document_ids is None and self.attn_mask is None)
             and isinstance(self.query_offset, int)
-            and self.query_offset == 0
+            and (self.query_offset == 0 and self.condition is None)
         )
 
     def column_tiles(self, rows: slice, size: int) -> list[slice]:
@@ -114,6 +117,8 @@ class AttentionMask:
             conditions.append((own == of_keys)[:, None])
         if self.attn_mask is not None:
             conditions.append(self._allows(_tile(self.attn_mask, rows, columns)))
+        if self.condition is not None:
+            conditions.append(self.condition.tile(rows, columns))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to(self, batch: int, head: int, rows: Tensor) -> Tensor | None:
@@ -130,6 +135,8 @@ class AttentionMask:
             if mask.ndim == 4:
                 mask = mask[batch if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0]
             conditions.append(self._allows(mask[rows] if mask.ndim == 2 and mask.shape[0] > 1 else mask))
+        if self.condition is not None:
+            conditions.append(self.condition.of_queries(batch, head, rows, self.key_length))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     def allowed_to_rows(self, rows: Tensor) -> Tensor | None:
@@ -145,6 +152,8 @@ class AttentionMask:
         if self.attn_mask is not None:
             full = self.attn_mask.expand(*rows.shape, self.query_length, self.key_length)
             conditions.append(self._allows(full.gather(2, i[..., None].expand(-1, -1, 1, self.key_length)).squeeze(2)))
+        if self.condition is not None:
+            conditions.append(self.condition.of_rows(rows, self.key_length))
         return reduce(torch.logical_and, conditions) if conditions else None
 
     @cached_property
@@ -175,9 +184,20 @@ class AttentionMask:
 
     def of_heads(self, heads: list[int]) -> AttentionMask:
         """Return the mask of some of the heads."""
-        if self.attn_mask is None or self.attn_mask.ndim < 4 or self.attn_mask.shape[1] == 1:
+        condition = None if self.condition is None else self.condition.of_heads(heads)
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = self._allows(mask[:, heads])  # what forbids is said by all heads
+        return replace(self, attn_mask=mask, condition=condition)
+
+    def with_dense_condition(self, most: int) -> AttentionMask:
+        """Return the mask with its condition evaluated, as a part of `attn_mask`; as it is where that would have more
+        than `most` pairs."""
+        allowed = None if self.condition is None else self.condition.dense(self.query_length, self.key_length, most)
+        if allowed is None:
             return self
-        return replace(self, attn_mask=self._allows(self.attn_mask[:, heads]))  # what forbids is said by all heads
+        mask = allowed if self.attn_mask is None else allowed & self._allows(self.attn_mask)
+        return replace(self, attn_mask=mask, condition=None)
 
     def dense(self, device: torch.device) -> Tensor | None:
         """Return the mask as `scaled_dot_product_attention` takes it: bool, or float where `attn_mask` is."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from muonclip.torch.observe.score_mod import ScoreMod
+
 _TILES = "norm bound, then exact tiles"
 
 
@@ -45,8 +47,8 @@ class AttentionCall:
     [..., T, heads, d].
 
     `scale`: of the logits, a number or a tensor []; None: 1/√d. `attn_mask`, `is_causal`, `window`, `document_ids`,
-    `key_document_ids`, `query_offset`: as `AttentionMask` takes them; a BlockMask of FlexAttention, too. `run` makes
-    the call and returns what it returns.
+    `key_document_ids`, `query_offset`: as `AttentionMask` takes them; a BlockMask of FlexAttention, too. `score_mod`:
+    what is done to each logit. `run` makes the call and returns what it returns.
 
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
@@ -67,6 +69,7 @@ class AttentionCall:
     document_ids: Tensor | None = None
     key_document_ids: Tensor | None = None
     query_offset: int | Tensor = 0
+    score_mod: ScoreMod | None = None
     layout: Literal["heads, positions", "positions, heads"] = "heads, positions"
     run_with_lse: Callable[[], tuple[Any, Tensor | None]] | None = None
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None

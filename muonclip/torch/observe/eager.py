@@ -33,9 +33,8 @@ from muonclip.torch.observe.score_rules import (
     mixed,
     overwritten,
     product,
-    writes,
 )
-from muonclip.torch.observe.torch_functions import bind
+from muonclip.torch.observe.torch_functions import bind, writes
 
 __all__ = ["KERNEL", "ScoreTracker"]
 

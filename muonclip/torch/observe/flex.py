@@ -1,4 +1,7 @@
-"""FlexAttention, whose kernel returns its exact maxima on CUDA where nothing but a mask is added to the logits."""
+"""FlexAttention, whose kernel returns its exact maxima on CUDA where it has no `score_mod`.
+
+Those of a kernel with one are of its whole result, biases included.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
+from muonclip.torch.observe.score_mod import ScoreMod
 
 
 def _read(
@@ -40,6 +44,7 @@ def _read(
         kernel_options=kernel_options,
         return_aux=return_aux,
     )
+    modified = None if score_mod is None else ScoreMod(score_mod, query, key)
     returns_output_alone = not return_lse and return_aux is None
     knows_maxima = returns_output_alone and score_mod is None and query.device.type == "cuda"
     return AttentionCall(
@@ -52,6 +57,8 @@ def _read(
         attn_mask=block_mask,
         run_with_max=functools.partial(_run_with_max, host, arguments) if knows_maxima else None,
         run_in_trace=functools.partial(_run_in_trace, host, arguments, returns_output_alone),
+        score_mod=modified,
+        problem="" if modified is None else modified.problem,
     )
 
 

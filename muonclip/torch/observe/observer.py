@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.logits import AttentionMask, MaxLogits, local_queries_and_keys, statistic_dtype
+from muonclip.torch.logits import (
+    AttentionMask,
+    MaxLogits,
+    local_queries_and_keys,
+    measure_max_logits,
+    statistic_dtype,
+)
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.handlers import current_handler
+from muonclip.torch.observe.score_mod import ScoreMod
 
 
 class Observer:
@@ -143,7 +152,24 @@ def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> No
         _local(call.key_document_ids),
         _local(call.query_offset),
     )
-    statistic.observe(q, k, scale=scale, mask=mask, lse=lse)
+    if call.score_mod is not None:
+        _take_in_modified(call.score_mod, statistic, q, k, scale, mask)
+    else:
+        statistic.observe(q, k, scale=scale, mask=mask, lse=lse)
+
+
+@torch.compiler.disable(reason="QK-Clip reads the score_mod of FlexAttention")
+def _take_in_modified(
+    score_mod: ScoreMod, statistic: MaxLogits, q: Tensor, k: Tensor, scale: float, mask: AttentionMask
+) -> None:
+    """Take scores into a statistic as their score_mod leaves them."""
+    scores = score_mod.modify(q, k, scale)
+    mask = replace(mask, condition=scores.condition)
+    if scores.slopes is None:
+        statistic.observe(scores.q, scores.k, scale=scores.scale, mask=mask)
+    else:
+        maxima = measure_max_logits(scores.q, scores.k, scale=scores.scale, mask=mask, slopes=scores.slopes)
+        statistic.update(maxima)
 
 
 def _local(tensor: Any) -> Any:

@@ -22,7 +22,7 @@ from muonclip.core.attention_mask import replaces
 from muonclip.torch.logits import is_masked
 from muonclip.torch.observe.einsum import queries_and_keys
 from muonclip.torch.observe.score import Block, Pairs, Score, joined
-from muonclip.torch.observe.torch_functions import bind, functions
+from muonclip.torch.observe.torch_functions import LIKE, bind, functions, name_of
 
 
 class Use(NamedTuple):
@@ -52,16 +52,9 @@ _SAME = functions(
 )  # fmt: skip
 _SOFTMAX = functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-_LIKE = functions("full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like") | functions(
-    "new_full", "new_zeros", "new_ones", "new_empty", "new_tensor"
-)
 _CONCATENATE = functions("cat", "concat", "concatenate")
 _INDEX = functions("__getitem__", "select", "narrow")
 _DIVIDE = functions("chunk", "split", "tensor_split", "split_with_sizes", "unbind")
-
-_OPERATORS_IN_PLACE = frozenset(
-    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
-)
 
 PRODUCTS = _PRODUCTS | {torch.einsum}
 """Functions that make a score."""
@@ -69,7 +62,7 @@ SOFTMAX = _SOFTMAX
 """Functions that end it."""
 MIXTURES = PRODUCTS | _LINEAR
 """Functions that multiply a score by a matrix, where they do not make a new one."""
-OTHERS = _LIKE
+OTHERS = LIKE
 """Functions whose result has only the shape of a score."""
 
 
@@ -95,12 +88,6 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Te
     if arguments["input"] is result:
         return score.with_problem("are added to another tensor in place")
     return score.forbid(is_masked(arguments["input"].detach() * beta))
-
-
-def writes(func: Any) -> bool:
-    """Tell whether a function changes the tensor that is its first argument."""
-    name = getattr(func, "__name__", "")
-    return name in _OPERATORS_IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def after(use: Use) -> Score:
@@ -145,12 +132,6 @@ def overwritten(use: Use, target: Score) -> Score:
     forbidden = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
     forbidden[index] = forbids
     return target.forbid(forbidden)
-
-
-def name_of(func: Any) -> str:
-    """Return the name of a function, or of the attribute that it reads."""
-    name = getattr(func, "__name__", str(func))
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
 
 def _multiplied(use: Use) -> Score:

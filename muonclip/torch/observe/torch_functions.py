@@ -23,7 +23,7 @@ _PARAMETERS: dict[str, str] = {
     "addmm": "mat1 mat2",
     **dict.fromkeys(("baddbmm", "baddbmm_"), "batch1 batch2"),
     **dict.fromkeys(("masked_fill", "masked_fill_"), "mask value"),
-    **dict.fromkeys(("max", "maximum"), "other"),
+    **dict.fromkeys(("max", "maximum", "min", "minimum"), "other"),
     "where": "condition other",  # as a method; the function has the condition in front
     **dict.fromkeys(("clamp", "clamp_"), "min max"),
     **dict.fromkeys(("clamp_min", "clamp_min_"), "min"),
@@ -64,6 +64,18 @@ def functions(*names: str) -> set[Callable[..., Any]]:
     return {getattr(home, name) for home in (torch, Tensor, F) for name in names if callable(getattr(home, name, None))}
 
 
+def name_of(func: Any) -> str:
+    """Return the name of a function, or of the attribute that it reads."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def writes(func: Any) -> bool:
+    """Tell whether a function changes the tensor that is its first argument."""
+    name = getattr(func, "__name__", "")
+    return name in _OPERATORS_IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
 def bind(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by the names of the parameters; those without a known name by their position."""
     names = _positional_names(function)
@@ -86,3 +98,13 @@ def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
         return ("input",)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(_ALIASES.get(name, name) if position == 0 else name for position, name in enumerate(names))
+
+
+LIKE = functions("full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like") | functions(
+    "new_full", "new_zeros", "new_ones", "new_empty", "new_tensor"
+)
+"""Functions whose result has only the shape of their argument."""
+
+_OPERATORS_IN_PLACE = frozenset(
+    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
+)
