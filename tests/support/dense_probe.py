@@ -15,16 +15,18 @@ from transformers.modeling_utils import AttentionInterface
 
 class Replay:
     def __init__(self, model, names):
-        self.modules = {name: model.get_submodule(name) for name in names}
+        self.modules = {name: _of_these_weights(model, model.get_submodule(name)) for name in names}
         self.calls = defaultdict(list)
 
     @contextlib.contextmanager
     def recording(self):
         hooks = [
             module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: self.calls[name].append((args, kwargs)), with_kwargs=True
+                lambda module, args, kwargs, name=name: self.calls[name].append((module, args, kwargs)),
+                with_kwargs=True,
             )
-            for name, module in self.modules.items()
+            for name, modules in self.modules.items()
+            for module in modules
         ]
         yield
         for hook in hooks:
@@ -33,12 +35,20 @@ class Replay:
     def run(self):
         """{name: (S [heads], [q, ...] of each call)}"""
         results = {}
-        for name, module in self.modules.items():
+        for name in self.modules:
             with torch.no_grad(), probing() as seen:
-                for args, kwargs in self.calls[name]:
+                for module, args, kwargs in self.calls[name]:
                     module(*args, **kwargs)
             results[name] = np.max([maxima for maxima, _ in seen], axis=0), [q for _, q in seen]
         return results
+
+
+def _of_these_weights(model, module):
+    """The modules of a model that have the weights of one of them."""
+    weights = list(map(id, module.parameters()))
+    return [
+        each for each in model.modules() if type(each) is type(module) and list(map(id, each.parameters())) == weights
+    ]
 
 
 @contextlib.contextmanager

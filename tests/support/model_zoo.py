@@ -46,6 +46,15 @@ BART = dict(
     forced_eos_token_id=2,
     max_position_embeddings=64,
 )
+HYBRID = dict(GQA, max_position_embeddings=64, tie_word_embeddings=False)
+MAMBA2 = dict(mamba_n_heads=6, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=4)
+DELTA_NET = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 
 
 @dataclass(frozen=True)
@@ -116,5 +125,32 @@ ZOO = dict(
         _architecture("Olmo2ForCausalLM", "qk-norm", dict(SIZES, num_key_value_heads=2)),
         _architecture("CohereForCausalLM", "qk-norm", dict(
             SIZES, num_key_value_heads=2, use_qk_norm=True, pad_token_id=0), name="Cohere with QK-norm"),
+        # State spaces, delta nets, linear attention, convolutions; and attention between them
+        _architecture("BambaForCausalLM", "gqa", dict(
+            HYBRID, attn_layer_indices=[1], **MAMBA2), attentions=1),
+        _architecture("Zamba2ForCausalLM", "mha", dict(  # one attention for two layers
+            SIZES, num_hidden_layers=3, num_key_value_heads=4, attention_head_dim=24, adapter_rank=8, chunk_size=4,
+            layers_block_type=["hybrid", "mamba", "hybrid"], mamba_d_state=8, n_mamba_heads=6, mamba_headdim=16,
+            num_mem_blocks=1), attentions=1),
+        _architecture("NemotronHForCausalLM", "gqa", dict(
+            HYBRID, layers_block_type=["mamba", "attention"], mamba_num_heads=6, mamba_head_dim=16, ssm_state_size=8,
+            n_groups=2, chunk_size=4, use_mamba_kernels=False), attentions=1),
+        _architecture("FalconH1ForCausalLM", "gqa", dict(HYBRID, mamba_d_ssm=96, **MAMBA2)),
+        _architecture("GraniteMoeHybridForCausalLM", "gqa", dict(
+            HYBRID, layer_types=["mamba", "attention"], shared_intermediate_size=16, **MOE, **MAMBA2), attentions=1),
+        _architecture("JambaForCausalLM", "gqa", dict(
+            HYBRID, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, mamba_dt_rank=4,
+            use_mamba_kernels=False), attentions=1),
+        _architecture("RecurrentGemmaForCausalLM", "gqa", dict(
+            HYBRID, lru_width=48, attention_window_size=5, block_types=["recurrent", "attention"]), attentions=1),
+        _architecture("MiniMaxForCausalLM", "gqa", dict(
+            HYBRID, layer_types=["linear_attention", "full_attention"], block_size=4, **MOE), attentions=1),
+        _architecture("KimiLinearForCausalLM", "mla", dict(
+            MLA, q_lora_rank=None, linear_head_dim=8, linear_num_heads=4, num_local_experts=4, pad_token_id=0,
+            layer_types=["linear_attention", "full_attention"], mlp_layer_types=["dense", "sparse"]), attentions=1),
+        _architecture("Qwen3NextForCausalLM", "qk-norm", dict(
+            HYBRID, **DELTA_NET, **MOE, shared_expert_intermediate_size=16), attentions=1),
+        _architecture("OlmoHybridForCausalLM", "qk-norm", dict(HYBRID, **DELTA_NET), attentions=1),
+        _architecture("Lfm2ForCausalLM", "qk-norm", dict(HYBRID, layer_types=["conv", "full_attention"]), attentions=1),
     ]
 )  # fmt: skip
