@@ -675,6 +675,15 @@ MUTATIONS = (
         tests_of("torch/test_score_mod.py", "test_long_sequences_are_read_in_tiles"),
     ),
     Mutation(
+        "rearranged-scores-are-rescaled",
+        "A factor of a tensor in which it is not known where each pair is, such as Mamba's states, meets its queries.",
+        "if self.problem:\n            return self\n        blocks = []",
+        "blocks = []",
+        tests_of(
+            "torch/test_model_zoo.py", "test_every_head_ends_at_the_smaller_of_its_maximum_and_tau[BambaForCausalLM]"
+        ),
+    ),
+    Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
         "is_masked(added.detach() if alpha == 1",
