@@ -218,6 +218,14 @@ def test_what_is_not_known_to_be_proportional_is_refused(score_mod, problem):
         QKClip(Attention(score_mod), tau=1.0, example_inputs=made(BATCH, LENGTH, 6))
 
 
+def test_without_numbers_nothing_is_refused():
+    """Of a model on the meta device, whose score_mod may hold tensors elsewhere."""
+    q, k = made(BATCH, HEADS, LENGTH, HEAD).to("meta"), made(BATCH, GROUPS, LENGTH, HEAD).to("meta")
+    for kind in ("causal", "everything"):
+        assert not ScoreMod(SCORE_MODS[kind][0], q, k).problem
+    assert ScoreMod(lambda s, b, h, i, j: s * s, q, k).problem
+
+
 def counted(score_mod):
     def counting(*args):
         counting.calls += 1

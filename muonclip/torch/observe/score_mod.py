@@ -38,8 +38,8 @@ from muonclip.torch.observe.torch_functions import LIKE, bind, functions, name_o
 
 _TANH = re.compile(r"(?<!a)(?<!arc)tanh", re.IGNORECASE)
 _WHAT_TO_DO = (
-    "let it add, mask, cap by tanh, or multiply by what does not depend on the score, or declare the attention with a "
-    "reason"
+    "let it add, mask, cap by tanh or multiply by what does not depend on the score, or declare the attention and fill "
+    "its MaxLogits yourself"
 )
 
 
@@ -67,13 +67,16 @@ class ScoreMod:
         self._one = torch.ones((), dtype=statistic_dtype(query, key), device=query.device)
         self._kind = _Reading()
         self._highest: list[Tensor] | None = None
-        sizes = [min(2, size) for size in (*query.shape[:3], key.shape[2])]
         try:
+            sizes = [min(2, size) for size in (*query.shape[:3], key.shape[2])]
             with torch.no_grad():
                 few = at_pairs(self._read, *indices(*(torch.arange(size, device=query.device) for size in sizes)))
         except Exception as error:  # whatever the function raises
-            line = str(error).strip().partition("\n")[0].removesuffix(".")
-            self.problem = f"its score_mod could not be run on single pairs ({type(error).__name__}: {line})"
+            if not query.is_meta:  # with which tensors elsewhere do not mix, and without numbers nothing is observed
+                line = str(error).strip().partition("\n")[0].removesuffix(".")
+                self.problem = (
+                    f"its score_mod could not be run on single pairs ({type(error).__name__}: {line}); {_WHAT_TO_DO}"
+                )
             return
         if self._kind.problem:
             self.problem = f"its score_mod {self._kind.problem}; {_WHAT_TO_DO}"
