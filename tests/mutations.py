@@ -501,6 +501,55 @@ MUTATIONS = (
             "test_a_step_without_a_look_at_the_report_still_counts",
         ),
     ),
+    Mutation(
+        "second-copies-kept",  # 37
+        "Schedule-free's z, slow weights and masters keep the rows that were scaled, and undo the clip.",
+        "for weight in (parameter, *copies_of(parameter)):",
+        "for weight in (parameter,):",
+        tests_of("torch/test_second_copies.py", "test_a_known_copy_is_clipped_with_the_weights"),
+    ),
+    Mutation(
+        "every-z-is-a-weight",  # 37
+        "What FTRL calls z is scaled as schedule-free's z is.",
+        "return _KNOWN | _SCHEDULE_FREE if averages else _KNOWN",
+        "return _KNOWN | _SCHEDULE_FREE",
+        tests_of("torch/test_second_copies.py", "test_moments_and_averages_are_not_scaled"),
+    ),
+    Mutation(
+        "views-of-the-weights-scaled-twice",  # 37
+        "A state that is the parameter itself is taken for a copy of it: its rows are scaled by the square.",
+        "by_address.pop(local_part(parameter).data_ptr(), None)",
+        "pass",
+        tests_of("torch/test_second_copies.py", "test_moments_and_averages_are_not_scaled"),
+    ),
+    Mutation(
+        "unhooked-steps-attached-to",  # 37
+        "The clip is attached to a wrapper whose steps run no hooks, and never acts.",
+        'return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)',
+        'return hasattr(optimizer, "_optimizer_step_pre_hooks")',
+        tests_of("torch/test_second_copies.py", "test_a_known_copy_is_clipped_with_the_weights"),
+    ),
+    Mutation(
+        "explosion-taken-for-a-copy",  # 37
+        "Weights that grow back along themselves within a step are said to be written over.",
+        "weights.times += moved & weights.are_kept(self._copies_of)",
+        "weights.times += moved",
+        tests_of("torch/test_second_copies.py", "test_an_explosion_is_not_taken_for_a_copy"),
+    ),
+    Mutation(
+        "returned-weights-of-an-engine-missed",  # 37
+        "What is written over the weights between two steps is taken as it is.",
+        "            self._weights.times += self._weights.moved_back()\n",
+        "",
+        tests_of("torch/test_second_copies.py", "test_masters_of_which_an_engine_knows_alone_are_noticed"),
+    ),
+    Mutation(
+        "loaded-weights-came-back",  # 37
+        "Weights that were loaded are compared with those that the clip left.",
+        "        if not self.attentions.are_as_left:\n            self._returned.forget()\n",
+        "",
+        tests_of("torch/test_second_copies.py", "test_weights_that_are_loaded_or_copied_back_once_are_silent"),
+    ),
     # The statistic (torch)
     Mutation(
         "micro-batches-summed",  # 5

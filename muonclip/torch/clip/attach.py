@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from muonclip.core import ClipFactors
+from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS, with_inner
 
 
 class AroundUpdate(Protocol):
@@ -24,13 +25,13 @@ class AroundUpdate(Protocol):
 class Attachment:
     """A clip that acts at the steps of one optimizer, until it is removed."""
 
-    def __init__(self, clip: AroundUpdate, optimizer: Optimizer) -> None:
+    def __init__(self, clip: AroundUpdate, optimizer: Optimizer, loaded: Iterable[Optimizer]) -> None:
         self._clip = clip
         self._factors: dict[str, ClipFactors] = {}
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_load_state_dict_post_hook(self._loaded),
+            *(each.register_load_state_dict_post_hook(self._loaded) for each in loaded),
         )
 
     def remove(self) -> None:
@@ -69,14 +70,31 @@ class Attachment:
             self._factors = self._clip.before_update(idle=is_idle(optimizer))
 
 
-def attach_to(clip: AroundUpdate, optimizer: Optimizer) -> Attachment:
-    """Attach a clip to an optimizer. Raises ValueError for one that clips by itself."""
-    if getattr(optimizer, "qk_clip", None) is not None:
+def attach_to(clip: AroundUpdate, optimizer: Any) -> Attachment:
+    """Attach a clip to an optimizer, or to that which it wraps, if its own steps do not run hooks.
+
+    Raises ValueError for one that clips by itself, and where no steps run hooks.
+    """
+    wrapped = list(with_inner(optimizer))
+    if any(getattr(each, "qk_clip", None) is not None for each in wrapped):
         raise ValueError(
             f"{type(optimizer).__name__} clips by itself after each step. Attach a QKClip to an optimizer that does "
             "not, or hand it over: MuonClip(model, qk_clip=clip)."
         )
-    return Attachment(clip, optimizer)
+    running_hooks = next((each for each in wrapped if _runs_hooks(each)), None)
+    if running_hooks is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} is not a torch.optim.Optimizer whose steps run hooks, and wraps none. Call "
+            "clip.step() after each of its steps, before the gradients are discarded."
+        )
+    OPTIMIZER_STEPS.add(optimizer)
+    loaded = [each for each in wrapped if hasattr(each, "_optimizer_load_state_dict_post_hooks")]
+    return Attachment(clip, running_hooks, loaded)
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    """Tell whether torch has wrapped the step; wrappers of optimizers that leave out `Optimizer.__init__` miss that."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
 def is_idle(optimizer: Optimizer) -> bool:

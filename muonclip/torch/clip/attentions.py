@@ -38,6 +38,7 @@ class ClipAttentions:
         self._sharded: list[FSDPModule] = []
         self._found = FoundWeights(model)
         self.placement_version = 0
+        self._resets = 0
 
     @property
     def version(self) -> int:
@@ -73,6 +74,18 @@ class ClipAttentions:
             state.reset()
         if self._monitor is not None:
             self._monitor.ran = False
+
+    def leave(self) -> None:
+        """Note that a step is over."""
+        self._resets = self._all_resets()
+
+    @property
+    def are_as_left(self) -> bool:
+        """True where nothing was forgotten since the last step, as it is when weights are loaded."""
+        return self._resets == self._all_resets()
+
+    def _all_resets(self) -> int:
+        return sum(state.resets for state in self.states())
 
     def set_threshold(self, threshold: float) -> None:
         """Require maxima to be exact from this logit on, also those of attentions still to be found."""

@@ -20,10 +20,13 @@ from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
 from muonclip.torch.clip.errors import DeferredErrors, Details, message
 from muonclip.torch.clip.frozen import FrozenWarning
+from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS
 from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.clip.reduction import UNKNOWN_ATTENTION, JointMaxima, has_gradient, note_of
 from muonclip.torch.clip.report import LayerReport, QKClipReport, StepCount
 from muonclip.torch.clip.rescaling import decide, scale
+from muonclip.torch.clip.returned_weights import ReturnedWeights
+from muonclip.torch.clip.second_copies import SecondCopies, unnamed_copies
 from muonclip.torch.clip.sources import describe
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.mesh import replicas_of, unwrap
@@ -89,6 +92,8 @@ class QKClip:
         self._steps = StepCount()
         self._deferred = DeferredErrors()
         self._frozen_warning = FrozenWarning()
+        self._returned = ReturnedWeights(_unnamed_copies)
+        OPTIMIZER_STEPS.listen(self._returned)
         self._unknown = ""  # what is wrong on this rank with attention that nobody observed
         self.last_layers: dict[str, LayerReport] = {}
         """What the last step saw and did, still on the device; `report` waits for it."""
@@ -155,7 +160,9 @@ class QKClip:
         `step()`, `report()` or `state_dict()` of the optimizer.
         """
         self.attentions.refresh()
-        self.after_update(self._measure(before_update=False))
+        factors = self._measure(before_update=False)
+        self._returned.before_clip_by_hand()
+        self.after_update(factors)
 
     @torch.no_grad()
     def before_update(self, *, idle: bool = False) -> dict[str, ClipFactors]:
@@ -182,9 +189,16 @@ class QKClip:
         clipped = (gamma < 1).any()
         self._steps.add(clipped)
         may_wait = _may_wait_for(device)
-        if not may_wait or bool(clipped):
-            scale(self.projections, factors, self.master_of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
+        may_clip = not may_wait or bool(clipped)
+        self._returned.clip(
+            self.projections, factors, clip_frozen=self.clip_frozen, may_clip=may_clip, may_wait=may_wait
+        )
+        if may_clip:
+            copies = SecondCopies(OPTIMIZER_STEPS.optimizers(), self.master_of)
+            scale(self.projections, factors, copies.of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
         self.reset()
+        self.attentions.leave()
+        self._returned.give(self.attentions.names_of, wait=may_wait)
 
     def reset(self) -> None:
         """Forget what was observed since the last step."""
@@ -198,6 +212,7 @@ class QKClip:
         """Return what the last `step()` saw and did. Waits for the device, and raises the errors it deferred."""
         self.raise_deferred()
         self._frozen_warning.give(wait=True)
+        self._returned.give(self.attentions.names_of, wait=True)
         return QKClipReport(self.tau, dict(self.last_layers), *self._steps.read())
 
     def _threshold(self) -> float:
@@ -210,6 +225,8 @@ class QKClip:
     @torch.no_grad()
     def _measure(self, *, before_update: bool) -> dict[str, ClipFactors]:
         names, device = tuple(self.projections), self.attentions.device
+        if not self.attentions.are_as_left:
+            self._returned.forget()
         group = self._group()
         self._raise_deferred(wait=self._deferred.names not in ((), names), on_all_ranks=group is not None)
         unknown = self.attentions.unknown_calls()
@@ -276,6 +293,10 @@ class QKClip:
     def _details(self, nonfinite_heads: Mapping[str, list[int]]) -> Details:
         hints = {name: kernel.if_unobserved for name, kernel in self.attentions.kernels().items()}
         return Details(self.tau, self._unknown, nonfinite_heads, hints)
+
+
+def _unnamed_copies(parameter: Tensor) -> list[Tensor]:
+    return unnamed_copies(parameter, OPTIMIZER_STEPS.optimizers())
 
 
 def _may_wait_for(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,18 +41,19 @@ def decide(
 def scale(
     projections: Mapping[str, QKProjection],
     factors: Mapping[str, ClipFactors],
-    master_of: Callable[[Tensor], Tensor | None] | None,
+    copies_of: Callable[[Tensor], Iterable[Tensor]],
     *,
     clip_frozen: bool,
     skip_quiet: bool,
 ) -> None:
     """Scale the rows of every head by its factors; each rank those that it has, without communication.
 
-    `skip_quiet`: read the factors, and skip attentions of which no head is above τ.
+    `copies_of`: second copies of a parameter, which are scaled with it. `skip_quiet`: read the factors, and skip
+    attentions of which no head is above τ.
     """
     loud = {name: each for name, each in factors.items() if not skip_quiet or bool((each.gamma < 1).any())}
     for rows, by_head in scaled_rows(projections, loud, clip_frozen=clip_frozen):
-        _scale_rows(rows, by_head, master_of)
+        _scale_rows(rows, by_head, copies_of)
 
 
 def scaled_rows(
@@ -71,8 +72,7 @@ def _of_heads(flags: Sequence[bool], maxima: JointMaxima) -> Tensor:
     return constant(values, torch.bool, maxima.maximum.device)
 
 
-def _scale_rows(rows: HeadRows, factors: Tensor, master_of: Callable[[Tensor], Tensor | None] | None) -> None:
+def _scale_rows(rows: HeadRows, factors: Tensor, copies_of: Callable[[Tensor], Iterable[Tensor]]) -> None:
     for parameter, axis in rows.parameters():
-        master = master_of(parameter) if master_of else None
-        for weight in (parameter,) if master is None else (parameter, master):
+        for weight in (parameter, *copies_of(parameter)):
             scale_heads(rows, weight, axis, factors.to(weight.device))

@@ -3,7 +3,7 @@
 Facts and declarations only: `discover` finds them, `clip` scales them.
 """
 
-from muonclip.torch.heads.head_rows import HeadRows, scale_heads
+from muonclip.torch.heads.head_rows import HeadRows, heads_of_rows, sample_rows, scale_heads
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections, out_axis
 from muonclip.torch.heads.reparametrised import NotProportional, followed, places, registered
 
@@ -13,8 +13,10 @@ __all__ = [
     "QKProjection",
     "declared_qk_projections",
     "followed",
+    "heads_of_rows",
     "out_axis",
     "places",
     "registered",
+    "sample_rows",
     "scale_heads",
 ]

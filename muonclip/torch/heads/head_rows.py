@@ -148,6 +148,24 @@ def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -
     parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))
 
 
+def sample_rows(parameter: Tensor, axis: int, columns: int) -> Tensor:
+    """Return a few numbers of every row that this rank has of a weight, as a view [rows, at most `columns`]."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    sample = local.movedim(axis, 0)
+    while sample.ndim > 2:
+        sample = sample.select(1, 0) if sample.shape[1] else sample.flatten(1)
+    sample = sample[:, None] if sample.ndim == 1 else sample
+    return sample[:, :: max(1, sample.shape[1] // columns)][:, :columns]
+
+
+def heads_of_rows(rows: HeadRows, parameter: Tensor, axis: int) -> Tensor:
+    """Return the head of every row that this rank has of a weight, int64; `num_heads` for a row of none."""
+    local, runs = local_rows(rows.name_of(parameter), parameter, axis)
+    if not runs:
+        return torch.zeros(0, dtype=torch.int64, device=local.device)
+    return head_of_rows(rows, parameter.shape[axis], runs, local.device)
+
+
 def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRanges]:
     """Return what this rank has of a parameter, to read and write in place, and which rows along `axis` these are.
 

@@ -75,6 +75,9 @@ class MaxLogits:
     1.
     """
 
+    resets = 0
+    """How often it was reset."""
+
     def __init__(self, num_heads: int) -> None:
         if num_heads < 1:
             raise ValueError(f"num_heads={num_heads} must be at least 1.")
@@ -106,6 +109,7 @@ class MaxLogits:
 
     def reset(self) -> None:
         """Forget what was seen."""
+        self.resets += 1
         self.packed.zero_()
         self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
