@@ -150,8 +150,8 @@ MUTATIONS = (
     Mutation(
         "master-not-scaled",  # 8
         "The fp32 master copy keeps its size, so the next copy undoes the clip.",
-        "for weight in (parameter,) if master is None else (parameter, master):",
-        "for weight in (parameter,):",
+        "copies = [] if given is None else [given]",
+        "copies = list[Tensor]()",
         tests_of("torch/test_qk_clip.py", "test_masters_are_scaled_with_their_copies"),
     ),
     Mutation(
