@@ -733,6 +733,13 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "windows-judged-by-their-range",
+        "A tensor in which no value is as low as −1e4 is no sum of a mask and a bias either.",
+        "return lowest > MASKED and not _has_sequences(shape)",
+        "return lowest > MASKED",
+        tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid"),
+    ),
+    Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
         "is_masked(added.detach() if alpha == 1",

@@ -49,6 +49,11 @@ def forbids_nothing(lowest: float, highest: float) -> bool:
     return lowest > BETWEEN_VALUES and highest - lowest < 0.9 * -TWO_VALUED
 
 
+def forbids_as_mask_alone(lowest: float, shape: Sequence[int]) -> bool:
+    """Tell of the lowest value and the shape of an added tensor whether only rule 2 can forbid pairs."""
+    return lowest > MASKED and not _has_sequences(shape)
+
+
 def mask_levels(added: Array, *, xp: Any) -> list[Array]:
     """Return what `highest_masked` needs to know of an added tensor that is not empty: maxima of some of its values.
 
@@ -63,7 +68,7 @@ def mask_levels(added: Array, *, xp: Any) -> list[Array]:
     far, near = counts & (added <= BETWEEN_VALUES), added > BETWEEN_VALUES
     levels = [highest(-added, far), highest(added, far), highest(-added, near), highest(added, near)]
     levels += [highest(-added, added > BETWEEN_GROUPS), highest(added, counts & (added <= BETWEEN_GROUPS))]
-    if added.ndim == 4 and added.shape[0] > 1:
+    if _has_sequences(added.shape):
         finite = xp.where(counts, added, lowest)
         steps = finite - xp.amax(finite, 0, keepdims=True)
         far, near = counts & (steps <= BETWEEN_VALUES), counts & (steps > BETWEEN_VALUES)
@@ -94,3 +99,7 @@ def highest_masked(levels: Sequence[Array], dtype: Any, *, xp: Any) -> Array:
 def unreachable(dtype: Any, xp: Any) -> float:
     """Return the number at and below which the values of a dtype forbid in any tensor."""
     return max(UNREACHABLE, float(xp.finfo(dtype).min))
+
+
+def _has_sequences(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and shape[0] > 1

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from functools import reduce
 from importlib.util import find_spec
 
@@ -45,20 +46,20 @@ def highest_masked(added: Tensor) -> Tensor:
 
         levels = mask_levels(added)
     else:
-        return highest_masked_of_parts(_parts(added))
+        levels = _levels(_parts(added))
     return core.highest_masked(levels, added.dtype, xp=torch).to(dtype)
 
 
 @torch.no_grad()
-def highest_masked_of_parts(parts: Iterable[Tensor]) -> Tensor:
-    """Return the same number for a tensor of which these are the parts, by rows, each with all sequences."""
-    of_parts, dtype = [], torch.float32
-    for part in parts:
-        part = part if part.is_floating_point() else part.float()
-        of_parts.append(core.mask_levels(part, xp=torch))
-        dtype = part.dtype
-    levels = [reduce(torch.maximum, each) for each in zip(*of_parts, strict=True)]
-    return core.highest_masked(levels, dtype, xp=torch).to(torch.promote_types(dtype, torch.float32))
+def highest_masked_of_parts(parts: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """Return the same number for a tensor of floats that nobody has as a whole: `parts()` are it by rows, each with all
+    sequences."""
+    first = next(iter(parts()))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    number = _by_range(parts) if first.device.type == "cpu" and not is_in_torch_dispatch_mode() else None
+    if number is not None:
+        return torch.full((), number, dtype=dtype)
+    return core.highest_masked(_levels(parts()), first.dtype, xp=torch).to(dtype)
 
 
 def is_masked(added: Tensor) -> Tensor:
@@ -67,13 +68,29 @@ def is_masked(added: Tensor) -> Tensor:
 
 
 def _highest_masked_on_host(added: Tensor) -> float | None:
+    return _by_range(lambda: _parts(added))
+
+
+def _by_range(parts: Callable[[], Iterable[Tensor]]) -> float | None:
     """Return the number by a look at the range and, of a mask of two values, one at each; None for other tensors."""
-    lowest, highest = (each.item() for each in added.aminmax())
+    lowest, highest, shape = math.inf, -math.inf, ()
+    for part in parts():
+        low, high = (each.item() for each in part.aminmax())
+        lowest, highest, shape = _extreme(min, low, lowest), _extreme(max, high, highest), part.shape
     if core.forbids_nothing(lowest, highest):
         return MASKED
-    if highest == 0 and lowest <= TWO_VALUED and all(((part == lowest) | (part == 0)).all() for part in _parts(added)):
+    if highest == 0 and lowest <= TWO_VALUED and all(((part == lowest) | (part == 0)).all() for part in parts()):
         return lowest
-    return None
+    return MASKED if core.forbids_as_mask_alone(lowest, shape) else None
+
+
+def _extreme(choose: Callable[[float, float], float], one: float, other: float) -> float:
+    return math.nan if math.isnan(one) or math.isnan(other) else choose(one, other)
+
+
+def _levels(parts: Iterable[Tensor]) -> list[Tensor]:
+    of_parts = zip(*(core.mask_levels(part, xp=torch) for part in parts), strict=True)
+    return [reduce(torch.maximum, each) for each in of_parts]
 
 
 def _parts(added: Tensor) -> tuple[Tensor, ...]:

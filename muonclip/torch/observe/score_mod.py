@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -127,9 +127,12 @@ class ScoreMod:
         """Return the number [] at and below which one of the terms that it adds forbids pairs."""
         sizes = [length if few > 1 else 1 for length, few in zip(lengths, self._added[which].shape, strict=True)]
         b, h, i, j = (torch.arange(size, device=self._one.device) for size in sizes)
-        return highest_masked_of_parts(
-            once(at_pairs(self._read, *indices(b, h, i[rows], j))[2 + which]) for rows in row_blocks(sizes)
-        )
+
+        def parts() -> Iterator[Tensor]:
+            for rows in row_blocks(sizes):
+                yield _floating(once(at_pairs(self._read, *indices(b, h, i[rows], j))[2 + which]))
+
+        return highest_masked_of_parts(parts)
 
     def _read(self, *of_pair: Tensor) -> tuple[Tensor, ...]:
         """Return slope, whether it is filled, and what is added, each [], of a pair b, h, i, j."""
@@ -294,6 +297,10 @@ def _capped(use: _Use) -> _Reading:
         other = use.arguments["input"] if other is use.scores[0] else other
         return replace(reading, added=(*reading.added, other.detach()))
     return reading
+
+
+def _floating(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() else tensor.float()
 
 
 def _wide(factor: Any) -> Any:
