@@ -779,8 +779,8 @@ MUTATIONS = (
     Mutation(
         "two-values-are-a-bias-on-the-host",
         "A mask of two values is not known at a look.",
-        "        return lowest\n    return None",
-        "        return MASKED\n    return None",
+        "        return lowest\n    return MASKED if",
+        "        return MASKED\n    return MASKED if",
         tests_of("torch/test_exact_maxima.py", "test_the_whole_mask_says_which_of_its_values_forbid")
         + tests_of("torch/test_observation_edges.py", "test_the_whole_of_what_is_added_says_which_values_forbid"),
     ),
