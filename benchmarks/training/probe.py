@@ -86,7 +86,11 @@ def head_norms(parts: list[HeadRows]) -> list[float]:
 
     All parts of a side are taken together (MLA's query: nope and rope).
     """
-    heads = [rows.of(weight, axis).movedim(axis, 0) for rows in parts for weight, axis in [next(rows.parameters())]]
+    heads = [
+        rows.of(weight, axis).movedim(min((axis,) if isinstance(axis, int) else axis), 0)
+        for rows in parts
+        for weight, axis in [next(rows.parameters())]
+    ]
     return torch.linalg.matrix_norm(torch.cat(heads, -1).float(), ord=2).tolist()
 
 

@@ -28,7 +28,7 @@ class MatrixAxes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MatrixLayout:
-    """Reads a parameter (*batch, out, *in) as batches of matrices fan_out × fan_in; exactly invertible.
+    """Reads a parameter (*batch, *out, *in) as batches of matrices fan_out × fan_in; exactly invertible.
 
     - `batch_ndim`: number of leading axes that count matrices (experts, stacked layers).
     - `transposed`: the parameter is (*batch, in, *out) instead, as in GPT-2's `Conv1D`.
@@ -36,6 +36,7 @@ class MatrixLayout:
     - `heads`: for each block, into how many matrices its rows divide; empty or 1: the block is one matrix.
     - `repeats`: how often the sequence of blocks repeats along the out axis (head-interleaved q|k|v: the number of
       heads); rows of a block are gathered over the repeats before they are divided into heads.
+    - `out_ndim`: number of axes that the out axis is written as, e.g. 2 for (*batch, heads, width, *in).
     """
 
     batch_ndim: int = 0
@@ -43,6 +44,7 @@ class MatrixLayout:
     blocks: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     repeats: int = 1
+    out_ndim: int = 1
 
     def matrix_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         """Return (count, fan_out, fan_in) of each block, for a parameter of this shape.
@@ -68,7 +70,8 @@ class MatrixLayout:
 
     def axes(self, ndim: int) -> MatrixAxes:
         """Name the axes of a parameter with `ndim` of them."""
-        first, rest = (self.batch_ndim,), tuple(range(self.batch_ndim + 1, ndim))
+        end = self.batch_ndim + self.out_ndim
+        first, rest = tuple(range(self.batch_ndim, end)), tuple(range(end, ndim))
         fan_out, fan_in = (rest, first) if self.transposed else (first, rest)
         return MatrixAxes(tuple(range(self.batch_ndim)), fan_out, fan_in)
 
@@ -110,8 +113,12 @@ class MatrixLayout:
         return " + ".join(parts)
 
     def _read(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        if len(shape) < self.batch_ndim + 2:
+        if self.out_ndim < 1 or (self.transposed and self.out_ndim > 1):
+            raise ValueError(f"out_ndim={self.out_ndim}; it must be 1 or more, and 1 where transposed.")
+        end = self.batch_ndim + self.out_ndim
+        if len(shape) <= end:
             raise ValueError(f"shape {tuple(shape)} has no matrix behind {self.batch_ndim} batch axes.")
-        batch, (first, *rest) = math.prod(shape[: self.batch_ndim]), shape[self.batch_ndim :]
-        last = math.prod(rest)
+        batch, first, last = (
+            math.prod(each) for each in (shape[: self.batch_ndim], shape[self.batch_ndim : end], shape[end:])
+        )
         return (batch, last, first) if self.transposed else (batch, first, last)

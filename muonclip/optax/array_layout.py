@@ -39,7 +39,7 @@ class ArrayLayout:
         ndim = len(shape)
         if isinstance(layout, MatrixLayout):
             layout.matrix_shapes(shape)
-            return cls(*layout.axes(ndim), fused=replace(layout, batch_ndim=1, transposed=False))
+            return cls(*layout.axes(ndim), fused=replace(layout, batch_ndim=1, transposed=False, out_ndim=1))
         fan_in, fan_out = (_axes(axes, shape) for axes in (layout.reduction_axis, layout.output_axis))
         used = (*fan_in, *fan_out)
         if not fan_in or not fan_out or len(set(used)) < len(used):

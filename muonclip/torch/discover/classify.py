@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonclip.torch.discover.attribution import Rows, feeds
+from muonclip.torch.discover.attribution import feeds
+from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.tracer import TracedCall
-from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.heads import Axes, HeadRows, QKProjection
 from muonclip.torch.logits import MaxLogits
 
 
@@ -95,8 +96,9 @@ class ProjectionReader:
                 continue
             masks = _distinct(each.masks)
             counts = masks.sum(1)
-            if bool((counts != counts[0]).any()) or not bool(counts[0]):
+            if not each.parameter.ndim or bool((counts != counts[0]).any()) or not bool(counts[0]):
                 return None
+            axes, masks = _fewer_axes(each, masks)
             index = masks.nonzero()[:, 1].view(len(masks), -1)
             name, attribute = self.paths.path(each)
             bias = ""
@@ -106,7 +108,7 @@ class ProjectionReader:
                     bias = its_attribute
                     with_a_weight.add(id(vector))
                     break
-            parts.append(HeadRows.from_index(index, self.paths.modules[name], attribute, bias, each.axis))
+            parts.append(HeadRows.from_index(index, self.paths.modules[name], attribute, bias, axes))
         return tuple(parts)
 
 
@@ -117,7 +119,7 @@ def _divide(
     private, shared = [], []
     for each in rows:
         many = feeds(each.masks, heads).sum(0) > 1
-        others = shared_keys.get((paths.parameter(each), each.axis))
+        others = shared_keys.get((paths.parameter(each), each.axes))
         many = many if others is None else many | others
         for part, chosen in ((private, ~many), (shared, many)):
             masks = each.masks & chosen
@@ -132,24 +134,35 @@ def _distinct(masks: Tensor) -> Tensor:
     return masks[keep]
 
 
+def _fewer_axes(rows: Rows, masks: Tensor) -> tuple[Axes, Tensor]:
+    """Leave out the axes that need not be counted, where all axes of a parameter are: of a learned query
+    [1, length, heads · width] a head has columns."""
+    shape = rows.parameter.shape
+    axes, by_axis = list(rows.axes), masks.view(len(masks), *(shape[axis] for axis in rows.axes))
+    if all(axis in axes for axis, size in enumerate(shape) if size > 1):
+        for axis in rows.axes:
+            place = 1 + axes.index(axis)
+            first = by_axis.narrow(place, 0, 1)
+            if len(axes) > 1 and bool((by_axis == first).all()):
+                axes.remove(axis)
+                by_axis = first.squeeze(place)
+    return (axes[0] if len(axes) == 1 else tuple(axes)), by_axis.flatten(1)
+
+
 def _overlap(rows: Sequence[Rows], others: Sequence[Rows]) -> bool:
-    """Tell whether a row is among both."""
-    return any(
-        a.parameter is b.parameter and a.axis == b.axis and bool((a.masks.any(0) & b.masks.any(0)).any())
-        for a in rows
-        for b in others
-    )
+    """Tell whether an entry of a parameter is among both."""
+    return any(a.parameter is b.parameter and bool((a.entries() & b.entries()).any()) for a in rows for b in others)
 
 
 def _keys_of_several(calls: Sequence[TracedCall], paths: ParameterPaths) -> dict[object, Tensor]:
-    """Return the rows behind keys that attentions with different queries share, by (parameter, axis)."""
+    """Return the rows behind keys that attentions with different queries share, by (parameter, axes)."""
     seen: dict[object, dict[object, Tensor]] = {}
     for call in calls:
         if not all(map(paths.has, (*call.query.rows, *call.key.rows))):
             continue
         queries = paths.identity(call.query.rows, call.num_heads)
         for rows in call.key.rows:
-            by_query = seen.setdefault((paths.parameter(rows), rows.axis), {})
+            by_query = seen.setdefault((paths.parameter(rows), rows.axes), {})
             mask = rows.masks.any(0)
             by_query[queries] = by_query[queries] | mask if queries in by_query else mask
     shared = {}

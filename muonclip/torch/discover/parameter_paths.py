@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from muonclip.torch.discover.attribution import Rows, feeds
+from muonclip.torch.discover.attribution import feeds
+from muonclip.torch.discover.head_colours import Rows
 
 
 class ParameterPaths:
@@ -34,6 +35,6 @@ class ParameterPaths:
     def identity(self, rows: Sequence[Rows], heads: int) -> object:
         """Return a key that is equal for the same rows of the same parameters, by query head, keys repeated or not."""
         return frozenset(
-            (self.parameter(each), each.axis, tuple(feeds(each.masks, heads).flatten().nonzero().flatten().tolist()))
+            (self.parameter(each), each.axes, tuple(feeds(each.masks, heads).flatten().nonzero().flatten().tolist()))
             for each in rows
         )

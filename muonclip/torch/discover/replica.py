@@ -69,14 +69,14 @@ def replica_of(
             if isinstance(tensor, DTensor):
                 memo[id(tensor)] = copies.dense(tensor)
         replica = _replica(model, memo)
-        args, kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
+        own_args, own_kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
         replica.train(training)
         paths: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
         statistics = {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)}
-        yield Replica(replica, args, kwargs, paths, statistics)
+        yield Replica(replica, own_args, own_kwargs, paths, statistics)
 
 
 class _OfThread(threading.local):
@@ -107,11 +107,13 @@ def has_a_foreign_forward(module: nn.Module) -> bool:
 
 
 def _parameter_of_replica(parameter: nn.Parameter, copies: DenseCopies, values: Callable[[Tensor], Tensor]) -> Any:
-    """Make a parameter for the copy, of the same memory where `values` leaves it."""
+    """Make a parameter for the copy, of the memory that `values` leaves it. It knows if the model's is trained."""
     if not parameter.is_floating_point():
         return copies.dense(parameter) if isinstance(parameter, DTensor) else parameter
     data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
-    return nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
+    copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
+    copied.is_trained = parameter.requires_grad  # pyright: ignore[reportAttributeAccessIssue]
+    return copied
 
 
 def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -41,10 +41,13 @@ def trace(
         with torch.enable_grad(), handling(tracer), tracer:
             replica.run()
     sources = [source for call in tracer.calls for source in (call.query, call.key, call.value) if source]
-    kept = {id(rows.parameter) for source in sources for rows in (*source.rows, *source.gains)}
+    kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     return Trace(tracer.calls, {key: path for key, path in replica.paths.items() if key in kept}, replica.statistics)
 
 
 def _moved(values: Tensor) -> Tensor:
-    """Move vectors a little: a bias that is still zero could not be distinguished from a gain."""
-    return values + 0.05 * torch.rand_like(values) + 0.02 if values.ndim <= 1 else values
+    """Move vectors a little, and what is zero: a bias that is could not be distinguished from a gain, and nothing is
+    seen through a gate that is."""
+    if values.ndim <= 1:
+        return values + 0.05 * torch.rand_like(values) + 0.02
+    return values if values.any() else 0.02 * torch.randn_like(values)

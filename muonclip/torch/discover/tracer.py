@@ -8,25 +8,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonclip.torch.discover.attribution import (
-    NotDifferentiable,
-    Product,
-    Rows,
-    Source,
-    attribute,
-    feeds,
-    gradients,
-    leaves_of,
-    rows_behind,
-)
+from muonclip.torch.discover.attribution import Source, attribute, feeds, product_of, rows_behind, rows_behind_any
+from muonclip.torch.discover.graph import NotDifferentiable, ancestry, differentiate
+from muonclip.torch.discover.head_colours import Rows
+from muonclip.torch.discover.products import PartOfWeight, Product
 from muonclip.torch.logits import host_sdpa
 from muonclip.torch.observe import (
     SDPA,
@@ -64,6 +57,33 @@ _PRODUCTS = functions(
 )  # fmt: skip
 
 
+class _Usual(NamedTuple):
+    """The names of a product's weight and bias, the axis of the weight that is an axis of the output, and that one."""
+
+    weight: str
+    bias: str
+    axis: int
+    ndim: int
+    out_axis: int = -1
+
+
+_USUAL: dict[Any, _Usual] = {
+    F.linear: _Usual("weight", "bias", 0, 2),
+    torch.addmm: _Usual("mat2", "input", 1, 2),
+    **dict.fromkeys(functions("matmul", "__matmul__"), _Usual("other", "", 1, 2)),
+    **dict.fromkeys(functions("mm"), _Usual("mat2", "", 1, 2)),
+    **{each: _Usual("weight", "bias", 0, 2 + n, -1 - n) for n in (1, 2, 3) for each in functions(f"conv{n}d")},
+}
+
+
+@dataclass(slots=True)
+class _Block:
+    """A run of a module with several matrices, and the runs whose products may be queries and keys in it."""
+
+    run: int
+    products_of: set[int]
+
+
 class AttentionTracer(ScoreTracker):
     """Sees every function of torch that `replica` calls: cuts products with weights, records attention in `calls`."""
 
@@ -75,7 +95,10 @@ class AttentionTracer(ScoreTracker):
         self.calls: list[TracedCall] = []
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
-        self._own = set(map(id, replica.parameters()))
+        self._made = itertools.count()  # products
+        self._is_block: dict[int, bool] = {}
+        self._blocks = [_Block(-1, {-1})]  # the innermost one of each running module
+        self._own = frozenset(map(id, replica.parameters()))
         for name, module in replica.named_modules():
             path = f"{prefix}{name}".removesuffix(".")
             module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True, with_kwargs=True)
@@ -84,14 +107,32 @@ class AttentionTracer(ScoreTracker):
     # Modules
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._running.append((name, next(self._runs)))
-        if sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2:
-            # A layer or a block: what comes in is not a query yet. Without this the graph would grow with depth.
-            return tuple(map(_cut_off, args)), {key: _cut_off(value) for key, value in kwargs.items()}
-        return None
+        run = next(self._runs)
+        self._running.append((name, run))
+        if id(module) not in self._is_block:
+            self._is_block[id(module)] = sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2
+        if not self._is_block[id(module)]:
+            self._blocks.append(self._blocks[-1])
+            return None
+        # What comes in is a stream, whose graph would grow with depth, unless products of the block around it made it:
+        # queries and keys that are handed to a core with matrices of its own.
+        around, inside = self._blocks[-1], _Block(run, {run})
+
+        def cut_off(value: Any) -> Any:
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                made_in = {product.block for product in _products_behind([value])}
+                if not made_in or not made_in <= around.products_of:
+                    return value.detach()
+                inside.products_of.update(made_in)
+                return value
+            return type(value)(map(cut_off, value)) if type(value) in (list, tuple) else value  # pyright: ignore
+
+        self._blocks.append(inside)
+        return tuple(map(cut_off, args)), {key: cut_off(value) for key, value in kwargs.items()}
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
+        self._blocks.pop()
 
     # Functions
 
@@ -123,6 +164,10 @@ class AttentionTracer(ScoreTracker):
                 return None
         held = {id(weight) for weight in weights}
         replaced = {id(t): t.detach() for t in tensors if id(t) not in held}
+        block = self._blocks[-1]
+        if block.products_of != {block.run}:
+            for product in _products_behind(each for each in tensors if id(each) not in held):
+                product.projected_in.add(block.run)
         args, kwargs = _replace(args, replaced), _replace(kwargs, replaced)
         with torch.no_grad():
             output = func(*args, **kwargs)
@@ -130,41 +175,36 @@ class AttentionTracer(ScoreTracker):
                 return None
             output = _of_order_one(output)
         leaf = output.detach().requires_grad_()
-        leaf.product = self._product(func, args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        leaf.product = self._product(func, args, kwargs, list(replaced.values()))  # pyright: ignore[reportAttributeAccessIssue]
         return leaf.clone()
 
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], others: Sequence[Tensor]) -> Product:
         name = getattr(func, "__name__", str(func)).strip("_")
+        about = name, next(self._made), self._blocks[-1].run
         arguments = bind(func, args, kwargs)
         scaled = "alpha" in arguments or "beta" in arguments
-        if func in (F.linear, torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__) and not scaled:
+        usual = _USUAL.get(func)
+        weight = None if usual is None else arguments[usual.weight]
+        if usual is not None and weight is not None and weight.ndim == usual.ndim and not scaled:
+            bias = arguments.get(usual.bias)
+            parts = [PartOfWeight.from_view(weight, usual.axis, self._own)]
+            if bias is not None:
+                parts.append(PartOfWeight.from_view(bias, 0, self._own) if bias.ndim == 1 else None)
+            known = tuple(part for part in parts if part is not None)
+            if len(known) == len(parts):
+                return Product(*about, parts=known, axis=usual.out_axis)
             if func is F.linear:
-                x, weight, bias, axis = arguments["input"], arguments["weight"], arguments.get("bias"), 0
-            elif func is torch.addmm:
-                x, weight, bias, axis = arguments["mat1"], arguments["mat2"], arguments["input"], 1
-            else:
-                x, weight, bias, axis = arguments["input"], arguments["other"], None, 1
-            found, start = self._part_of(weight, axis)
-            bias_found, bias_start = (None, start) if bias is None else self._part_of(bias, 0)
-            is_matrix = weight.ndim == 2
-            if is_matrix and found is not None and (bias is None or bias_found is not None) and start == bias_start:
-                return Product(name, found, axis, bias_found, start)
-            if is_matrix and axis == 0:
-                few = x.detach().reshape(-1, x.shape[-1])[:64]
-                return Product(name, recompute=lambda: F.linear(few, weight, bias), by_columns=True)
-        return Product(name, recompute=lambda: func(*args, **kwargs))
+                x = arguments["input"]
+                few = torch.randn(min(64, x.numel() // x.shape[-1]), x.shape[-1], dtype=x.dtype, device=x.device)
+                return Product(*about, recompute=lambda: F.linear(few, weight, bias), by_columns=True)
 
-    def _part_of(self, tensor: Tensor, axis: int) -> tuple[nn.Parameter | None, int]:
-        """Return the parameter that a tensor is, or is some rows of, and the first of them."""
-        if id(tensor) in self._own:
-            return tensor, 0  # pyright: ignore[reportReturnType]
-        base = tensor._base
-        if base is not None and id(base) in self._own and tensor.ndim == base.ndim and tensor.stride() == base.stride():
-            others = [n for i, n in enumerate(tensor.shape) if i != axis]
-            offset = tensor.storage_offset() - base.storage_offset()
-            if others == [n for i, n in enumerate(base.shape) if i != axis] and offset % base.stride(axis) == 0:
-                return base, offset // base.stride(axis)  # pyright: ignore[reportReturnType]
-        return None, -1
+        def recompute() -> Tensor:
+            # Of other numbers: those of this forward may have zeros, behind which a row would not be seen. What is zero
+            # as a whole, the summand of an `addmm`, stays so.
+            drawn = {id(each): torch.randn_like(each) for each in others if each.is_floating_point() and each.any()}
+            return func(*_replace(args, drawn), **_replace(kwargs, drawn))
+
+        return Product(*about, recompute=recompute)
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return id(tensor) in self._own or getattr(tensor, "of_parameters_only", False)
@@ -204,7 +244,7 @@ class AttentionTracer(ScoreTracker):
         # Somebody's own backward may run attention again, and an operator's own code runs below autograd.
         with torch._C.DisableTorchFunction(), _with_autograd(), torch.enable_grad(), handling(None):
             try:
-                traced = _attributed(call, module, run)
+                traced = _attributed(call, module, run, frozenset(block.run for block in self._blocks))
             except NotDifferentiable as error:
                 problem = f"its queries or keys come through code that cannot be differentiated here ({error})"
                 q = call.heads_first(call.q)
@@ -212,20 +252,23 @@ class AttentionTracer(ScoreTracker):
         self.calls.append(traced)
 
 
-def _attributed(call: AttentionCall, module: str, run: int) -> TracedCall:
+def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[int]) -> TracedCall:
     q, k = call.heads_first(call.q), call.heads_first(call.k)
     heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
-    if call.problem or not _heads_repeat(q, heads):
+    if call.problem or (q.ndim != 4 and not _heads_repeat(q, heads)):
         problem = call.problem or "its heads do not follow each other behind the sequences of the batch"
         return _refused(call, module, run, heads, problem)
     q, k, _ = broadcast_heads(q, k, None, heads)
-    query, key = attribute(q), attribute(k)
+    query, key = attribute(q, blocks=blocks), attribute(k, blocks=blocks)
+    if not (query.are_private or _heads_repeat(q, heads)):
+        problem = "its heads do not follow each other behind the sequences of the batch"
+        return _refused(call, module, run, heads, problem)
     value = None
     if call.v is not None and call.v.ndim == 4:
         value = attribute(call.heads_first(call.v), with_values=False)
     traced = TracedCall(module, run, call.kernel, heads, query, key, value)
     if not query.problem and not query.normalised and not key.problem and not key.normalised:
-        traced.facing_private, traced.facing_shared = _split_by_key(q, k, key)
+        traced.facing_private, traced.facing_shared = _split_by_key(q, k, query, key)
     return traced
 
 
@@ -243,7 +286,7 @@ _BY_ANOTHER_WAY = (
 )
 
 
-def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[Rows]]:
+def _split_by_key(q: Tensor, k: Tensor, query: Source, key: Source) -> tuple[list[Rows], list[Rows]]:
     """Split the query's rows into those that face key coordinates of one head and those that face shared ones.
 
     Both are empty where all keys are of one kind, or where a coordinate or a row belongs to both.
@@ -253,23 +296,35 @@ def _split_by_key(q: Tensor, k: Tensor, key: Source) -> tuple[list[Rows], list[R
     private = [feeds(rows.masks, heads).sum(0) == 1 for rows in key.rows]
     if not (any(bool(s.any()) for s in shared) and any(bool(p.any()) for p in private)):
         return [], []
-    by_parameter = {(id(r.parameter), r.axis): (s, p) for r, s, p in zip(key.rows, shared, private, strict=True)}
+    kinds = {(id(r.parameter), r.axes): (s, p) for r, s, p in zip(key.rows, shared, private, strict=True)}
     meets_shared = torch.zeros(width, dtype=torch.bool, device=q.device)
     meets_private = torch.zeros_like(meets_shared)
-    for coordinate in range(width):
-        only = torch.zeros_like(meets_shared)
-        only[coordinate] = True
-        for rows in rows_behind(k, only):
-            s, p = by_parameter.get((id(rows.parameter), rows.axis), (None, None))
-            if s is not None and p is not None:
-                meets_shared[coordinate] |= bool((rows.masks & s).any())
-                meets_private[coordinate] |= bool((rows.masks & p).any())
+
+    def find(start: int, stop: int) -> None:
+        """Halve a range of coordinates until each part meets keys of one kind."""
+        within = torch.zeros_like(meets_shared)
+        within[start:stop] = True
+        met = [
+            (rows, *kinds[key])
+            for rows in rows_behind_any(k, within)
+            if (key := (id(rows.parameter), rows.axes)) in kinds
+        ]
+        is_shared = any(bool((rows.masks & s).any()) for rows, s, _ in met)
+        is_private = any(bool((rows.masks & p).any()) for rows, _, p in met)
+        if is_shared and is_private and stop - start > 1:
+            find(start, (start + stop) // 2)
+            find((start + stop) // 2, stop)
+        else:
+            meets_shared[start:stop] = is_shared
+            meets_private[start:stop] = is_private
+
+    find(0, width)
     if bool((meets_shared & meets_private).any()):
         return [], []
-    facing_private, facing_shared = rows_behind(q, meets_private), rows_behind(q, meets_shared)
+    facing_private, facing_shared = (rows_behind(q, each, query.rows) for each in (meets_private, meets_shared))
     for a in facing_private:
         for b in facing_shared:
-            if a.parameter is b.parameter and (a.axis != b.axis or bool((a.masks & b.masks).any())):
+            if a.parameter is b.parameter and bool((a.entries() & b.entries()).any()):
                 return [], []
     return facing_private, facing_shared
 
@@ -300,10 +355,10 @@ def _heads_repeat(tensor: Tensor, heads: int) -> bool:
 
 def _columns_behind(slices: Tensor, index: int) -> list[Tensor]:
     """Return which columns of each product feed one of the slices [N, T, d]."""
-    leaves, _ = leaves_of(slices)
+    leaves = ancestry(slices).leaves
     probe = torch.zeros_like(slices)
     probe[index] = torch.randn_like(probe[index])
-    by_leaf = gradients(slices, leaves, probe) if leaves else ()
+    by_leaf = differentiate(slices, leaves, probe) if leaves else ()
     return [g.flatten(0, -2).ne(0).any(0) if g is not None and g.ndim > 1 else slices.new_zeros(0) for g in by_leaf]
 
 
@@ -315,10 +370,11 @@ def _of_order_one(output: Tensor) -> Tensor:
     """
     if output.is_meta or not output.numel():
         return output
-    size = output.float().square().mean().sqrt()
+    size = float(torch.linalg.vector_norm(output, dtype=torch.promote_types(output.dtype, torch.float32)))
+    size /= math.sqrt(output.numel())
     if not (0 < size < math.inf):
         return torch.randn_like(output)
-    return output / size.to(output.dtype) if size < 1 else output
+    return output / size if size < 1 else output
 
 
 def _with_autograd() -> Any:
@@ -333,10 +389,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _cut_off(value: Any) -> Any:
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        return value.detach()
-    return type(value)(map(_cut_off, value)) if type(value) in (list, tuple) else value  # pyright: ignore
+def _products_behind(tensors: Iterable[Tensor]) -> Iterator[Product]:
+    """Yield the products behind some tensors."""
+    leaves = (leaf for tensor in tensors for leaf in ancestry(tensor).leaves)
+    return (product for leaf in leaves if (product := product_of(leaf)) is not None)
 
 
 def _flatten(values: Sequence[Any]) -> Iterator[Any]:

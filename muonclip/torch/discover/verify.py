@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from muonclip.torch.discover.attribution import Rows, feeds
+import torch
+from torch import Tensor, nn
+
+from muonclip.torch.discover.attribution import feeds
+from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.tracer import TracedCall
-from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.heads import HeadRows, QKProjection, axes_of
 
-PerHead = dict[int, list[set[int]]]
-"""The rows of each head, by the id of the parameter."""
+PerHead = dict[int, Rows]
+"""The rows of each head, by the id of the parameter in the model."""
 
 
 def check_declaration(name: str, projection: QKProjection, call: TracedCall, paths: ParameterPaths) -> None:
@@ -59,7 +64,7 @@ def _found(rows: Sequence[Rows], heads: int, paths: ParameterPaths, *, only_own:
         if each.parameter.ndim > 1:
             masks = feeds(each.masks, heads)
             masks = masks & (masks.sum(0) == 1) if only_own else masks
-            found[paths.parameter(each)] = [set(mask.nonzero().flatten().tolist()) for mask in masks]
+            found[paths.parameter(each)] = Rows(each.parameter, each.axes, masks)
     return found
 
 
@@ -72,13 +77,33 @@ def _called(parameter: int, paths: ParameterPaths) -> str:
 
 
 def _declared(parts: Sequence[HeadRows], heads: int) -> PerHead:
-    rows: PerHead = {}
+    declared: PerHead = {}
     for part in parts:
-        parameter, _ = next(part.parameters())
-        per_head = rows.setdefault(id(parameter), [set() for _ in range(heads)])
-        for head, index in enumerate(part.rows("cpu").tolist()):
-            per_head[head].update(index)
-    return rows
+        parameter, axis = next(part.parameters())
+        assert isinstance(parameter, nn.Parameter)
+        axes = axes_of(axis)
+        count = math.prod(parameter.shape[each] for each in axes)
+        masks = torch.zeros(heads, count, dtype=torch.bool, device="cpu").scatter_(1, part.rows("cpu"), True)
+        own = Rows(parameter, axes, masks)
+        known = declared.get(id(parameter))
+        if known is not None:
+            one, other, axes = _along_the_same(known, own)
+            own = Rows(parameter, axes, one | other)
+        declared[id(parameter)] = own
+    return declared
+
+
+def _along_the_same(one: Rows, other: Rows) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return the masks of two with their rows counted along the axes of either, and these axes."""
+    axes = tuple(sorted({*one.axes, *other.axes}))
+    shape = one.parameter.shape
+
+    def expanded(rows: Rows) -> Tensor:
+        sizes = [shape[axis] if axis in rows.axes else 1 for axis in axes]
+        masks = rows.masks.cpu().view(-1, *sizes)
+        return masks.expand(-1, *(shape[axis] for axis in axes)).flatten(1)
+
+    return expanded(one), expanded(other), axes
 
 
 def _first_difference(declared: PerHead, found: PerHead, *, both: bool) -> tuple[int, int, set[int], set[int]] | None:
@@ -87,11 +112,15 @@ def _first_difference(declared: PerHead, found: PerHead, *, both: bool) -> tuple
     `both`: every row that was found must have been declared, too.
     """
     for parameter in (declared.keys() | found.keys()) if both else declared.keys():
-        nothing: list[set[int]] = [set()] * max(len(declared.get(parameter, [])), len(found.get(parameter, [])))
-        pairs = zip(declared.get(parameter, nothing), found.get(parameter, nothing), strict=True)
-        for head, (one, other) in enumerate(pairs):
-            if one != other:
-                return parameter, head, one, other
+        one, other = declared.get(parameter), found.get(parameter)
+        present = one or other
+        assert present is not None
+        nothing = Rows(present.parameter, present.axes, torch.zeros_like(present.masks))
+        ours, theirs, _ = _along_the_same(one or nothing, other or nothing)
+        for head, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+            if not torch.equal(mine, its):
+                declared_rows, found_rows = (set(each.nonzero().flatten().tolist()) for each in (mine, its))
+                return parameter, head, declared_rows, found_rows
     return None
 
 

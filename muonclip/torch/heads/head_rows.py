@@ -1,14 +1,16 @@
 """The rows of a weight that belong to each head: which of them this rank has, and scaling them.
 
-Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. Arithmetic on placements, without
-communication.
+Shapes: a `nn.Linear` weight is [out, in]; the rows of a head are along its out axis. The rows of a weight with several
+such axes, as queries, keys and values stacked in [3, heads, width, in], are counted along them together. Arithmetic on
+placements, without communication.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from muonclip.core.index_ranges import IndexRanges
 from muonclip.torch.mesh import local_indices
 
+Axes: TypeAlias = int | tuple[int, ...]
+"""The axis of the rows, or several in ascending order, whose rows are counted together, the last the fastest."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadRows:
@@ -28,7 +33,8 @@ class HeadRows:
     `index[h]` where they follow no such rule; `index`: int64 [heads, size].
 
     `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
-    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`).
+    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`), or several: with (0, 1) of a
+    weight [3, out, in], row 2 · out + 5 is its [2, 5].
     """
 
     module: nn.Module
@@ -38,12 +44,12 @@ class HeadRows:
     stride: int | None = None
     weight: str = "weight"
     bias: str = "bias"
-    axis: int = 0
+    axis: Axes = 0
     index: Tensor | None = None
 
     @classmethod
     def from_index(
-        cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: int = 0
+        cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: Axes = 0
     ) -> Self:
         """Make the rows `index` [heads, size], by start and stride where they follow one."""
         heads, size = index.shape
@@ -66,32 +72,37 @@ class HeadRows:
         first = self.start + self.step * torch.arange(self.num_heads, device=device)
         return first[:, None] + torch.arange(self.size, device=device)
 
-    def parameters(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield the weight and, where there is one, the bias, each with its axis of heads."""
+    def parameters(self) -> Iterator[tuple[Tensor, Axes]]:
+        """Yield the weight and, where there is one, the bias, each with its axis of rows."""
         yield getattr(self.module, self.weight), self.axis
         bias = getattr(self.module, self.bias, None) if self.bias else None
         if isinstance(bias, Tensor):
             yield bias, 0
 
-    def of(self, parameter: Tensor, axis: int) -> Tensor:
+    def of(self, parameter: Tensor, axis: Axes) -> Tensor:
         """Return the parameter with `axis` counting heads and a last axis counting the rows of each.
 
-        The result is a view, except for rows given by `index`. Of a DTensor it is what this rank has; raises ValueError
-        where `axis` is sharded.
+        Several axes become one in the place of the first. The result is a view, except for rows given by `index` and
+        for several axes that are not next to each other. Of a DTensor it is what this rank has; raises ValueError where
+        `axis` is sharded.
         """
+        axes = axes_of(axis)
         if isinstance(parameter, DTensor):
-            whole = parameter.shape[axis]
-            parameter, runs = local_rows(self.name_of(parameter), parameter, axis)
-            if runs != ((0, whole),):
+            sizes = [parameter.shape[each] for each in axes]
+            parameter, held = local_rows(self.name_of(parameter), parameter, axes)
+            if any(runs != ((0, size),) for runs, size in zip(held, sizes, strict=True)):
                 raise ValueError(
-                    f"{self.weight} has its {whole} rows on several ranks, this one has {runs}: its heads cannot be "
-                    "read here. Read the whole weight, parameter.full_tensor()."
+                    f"{self.weight} has its {math.prod(sizes)} rows on several ranks, this one has {held}: its heads "
+                    "cannot be read here. Read the whole weight, parameter.full_tensor()."
                 )
+        first, last = axes[0], axes[0] + len(axes) - 1
+        if last > first:
+            parameter = parameter.movedim(axes, tuple(range(first, last + 1))).flatten(first, last)
         if self.index is not None:
-            chosen = parameter.index_select(axis, self.rows(parameter.device).flatten())
-            return chosen.unflatten(axis, (self.num_heads, self.size)).movedim(axis + 1, -1)
+            chosen = parameter.index_select(first, self.rows(parameter.device).flatten())
+            return chosen.unflatten(first, (self.num_heads, self.size)).movedim(first + 1, -1)
         length = (self.num_heads - 1) * self.step + self.size
-        return parameter.narrow(axis, self.start, length).unfold(axis, self.size, self.step)
+        return parameter.narrow(first, self.start, length).unfold(first, self.size, self.step)
 
     def name_of(self, parameter: Tensor) -> str:
         """Name the attribute and its module, for errors."""
@@ -107,7 +118,13 @@ class HeadRows:
                 "others, so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
             )
         check_placements(f"{name}: {self.name_of(weight)}", weight)
-        rows = weight.shape[self.axis]
+        axes = axes_of(self.axis)
+        if list(axes) != sorted(set(axes)) or not 0 <= axes[0] <= axes[-1] < weight.ndim:
+            raise ValueError(
+                f"{name}: axis={self.axis} does not name axes, in ascending order, of a weight of shape "
+                f"{tuple(weight.shape)}."
+            )
+        rows = math.prod(weight.shape[each] for each in axes)
         if self.index is not None:
             index = self.index
             if index.shape != (self.num_heads, self.size) or index.min() < 0 or index.max() >= rows:
@@ -125,54 +142,62 @@ class HeadRows:
 
 
 @torch.no_grad()
-def scale_heads(rows: HeadRows, parameter: Tensor, axis: int, factors: Tensor) -> None:
+def scale_heads(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor) -> None:
     """Multiply the rows of each head by its factor [heads], in place; a factor of 1 leaves the bits alone.
 
     Of a DTensor each rank scales the rows that it has, without communication.
     """
-    size = parameter.shape[axis]
-    parameter, runs = local_rows(rows.name_of(parameter), parameter, axis)
-    if not runs:
+    axes = axes_of(axis)
+    sizes = [parameter.shape[each] for each in axes]
+    parameter, held = local_rows(rows.name_of(parameter), parameter, axes)
+    if not all(held):
         return
-    if rows.index is None and runs == ((0, size),):
+    if rows.index is None and len(axes) == 1 and held == (((0, sizes[0]),),):
         heads = rows.of(parameter, axis)
         shape = [1] * heads.ndim
-        shape[axis] = rows.num_heads
+        shape[axes[0]] = rows.num_heads
         factors = factors.view(shape)
         heads.copy_(torch.where(factors < 1, heads * factors, heads))
         return
-    shape = [1] * parameter.ndim
-    shape[axis] = -1
+    shape = [size if each in axes else 1 for each, size in enumerate(parameter.shape)]
     one = torch.ones_like(factors[:1])  # for rows of no head
-    factors = torch.cat([factors, one])[head_of_rows(rows, size, runs, factors.device)].view(shape)
+    factors = torch.cat([factors, one])[head_of_rows(rows, sizes, held, factors.device)].view(shape)
     parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))
 
 
-def sample_rows(parameter: Tensor, axis: int, columns: int) -> Tensor:
-    """Return a few numbers of every row that this rank has of a weight, as a view [rows, at most `columns`]."""
+def sample_rows(parameter: Tensor, axis: Axes, columns: int) -> Tensor:
+    """Return a few numbers of every row that this rank has of a weight, [rows, at most `columns`], to read."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-    sample = local.movedim(axis, 0)
-    while sample.ndim > 2:
-        sample = sample.select(1, 0) if sample.shape[1] else sample.flatten(1)
-    sample = sample[:, None] if sample.ndim == 1 else sample
-    return sample[:, :: max(1, sample.shape[1] // columns)][:, :columns]
+    axes = axes_of(axis)
+    count = len(axes)
+    sample = local.movedim(axes, tuple(range(count)))
+    while sample.ndim > count + 1:
+        sample = sample.select(count, 0) if sample.shape[count] else sample.flatten(count)
+    sample = sample[..., None] if sample.ndim == count else sample
+    return sample[..., :: max(1, sample.shape[-1] // columns)][..., :columns].flatten(0, count - 1)
 
 
-def heads_of_rows(rows: HeadRows, parameter: Tensor, axis: int) -> Tensor:
+def heads_of_rows(rows: HeadRows, parameter: Tensor, axis: Axes) -> Tensor:
     """Return the head of every row that this rank has of a weight, int64; `num_heads` for a row of none."""
-    local, runs = local_rows(rows.name_of(parameter), parameter, axis)
-    if not runs:
+    axes = axes_of(axis)
+    local, held = local_rows(rows.name_of(parameter), parameter, axes)
+    if not all(held):
         return torch.zeros(0, dtype=torch.int64, device=local.device)
-    return head_of_rows(rows, parameter.shape[axis], runs, local.device)
+    return head_of_rows(rows, [parameter.shape[each] for each in axes], held, local.device).flatten()
 
 
-def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRanges]:
-    """Return what this rank has of a parameter, to read and write in place, and which rows along `axis` these are.
+def axes_of(axis: Axes) -> tuple[int, ...]:
+    """Return one axis or several as a tuple."""
+    return axis if isinstance(axis, tuple) else (axis,)
+
+
+def local_rows(name: str, parameter: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, tuple[IndexRanges, ...]]:
+    """Return what this rank has of a parameter, to read and write in place, and which indices along each of the axes.
 
     `name`: for the error. Raises ValueError for placements that do not say where a row is.
     """
     if not isinstance(parameter, DTensor):
-        return parameter, ((0, parameter.shape[axis]),)
+        return parameter, tuple(((0, parameter.shape[axis]),) for axis in axes)
     check_placements(name, parameter)
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     if coordinate is None:
@@ -180,9 +205,11 @@ def local_rows(name: str, parameter: Tensor, axis: int) -> tuple[Tensor, IndexRa
             f"{name} is on {mesh}, which rank {dist.get_rank()} is not in. "
             "Build the clip on the ranks of that mesh alone."
         )
-    runs = local_indices(parameter.shape[axis], axis, parameter.placements, mesh.shape, coordinate)
+    held = tuple(
+        local_indices(parameter.shape[axis], axis, parameter.placements, mesh.shape, coordinate) for axis in axes
+    )
     with torch.no_grad():
-        return parameter.to_local(), runs
+        return parameter.to_local(), held
 
 
 def check_placements(name: str, parameter: Tensor) -> None:
@@ -196,15 +223,20 @@ def check_placements(name: str, parameter: Tensor) -> None:
         )
 
 
-def head_of_rows(rows: HeadRows, size: int, runs: IndexRanges, device: torch.device) -> Tensor:
-    """Return the head of each row of the ranges, int64; `num_heads` for a row of none. The weight has `size` rows."""
-    held = torch.cat([torch.arange(*run, device=device) for run in runs])
+def head_of_rows(rows: HeadRows, sizes: Sequence[int], held: Sequence[IndexRanges], device: torch.device) -> Tensor:
+    """Return the head of each row in the ranges of each axis, int64; `num_heads` for a row of none.
+
+    `sizes`: of the whole weight along these axes.
+    """
+    row = torch.zeros((), dtype=torch.int64, device=device)
+    for size, runs in zip(sizes, held, strict=True):
+        row = row[..., None] * size + torch.cat([torch.arange(*run, device=device) for run in runs])
     if rows.index is not None:
-        heads = torch.full((size,), rows.num_heads, device=device)
+        heads = torch.full((math.prod(sizes),), rows.num_heads, device=device)
         index = rows.rows(device)
         heads[index.flatten()] = torch.arange(rows.num_heads, device=device).repeat_interleave(rows.size)
-        return heads[held]
-    offset = held - rows.start
+        return heads[row]
+    offset = row - rows.start
     head = offset.div(rows.step, rounding_mode="floor")
     inside = (offset >= 0) & (head < rows.num_heads) & (offset % rows.step < rows.size)
     return head.where(inside, rows.num_heads)

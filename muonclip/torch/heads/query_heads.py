@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from muonclip.torch.heads.head_rows import HeadRows, check_placements
+from muonclip.torch.heads.head_rows import HeadRows, axes_of, check_placements
 from muonclip.torch.mesh import local_indices
 
 
@@ -69,13 +69,15 @@ class QueryHeads:
         check_placements(self.rows.weight, weight)
         mesh, coordinate = weight.device_mesh, weight.device_mesh.get_coordinate()
         assert coordinate is not None, "a forward on a rank outside of the mesh"
-        size = weight.shape[self.rows.axis]
         cut = slice(first_dim, None)
-        runs = local_indices(size, self.rows.axis, weight.placements[cut], mesh.shape[cut], coordinate[cut])
-        held = torch.zeros(size, dtype=torch.bool, device="cpu")
-        for start, stop in runs:
-            held[start:stop] = True
-        return held[self.rows.rows("cpu")].all(1).nonzero().flatten().tolist()
+        placements, mesh_shape, at = weight.placements[cut], mesh.shape[cut], coordinate[cut]
+        held = torch.ones((), dtype=torch.bool, device="cpu")
+        for axis in axes_of(self.rows.axis):
+            here = torch.zeros(weight.shape[axis], dtype=torch.bool, device="cpu")
+            for start, stop in local_indices(weight.shape[axis], axis, placements, mesh_shape, at):
+                here[start:stop] = True
+            held = held[..., None] & here
+        return held.flatten()[self.rows.rows("cpu")].all(1).nonzero().flatten().tolist()
 
     def _weight(self) -> Tensor | None:
         module = self.module()

@@ -7,7 +7,8 @@ row in g. Where the computed rows are not proportional to rows of one parameter,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrizations import _WeightNorm  # pyright: ignore[repor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from muonclip.core.head_parts import SIDE_OF
-from muonclip.torch.heads.head_rows import HeadRows
+from muonclip.torch.heads.head_rows import Axes, HeadRows, axes_of
 from muonclip.torch.heads.qk_projection import QKProjection
 
 
@@ -92,7 +93,7 @@ def _followed(rows: HeadRows) -> tuple[HeadRows, ...]:
     return of_weight, replace(rows, module=bias[0], weight=bias[1], bias="", axis=0)
 
 
-def _home(module: nn.Module, attribute: str, axis: int) -> tuple[nn.Module, str]:
+def _home(module: nn.Module, attribute: str, axis: Axes) -> tuple[nn.Module, str]:
     """Return the module and the name of the parameter whose rows along `axis` scale those of the weight."""
     own = module._parameters
     if registered(module, attribute) is not None:
@@ -115,16 +116,16 @@ def _home(module: nn.Module, attribute: str, axis: int) -> tuple[nn.Module, str]
 
 
 def _rows_of_gain(
-    holder: nn.Module, gain: str, direction: str, axis: int, module: nn.Module, attribute: str
+    holder: nn.Module, gain: str, direction: str, axis: Axes, module: nn.Module, attribute: str
 ) -> tuple[nn.Module, str]:
     g, v = (holder._parameters[name] for name in (gain, direction))
-    if g is None or v is None or g.ndim <= axis or not g.numel() == g.shape[axis] == v.shape[axis]:
+    if g is None or v is None or list(g.shape) != _shape_of_rows(v.shape, axis):
         raise NotProportional(module, attribute, "is computed by a weight norm whose g is not one number for each row")
     return holder, gain
 
 
 @torch.no_grad()
-def _scales_with(parametrization: ParametrizationList, axis: int) -> bool:
+def _scales_with(parametrization: ParametrizationList, axis: Axes) -> bool:
     """Tell, by doing it, whether the weight's rows are multiplied by what those of the original are multiplied by.
 
     The factors are powers of two, which commute with rounding, so that bits can be compared.
@@ -136,11 +137,16 @@ def _scales_with(parametrization: ParametrizationList, axis: int) -> bool:
         before = trial()
         if before.shape != trial.original.shape:
             return False
-        shape = [1] * before.ndim
-        shape[axis] = -1
-        factors = 2.0 ** (torch.arange(before.shape[axis], device=before.device) % 3 - 1).to(before.dtype).view(shape)
+        shape = _shape_of_rows(before.shape, axis)
+        row = torch.arange(math.prod(shape), device=before.device)
+        factors = 2.0 ** (row % 3 - 1).to(before.dtype).view(shape)
         trial.original.mul_(factors)
         return torch.equal(trial(), before * factors)
+
+
+def _shape_of_rows(shape: Sequence[int], axis: Axes) -> list[int]:
+    """Return the shape of a tensor with one number for each row."""
+    return [size if each in axes_of(axis) else 1 for each, size in enumerate(shape)]
 
 
 def _is_parametrized(module: nn.Module, attribute: str) -> bool:

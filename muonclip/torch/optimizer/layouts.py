@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.heads import HeadRows, QKProjection, axes_of
 
 T = TypeVar("T")
 
@@ -59,39 +60,74 @@ def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) 
 
 
 def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> MatrixLayout | None:
-    """Return the blocks that the rows of the heads cut a weight into; None where it is one matrix.
+    """Return the matrices that the rows of the heads cut a weight into; None where its shape says the same, or where
+    the rows follow no pattern.
 
     The sequence of blocks may repeat along the rows, once for every head or for every group of heads. K2's W_ukv
-    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. So does a weight
-    whose rows follow no such pattern.
+    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. Of rows that are
+    counted along several axes, the first ones are a batch where they number queries, keys and values, [3, …, in].
     """
     first = parts[0][1]
     weight: Tensor = getattr(first.module, first.weight)
-    count = weight.shape[first.axis]
-    if weight.ndim == 3 and first.axis == 1:  # [in, heads, head width]
+    axes = axes_of(first.axis)
+    if any(axes_of(rows.axis) != axes for _, rows in parts) or len(axes) == weight.ndim:
+        return None
+    sizes = [weight.shape[axis] for axis in axes]
+    count = math.prod(sizes)
+    if weight.ndim == 3 and axes == (1,):  # [in, heads, width]: each row is a head's slice
         return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
-    if weight.ndim != 2:
+    if weight.ndim > 2 and axes == (0,):
         return None
     sides, heads = _owners_of_rows(parts, count)
+    in_front = next((place for place, axis in enumerate(axes) if axis != place), len(axes))  # of the axis of columns
+    transposed = in_front < len(axes)
+    if axes[in_front:] != tuple(range(in_front + 1, weight.ndim)):
+        return None
+    batch = in_front if transposed else _batch_axes(sides, sizes)
+    out_ndim = 1 if transposed else len(axes) - batch
+    if batch:
+        size = count // math.prod(sizes[:batch])
+        slices = [(sides[start : start + size], heads[start : start + size]) for start in range(0, count, size)]
+        if any(len(set(of_slice)) > 1 for of_slice, _ in slices):
+            return None
+        divisions = {_equal_heads(of_slice) for _, of_slice in slices if of_slice[0] >= 0}
+        equal = tuple(divisions) if per_head and len(divisions) == 1 else ()
+        return MatrixLayout(batch, transposed, heads=equal, out_ndim=out_ndim)
     counts = sorted({1, *(rows.num_heads for _, rows in parts)})
     repeats = min((n for n in counts if _repeats(sides, n)), key=lambda n: len(_blocks(sides[: count // n])))
     blocks = _blocks(sides[: count // repeats])
     sides_there = {side for side, _ in blocks}
     fused = len(sides_there) > 1 and (repeats == 1 or {"query", "key"} <= sides_there)
-    if (not fused and not per_head) or len(blocks) > _MOST_BLOCKS:
+    if len(blocks) > _MOST_BLOCKS or (weight.ndim == 2 and not fused and not per_head):
         return None
-    divisions: list[int] = []
+    if not fused and not per_head:
+        return MatrixLayout(transposed=transposed, out_ndim=out_ndim)
+    divided: list[int] = []
     position = 0
     for _, size in blocks:
         rows = [head for start in range(0, count, count // repeats) for head in heads[start + position :][:size]]
-        divisions.append(_equal_heads(rows))
+        divided.append(_equal_heads(rows))
         position += size
     return MatrixLayout(
-        transposed=first.axis == 1,
+        transposed=transposed,
         blocks=tuple(size for _, size in blocks),
-        heads=tuple(divisions) if per_head else (),
+        heads=tuple(divided) if per_head else (),
         repeats=repeats,
+        out_ndim=out_ndim,
     )
+
+
+def _batch_axes(sides: Sequence[str], sizes: Sequence[int]) -> int:
+    """Count the first axes of rows that number whole sides: each of their slices is of one, and no side is of two."""
+    batch = 0
+    for axis in range(len(sizes) - 1):
+        length = math.prod(sizes[axis + 1 :])
+        slices = [set(sides[start : start + length]) for start in range(0, len(sides), length)]
+        known = [side for each in slices for side in each if side != "other"]
+        if any(len(each) > 1 for each in slices) or len(set(known)) < len(known):
+            break
+        batch = axis + 1
+    return batch
 
 
 def _owners_of_rows(parts: list[tuple[str, HeadRows]], count: int) -> tuple[list[str], list[int]]:

@@ -43,8 +43,11 @@ def row_index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
 
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
     """Reshape a tensor to (batch, out, in), and say whether that is a view."""
-    batch, (first, *rest) = math.prod(tensor.shape[: layout.batch_ndim]), tensor.shape[layout.batch_ndim :]
-    stacked, is_view = _viewed(tensor, (batch, first, math.prod(rest)))
+    ends = layout.batch_ndim, layout.batch_ndim + layout.out_ndim
+    batch, first, rest = (
+        math.prod(each) for each in (tensor.shape[: ends[0]], tensor.shape[slice(*ends)], tensor.shape[ends[1] :])
+    )
+    stacked, is_view = _viewed(tensor, (batch, first, rest))
     return stacked.mT if layout.transposed else stacked, is_view
 
 
