@@ -709,6 +709,13 @@ MUTATIONS = (
         tests_of("torch/test_score_mod.py", "test_the_statistic_is_of_what_the_softmax_sees_of_the_score"),
     ),
     Mutation(
+        "score-mod-with-other-queries-and-keys",
+        "A product of other queries and keys in a score_mod is a bias, whatever it grows to.",
+        "kind = self._kind = reader.reading(result).with_problem(reader.problem)",
+        "kind = self._kind = reader.reading(result)",
+        tests_of("torch/test_score_mod.py", "test_what_is_not_known_to_be_proportional_is_refused"),
+    ),
+    Mutation(
         "score-mod-read-once",
         "What a score_mod masks and scales is what it did in the first forward.",
         "_slopes(self, *of_axes: Tensor) -> Tensor:",

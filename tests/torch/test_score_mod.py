@@ -36,6 +36,8 @@ GATES, OF_KEYS, OF_QUERIES = (
     made(HEADS, LENGTH, seed=1),
     made(BATCH, LENGTH, seed=2),
 )
+OTHER_QUERIES, OTHER_KEYS = (made(*axes, LENGTH, 3, seed=5).requires_grad_() for axes in ((BATCH, HEADS), (BATCH,)))
+PLACES = made(LENGTH, 3, seed=6)
 KEPT = (made(BATCH, LENGTH, LENGTH, seed=3) > 0) | torch.eye(LENGTH, dtype=torch.bool)
 SWIN, BERT = torch.where(KEPT, 0.0, -100.0), torch.where(KEPT[:, -1], 0.0, -1e4)
 
@@ -93,6 +95,12 @@ SCORE_MODS = {  # the function, its factor of the score, the pairs that it allow
     "filled with 0": (lambda s, b, h, i, j: torch.where((i - j) % 2 == h % 2, s, 0.0), 1, (QUERY - KEY) % 2 == H % 2),
     "ALiBi": (lambda s, b, h, i, j: s + SLOPES[h] * (j - i), 1, True),
     "relative": (lambda s, b, h, i, j: TABLE[i - j + LENGTH, h].add(s), 1, True),
+    "by distance": (lambda s, b, h, i, j: s - PLACES[i].norm() + torch.dot(PLACES[i], PLACES[j]), 1, True),
+    "of positions and queries": (
+        lambda s, b, h, i, j: s + torch.dot(OTHER_QUERIES[b, h, i], OTHER_KEYS[0, (i - j).abs()]),
+        1,
+        True,
+    ),
     "-inf added": (lambda s, b, h, i, j: s + torch.where(KEPT[b, i, j], 0.0, -INF), 1, KEPT[:, None]),
     "-100 added": (lambda s, b, h, i, j: s + SWIN[b][i][j], 1, KEPT[:, None]),
     "-1e4 and ALiBi added": (lambda s, b, h, i, j: s + SLOPES[h] * (j - i) + BERT[b, j], 1, KEPT[:, None, -1:]),
@@ -210,6 +218,14 @@ def test_heads_are_clipped_by_what_a_forward_reads_anew(monkeypatch):
         (lambda s, b, h, i, j: torch.where(j > i, -INF, s) + s, "adds scores of which some are masked"),
         (lambda s, b, h, i, j: torch.log_softmax(s, 0), "passes the score through log_softmax"),
         (lambda s, b, h, i, j: GATES[b, h, i, j], "does not use the score"),
+        (
+            lambda s, b, h, i, j: s + torch.dot(OTHER_QUERIES[b, h, i], OTHER_KEYS[b, j]),
+            "has a product of other queries and keys",
+        ),
+        (
+            lambda s, b, h, i, j: (OTHER_QUERIES[b][h][i] * OTHER_KEYS[b, j]).sum() + s,
+            "has a product of other queries and keys",
+        ),
         (lambda s, b, h, i, j: s + OF_KEYS[h, j, i], "could not be run on single pairs (IndexError"),
     ],
 )  # fmt: skip

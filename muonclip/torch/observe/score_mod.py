@@ -5,7 +5,8 @@
 `score_mod` is run on single indices, vectorised, with a score that is followed through it. A factor that does not
 depend on the score belongs to S, be it of a head or of each pair. What is added does not, and masks where
 `muonclip.core.attention_mask` says so of it as a whole. A pair whose score is replaced by something else does not
-count. A soft cap c·tanh(s/c) is undone. Of anything else it is not known how it changes with q · k.
+count. A soft cap c·tanh(s/c) is undone. Of anything else it is not known how it changes with q · k. Where a product of
+other queries and keys is added, as for the rotary part of MLA, S would lack it.
 
 The kind of the function is read at each call, at a few pairs; its values only where they are needed.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_level
 from torch._functorch.autograd_function import custom_function_call
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
@@ -40,6 +42,11 @@ _TANH = re.compile(r"(?<!a)(?<!arc)tanh", re.IGNORECASE)
 _WHAT_TO_DO = (
     "let it add, mask, cap by tanh or multiply by what does not depend on the score, or declare the attention and fill "
     "its MaxLogits yourself"
+)
+_OTHER_PRODUCT = "has a product of other queries and keys, which belongs to S"
+_JOIN = (
+    "hand them to the kernel joined with its own along their width, or declare the attention and fill its MaxLogits "
+    "yourself"
 )
 
 
@@ -69,7 +76,7 @@ class ScoreMod:
         self._highest: list[Tensor] | None = None
         try:
             sizes = [min(2, size) for size in (*query.shape[:3], key.shape[2])]
-            with torch.no_grad():
+            with torch.enable_grad():  # to tell what is of trained parameters
                 few = at_pairs(self._read, *indices(*(torch.arange(size, device=query.device) for size in sizes)))
         except Exception as error:  # whatever the function raises
             if not query.is_meta:  # with which tensors elsewhere do not mix, and without numbers nothing is observed
@@ -78,8 +85,8 @@ class ScoreMod:
                     f"its score_mod could not be run on single pairs ({type(error).__name__}: {line}); {_WHAT_TO_DO}"
                 )
             return
-        if self._kind.problem:
-            self.problem = f"its score_mod {self._kind.problem}; {_WHAT_TO_DO}"
+        if problem := self._kind.problem:
+            self.problem = f"its score_mod {problem}; {_JOIN if problem == _OTHER_PRODUCT else _WHAT_TO_DO}"
         self._slope, _, *self._added = map(once, few)
 
     @torch.no_grad()
@@ -137,9 +144,9 @@ class ScoreMod:
     def _read(self, *of_pair: Tensor) -> tuple[Tensor, ...]:
         """Return slope, whether it is filled, and what is added, each [], of a pair b, h, i, j."""
         score = self._one.clone()
-        with _Reader(score) as reader:
+        with _Reader(score, *map(_axes, of_pair[2:])) as reader:
             result = self._function(score, *of_pair)
-        kind = self._kind = reader.reading(result)
+        kind = self._kind = reader.reading(result).with_problem(reader.problem)
         slope = kind.slope if isinstance(kind.slope, Tensor) else self._one * kind.slope
         filled = torch.zeros_like(self._one, dtype=torch.bool) if kind.filled is None else kind.filled
         return slope, filled, *kind.added
@@ -159,10 +166,15 @@ class _Reading:
 
 
 class _Reader(TorchFunctionMode):
-    """Follows a score through functions of torch. What is made of it is not computed: its reading is."""
+    """Follows a score through functions of torch. What is made of it is not computed: its reading is.
 
-    def __init__(self, score: Tensor) -> None:
+    `of_query`, `of_key`: the axes along which the indices of query and key vary. `problem`: of what is made without it.
+    """
+
+    def __init__(self, score: Tensor, of_query: set[int], of_key: set[int]) -> None:
         super().__init__()
+        self.problem = ""
+        self._of_query, self._of_key = of_query, of_key
         self._readings: dict[int, tuple[Tensor, _Reading]] = {id(score): (score, _Reading())}
 
     def reading(self, tensor: Any) -> _Reading:
@@ -174,6 +186,8 @@ class _Reader(TorchFunctionMode):
         kwargs = kwargs or {}
         scores = [each for each in tree_leaves((args, kwargs)) if id(each) in self._readings]
         if not scores or func in LIKE:
+            if func in _PRODUCTS and self._are_query_and_key(tree_leaves((args, kwargs))):
+                self.problem = self.problem or _OTHER_PRODUCT
             return func(*args, **kwargs)
         own = _name_of_own(func, args)
         rule = _kept if _TANH.search(own) else _RULES.get(func)
@@ -196,6 +210,14 @@ class _Reader(TorchFunctionMode):
             reading = reading.with_problem(other.problem)
         self._readings[id(result)] = result, reading
         return result
+
+    def _are_query_and_key(self, arguments: Sequence[Any]) -> bool:
+        """Tell whether there is a trained vector of each query and one of each key among some arguments."""
+        vectors = [each for each in arguments if isinstance(each, Tensor) and each.ndim and _is_trained(each)]
+        axes = [_axes(each) for each in vectors]
+        return any(self._of_query <= each and not self._of_key <= each for each in axes) and any(
+            self._of_key <= each and not self._of_query <= each for each in axes
+        )
 
 
 class _Use(NamedTuple):
@@ -310,6 +332,21 @@ def _wide(factor: Any) -> Any:
     )
 
 
+def _axes(tensor: Tensor) -> set[int]:
+    """Return the vectorised axes on which the tensor of a pair depends, by the levels of torch.vmap."""
+    axes = set()
+    while is_batchedtensor(tensor):
+        axes.add(maybe_get_level(tensor))
+        tensor = get_unwrapped(tensor)
+    return axes
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def _name_of_own(func: Any, args: tuple[Any, ...]) -> str:
     """Return the name of an autograd.Function or operator that is not torch's; "" for functions of torch."""
     if func is custom_function_call:
@@ -320,6 +357,7 @@ def _name_of_own(func: Any, args: tuple[Any, ...]) -> str:
     return ""
 
 
+_PRODUCTS = functions("dot", "vdot", "inner", "matmul", "__matmul__", "mul", "__mul__", "multiply", "einsum")
 _PLUS = functions("add", "add_", "__add__", "__radd__", "__iadd__")
 _MINUS = functions("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__")
 _REVERSED = functions("rsub", "__rsub__")
