@@ -532,8 +532,8 @@ MUTATIONS = (
     Mutation(
         "explosion-taken-for-a-copy",  # 37
         "Weights that grow back along themselves within a step are said to be written over.",
-        "weights.times += moved & weights.are_kept(self._copies_of)",
-        "weights.times += moved",
+        "weights.times += _TIMES * (moved & weights.are_kept(self._copies_of))",
+        "weights.times += _TIMES * moved",
         tests_of("torch/test_second_copies.py", "test_an_explosion_is_not_taken_for_a_copy"),
     ),
     Mutation(

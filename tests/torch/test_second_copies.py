@@ -159,6 +159,16 @@ def test_of_other_copies_it_is_said_once_that_the_weights_came_back(name, by_han
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("kind", ["gqa", "fused_interleaved"])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_it_is_said_at_the_step_after_the_first_clip(by_hand, kind):
+    run = Clipped(lambda p: Masters(p, 1e-4, name="shadow", dtype=torch.float32), kind, by_hand, torch.bfloat16)
+    with silence():
+        run.step()
+    with pytest.warns(UserWarning, match="and they come back"):
+        run.step()
+
+
 def test_masters_of_which_an_engine_knows_alone_are_noticed():
     """The optimizer has the masters; the engine's loop copies them into the model."""
     run = Clipped(lambda p: sgd([q.detach().clone() for q in p]))

@@ -54,8 +54,8 @@ class QKClip:
     - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
       the attentions are found now, which `torch.compile` needs.
     - `clip_gains`: after a QK-norm with a gain per head, scale the gain.
-    - `master_of`: for engines that keep an fp32 master copy of a low-precision parameter, parameter → master or None;
-      both are scaled.
+    - `master_of`: for engines that keep a second copy of the weights where the clip cannot find it, parameter → copy
+      or None; both are scaled. Those in the state of an optimizer are known by their names.
     - `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the ranks of the largest
       mesh on which its parameters are, else those of its DistributedDataParallel, else all that have the same
       attentions with the same weights, which all ranks of the job compare at the first step. Every one of them must
@@ -140,7 +140,9 @@ class QKClip:
             clip.attach(torch.optim.AdamW(model.parameters()))
 
         `remove()` of what is returned ends that. Errors are raised before the optimizer has changed a weight. A step
-        that a GradScaler skips is skipped here, too. Raises ValueError for a `MuonClip`, which clips by itself.
+        that a GradScaler skips is skipped here, too. Second copies of the weights that the optimizer, or one that it
+        wraps, is known to keep are scaled with them. Raises ValueError for a `MuonClip`, which clips by itself, and
+        where no steps run hooks.
         """
         return attach_to(self, optimizer)
 

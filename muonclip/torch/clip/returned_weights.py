@@ -32,7 +32,7 @@ _LEAST, _MOST, _STRAY = 0.125, 1.25, 0.5
 """How much of the way back weights must go, and how far from it they may stray, as a part of what they went."""
 
 _TIMES = 2
-"""How often the weights of a head must come back: somebody may once have copied earlier weights for another reason."""
+"""How often weights must come back between steps: somebody may once have copied earlier ones for another reason."""
 
 _Part: TypeAlias = tuple[str, HeadRows]
 
@@ -67,10 +67,13 @@ class ReturnedWeights:
         """Take what an optimizer has changed as it is, unless the clip has been there since."""
         if threading.get_ident() != self._thread:
             return
-        self._stepping, self._stepped = False, True
-        if self._weights is not None and not self._is_clips and self._are_as_sampled():
-            self._weights.within |= self._weights.moved_back()
-            self._weights.take()
+        self._stepping, self._stepped = False, self._is_clips
+        weights = None if self._given or self._is_clips else self._weights
+        now = None if weights is None else weights.read()
+        if weights is not None and now is not None:
+            weights.within |= weights.moved_back(now)
+            weights.take(now)
+            self._stepped = True
 
     def before_clip_by_hand(self) -> None:
         """Compare what wraps an optimizer may have changed after its step. Others may step without a word."""
@@ -101,14 +104,17 @@ class ReturnedWeights:
                 by_head.append(own)
         if not parts:
             return
-        if self._weights is None or not self._weights.are_of(parts, by_head[0].device):
-            self._weights = _Weights(parts, by_head[0].device)
-        weights, self._thread = self._weights, threading.get_ident()
-        moved = weights.within | weights.moved_back()
+        weights = self._weights
+        now = None if weights is None or not weights.are_of(parts, by_head[0].device) else weights.read()
+        if weights is None or now is None:
+            weights = self._weights = _Weights(parts, by_head[0].device)
+            now = weights.seen.clone()
+        self._thread = threading.get_ident()
+        moved = weights.within | weights.moved_back(now)
         self._moves_within |= may_wait and bool(moved.any())
         if self._moves_within:
-            weights.times += moved & weights.are_kept(self._copies_of)
-        weights.scale(torch.cat([*by_head, torch.ones_like(by_head[0][:1])]))
+            weights.times += _TIMES * (moved & weights.are_kept(self._copies_of))
+        weights.scale(now, torch.cat([*by_head, torch.ones_like(by_head[0][:1])]))
         self._is_clips, self._stepped = True, False
         flags = torch.stack([weights.of_attentions(each) for each in (weights.times >= _TIMES, moved)], dim=1)
         self._deferred.add(flags, weights.names)
@@ -137,14 +143,11 @@ class ReturnedWeights:
 
     @torch.no_grad()
     def _compare_between(self) -> None:
-        if self._weights is not None and not self._given and self._are_as_sampled():
-            self._weights.times += self._weights.moved_back()
-            self._weights.take()
-
-    def _are_as_sampled(self) -> bool:
-        if self._weights is not None and not self._weights.are_as_sampled():
-            self.forget()
-        return self._weights is not None
+        weights = None if self._given else self._weights
+        now = None if weights is None else weights.read()
+        if weights is not None and now is not None:
+            weights.times += weights.moved_back(now)
+            weights.take(now)
 
     def __getstate__(self) -> dict[str, Any]:
         copied = ReturnedWeights(self._copies_of)  # its weights are others
@@ -155,8 +158,9 @@ class ReturnedWeights:
 class _Weights:
     """A few numbers of each row of some weights: as they were last seen, and the way back from the last clip.
 
-    A slot is a head in one of its weights; the last slot, and the last head, stand for rows of none. `times`, int64
-    [heads of all]: how often the weights of each head came back; `within`: whether they moved back in this update.
+    A slot is a head in one of its weights; the last slot, and the last head, stand for rows of none. `seen`: the
+    numbers, fp32. `times`, int64 [heads of all]: how often the weights of each head came back; `within`: whether they
+    moved back in this update.
     """
 
     def __init__(self, parts: Sequence[_Part], device: torch.device) -> None:
@@ -172,43 +176,43 @@ class _Weights:
             slots.append(slot.to(device).repeat_interleave(sample.shape[1]))
             head_of_slot += range(first[name], first[name] + rows.num_heads)
         attentions = [index for index, name in enumerate(self.names) for _ in range(sizes[name])]
-        self._shapes = self._shapes_of(samples)
+        self._shapes = [sample.shape for sample in samples]
         self._slots = torch.cat(slots)
         self._head_of_slot = torch.tensor([*head_of_slot, heads], device="cpu").to(device)
         self._attention_of_head = torch.tensor([*attentions, 0], device="cpu").to(device)
         self.times = torch.zeros(heads + 1, dtype=torch.int64, device=device)
         self.within = torch.zeros(heads + 1, dtype=torch.bool, device=device)
-        self._seen = self._joined(samples)
-        self._way = torch.zeros_like(self._seen)
+        self.seen = self._joined(samples)
+        self._way = torch.zeros_like(self.seen)
 
     def are_of(self, parts: Sequence[_Part], device: torch.device) -> bool:
         """Tell whether they are numbers of these weights."""
-        return self.parts == tuple(parts) and self._device == device and self.are_as_sampled()
+        return self.parts == tuple(parts) and self._device == device
 
-    def are_as_sampled(self) -> bool:
-        """Tell whether this rank has the same rows of them as before."""
-        weights = [getattr(rows.module, rows.weight, None) for _, rows in self.parts]
-        return all(isinstance(weight, Tensor) for weight in weights) and self._shapes == self._shapes_of(
-            self._samples()
-        )
+    def read(self) -> Tensor | None:
+        """Return the numbers as they are now; None where an engine has put other weights there, maybe for a while."""
+        if not all(isinstance(getattr(rows.module, rows.weight, None), Tensor) for _, rows in self.parts):
+            return None
+        samples = self._samples()
+        return self._joined(samples) if [sample.shape for sample in samples] == self._shapes else None
 
-    def take(self) -> None:
+    def take(self, now: Tensor) -> None:
         """See them as they are now."""
-        self._seen.copy_(self._joined(self._samples()))
+        self.seen.copy_(now)
 
-    def scale(self, by_slot: Tensor) -> None:
+    def scale(self, now: Tensor, by_slot: Tensor) -> None:
         """See them as they are now, scaled by the factor of each slot."""
-        now, factors = self._joined(self._samples()), by_slot[self._slots]
-        self._seen.copy_(now * factors)
-        self._way.copy_(torch.where(factors < _FIRM, now - self._seen, self._way))
+        factors = by_slot[self._slots]
+        self.seen.copy_(now * factors)
+        self._way.copy_(torch.where(factors < _FIRM, now - self.seen, self._way))
         self.within.zero_()
 
-    def moved_back(self) -> Tensor:
+    def moved_back(self, now: Tensor) -> Tensor:
         """Tell of which heads all weights have moved back since they were last seen; bool [heads].
 
         Weights that were never scaled do not count.
         """
-        moved = self._joined(self._samples()) - self._seen
+        moved = now - self.seen
         products = torch.stack([self._way * self._way, self._way * moved, moved * moved])
         sums = products.new_zeros(3, len(self._head_of_slot)).index_add_(1, self._slots, products)
         length, along, size = sums
@@ -241,10 +245,6 @@ class _Weights:
         counts = torch.zeros(2, len(self._attention_of_head), dtype=torch.int64, device=self._device)
         counts.index_add_(1, self._head_of_slot, torch.stack([known, known & ~slots]).long())
         return (counts[0] > 0) & (counts[1] == 0)
-
-    @staticmethod
-    def _shapes_of(samples: Sequence[Tensor]) -> list[torch.Size]:
-        return [sample.shape for sample in samples]
 
     def _samples(self) -> list[Tensor]:
         return [sample_rows(*next(rows.parameters()), _COLUMNS) for _, rows in self.parts]

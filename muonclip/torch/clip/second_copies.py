@@ -31,13 +31,14 @@ _SCHEDULE_FREE = frozenset("xyz")
 _DUAL_AVERAGING = frozenset(("x0", "s", "sk"))
 """Names of what x = x0 − s / … is computed from, where there is an x0: MADGRAD, D-Adaptation. Both scale x."""
 
-_MOMENTS = frozenset(
+_NOT_WRITTEN = frozenset(
     (
         *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
         *("acc_delta", "sum", "prev", "step_size", "eta", "mu"),
+        "prev_param",  # AdaSmooth reads it only
     )
 )
-"""Names that torch's own optimizers give to what is not a weight."""
+"""Names that torch's own optimizers and others give to what is not written back."""
 
 
 class SecondCopies:
@@ -65,7 +66,7 @@ def unnamed_copies(parameter: Tensor, optimizers: Iterable[Any]) -> list[Tensor]
     found: list[Any] = []
     for optimizer in optimizers:
         own = _state(optimizer).get(id(parameter), {})
-        found += [value for name, value in own.items() if name not in _MOMENTS]
+        found += [value for name, value in own.items() if name not in _NOT_WRITTEN]
         parameters = [each for group in getattr(optimizer, "param_groups", ()) for each in group["params"]]
         position = next((index for index, each in enumerate(parameters) if each is parameter), None)
         for held in getattr(optimizer, "__dict__", {}).values():
