@@ -539,7 +539,7 @@ MUTATIONS = (
     Mutation(
         "returned-weights-of-an-engine-missed",  # 37
         "What is written over the weights between two steps is taken as it is.",
-        "            self._weights.times += self._weights.moved_back()\n",
+        "            weights.times += weights.moved_back(now)\n",
         "",
         tests_of("torch/test_second_copies.py", "test_masters_of_which_an_engine_knows_alone_are_noticed"),
     ),
