@@ -747,6 +747,22 @@ MUTATIONS = (
         tests_of("core/test_attention_mask.py", "test_the_whole_tensor_says_which_of_its_values_forbid"),
     ),
     Mutation(
+        "names-bound-in-files-of-functions",
+        "A kernel that the file of a function has bound by name is not observed there.",
+        "waiting |= {each.__module__ for each in functions if not _is_library(each)} - files.keys()",
+        "del functions",
+        tests_of(
+            "torch/test_attention_kernels.py", "test_a_name_in_the_file_of_a_base_class_or_of_its_functions_is_patched"
+        ),
+    ),
+    Mutation(
+        "flex-attention-by-another-way",
+        "FlexAttention that is called by a reference that no patch reaches is missed.",
+        "{host_sdpa: SDPA, flex_attention: FLEX}",
+        "{host_sdpa: SDPA}",
+        tests_of("torch/test_attention_kernels.py", "test_a_kernel_that_no_patch_reaches_is_refused_by_name"),
+    ),
+    Mutation(
         "lowest-number-added-to-scores-allows",  # 27
         "Where attention is written out, only −inf masks.",
         "is_masked(added.detach() if alpha == 1",

@@ -110,3 +110,75 @@ def test_a_kernel_that_is_not_registered_is_not_touched(layer):
     clip = QKClip(layer, example_inputs=torch.randn(2, 8, 16))
     assert clip.sources()[""].startswith("product and softmax")
     assert sys.modules["toy_kernel_model"].toy_attention is host
+
+
+EARLY = {
+    "early_core": """
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.attention.flex_attention import flex_attention
+
+def attend(q, k, v):
+    return sdpa(q, k, v, is_causal=True)
+""",
+    "early_base": """
+from torch import nn
+from early_core import attend
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 12) for _ in range(3))
+
+    def forward(self, x):
+        return self.attend(*(m(x).unflatten(-1, (3, 4)).transpose(1, 2) for m in (self.a, self.b, self.c)))
+
+    def attend(self, q, k, v):
+        return attend(q, k, v)
+""",
+    "early_model": """
+from early_base import Base
+import early_core
+
+class Layer(Base):
+    pass
+
+FUNCTIONS = [early_core.sdpa, early_core.flex_attention]
+
+class ByNumber(Base):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def attend(self, q, k, v):
+        return FUNCTIONS[self.number](q, k, v)
+""",
+}
+
+
+@pytest.fixture
+def early(tmp_path, monkeypatch):
+    """Files of a model that have bound kernels by name before anybody observes it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, source in EARLY.items():
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("early_model")
+    for name in EARLY:
+        sys.modules.pop(name, None)
+
+
+def test_a_name_in_the_file_of_a_base_class_or_of_its_functions_is_patched(early, no_other_patches):
+    host, core = sys.modules["early_core"].sdpa, sys.modules["early_core"]
+    clip = QKClip(early.Layer(), example_inputs=torch.randn(2, 5, 6))
+    assert list(clip.projections) == [""]
+    assert core.sdpa is not host
+    clip.remove()
+    assert core.sdpa is host
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("number", "kernel"), list(enumerate(("scaled_dot_product_attention", "flex_attention"))))
+def test_a_kernel_that_no_patch_reaches_is_refused_by_name(early, no_other_patches, monkeypatch, number, kernel):
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    with pytest.raises(ValueError, match=f"the model: it calls {kernel} through a reference that QK-Clip cannot reach"):
+        QKClip(early.ByNumber(number), example_inputs=torch.randn(2, 5, 6))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.flex_attention import flex_attention
 
 from muonclip.torch.discover.attribution import Source, attribute, feeds, product_of, rows_behind, rows_behind_any
 from muonclip.torch.discover.graph import NotDifferentiable, ancestry, differentiate
@@ -22,6 +23,7 @@ from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.products import PartOfWeight, Product
 from muonclip.torch.logits import host_sdpa
 from muonclip.torch.observe import (
+    FLEX,
     SDPA,
     AttentionCall,
     AttentionKernel,
@@ -139,10 +141,11 @@ class AttentionTracer(ScoreTracker):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Innermost hooks and gradients on, whatever checkpointing has set.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            if func is host_sdpa:
-                arguments = bind(func, args, kwargs)
-                q, k, v = arguments["query"], arguments["key"], arguments["value"]
-                self._record(AttentionCall(SDPA, _nothing, q, k, v, problem=_BY_ANOTHER_WAY))
+            if func in _BEHIND_PATCHES:
+                kernel = _BEHIND_PATCHES[func]
+                q, k, v = list(bind(func, args, kwargs).values())[:3]
+                problem = _BY_ANOTHER_WAY.format(kernel.home.partition(":")[2], kernel.home.replace(":", "."))
+                self._record(AttentionCall(kernel, _nothing, q, k, v, problem=problem))
                 return func(*args, **kwargs)
             if func in _PRODUCTS:
                 cut = self._cut(func, args, kwargs)
@@ -280,9 +283,10 @@ def _nothing() -> None:
     """Run what is left of a call that is made elsewhere."""
 
 
+_BEHIND_PATCHES: dict[Any, AttentionKernel] = {host_sdpa: SDPA, flex_attention: FLEX}
+"""Functions that are reached in a trace only by calls that no patch has taken."""
 _BY_ANOTHER_WAY = (
-    "it calls scaled_dot_product_attention through a reference that QK-Clip cannot reach; call "
-    "torch.nn.functional.scaled_dot_product_attention or muonclip.torch.attention"
+    "it calls {} through a reference that QK-Clip cannot reach; call {} by its name there, or muonclip.torch.attention"
 )
 
 

@@ -7,6 +7,7 @@ What is done with a call in a trace is `discover`'s; here it fills a statistic.
 from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel, broadcast_heads
 from muonclip.torch.observe.eager import KERNEL as EAGER
 from muonclip.torch.observe.eager import ScoreTracker
+from muonclip.torch.observe.flex import KERNEL as FLEX
 from muonclip.torch.observe.handlers import AttentionCallHandler, drop_handlers, handled, handling, of_thread
 from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
 from muonclip.torch.observe.kernels import KERNELS
@@ -19,6 +20,7 @@ from muonclip.torch.observe.torch_functions import bind, functions
 __all__ = [
     "DECLARED",
     "EAGER",
+    "FLEX",
     "KERNELS",
     "PATCHES",
     "SDPA",

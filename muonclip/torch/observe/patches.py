@@ -1,6 +1,6 @@
 """Functions in the place of the kernels' own, while somebody observes or traces a model.
 
-They are put where models look: in torch's modules, in the sources and classes of a model that imported a function by
+They are put where models look: in torch's modules, in the files and classes of a model that imported a function by
 name, in the attention interface of Hugging Face, in the autograd functions of kernels. In torch's pipelines one keeps a
 stage's first run, which is for the shapes alone, from being observed.
 """
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -51,10 +52,8 @@ class Patches:
             self._patch_pipelines()
             for kernel in KERNELS:
                 self._patch_home(kernel)
-            kinds = {plain_class(module) for module in model.modules()}
-            for holder in (*(sys.modules.get(name) for name in {kind.__module__ for kind in kinds}), *kinds):
-                if holder is not None:
-                    self._patch_imports(holder)
+            for holder in _code_of(model):
+                self._patch_imports(holder)
 
     def remove_user(self) -> None:
         """Let a user go; after the last one, restore everything but what somebody else has put there meanwhile."""
@@ -126,6 +125,26 @@ class Patches:
             compute = vars(PipelineStage)["_compute_outputs"]
             if (id(PipelineStage), "_compute_outputs") not in self._placed:
                 self._put(PipelineStage, "_compute_outputs", _unobserved(compute))
+
+
+def _code_of(model: nn.Module) -> list[Any]:
+    """Return what may have bound a kernel's function by name: the classes of a model with their bases, the files that
+    they are in, and those of the functions that these import, however far. Libraries without models are left out."""
+    kinds = {kind for module in model.modules() for kind in plain_class(module).__mro__ if not _is_library(kind)}
+    files: dict[str, Any] = {}
+    waiting = {kind.__module__ for kind in kinds}
+    while waiting:
+        name = waiting.pop()
+        file = files[name] = sys.modules.get(name)
+        functions = [each for each in vars(file).values() if isinstance(each, FunctionType)] if file else []
+        waiting |= {each.__module__ for each in functions if not _is_library(each)} - files.keys()
+    return [*kinds, *(file for file in files.values() if file is not None)]
+
+
+def _is_library(code: Any) -> bool:
+    name = code.__module__ or "builtins"
+    package = name.partition(".")[0]
+    return package in ("torch", "numpy") or package in sys.stdlib_module_names or name.startswith("muonclip.torch.")
 
 
 _HOST = "_qk_host"  # the attribute of a patch that has the function in whose place it is
