@@ -20,8 +20,10 @@ def layouts_and_shapes(draw):
     fan_in = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
     transposed = draw(st.booleans())
     rows = sum(blocks) * repeats
-    shape = (*batch, fan_in[0], rows) if transposed else (*batch, rows, *fan_in)
-    return MatrixLayout(len(batch), transposed, blocks, heads, repeats), shape
+    if transposed:
+        return MatrixLayout(len(batch), True, blocks, heads, repeats), (*batch, fan_in[0], rows)
+    out = (repeats, sum(blocks)) if draw(st.booleans()) else (rows,)
+    return MatrixLayout(len(batch), False, blocks, heads, repeats, len(out)), (*batch, *out, *fan_in)
 
 
 @pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES)

@@ -45,6 +45,8 @@ LAYOUTS = [
     ((6, 4, 3, 2), PLAIN),
     ((2, 3, 4, 6), MatrixLayout(batch_ndim=2)),
     ((5, 2, 6), MatrixLayout(transposed=True)),
+    ((3, 2, 4, 5), MatrixLayout(1, heads=(2,), out_ndim=2)),
+    ((4, 3, 2, 5), MatrixLayout(blocks=(2, 2, 2), repeats=4, out_ndim=3)),
 ]
 
 

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
 from muonclip.torch.clip.ranks import ClipRanks
 from muonclip.torch.discover import dense_copy as unsharded
-from muonclip.torch.heads.head_rows import scale_heads
+from muonclip.torch.heads.head_rows import heads_of_rows, sample_rows, scale_heads
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.mesh.index_ranges import local_indices
 from muonclip.torch.observe import AttentionCall
@@ -128,6 +128,41 @@ def test_each_rank_scales_its_own_rows_and_no_others(data):
             scale_heads(rows, module.weight, along, factors)
             expected = distribute_tensor(scaled.detach(), mesh, where, src_data_rank=None).to_local()
             assert torch.equal(local.detach().view(torch.int32), expected.view(torch.int32))
+
+
+STACKED = [  # shape, and which of its axes count rows
+    ((3, 12, 5), dict(size=3, start=12, axis=(0, 1))),
+    ((3, 4, 3, 5), dict(size=2, start=13, stride=3, axis=(0, 1, 2))),
+    ((3, 5, 8), dict(size=2, start=8, axis=(0, 2))),
+    ((5, 4, 3), dict(size=2, stride=3, start=1, axis=(1, 2))),
+    ((3, 8, 5), dict(size=2, index=torch.tensor([[0, 17], [9, 3], [23, 16], [12, 2]]), axis=(0, 1))),
+]
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_rows_along_several_axes_are_scaled_on_every_shard(data):
+    mesh_shape = data.draw(MESHES)
+    shape, options = data.draw(st.sampled_from(STACKED))
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
+    factors = torch.tensor([1.0, 0.3, 0.6, 0.7])
+    axes = options["axis"]
+    scaled = whole.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1).clone()
+    for head, rows in enumerate(HeadRows(nn.Module(), 4, **options).rows("cpu")):
+        scaled[rows] *= factors[head]
+    expected = scaled.unflatten(0, [shape[axis] for axis in axes]).movedim(tuple(range(len(axes))), axes)
+    where = placements(data.draw, mesh_shape, len(shape))
+    for mesh in Ranks(mesh_shape):
+        module = nn.Module()
+        module.weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, where, src_data_rank=None))
+        module.bias = None
+        rows = HeadRows(module, 4, **options)
+        rows.check("query")
+        heads = heads_of_rows(rows, module.weight, axes)
+        assert heads.shape == sample_rows(module.weight, axes, 2).shape[:1]
+        scale_heads(rows, module.weight, axes, factors)
+        local = distribute_tensor(expected.contiguous(), mesh, where, src_data_rank=None).to_local()
+        assert torch.equal(module.weight.to_local(), local)
 
 
 def on(mesh, module, placement, names=("weight", "bias")):
