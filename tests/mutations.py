@@ -1157,6 +1157,13 @@ MUTATIONS = (
         tests_of("torch/test_rows_by_structure.py", "test_the_matrices_of_a_stacked_weight"),
     ),
     Mutation(
+        "fused-convolution-taken-for-one-matrix",
+        "A convolution that makes queries, keys and values is one matrix.",
+        "is_convolution = isinstance(first.module, _ConvNd) and first.module.groups == 1",
+        "is_convolution = False",
+        tests_of("torch/test_rows_by_structure.py", "test_a_fused_convolution_is_several_matrices"),
+    ),
+    Mutation(
         "linearity-not-asked-for",  # 25
         "Any function of a projection counts as proportional to it.",
         "if abs(sum(values[i] for i in chosen) - total) > own + sum(noise[i] for i in chosen):",

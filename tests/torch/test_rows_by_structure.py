@@ -188,6 +188,29 @@ def test_projections_by_convolutions_of_one_pixel(seed):
     assert changed == {"q.weight", "q.bias", "k.weight"}
 
 
+class FusedPixels(Plain):
+    def build(self):
+        del self.q, self.k, self.v
+        self.w = nn.Conv2d(WIDTH, 3 * HEADS * HEAD, 1)
+
+    def heads(self, x):
+        return self.w(x.mT.unsqueeze(2)).unflatten(1, (3, HEADS, HEAD)).flatten(4).mT.unbind(1)
+
+
+def test_a_fused_convolution_is_several_matrices():
+    torch.manual_seed(0)
+    model = FusedPixels()
+    clipped(model, example())
+    for per_head, expected in ((False, "(24×14) + (24×14) + (24×14)"), (True, "4 × (6×14) + 4 × (6×14) + 4 × (6×14)")):
+        clip = QKClip(model, example_inputs=example())
+        optimizer = MuonClip(model, per_head=per_head, qk_clip=clip)
+        line = next(line for line in optimizer.plan.parameters if line.name == "w.weight")
+        assert line.layout.describe(line.shape) == expected
+    model = Pixels()
+    plan = MuonClip(model, qk_clip=QKClip(model, example_inputs=example())).plan
+    assert next(line for line in plan.parameters if line.name == "q.weight").reason == "convolution, window flattened"
+
+
 class Computed(Plain):
     """A low-rank sum as one weight."""
 

@@ -256,16 +256,16 @@ class AttentionTracer(ScoreTracker):
 
 
 def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[int]) -> TracedCall:
-    q, k = call.heads_first(call.q), call.heads_first(call.k)
-    heads = q.shape[-3] if q.ndim == 4 else _heads_of(q)
-    if call.problem or (q.ndim != 4 and not _heads_repeat(q, heads)):
-        problem = call.problem or "its heads do not follow each other behind the sequences of the batch"
-        return _refused(call, module, run, heads, problem)
-    q, k, _ = broadcast_heads(q, k, None, heads)
-    query, key = attribute(q, blocks=blocks), attribute(k, blocks=blocks)
-    if not (query.are_private or _heads_repeat(q, heads)):
-        problem = "its heads do not follow each other behind the sequences of the batch"
-        return _refused(call, module, run, heads, problem)
+    given, k = call.heads_first(call.q), call.heads_first(call.k)
+    heads = given.shape[-3] if given.ndim == 4 else _heads_of(given)
+    mixed = "its heads do not follow each other behind the sequences of the batch"
+    if call.problem or math.prod(given.shape[:-2]) % heads:
+        return _refused(call, module, run, heads, call.problem or mixed)
+    q, k, _ = broadcast_heads(given, k, None, heads)
+    query = attribute(q, blocks=blocks)
+    if not (query.are_private or _heads_repeat(given, heads)):
+        return _refused(call, module, run, heads, mixed)
+    key = attribute(k, blocks=blocks)
     value = None
     if call.v is not None and call.v.ndim == 4:
         value = attribute(call.heads_first(call.v), with_values=False)

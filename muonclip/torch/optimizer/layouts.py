@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.heads import HeadRows, QKProjection, axes_of
@@ -76,12 +77,13 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     count = math.prod(sizes)
     if weight.ndim == 3 and axes == (1,):  # [in, heads, width]: each row is a head's slice
         return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
-    if weight.ndim > 2 and axes == (0,):
+    is_convolution = isinstance(first.module, _ConvNd) and first.module.groups == 1
+    if weight.ndim > 2 and axes == (0,) and not is_convolution:
         return None
     sides, heads = _owners_of_rows(parts, count)
     in_front = next((place for place, axis in enumerate(axes) if axis != place), len(axes))  # of the axis of columns
     transposed = in_front < len(axes)
-    if axes[in_front:] != tuple(range(in_front + 1, weight.ndim)):
+    if transposed and axes[in_front:] != tuple(range(in_front + 1, weight.ndim)):
         return None
     batch = in_front if transposed else _batch_axes(sides, sizes)
     out_ndim = 1 if transposed else len(axes) - batch
@@ -98,7 +100,7 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     blocks = _blocks(sides[: count // repeats])
     sides_there = {side for side, _ in blocks}
     fused = len(sides_there) > 1 and (repeats == 1 or {"query", "key"} <= sides_there)
-    if len(blocks) > _MOST_BLOCKS or (weight.ndim == 2 and not fused and not per_head):
+    if len(blocks) > _MOST_BLOCKS or (len(axes) == 1 and not fused and not per_head):
         return None
     if not fused and not per_head:
         return MatrixLayout(transposed=transposed, out_ndim=out_ndim)
