@@ -199,9 +199,66 @@ MUTATIONS = (
     Mutation(
         "only-observed-attention-scaled",  # 9
         "An attention with a reason (QK-norm) is scaled nevertheless.",
-        "return () if self.reason else tuple(rows for part",
-        "return tuple(rows for part",
+        "        if self.reason:\n            return ()\n        return tuple(rows for part",
+        "        return tuple(rows for part",
         tests_of("torch/test_qk_clip.py", "test_an_attention_with_a_reason_is_observed_and_never_scaled"),
+    ),
+    # QK-Clip: the proof by experiment
+    Mutation(
+        "proof-takes-everything",
+        "Attentions are clipped as they were found, whatever the experiment shows.",
+        "if not any(self._try(attentions).values()):",
+        "if True:",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-lets-the-results-move",
+        "In the experiment attentions return new results, so that all that is behind them moves.",
+        "seen.result = self._earlier[index].result if index < len(self._earlier) else tree_map(_detached, run())",
+        "seen.result = tree_map(_detached, run())",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-with-zeros",
+        "Parameters that are zero stay so in the experiment: what is behind a new gate is not seen to move.",
+        "if not values.numel() or bool(values.any()):",
+        "if values.numel() >= 0:",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-asks-for-logits-alone",
+        "Rows that also feed a gate are scaled.",
+        "if not any(findings.values()) and self._moved(outcome)",
+        "if False and self._moved(outcome)",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-trusts-masks",
+        "What a kernel adds to the logits may depend on the queries unseen.",
+        "if differ(before.added, after.added):",
+        "if False:",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-by-keys-in-spite-of-positions",
+        "The keys are scaled though positions that depend on the query stay.",
+        "if finding is None and way is by_keys_alone:",
+        "if False:",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-without-the-gauge",
+        "A declaration of attention that is out of sight is taken as it is.",
+        "if gauge and self._moved(self._experiments.run(gauge)):",
+        "if False:",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "positions-of-the-query-not-counted",
+        "The maximum of attention with relative positions is that of q · k alone.",
+        "        if is_whole:",
+        "        if False:",
+        tests_of("torch/test_proof.py"),
     ),
     Mutation(
         "frozen-attention-scaled",
@@ -213,8 +270,8 @@ MUTATIONS = (
     Mutation(
         "frozen-weights-scaled",
         "The frozen base below an adapter is scaled, so the adapter alone is not the model that was trained.",
-        "fixed: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]",
-        "fixed: list[Part] = []",
+        "frozen: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]",
+        "frozen: list[Part] = []",
         tests_of("torch/test_frozen.py", "test_a_lora_adapter_is_all_that_has_to_be_saved"),
     ),
     Mutation(
@@ -1182,8 +1239,8 @@ MUTATIONS = (
     Mutation(
         "sink-in-front-shifts-the-mask",
         "A sink in front of the scores shifts their mask by a key.",
-        "block.start : block.start + block.k.shape[-2]",
-        "0 : block.k.shape[-2]",
+        "return tensor[..., block.start : block.start + block.k.shape[-2]]",
+        "return tensor[..., 0 : block.k.shape[-2]]",
         tests_of("torch/test_written_out_attention.py", "test_a_sink_in_front_of_the_keys"),
     ),
     Mutation(

@@ -438,7 +438,7 @@ def test_an_einsum_that_is_not_understood_ends_no_forward(x):
     """As of relative positions, whose axes are not those of the scores."""
 
     def attend(q, k, v, model):
-        positions = torch.einsum("bhid,ghd->ibgh", q, model.m[0].transpose(0, 1).reshape(LENGTH, HEADS, HEAD))
+        positions = torch.einsum("bhid,ghd->ibgh", v, model.m[0].transpose(0, 1).reshape(LENGTH, HEADS, HEAD))
         bias = F.linear(positions.permute(1, 3, 0, 2), torch.eye(LENGTH))
         scores = product(q, k) + bias[:, :, :1] * PER_HEAD + positions[:, :, :3].sum() + bias.flatten(0, 1)[0]
         return scores.masked_fill(FORBIDDEN, -1e4).softmax(-1) @ v

@@ -26,8 +26,8 @@ def scaled_factors(projection: QKProjection, *, clip_frozen: bool) -> dict[Part,
     if projection.reason or not projection.trains():
         return {}
     parts: list[Part] = [part for part in FACTOR_OF if getattr(projection, part)]
-    fixed: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]
-    return factors_of(parts, fixed)
+    frozen: list[Part] = [] if clip_frozen else [part for part in parts if not _is_trained(projection, part)]
+    return factors_of(parts, (*projection.fixed, *frozen))
 
 
 def is_held(projection: QKProjection, *, clip_frozen: bool) -> bool:
@@ -52,7 +52,7 @@ def clipping_in_words(projection: QKProjection, *, clip_frozen: bool) -> str:
     if clip_frozen and any(True for _ in frozen_weights(projection)):
         return "above tau, frozen weights too"
     if scaled.keys() == all_parts.keys():
-        return "above tau"
+        return "above tau, by the keys alone: the queries feed something else" if projection.fixed else "above tau"
     return f"above tau, by the {'keys' if 'key' in scaled else 'queries'} alone: the others are frozen"
 
 

@@ -47,6 +47,7 @@ from muonclip.torch.observe import (
     enter,
     of_thread,
 )
+from muonclip.torch.prove import ProvenWays
 
 _MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
@@ -74,6 +75,7 @@ class AttentionMonitor:
         self.version = 0
         self.ran = False
         self._traces: tuple[Trace, ...] = ()
+        self._ways = ProvenWays()
         self._traced: dict[str, int] = {}  # how often, by the name of the module that a forward began with
         self._prepare()
 
@@ -115,6 +117,7 @@ class AttentionMonitor:
         """
         try:
             discovery = self._ask(inputs, in_training=True)
+            self._take(discovery, inputs)
         except (NotTraced, TooLarge) as error:
             if self.projections:
                 self.to_come = f"not traced: {error}"
@@ -126,18 +129,16 @@ class AttentionMonitor:
                 "Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
-        self._take(discovery)
 
     def discover_ahead(self) -> None:
         """Find attentions with inputs that the model names or that are guessed; where none fits, the first forward will
         tell. Raises ValueError where an attention is not understood, or where there is none."""
         for inputs in guess_inputs(self.model):
             try:
-                discovery = self._ask(inputs, in_training=False)
+                self._take(self._ask(inputs, in_training=False), inputs)
             except NotTraced as error:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {error})"
                 continue
-            self._take(discovery)
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
             return
@@ -218,13 +219,16 @@ class AttentionMonitor:
             earlier=self._traces,
         )
 
-    def _take(self, discovery: Discovery) -> None:
+    def _take(self, discovery: Discovery, inputs: Inputs) -> None:
         if discovery.refusals:
             raise ValueError(message(self.model, discovery.refusals))
         self._traces = discovery.traces
-        found = self.declared | {
-            name: _with_statistic_of(self.projections.get(name), projection)
-            for name, projection in discovery.projections.items()
+        projections = self._ways.proven(
+            self.model, inputs, self.declared | discovery.projections, discovery.sites, declared=self.declared
+        )
+        found = {
+            name: each if name in self.declared else _with_statistic_of(self.projections.get(name), each)
+            for name, each in projections.items()
         }
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
         found = dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))  # on all ranks
@@ -251,7 +255,8 @@ class AttentionMonitor:
         for site in self.sites.values():
             if site.kernel is not DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is EAGER)
+                whole = [each.counts_added for each in site.projections]
+                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is EAGER, whole=whole)
                 self._observers.attach(self.model.get_submodule(site.module), observer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionMonitor:
@@ -262,7 +267,7 @@ class AttentionMonitor:
             setattr(other, name, copy.deepcopy(getattr(self, name), memo))
         for name in ("threshold", "clip_gains", "to_come", "removed", "version", "ran"):
             setattr(other, name, getattr(self, name))
-        other._traces, other._traced = (), dict(self._traced)
+        other._traces, other._traced, other._ways = (), dict(self._traced), ProvenWays()
         other._prepare()
         other.start()
         return other

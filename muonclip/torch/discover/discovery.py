@@ -40,6 +40,12 @@ class Site:
 class NotTraced(Exception):
     """A copy of the model did not run: the type and first line of what it raised, which is the cause."""
 
+    @classmethod
+    def because(cls, error: Exception) -> NotTraced:
+        """Make it of what the model has raised."""
+        line = str(error).strip().partition("\n")[0].removesuffix(".")
+        return cls(f"{type(error).__name__}: {line}")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
@@ -87,8 +93,7 @@ def discover(
         except TooLarge:
             raise
         except Exception as error:  # whatever the model raises
-            line = str(error).strip().partition("\n")[0].removesuffix(".")
-            raise NotTraced(f"{type(error).__name__}: {line}") from error
+            raise NotTraced.because(error) from error
         if in_training and module.training:
             with suppress(Exception):  # what fails here has shown what it has in evaluation mode
                 traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=True))

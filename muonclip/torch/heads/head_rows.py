@@ -157,12 +157,16 @@ def scale_heads(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor) 
         shape = [1] * heads.ndim
         shape[axes[0]] = rows.num_heads
         factors = factors.view(shape)
-        heads.copy_(torch.where(factors < 1, heads * factors, heads))
+        heads.copy_(torch.where(_changes(factors), heads * factors, heads))
         return
     shape = [size if each in axes else 1 for each, size in enumerate(parameter.shape)]
     one = torch.ones_like(factors[:1])  # for rows of no head
     factors = torch.cat([factors, one])[head_of_rows(rows, sizes, held, factors.device)].view(shape)
-    parameter.copy_(torch.where(factors < 1, (parameter * factors).to(parameter.dtype), parameter))
+    parameter.copy_(torch.where(_changes(factors), (parameter * factors).to(parameter.dtype), parameter))
+
+
+def _changes(factors: Tensor) -> Tensor:
+    return (factors < 1) | (factors > 1)
 
 
 def sample_rows(parameter: Tensor, axis: Axes, columns: int) -> Tensor:

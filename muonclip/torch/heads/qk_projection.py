@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, check_parts, grouped_parts, latent_parts
+from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, Part, check_parts, grouped_parts, latent_parts
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.logits import MaxLogits
@@ -21,8 +21,10 @@ class QKProjection:
     Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
     sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
     fused weight can be split into its matrices; they are never scaled. With a `reason` none is scaled, and the plan
-    gives the reason: the attention is observed and reported only (QK-norm: scaling W changes nothing). `kind` is a word
-    for the plan.
+    gives the reason: the attention is observed and reported only (QK-norm: scaling W changes nothing). Parts that are
+    `fixed` are not scaled either, because they feed something else, too: the other side takes all of γ. `kind` is a
+    word for the plan. `counts_added`: S includes what is added to the products, because it is linear in the queries, as
+    relative positions are.
 
     `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`. Raises ValueError for
     rows that the weights do not have, and for parts that do not fit together.
@@ -37,6 +39,8 @@ class QKProjection:
     shared_key: tuple[HeadRows, ...] = ()
     value: tuple[HeadRows, ...] = ()
     reason: str = field(default="", kw_only=True)
+    fixed: tuple[Part, ...] = field(default=(), kw_only=True)
+    counts_added: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.max_logits.num_heads != self.num_heads:
@@ -142,7 +146,9 @@ class QKProjection:
 
     def scaled_parts(self) -> tuple[HeadRows, ...]:
         """Return the parts that the clip may scale."""
-        return () if self.reason else tuple(rows for part in FACTOR_OF for rows in getattr(self, part))
+        if self.reason:
+            return ()
+        return tuple(rows for part in FACTOR_OF if part not in self.fixed for rows in getattr(self, part))
 
     def qk_parameters(self) -> list[Tensor]:
         """Return the weights and biases behind queries and keys."""

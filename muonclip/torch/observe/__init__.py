@@ -14,8 +14,10 @@ from muonclip.torch.observe.kernels import KERNELS
 from muonclip.torch.observe.loads import LoadHooks
 from muonclip.torch.observe.observer import Observer, Unclaimed
 from muonclip.torch.observe.patches import PATCHES
+from muonclip.torch.observe.score import Block, Score, columns_of
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
 from muonclip.torch.observe.torch_functions import bind, functions
+from muonclip.torch.observe.whole_logits import whole_logits
 
 __all__ = [
     "DECLARED",
@@ -27,18 +29,22 @@ __all__ = [
     "AttentionCall",
     "AttentionCallHandler",
     "AttentionKernel",
+    "Block",
     "Hooks",
     "LoadHooks",
     "Observer",
     "ObserverHooks",
+    "Score",
     "ScoreTracker",
     "Unclaimed",
     "bind",
     "broadcast_heads",
+    "columns_of",
     "drop_handlers",
     "enter",
     "functions",
     "handled",
     "handling",
     "of_thread",
+    "whole_logits",
 ]

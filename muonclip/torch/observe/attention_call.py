@@ -52,7 +52,8 @@ class AttentionCall:
 
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
-    maxima [heads]. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
+    maxima [heads]. `entering`: what enters the softmax, the columns of the keys, of attention that is written out and
+    has one product. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
     not matter. `problem`: what was not understood of the logits. `made_in`: the modules that were running when the
     product was made, of an attention that is written out.
     """
@@ -74,6 +75,7 @@ class AttentionCall:
     run_with_lse: Callable[[], tuple[Any, Tensor | None]] | None = None
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None
     run_in_trace: Callable[[], Any] | None = None
+    entering: Tensor | None = None
     problem: str = ""
     made_in: object = None
 

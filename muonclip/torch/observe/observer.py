@@ -21,20 +21,29 @@ from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.handlers import current_handler
 from muonclip.torch.observe.score_mod import ScoreMod
+from muonclip.torch.observe.whole_logits import whole_logits
 
 
 class Observer:
     """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
     statistic, from all of its calls.
 
-    `calls`: how many it makes in a run; None where that varies. `written_out`: the module writes its attention out.
-    `owner`: on whose behalf. Where `active` is False, it has been taken off amid a forward of another thread.
+    `whole`: which of them are of whole logits, with what is added. `calls`: how many it makes in a run; None where that
+    varies. `written_out`: the module writes its attention out. `owner`: on whose behalf. Where `active` is False, it
+    has been taken off amid a forward of another thread.
     """
 
     def __init__(
-        self, statistics: Sequence[MaxLogits], *, calls: int | None, written_out: bool, owner: object = None
+        self,
+        statistics: Sequence[MaxLogits],
+        *,
+        calls: int | None,
+        written_out: bool,
+        whole: Sequence[bool] = (),
+        owner: object = None,
     ) -> None:
         self.statistics, self.expected, self.written_out, self.owner = list(statistics), calls, written_out, owner
+        self.whole = list(whole) or [False] * len(self.statistics)
         self.active = True
 
     def __deepcopy__(self, memo: object) -> None:
@@ -72,7 +81,9 @@ class ObserverRun:
                 f"QK-Clip cannot observe an attention as it is called now: {call.problem}. Call it as in the first "
                 "step, or declare the attention and fill its MaxLogits yourself."
             )
-        statistic = self._next_statistic()
+        statistic, is_whole = self._next_statistic()
+        if is_whole:
+            return self._with_added(call, statistic)
         if call.run_with_max is not None:
             result, maxima = call.run_with_max()
             statistic.update(maxima)
@@ -84,6 +95,17 @@ class ObserverRun:
             return call.run()
         result, lse = call.run_with_lse()
         take_in(call, statistic, lse)
+        return result
+
+    def _with_added(self, call: AttentionCall, statistic: MaxLogits) -> Any:
+        logits = whole_logits(call, statistic.heads_in(call.heads_first(call.q)))
+        if logits is None:
+            raise RuntimeError(
+                "QK-Clip: what is added to the logits of an attention depended on its queries when the attention was "
+                "found, and is not to be seen now. Call it as in the first step."
+            )
+        result = call.run()
+        statistic.update(logits.amax((0, 2, 3)))
         return result
 
     def check_calls(self) -> None:
@@ -98,12 +120,12 @@ class ObserverRun:
         if current_handler() is self:
             self.attention(call)
 
-    def _next_statistic(self) -> MaxLogits:
+    def _next_statistic(self) -> tuple[MaxLogits, bool]:
         self.calls += 1
         if self.observer.expected is not None and self.calls > self.observer.expected:
             raise RuntimeError(self._unexpected())
-        statistics = self.observer.statistics
-        return statistics[min(self.calls, len(statistics)) - 1]
+        index = min(self.calls, len(self.observer.statistics)) - 1
+        return self.observer.statistics[index], self.observer.whole[index]
 
     def _unexpected(self) -> str:
         return (

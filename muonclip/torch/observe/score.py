@@ -188,15 +188,25 @@ class Score:
             leading = torch.broadcast_shapes(*(block.k.shape[:-2] for block in self.blocks))
             keys = [(block.k * block.scale).expand(*leading, *block.k.shape[-2:]) for block in self.blocks]
             k, scale = torch.cat(keys, -2), 1.0
-            allowed = torch.cat([_columns(allowed, block) for block in self.blocks], -1)
+            allowed = torch.cat([columns_of(allowed, block) for block in self.blocks], -1)
         elif allowed.shape[-1:] != k.shape[-2:-1]:
-            allowed = _columns(allowed, first)
+            allowed = columns_of(allowed, first)
         if allowed.shape[:-2] != q.shape[:-2] and not problem:  # after a reshape
             leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
             if allowed.shape[:-2].numel() == leading.numel():
                 allowed = allowed.reshape(*leading, *allowed.shape[-2:])
+        entering = columns_of(logits, first) if len(self.blocks) == 1 else None
         return AttentionCall(
-            KERNEL, _nothing, q, k, None, scale, attn_mask=allowed, problem=problem, made_in=self.made_in
+            KERNEL,
+            _nothing,
+            q,
+            k,
+            None,
+            scale,
+            attn_mask=allowed,
+            entering=entering,
+            problem=problem,
+            made_in=self.made_in,
         )
 
 
@@ -229,7 +239,8 @@ def joined(parts: Sequence[tuple[Tensor, Score | None]], dimension: int, result:
     return score
 
 
-def _columns(tensor: Tensor, block: Block) -> Tensor:
+def columns_of(tensor: Tensor, block: Block) -> Tensor:
+    """Return the columns of a score that are one of its products."""
     return tensor[..., block.start : block.start + block.k.shape[-2]]
 
 

@@ -1,0 +1,47 @@
+"""The maxima of whole logits, for attention whose added terms are linear in the queries, as relative positions are.
+
+    S = scale · q_i · k_j + q_i · r_ij        over the pairs that count; T. Shaw, 1803.02155, eq. 5
+
+The added tensor is as large as the logits, so that computing them needs no more memory than the attention itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from muonclip.torch.logits import is_masked
+from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
+
+
+@torch.no_grad()
+def whole_logits(call: AttentionCall, heads: int) -> Tensor | None:
+    """Return the logits [B, heads, Tq, Tk] with what is added to them, −inf at pairs that do not count.
+
+    None where the call does not show them.
+    """
+    q, k = _local(call.heads_first(call.q.detach())), _local(call.heads_first(call.k.detach()))
+    mask = call.attn_mask
+    mask = _local(mask.detach()) if isinstance(mask, Tensor) else None
+    if call.entering is not None:
+        shape = (-1, heads, *call.entering.shape[-2:])
+        logits = call.entering.detach()
+        if mask is not None:
+            alike = mask.shape[:-2].numel() == logits.shape[:-2].numel()  # whatever the axes are
+            allowed = mask.reshape(logits.shape) if alike else mask.expand(logits.shape)
+            logits = logits.masked_fill(~allowed, -math.inf)
+        return logits.reshape(shape)
+    if mask is None or mask.dtype == torch.bool or call.is_causal:
+        return None
+    q, k, added = broadcast_heads(q, k, mask, heads)
+    assert added is not None
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ k.to(dtype).repeat_interleave(heads // k.shape[1], 1).mT
+    return (scores * call.scale_or_default() + added).masked_fill(is_masked(added), -math.inf)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

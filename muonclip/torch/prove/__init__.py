@@ -1,0 +1,5 @@
+"""Proof by experiment: what the clip would do to an attention is done to a copy of the model, what moves is read."""
+
+from muonclip.torch.prove.proven_ways import ProvenWays
+
+__all__ = ["ProvenWays"]

@@ -1,0 +1,155 @@
+"""Forwards of copies of one model on the same inputs, some of whose weights are scaled by powers of two.
+
+These commute with rounding, so that results are compared to the bit, in the precision that the model runs in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from muonclip.torch.discover import Inputs, Replica, replica_of
+from muonclip.torch.heads import HeadRows, scale_heads
+from muonclip.torch.observe import handling
+from muonclip.torch.prove.attention_run import AttentionRun, SeenCall
+
+Scaling = Sequence[tuple[HeadRows, Tensor]]
+"""Rows of the model, each with a factor for every head."""
+
+_NOISE = 2**-6  # of the largest, where a kernel is not deterministic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Hold what a forward showed: its calls of attention, the tensors that it returned, and the modules that ran."""
+
+    calls: list[SeenCall]
+    returned: list[Tensor]
+    ran: set[str]
+
+
+class Experiments:
+    """Runs a model, or the part of it that `inputs` are for, with some rows scaled.
+
+    `heads_of`: as of `AttentionRun`. `base`: the run in which nothing is scaled. Raises whatever the model raises.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, heads_of: Callable[[str, int], int | None], *, training: bool
+    ) -> None:
+        self._model, self._inputs, self._heads_of, self._training = model, inputs, heads_of, training
+        self._names = {module: name for name, module in model.named_modules()}
+        self._prefix = f"{inputs.module}." if inputs.module else ""
+        self._is_noisy: bool | None = None
+        self.base = self.run(())
+
+    def run(self, scaling: Scaling, *, replayed: bool = False) -> Outcome:
+        """Run the model with these rows scaled. `replayed`: every attention returns what it did in `base`."""
+        model, inputs = self._model.get_submodule(self._inputs.module), self._inputs
+        earlier = self.base.calls if replayed else ()
+        values = _NumbersForZeros()
+        with (
+            replica_of(model, inputs.args, inputs.kwargs, values, prefix=self._prefix, training=self._training) as copy,
+            torch.enable_grad(),  # without, some models call other kernels
+            torch.autograd.graph.saved_tensors_hooks(_nothing, _not_asked_for),
+            warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
+        ):
+            self._scale(copy, scaling)
+            run = AttentionRun(copy.module, self._prefix, self._heads_of, earlier)
+            with handling(run), run:
+                returned = copy.run()
+        return Outcome(run.calls, [each.detach().clone() for each in tensors_in(returned)], run.ran)
+
+    def reaches(self, rows: HeadRows) -> bool:
+        """Tell whether a weight is in what is run."""
+        name = self._names.get(rows.module)
+        return name is not None and f"{name}.".startswith(self._prefix)
+
+    def differ(self, one: Tensor | None, other: Tensor | None, *, by_powers_of_two: bool = False) -> bool:
+        """Tell whether a tensor of one run is another one in the other run.
+
+        `by_powers_of_two`: each element times such a number is the same.
+        """
+        if one is None or other is None or one.shape != other.shape:
+            return one is not other
+        if torch.equal(one, other) or not one.numel():
+            return False
+        if not one.is_floating_point():
+            return True
+        a, b = (each.double() for each in (one, other))
+        equal = (a == b) | (a.isnan() & b.isnan())
+        if by_powers_of_two:
+            equal = equal | (torch.frexp(a).mantissa == torch.frexp(b).mantissa)
+        if bool(equal.all()):
+            return False
+        away = (a - b).masked_fill(equal, 0).abs().max()
+        is_small = bool(away <= _NOISE * a.masked_fill(~a.isfinite(), 0).abs().max())
+        return not is_small or not self._noisy()
+
+    def is_rounding(self, away: Tensor, largest: Tensor, dtype: torch.dtype) -> bool:
+        """Tell whether a difference of at most `away` between numbers that were computed of tensors of a dtype is not
+        more than rounding of the largest explains."""
+        rounding = max(8 * torch.finfo(dtype).eps, 2**-14)
+        return bool(away <= rounding * largest) or (bool(away <= _NOISE * largest) and self._noisy())
+
+    def _noisy(self) -> bool:
+        """Tell whether the model returns other bits when it runs again."""
+        if self._is_noisy is None:
+            self._is_noisy = False
+            again = self.run(())
+            pairs = zip(self.base.returned, again.returned, strict=True)
+            self._is_noisy = any(self.differ(one, other) for one, other in pairs)
+        return self._is_noisy
+
+    def _scale(self, copy: Replica, scaling: Scaling) -> None:
+        own: set[int] = set()
+        for rows, factors in scaling:
+            name = f"{self._names[rows.module]}.".removeprefix(self._prefix).removesuffix(".")
+            module = copy.module.get_submodule(name)
+            in_copy = dataclasses.replace(rows, module=module)
+            for parameter, axis in in_copy.parameters():
+                if id(parameter) not in own:
+                    own.add(id(parameter))
+                    parameter.data = parameter.detach().clone()
+                scale_heads(in_copy, parameter, axis, factors.to(parameter.device))
+
+
+class _NumbersForZeros:
+    """Random numbers in place of parameters that are zero, as adapters and gates are in the beginning; the same ones in
+    every run, and on every rank."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if not values.numel() or bool(values.any()):
+            return values
+        if values.device not in self._generators:
+            self._generators[values.device] = torch.Generator(values.device).manual_seed(0)
+        numbers = torch.randn(values.shape, generator=self._generators[values.device], device=values.device)
+        return (numbers / math.sqrt(max(1, math.prod(values.shape[1:])))).to(values.dtype)
+
+
+def _nothing(saved: object) -> None:
+    """Keep nothing for a backward, which nobody asks for."""
+
+
+def _not_asked_for(nothing: object) -> Tensor:
+    raise AssertionError("an experiment has no backward")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a model has returned, those in dataclasses included."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])

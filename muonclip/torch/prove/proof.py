@@ -1,0 +1,275 @@
+"""The proof of attentions that were found or declared: their rows are scaled in a copy as the clip would scale them.
+
+    L' = γ_h S + C        for every head h, and nothing else of the model moves
+
+The factors differ from head to head and are powers of two. Every attention returns what it did in an unscaled run, so
+that each is tried by itself though all are scaled together, and what the model returns shows whether the rows feed
+something else. Where that does not hold, an attention may be clipped by one side alone.
+
+An attention that shows no call, because it is declared and computed out of sight, is proven by the gauge:
+
+    query rows · 2^a, key rows · 2^−a        leave every bit of what the model returns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from muonclip.core import ClipFactors
+from muonclip.core.head_parts import FACTOR_OF, Part, factors_of
+from muonclip.torch.discover import Inputs, Site
+from muonclip.torch.heads import QKProjection
+from muonclip.torch.prove.attention_run import SeenCall
+from muonclip.torch.prove.experiments import Experiments, Outcome, Scaling
+from muonclip.torch.prove.sample import Sample
+from muonclip.torch.prove.ways import (
+    Finding,
+    Way,
+    as_found,
+    by_keys_alone,
+    by_queries_alone,
+    by_queries_with_added,
+    observed_only,
+    with_added,
+)
+
+_WAYS: tuple[Way, ...] = (as_found, with_added, by_queries_alone, by_queries_with_added, by_keys_alone)
+
+
+def prove(
+    model: nn.Module,
+    inputs: Inputs,
+    projections: Mapping[str, QKProjection],
+    sites: Sequence[Site],
+    *,
+    declared: Collection[str] = (),
+    training: bool = False,
+) -> dict[str, Way | Finding]:
+    """Try the clip of attentions, by name, in copies of the model. Returns the way in which each can be clipped, or why
+    it cannot.
+
+    `sites`: where each is called; those that a run on these inputs does not reach are not in the result. `declared`:
+    the names of those that may be computed out of sight. `training`: the mode of the copies. Raises whatever the model
+    raises.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    return _Proof(model, inputs, projections, sites, declared, training=training).ways()
+
+
+class _Proof:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        projections: Mapping[str, QKProjection],
+        sites: Sequence[Site],
+        declared: Collection[str],
+        *,
+        training: bool,
+    ) -> None:
+        self._projections, self._declared = projections, set(declared)
+        self._names = {id(projection): name for name, projection in projections.items()}
+        self._sites = {site.module: site for site in sites}
+        self._experiments = Experiments(model, inputs, self._heads_of, training=training)
+        self._modules = dict(model.named_modules())
+
+    def ways(self) -> dict[str, Way | Finding]:
+        """Return the way in which each attention that was reached can be clipped, or why it cannot."""
+        base = self._experiments.base
+        if any(bool(each.isnan().any()) for each in base.returned if each.is_floating_point()):
+            return {}  # nothing can be told of such a model
+        clipped = {
+            name: each
+            for name, each in self._projections.items()
+            if each.scaled_parts() and all(map(self._experiments.reaches, each.scaled_parts()))
+        }
+        seen = {self._name_of(call) for call in base.calls}
+        called = {name: each for name, each in clipped.items() if name in seen}
+        unseen = {name: each for name, each in clipped.items() if name in base.ran & self._declared - seen}
+        out_of_sight: dict[str, Way | Finding] = {
+            name: as_found if finding is None else finding for name, finding in self._try_unseen(unseen).items()
+        }
+        return self._ways_of(called) | out_of_sight
+
+    def _ways_of(self, attentions: Mapping[str, QKProjection]) -> dict[str, Way | Finding]:
+        if not any(self._try(attentions).values()):
+            return dict.fromkeys(attentions, as_found)
+        by_make: dict[object, Way | Finding] = {}  # one of each make shows how all of them can be clipped
+        for name, each in attentions.items():
+            make = self._make_of(each)
+            if make not in by_make:
+                by_make[make] = self._way_of(name, each)
+        ways = {name: by_make[self._make_of(each)] for name, each in attentions.items()}
+        if not any(self._try(_in_their_ways(attentions, ways)).values()):
+            return ways
+        ways = {name: self._way_of(name, each) for name, each in attentions.items()}
+        together = self._try(_in_their_ways(attentions, ways))  # the clip of one may move the logits of another
+        return ways | {name: finding for name, finding in together.items() if finding is not None}
+
+    def _way_of(self, name: str, projection: QKProjection) -> Way | Finding:
+        """Return the first way in which one attention can be clipped, or why it cannot be as it was found."""
+        findings: list[Finding] = []
+        for way in _WAYS:
+            changed = way(projection)
+            if changed is None:
+                continue
+            finding = self._try({name: changed})[name]
+            if finding is None and way is by_keys_alone:
+                finding = self._held_by_queries_alone(name, projection)
+            if finding is None:
+                return way
+            findings.append(finding)
+        is_normalised = findings[0] is Finding.NORMALISED and name not in self._declared
+        return observed_only if is_normalised else findings[0]
+
+    def _held_by_queries_alone(self, name: str, projection: QKProjection) -> Finding | None:
+        """Tell whether what is added to the logits depends on the queries, so that the keys would not hold it down."""
+        by_queries = by_queries_alone(projection)
+        finding = None if by_queries is None else self._try({name: by_queries})[name]
+        return finding if finding is Finding.MORE_THAN_PRODUCTS else None
+
+    def _try(self, attentions: Mapping[str, QKProjection]) -> dict[str, Finding | None]:
+        """Clip attentions in a copy, and return what does not hold of each."""
+        findings: dict[str, Finding | None] = dict.fromkeys(attentions)
+        if not attentions:
+            return findings
+        factors = {name: _factors(each.num_heads, index) for index, (name, each) in enumerate(attentions.items())}
+        outcome = self._experiments.run(
+            [pair for name, each in attentions.items() for pair in _clipped(each, factors[name])], replayed=True
+        )
+        for before, after in zip(self._experiments.base.calls, outcome.calls, strict=False):
+            name = self._name_of(before)
+            if name is None or name not in attentions or findings[name] is not None:
+                continue
+            if before.sample and after.sample:
+                findings[name] = self._compare(before.sample, after.sample, attentions[name], factors[name].gamma)
+        if not any(findings.values()) and self._moved(outcome) and self._gauge_moves(attentions):
+            return dict.fromkeys(attentions, Finding.FEEDS_OTHERS)
+        return findings
+
+    def _try_unseen(self, attentions: Mapping[str, QKProjection]) -> dict[str, Finding | None]:
+        """Try attentions by the gauge, and that what the model returns moves with them at all."""
+        if not attentions:
+            return {}
+        gauge = [pair for index, each in enumerate(attentions.values()) for pair in _gauge(each, index)]
+        if gauge and self._moved(self._experiments.run(gauge)):
+            return dict.fromkeys(attentions, Finding.NOT_BY_GAUGE)
+        clipped = [
+            pair for i, each in enumerate(attentions.values()) for pair in _clipped(each, _factors(each.num_heads, i))
+        ]
+        moved = self._moved(self._experiments.run(clipped), exactly=True)
+        return dict.fromkeys(attentions, None if moved else Finding.NORMALISED)
+
+    def _compare(self, before: Sample, after: Sample, projection: QKProjection, gamma: Tensor) -> Finding | None:
+        differ, gamma = self._experiments.differ, gamma.to(before.scores)[:, None, None]
+        if before.scores.shape != after.scores.shape:
+            return Finding.FEEDS_OTHERS
+        if differ(before.scores * gamma, after.scores):
+            return Finding.NORMALISED if _moved_alike(before.scores, after.scores) else Finding.NOT_SCALED
+        if differ(before.values, after.values):
+            return Finding.FEEDS_VALUES
+        if projection.counts_added:
+            if before.whole is None or after.whole is None:
+                return Finding.MORE_THAN_PRODUCTS
+            agree = self._agree(before.whole, after.whole, before.whole, before, gamma)
+            return None if agree else Finding.MORE_THAN_PRODUCTS
+        if differ(before.added, after.added):
+            return Finding.MORE_THAN_PRODUCTS
+        if before.logits is None or after.logits is None:
+            return None
+        agree = self._agree(before.logits, after.logits, before.scores, before, gamma)
+        return None if agree else Finding.MORE_THAN_PRODUCTS
+
+    def _agree(self, before: Tensor, after: Tensor, scores: Tensor, sample: Sample, gamma: Tensor) -> bool:
+        """Tell whether (L − L') / (1 − γ) is S, at the pairs that count, where L is finite. A softmax does not see what
+        is added to all logits of a query, such as their maximum."""
+        away = (before - after) / (1 - gamma) - scores
+        counts = away.isfinite()
+        away = away.masked_fill(~counts, 0)
+        if not sample.is_capped and scores is sample.scores:
+            of_queries = away.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
+            away = (away - of_queries).masked_fill(~counts, 0)
+        largest = before.masked_fill(~counts, 0).abs().max()
+        return self._experiments.is_rounding(away.abs().max(), largest, sample.dtype)
+
+    def _moved(self, outcome: Outcome, *, exactly: bool = False) -> bool:
+        """Tell whether something that the model returns has moved; unless `exactly`, something else than queries and
+        keys themselves, which a cache has."""
+        base = self._experiments.base
+        if len(base.returned) != len(outcome.returned) or len(base.calls) != len(outcome.calls):
+            return True
+        pairs = zip(base.returned, outcome.returned, strict=True)
+        return any(self._experiments.differ(one, other, by_powers_of_two=not exactly) for one, other in pairs)
+
+    def _gauge_moves(self, attentions: Mapping[str, QKProjection]) -> bool:
+        """Tell whether the gauge, too, moves what the model returns, which may be logits that the clip has moved."""
+        gauge = [pair for index, each in enumerate(attentions.values()) for pair in _gauge(each, index)]
+        return not gauge or self._moved(self._experiments.run(gauge, replayed=True))
+
+    def _name_of(self, call: SeenCall) -> str | None:
+        """Return the name of the attention that a call is of."""
+        return self._names.get(id(self._projection_of(call.module, call.number)))
+
+    def _heads_of(self, module: str, number: int) -> int | None:
+        projection = self._projection_of(module, number)
+        return None if projection is None else projection.num_heads
+
+    def _projection_of(self, module: str, number: int) -> QKProjection | None:
+        site = self._sites.get(module)
+        return None if site is None else site.projections[min(number, len(site.projections) - 1)]
+
+    def _make_of(self, projection: QKProjection) -> object:
+        """Return what attentions have in common that are computed by the same code."""
+        callers = [
+            (type(self._modules[module]), site.kernel.name)
+            for module, site in self._sites.items()
+            if any(each is projection for each in site.projections)
+        ]
+        rows = [(part, r.num_heads, r.size, r.axis) for part in FACTOR_OF for r in getattr(projection, part)]
+        return (*callers[:1], projection.kind, *rows)
+
+
+def _in_their_ways(
+    attentions: Mapping[str, QKProjection], ways: Mapping[str, Way | Finding]
+) -> dict[str, QKProjection]:
+    """Return the attentions that can be clipped, in the way in which they can."""
+    changed = {name: None if isinstance(way, Finding) else way(attentions[name]) for name, way in ways.items()}
+    return {name: each for name, each in changed.items() if each is not None and each.scaled_parts()}
+
+
+def _factors(heads: int, offset: int) -> ClipFactors:
+    """Return factors of each head, γ and its root for each side."""
+    root = torch.tensor([2.0 ** -(1 + (head + offset) % 3) for head in range(heads)], dtype=torch.float32, device="cpu")
+    return ClipFactors(gamma=root * root, query=root, key=root)
+
+
+def _clipped(projection: QKProjection, factors: ClipFactors) -> Scaling:
+    parts: list[Part] = [part for part in FACTOR_OF if getattr(projection, part)]
+    return [
+        (rows, getattr(factors, factor))
+        for part, factor in factors_of(parts, projection.fixed).items()
+        for rows in getattr(projection, part)
+    ]
+
+
+def _gauge(projection: QKProjection, offset: int) -> Scaling:
+    """Multiply the queries of heads by powers of two, and the keys that they have to themselves by the reciprocals."""
+    powers = torch.tensor(
+        [(2.0, 0.25, 8.0, 0.5)[(head + offset) % 4] for head in range(projection.num_heads)],
+        dtype=torch.float32,
+        device="cpu",
+    )
+    if not projection.key:
+        return []
+    return [(rows, powers) for rows in projection.query] + [(rows, 1 / powers) for rows in projection.key]
+
+
+def _moved_alike(before: Tensor, after: Tensor) -> bool:
+    """Tell whether the logits of all heads have moved by one factor at most, whatever those of their rows."""
+    size = before.square().sum()
+    factor = (before * after).sum() / size
+    return bool(size > 0) and bool((after - factor * before).square().sum() <= 1e-6 * size)

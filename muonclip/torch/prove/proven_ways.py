@@ -1,0 +1,87 @@
+"""The ways in which the attentions of a model were proven, kept for later searches, which read all attentions anew."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+
+from torch import nn
+
+from muonclip.torch.discover import Inputs, NotTraced, Refusal, Site, message
+from muonclip.torch.heads import HeadRows, QKProjection
+from muonclip.torch.prove.proof import prove
+from muonclip.torch.prove.ways import Finding, Way, as_found
+
+
+class ProvenWays:
+    """Proves each attention once."""
+
+    def __init__(self) -> None:
+        self._ways: dict[object, Way] = {}  # by the rows of the attention
+
+    def forget(self) -> None:
+        """Prove all of them again."""
+        self._ways.clear()
+
+    def proven(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        projections: Mapping[str, QKProjection],
+        sites: Sequence[Site],
+        *,
+        declared: Collection[str],
+    ) -> dict[str, QKProjection]:
+        """Return attentions, by name, as they can be clipped; those that were not reached so far as they are.
+
+        Raises ValueError where one cannot be clipped, and NotTraced where a copy of the model does not run.
+        """
+        keys = {name: _key_of(each) for name, each in projections.items()}
+
+        def missing() -> dict[str, QKProjection]:
+            return {name: p for name, p in projections.items() if p.scaled_parts() and keys[name] not in self._ways}
+
+        found: dict[str, Way | Finding] = {}
+        if missing():
+            try:
+                found = prove(model, inputs, missing(), sites, declared=declared)
+            except Exception as error:  # whatever the model raises
+                raise NotTraced.because(error) from error
+            self._keep(found, keys)
+        if missing() and model.get_submodule(inputs.module).training and not _failed(found):
+            with suppress(Exception):  # what does not run in training mode has run in evaluation mode
+                found |= prove(model, inputs, missing(), sites, declared=declared, training=True)
+            self._keep(found, keys)
+        _raise(model, projections, _failed(found), declared)
+        return {name: self._ways.get(keys[name], as_found)(each) or each for name, each in projections.items()}
+
+    def _keep(self, found: Mapping[str, Way | Finding], keys: Mapping[str, object]) -> None:
+        self._ways |= {keys[name]: way for name, way in found.items() if not isinstance(way, Finding)}
+
+
+def _failed(found: Mapping[str, Way | Finding]) -> dict[str, Finding]:
+    return {name: each for name, each in found.items() if isinstance(each, Finding)}
+
+
+def _raise(
+    model: nn.Module, projections: Mapping[str, QKProjection], failed: Mapping[str, Finding], declared: Collection[str]
+) -> None:
+    for name, finding in failed.items():
+        if name in declared:
+            raise ValueError(
+                f"QK-Clip: the declaration of {name or 'the model'} does not hold: {finding.value}. Correct it, or "
+                'give it a reason, QKProjection(…, reason="…"), and it is observed only.'
+            )
+    if failed:
+        raise ValueError(
+            message(model, {name: Refusal(projections[name].num_heads, each.value) for name, each in failed.items()})
+        )
+
+
+def _key_of(projection: QKProjection) -> object:
+    return (projection.num_heads, *(_key_of_rows(side, rows) for side, rows in projection.parts()))
+
+
+def _key_of_rows(side: str, rows: HeadRows) -> object:
+    index = None if rows.index is None else tuple(rows.index.flatten().tolist())
+    return side, id(rows.module), rows.weight, rows.axis, rows.num_heads, rows.size, rows.start, rows.step, index

@@ -1,0 +1,342 @@
+"""What is clipped was tried on a copy first: the right rows, the right logits, and nothing else that moves."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muonclip.torch import MaxLogits, QKClip, QKProjection
+
+WIDTH, HEADS, HEAD, LENGTH = 20, 4, 6, 7
+
+
+def in_heads(x):
+    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """With parts to override. `logits` enter the softmax; `counted` is their part that the clip must hold."""
+
+    def __init__(self, key_heads=HEADS):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, n * HEAD) for n in (HEADS, key_heads, HEADS))
+        self.o = nn.Linear(HEADS * HEAD, WIDTH)
+
+    def queries(self, x):
+        return in_heads(self.q(x))
+
+    def keys(self, x):
+        k = in_heads(self.k(x))
+        return k.repeat_interleave(HEADS // k.shape[1], 1)
+
+    def values(self, x):
+        return in_heads(self.v(x))
+
+    def added(self, q, k):
+        return 0
+
+    def logits(self, x):
+        q, k = self.queries(x), self.keys(x)
+        return q @ k.mT / math.sqrt(HEAD) + self.added(q, k)
+
+    def counted(self, x):
+        return self.logits(x)
+
+    def attend(self, x):
+        return self.logits(x).softmax(-1) @ self.values(x)
+
+    def out(self, x, y):
+        return self.o(y)
+
+    def forward(self, x):
+        return self.out(x, self.attend(x).transpose(1, 2).flatten(2))
+
+
+class Kernel(Attention):
+    def attend(self, x):
+        q, k = self.queries(x), self.keys(x)
+        added = self.added(q, k)
+        mask = added if isinstance(added, torch.Tensor) else None
+        return F.scaled_dot_product_attention(q, k, self.values(x), attn_mask=mask)
+
+
+class Gate(Kernel):
+    def out(self, x, y):
+        return self.o(y * torch.sigmoid(self.q(x)))
+
+
+class GateBehindAZero(Gate):
+    """As adaptive norms and layer scales begin."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return x + self.scale * super().forward(x)
+
+
+class KeysMakeValues(Kernel):
+    def values(self, x):
+        return self.keys(x).tanh()
+
+
+class DetachedNorm(Attention):
+    def queries(self, x):
+        q = super().queries(x)
+        return 4 * q / q.norm(dim=-1, keepdim=True).detach()
+
+
+class DetachedNorms(DetachedNorm):
+    def keys(self, x):
+        k = super().keys(x)
+        return 4 * k / k.norm(dim=-1, keepdim=True).detach()
+
+
+class Relative(Attention):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.positions = nn.Parameter(torch.randn(LENGTH, HEAD))
+
+    def added(self, q, k):
+        return q @ self.positions.T
+
+
+class RelativeMask(Relative, Kernel):
+    pass
+
+
+class RelativeToKeys(Relative):
+    """The queries hold q · k down and leave the rest as it is."""
+
+    def added(self, q, k):
+        return (k @ self.positions.T).mT
+
+    def counted(self, x):
+        return super().logits(x) - self.added(self.queries(x), self.keys(x))
+
+
+class Distance(Attention):
+    def added(self, q, k):
+        square = lambda t: t.square().sum(-1) / (2 * math.sqrt(HEAD))  # noqa: E731
+        return -square(q)[..., None] - square(k)[..., None, :]
+
+
+class Forgetting(Attention):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HEADS)
+
+    def counted(self, x):
+        return super().logits(x)
+
+    def logits(self, x):
+        forgotten = F.logsigmoid(self.gate(x)).cumsum(1).transpose(1, 2)
+        return super().logits(x) + forgotten[..., :, None] - forgotten[..., None, :]
+
+
+def made(kind, *args, dtype=torch.float32):
+    torch.manual_seed(0)
+    return kind(*args).to(dtype), torch.randn(3, LENGTH, WIDTH, dtype=dtype)
+
+
+def maxima(module, x):
+    """Of each head, dense in float64."""
+    return copy.deepcopy(module).double().counted(x.double()).detach().amax((0, 2, 3))
+
+
+def clipped(module, x, *, share=0.5):
+    """The maxima before and after one clip to `share` of the largest, the clip, and the parameters before."""
+    before, weights = maxima(module, x), {name: p.detach().clone() for name, p in module.named_parameters()}
+    clip = QKClip(module, tau=share * float(before.max()), observe="always")
+    module(x)
+    clip.step()
+    return before, maxima(module, x), clip, weights
+
+
+def unchanged(module, weights):
+    return {name for name, parameter in module.named_parameters() if torch.equal(parameter, weights[name])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "args", "kept"),
+    [
+        (Attention, (), set()),
+        (Attention, (2,), {"k.weight", "k.bias"}),
+        (Kernel, (), set()),
+        (Forgetting, (), {"gate.weight", "gate.bias"}),
+        (Gate, (), {"q.weight", "q.bias"}),
+        (GateBehindAZero, (), {"q.weight", "q.bias", "scale"}),
+        (KeysMakeValues, (), {"k.weight", "k.bias"}),
+        (DetachedNorm, (), {"q.weight", "q.bias"}),
+        (Relative, (), {"k.weight", "k.bias", "positions"}),
+        (Relative, (2,), {"k.weight", "k.bias", "positions"}),
+        (RelativeMask, (), {"k.weight", "k.bias", "positions"}),
+        (RelativeToKeys, (), {"k.weight", "k.bias", "positions"}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_heads_are_held_at_tau_and_nothing_else_is_scaled(kind, args, kept, dtype):
+    module, x = made(kind, *args, dtype=dtype)
+    before, after, clip, weights = clipped(module, x)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(after, before.clamp(max=clip.tau), rtol=tolerance, atol=tolerance * clip.tau)
+    assert unchanged(module, weights) == kept | {"v.weight", "v.bias", "o.weight", "o.bias"}
+
+
+def test_logits_that_are_never_positive_are_never_clipped():
+    module, x = made(Distance)
+    before, weights = maxima(module, x), {name: p.detach().clone() for name, p in module.named_parameters()}
+    clip = QKClip(module, tau=1e-3, observe="always")
+    module(x)
+    clip.step()
+    torch.testing.assert_close(clip.report().layers[""].max_logits.double(), before, rtol=1e-5, atol=1e-5)
+    assert unchanged(module, weights) == weights.keys()
+
+
+def test_what_is_normalised_is_observed_only():
+    module, x = made(DetachedNorms)
+    _, _, clip, weights = clipped(module, x)
+    assert unchanged(module, weights) == weights.keys()
+    assert "QK-norm" in clip.attentions.projections[""].reason
+
+
+class TwoTerms(Attention):
+    """Positions that depend on the query and others that do not: S is not to be told from the rest in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(LENGTH, HEAD))
+        self.bias = nn.Parameter(torch.randn(HEADS, LENGTH, LENGTH))
+
+    def added(self, q, k):
+        return q @ self.positions.T + self.bias
+
+
+class CappedRelative(Relative):
+    def logits(self, x):
+        return 5 * torch.tanh(super().logits(x) / 5)
+
+
+class AddedLogits(Attention):
+    def forward(self, x, before):
+        logits = self.logits(x) + before
+        return x + self.o((logits.softmax(-1) @ self.values(x)).transpose(1, 2).flatten(2)), logits
+
+
+class LogitsOfTheLayerBefore(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(AddedLogits() for _ in range(3))
+
+    def forward(self, x):
+        before = 0.0
+        for layer in self.layers:
+            x, before = layer(x, before)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "why"),
+    [
+        (TwoTerms, "the model", "hold more than the products"),
+        (CappedRelative, "the model", "hold more than the products"),
+        (LogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),
+    ],
+)
+def test_what_no_factor_holds_is_refused_by_name(kind, names, why):
+    module, x = made(kind)
+    with pytest.raises(ValueError, match=rf"{names}: .*{why}"):
+        QKClip(module, example_inputs=x)
+
+
+class ReturnsMore(Attention):
+    """As a model with a cache that returns its logits, too."""
+
+    def forward(self, x):
+        q, k = self.queries(x), self.keys(x)
+        logits = q @ k.mT + torch.arange(LENGTH)
+        return self.o((logits.softmax(-1) @ self.values(x)).transpose(1, 2).flatten(2)), (q, k), logits
+
+
+def test_what_is_returned_of_queries_keys_and_logits_is_no_other_use_of_them():
+    module, x = made(ReturnsMore)
+    projection = QKClip(module, example_inputs=x).attentions.projections[""]
+    assert projection.query
+    assert projection.key
+    assert not projection.fixed
+
+
+class InSteps(nn.Module):
+    """Attention in training mode alone, beside one that always runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.training_only = Kernel(), Gate()
+
+    def forward(self, x):
+        x = x + self.always(x)
+        return x + self.training_only(x) if self.training else x
+
+
+def test_what_runs_in_training_alone_is_proven_there():
+    module, x = made(InSteps)
+    clip = QKClip(module)
+    module(x)
+    assert {name: each.fixed for name, each in clip.attentions.projections.items()} == {
+        "always": (),
+        "training_only": ("query",),
+    }
+
+
+class OutOfSight(Attention):
+    """Declared, and computed where nobody sees queries and keys."""
+
+    def __init__(self, *, normalised=False, of_keys=False):
+        super().__init__()
+        self.max_logits, self.normalised, self.of_keys = MaxLogits(HEADS), normalised, of_keys
+
+    def qk_projection(self):
+        return QKProjection.mha(q=self.q, k=self.k, num_heads=HEADS, max_logits=self.max_logits)
+
+    def forward(self, x):
+        q, k, v = self.queries(x), self.keys(x), self.keys(x) if self.of_keys else self.values(x)
+        if self.normalised:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        weights = torch.exp((q[..., :, None, :] * k[..., None, :, :]).sum(-1) / 4)
+        y = (weights[..., None] * v[..., None, :, :]).sum(-2) / weights.sum(-1, keepdim=True)
+        self.max_logits.update(torch.zeros(HEADS))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"of_keys": True}, "powers of two"), ({"normalised": True}, "do not move with its rows")],
+)
+def test_a_declaration_of_what_is_out_of_sight_is_proven_by_the_gauge(options, why):
+    torch.manual_seed(0)
+    x = torch.randn(3, LENGTH, WIDTH)
+    QKClip(OutOfSight(), example_inputs=x)
+    with pytest.raises(ValueError, match=rf"declaration of the model does not hold: .*{why}"):
+        QKClip(OutOfSight(**options), example_inputs=x)
+
+
+def test_the_proof_takes_two_forwards_where_all_is_as_it_was_found():
+    class Counted(Kernel):
+        runs = 0
+
+        def forward(self, x):
+            Counted.runs += 1
+            return super().forward(x)
+
+    module, x = made(Counted)
+    clip = QKClip(module.eval())
+    Counted.runs = 0
+    for _ in range(3):
+        module(x)
+    assert Counted.runs <= 3 + 3  # one is traced, two are compared
+    assert clip.attentions.projections
