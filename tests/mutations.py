@@ -1147,6 +1147,13 @@ MUTATIONS = (
         tests_of("torch/test_rows_by_structure.py", "test_a_small_contribution_is_scaled_with_the_rest"),
     ),
     Mutation(
+        "share-that-cancels-taken-for-a-norm",
+        "A share that is zero by chance, in a narrow dtype, is taken for that of something behind a norm.",
+        "if not doubtful or len(doubtful) == len(products):",
+        "if True:",
+        tests_of("torch/test_rows_by_structure.py", "test_a_small_contribution_is_seen_in_bfloat16_whatever_the_seed"),
+    ),
+    Mutation(
         "nothing-seen-through-a-zero-gate",
         "A matrix of zeros is traced as it is, and what is behind it has no path.",
         "return values if values.any() else 0.02 * torch.randn_like(values)",

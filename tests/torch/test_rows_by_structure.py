@@ -98,6 +98,16 @@ def test_a_small_contribution_is_scaled_with_the_rest(share, seed):
     assert changed == {f"{name}.{kind}" for name in ("q", "k", "small") for kind in ("weight", "bias")}
 
 
+def test_a_small_contribution_is_seen_in_bfloat16_whatever_the_seed():
+    """Its share may be zero by chance, as if it were behind a norm."""
+    for seed in range(80):
+        torch.manual_seed(seed)
+        model = Sum().to(torch.bfloat16)
+        model.share = 0.03
+        (call,) = trace(model, (example(seed).to(torch.bfloat16),), {}).calls
+        assert len(call.query.rows) == 4, seed  # two weights and two biases
+
+
 class Adapter(Plain):
     rank = 96
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from muonclip.torch.discover.graph import Ancestry, ancestry
+from muonclip.torch.discover.graph import Ancestry, ancestry, differentiate
 from muonclip.torch.discover.head_colours import HeadGradients, Rows, RowsOfHeads, rows_of_any
 from muonclip.torch.discover.products import Product
 from muonclip.torch.discover.proportional import Shares, proportional_sets
 
 _MOST_LEAVES = 64
+_MORE_PROBES = 8
 _PERIOD = 4093  # of random numbers: drawing one for each entry would take longer than the rest
 
 
@@ -104,6 +105,7 @@ def _source(heads: int, behind: Ancestry, gradients: HeadGradients) -> Source:
     leaves = behind.leaves
     shares = Shares.from_gradients(gradients.tensor, leaves, gradients.probes, gradients.gradients, behind.precision)
     products = [leaf for leaf, each in enumerate(leaves) if product_of(each) is not None]
+    _look_again(gradients.tensor, behind, shares, products)
     sets = proportional_sets(shares, products)
     if products and all(shares.is_zero[leaf] for leaf in products):
         gains = gradients.rows(sets[0]).of(range(len(sets[0]))) if sets else []
@@ -124,6 +126,20 @@ def _source(heads: int, behind: Ancestry, gradients: HeadGradients) -> Source:
     candidates = [[rows for rows in found.of(each) if rows.masks.any()] for each in usable]
     candidates.sort(key=lambda rows: (_is_shared(rows), not _is_trained(rows)))
     return Source(heads, candidates, are_private=found.are_private)
+
+
+def _look_again(tensor: Tensor, behind: Ancestry, shares: Shares, products: Sequence[int]) -> None:
+    """Compute the shares of products that seem to have none with other cotangents: a small one may have cancelled, the
+    more so in a narrow dtype. Where no product has a share they did not: the heads are normalised."""
+    doubtful = [leaf for leaf in products if shares.is_zero[leaf]]
+    if not doubtful or len(doubtful) == len(products):
+        return
+    leaves = [behind.leaves[leaf] for leaf in doubtful]
+    probes = [_probe(tensor, mean=0.0) for _ in range(_MORE_PROBES)]
+    gradients = [differentiate(tensor, leaves, probe) for probe in probes]
+    again = Shares.from_gradients(tensor, leaves, probes, gradients, behind.precision)
+    for leaf, is_zero in zip(doubtful, again.is_zero, strict=True):
+        shares.is_zero[leaf] = is_zero
 
 
 def _problem(leaves: Sequence[Tensor], found: RowsOfHeads, chosen: Sequence[int]) -> str:
@@ -148,10 +164,10 @@ def _is_trained(candidate: Sequence[Rows]) -> bool:
     return all(getattr(rows.parameter, "is_trained", True) for rows in candidate)
 
 
-def _probe(tensor: Tensor) -> Tensor:
-    """Return cotangents r with ⟨r, q⟩ well away from zero."""
+def _probe(tensor: Tensor, mean: float = 1.0) -> Tensor:
+    """Return cotangents r with ⟨r, q⟩ well away from zero; with a `mean` of 0 of their factors, any."""
     q = tensor.detach()
     size = torch.linalg.vector_norm(q, dtype=torch.promote_types(q.dtype, torch.float32)) / max(q.numel(), 1) ** 0.5
-    noise = torch.rand(_PERIOD, dtype=torch.float32, device=q.device) + 0.5
+    noise = torch.rand(_PERIOD, dtype=torch.float32, device=q.device) - 0.5 + mean
     noise = noise.repeat(-(-q.numel() // _PERIOD))[: q.numel()].view(q.shape).to(q.dtype)
     return (q + 0.1 * torch.where(size > 0, size, 1.0).to(q.dtype)) * noise
