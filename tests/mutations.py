@@ -254,6 +254,13 @@ MUTATIONS = (
         tests_of("torch/test_proof.py"),
     ),
     Mutation(
+        "stuck-heads-stay",
+        "A head whose logits do not follow its clips is scaled for ever.",
+        "            self.attentions.prove_again(stuck)",
+        "            pass",
+        tests_of("torch/test_stuck_heads.py"),
+    ),
+    Mutation(
         "positions-of-the-query-not-counted",
         "The maximum of attention with relative positions is that of q · k alone.",
         "        if is_whole:",

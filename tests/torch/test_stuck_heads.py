@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from muonclip.core import clip_factors
+from muonclip.torch import QKClip
 from muonclip.torch.clip import errors as errors_module
 from muonclip.torch.clip.stuck_heads import StuckHeads
 
@@ -102,3 +104,49 @@ def test_an_accelerator_is_not_waited_for(monkeypatch):
         host.copy_(device)
     assert run.stuck.take(wait=False) == ("b",)
     assert run.stuck.take(wait=False) == ()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 12, bias=False) for _ in range(3))
+        self.normalised = False
+
+    def forward(self, x):
+        q, k, v = (m(x).unflatten(-1, (2, 6)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        if self.normalised:
+            q, k = (9 * t / t.norm(dim=-1, keepdim=True).detach() for t in (q, k))
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_change_of_the_model_that_keeps_the_clip_from_its_logits_is_an_error_by_name():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(), nn.Linear(6, 2)), torch.randn(2, 5, 6)
+    clip = QKClip(model, tau=0.1, example_inputs=x)
+    model(x)
+    clip.step()
+    model[0].normalised = True
+
+    def steps():
+        for _ in range(6):
+            model(x)
+            clip.step()
+
+    with pytest.raises(ValueError, match="0 was clipped several times, and its logits did not follow"):
+        steps()
+
+
+def test_a_head_that_grows_in_every_step_is_proven_again_and_clipped_on():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(), nn.Linear(6, 2)), torch.randn(2, 5, 6)
+    clip = QKClip(model, tau=0.5, example_inputs=x)
+    monitor, asked = clip.attentions._monitor, []
+    prove_again = monitor.prove_again
+    monitor.prove_again = lambda names: asked.append(tuple(names)) or prove_again(names)
+    for _ in range(12):
+        model(x)
+        clip.step()
+        with torch.no_grad():
+            model[0].q.weight.mul_(4)
+    assert 1 <= asked.count(("0",)) == len(asked) <= 2  # each head once
+    assert clip.report().clipped_heads == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,11 @@ class ClipAttentions:
 
     def _all_resets(self) -> int:
         return sum(state.resets for state in self.states())
+
+    def prove_again(self, names: Collection[str]) -> None:
+        """Let the next forward show whether attentions, by name, can still be clipped as they are."""
+        if self._monitor is not None:
+            self._monitor.prove_again(names)
 
     def set_threshold(self, threshold: float) -> None:
         """Require maxima to be exact from this logit on, also those of attentions still to be found."""

@@ -11,7 +11,7 @@ import copy
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -156,6 +156,11 @@ class AttentionMonitor:
         if self._traced:
             self._entries.take_off()
         return ""
+
+    def prove_again(self, names: Collection[str]) -> None:
+        """Prove attentions anew in the next forward, which is an error where they cannot be clipped as they were."""
+        self._ways.prove_again({name: self.projections[name] for name in names})
+        self._traced.clear()
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module begins to run; trace it where that is due."""

@@ -28,6 +28,7 @@ from muonclip.torch.clip.rescaling import decide, scale
 from muonclip.torch.clip.returned_weights import ReturnedWeights
 from muonclip.torch.clip.second_copies import SecondCopies, unnamed_copies
 from muonclip.torch.clip.sources import describe
+from muonclip.torch.clip.stuck_heads import StuckHeads
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.mesh import replicas_of, unwrap
 
@@ -92,6 +93,7 @@ class QKClip:
         self._steps = StepCount()
         self._deferred = DeferredErrors()
         self._frozen_warning = FrozenWarning()
+        self._stuck = StuckHeads()
         self._returned = ReturnedWeights(_unnamed_copies)
         OPTIMIZER_STEPS.listen(self._returned)
         self._unknown = ""  # what is wrong on this rank with attention that nobody observed
@@ -229,6 +231,7 @@ class QKClip:
         names, device = tuple(self.projections), self.attentions.device
         if not self.attentions.are_as_left:
             self._returned.forget()
+            self._stuck.reset()
         group = self._group()
         self._raise_deferred(wait=self._deferred.names not in ((), names), on_all_ranks=group is not None)
         unknown = self.attentions.unknown_calls()
@@ -244,6 +247,11 @@ class QKClip:
         factors, self.last_layers = decide(maxima, self.projections, self.tau, self.alpha, clip_frozen=self.clip_frozen)
         self._frozen_warning.add(self.projections, self.last_layers, clip_frozen=self.clip_frozen)
         self._frozen_warning.give(wait=_may_wait_for(device))
+        gamma = torch.cat([factor.gamma for factor in factors.values()])
+        self._stuck.note(names, maxima.sizes, maxima.upper_bound, gamma)
+        stuck = self._stuck.take(wait=_may_wait_for(device), on_all_ranks=group is not None)
+        if stuck:
+            self.attentions.prove_again(stuck)
         return factors
 
     def _has_work(self) -> bool:

@@ -18,10 +18,14 @@ class ProvenWays:
 
     def __init__(self) -> None:
         self._ways: dict[object, Way] = {}  # by the rows of the attention
+        self._in_doubt: dict[str, tuple[object, Way]] = {}
 
-    def forget(self) -> None:
-        """Prove all of them again."""
-        self._ways.clear()
+    def prove_again(self, attentions: Mapping[str, QKProjection]) -> None:
+        """Prove these again with the next inputs; then it is an error where they cannot be clipped as they were."""
+        for name, each in attentions.items():
+            key = _key_of(each)
+            if key in self._ways:
+                self._in_doubt[name] = key, self._ways.pop(key)
 
     def proven(
         self,
@@ -52,8 +56,19 @@ class ProvenWays:
             with suppress(Exception):  # what does not run in training mode has run in evaluation mode
                 found |= prove(model, inputs, missing(), sites, declared=declared, training=True)
             self._keep(found, keys)
+        self._check_doubts(found)
         _raise(model, projections, _failed(found), declared)
         return {name: self._ways.get(keys[name], as_found)(each) or each for name, each in projections.items()}
+
+    def _check_doubts(self, found: Mapping[str, Way | Finding]) -> None:
+        doubts, self._in_doubt = self._in_doubt, {}
+        for name, (key, way) in doubts.items():
+            if self._ways.get(key, way) is not way or isinstance(found.get(name), Finding):
+                raise ValueError(
+                    f"QK-Clip: {name or 'the model'} was clipped several times, and its logits did not follow. Tried "
+                    "again, its rows do not scale them any more as they did when the attention was found: something "
+                    "between them was changed since. Undo that, or make the optimizer and its clip anew."
+                )
 
     def _keep(self, found: Mapping[str, Way | Finding], keys: Mapping[str, object]) -> None:
         self._ways |= {keys[name]: way for name, way in found.items() if not isinstance(way, Finding)}
@@ -79,7 +94,7 @@ def _raise(
 
 
 def _key_of(projection: QKProjection) -> object:
-    return (projection.num_heads, *(_key_of_rows(side, rows) for side, rows in projection.parts()))
+    return projection.num_heads, frozenset(_key_of_rows(side, rows) for side, rows in projection.parts())
 
 
 def _key_of_rows(side: str, rows: HeadRows) -> object:
