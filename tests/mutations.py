@@ -226,6 +226,20 @@ MUTATIONS = (
         tests_of("torch/test_proof.py"),
     ),
     Mutation(
+        "proof-behind-zeros",
+        "In the experiment a kernel that does not run there returns zeros: a gate behind them is not seen to move.",
+        "return torch.randn_like(value) if is_zero else value",
+        "return value",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
+        "proof-of-the-first-rows-alone",
+        "Where gradients find several sets of rows, only the first one is tried.",
+        "range(len(self._choices[name]))",
+        "range(1)",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
         "proof-asks-for-logits-alone",
         "Rows that also feed a gate are scaled.",
         "if not any(findings.values()) and self._moved(outcome)",
@@ -242,7 +256,7 @@ MUTATIONS = (
     Mutation(
         "proof-by-keys-in-spite-of-positions",
         "The keys are scaled though positions that depend on the query stay.",
-        "if finding is None and way is by_keys_alone:",
+        "if finding is None and way.change is by_keys_alone:",
         "if False:",
         tests_of("torch/test_proof.py"),
     ),
@@ -611,7 +625,7 @@ MUTATIONS = (
         "loaded-weights-came-back",  # 37
         "Weights that were loaded are compared with those that the clip left.",
         "        if not self.attentions.are_as_left:\n            self._returned.forget()\n",
-        "",
+        "        if not self.attentions.are_as_left:\n",
         tests_of("torch/test_second_copies.py", "test_weights_that_are_loaded_or_copied_back_once_are_silent"),
     ),
     # The statistic (torch)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from muonclip.torch import MaxLogits, QKClip, QKProjection
 
@@ -68,6 +69,13 @@ class Gate(Kernel):
         return self.o(y * torch.sigmoid(self.q(x)))
 
 
+class GateOfFlex(Gate):
+    """A kernel that does not run in a trace."""
+
+    def attend(self, x):
+        return flex_attention(self.queries(x), self.keys(x), self.values(x))
+
+
 class GateBehindAZero(Gate):
     """As adaptive norms and layer scales begin."""
 
@@ -94,6 +102,20 @@ class DetachedNorms(DetachedNorm):
     def keys(self, x):
         k = super().keys(x)
         return 4 * k / k.norm(dim=-1, keepdim=True).detach()
+
+
+class Magnitude(Attention):
+    """As DoRA trains: a magnitude for every row of a weight of length 1, through whose length no gradient flows."""
+
+    def __init__(self):
+        super().__init__()
+        self.magnitude = nn.Parameter(1 + torch.rand(HEADS * HEAD))
+        self.down, self.up = (nn.Parameter(torch.randn(shape) / 4) for shape in ((3, WIDTH), (HEADS * HEAD, 3)))
+
+    def queries(self, x):
+        y = x @ self.q.weight.T + x @ self.down.T @ self.up.T
+        length = (self.q.weight + self.up @ self.down).norm(dim=1).detach()
+        return in_heads(self.magnitude / length * y)
 
 
 class Relative(Attention):
@@ -161,6 +183,7 @@ def unchanged(module, weights):
     return {name for name, parameter in module.named_parameters() if torch.equal(parameter, weights[name])}
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "args", "kept"),
@@ -171,8 +194,10 @@ def unchanged(module, weights):
         (Forgetting, (), {"gate.weight", "gate.bias"}),
         (Gate, (), {"q.weight", "q.bias"}),
         (GateBehindAZero, (), {"q.weight", "q.bias", "scale"}),
+        (GateOfFlex, (), {"q.weight", "q.bias"}),
         (KeysMakeValues, (), {"k.weight", "k.bias"}),
         (DetachedNorm, (), {"q.weight", "q.bias"}),
+        (Magnitude, (), {"q.weight", "q.bias", "down", "up"}),
         (Relative, (), {"k.weight", "k.bias", "positions"}),
         (Relative, (2,), {"k.weight", "k.bias", "positions"}),
         (RelativeMask, (), {"k.weight", "k.bias", "positions"}),
@@ -180,7 +205,9 @@ def unchanged(module, weights):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
-def test_heads_are_held_at_tau_and_nothing_else_is_scaled(kind, args, kept, dtype):
+def test_heads_are_held_at_tau_and_nothing_else_is_scaled(kind, args, kept, dtype, monkeypatch):
+    # It refuses gradients on the CPU, though they are right.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     module, x = made(kind, *args, dtype=dtype)
     before, after, clip, weights = clipped(module, x)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2

@@ -159,7 +159,7 @@ class AttentionMonitor:
 
     def prove_again(self, names: Collection[str]) -> None:
         """Prove attentions anew in the next forward, which is an error where they cannot be clipped as they were."""
-        self._ways.prove_again({name: self.projections[name] for name in names})
+        self._ways.prove_again(names)
         self._traced.clear()
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -229,7 +229,12 @@ class AttentionMonitor:
             raise ValueError(message(self.model, discovery.refusals))
         self._traces = discovery.traces
         projections = self._ways.proven(
-            self.model, inputs, self.declared | discovery.projections, discovery.sites, declared=self.declared
+            self.model,
+            inputs,
+            self.declared | discovery.projections,
+            discovery.others,
+            discovery.sites,
+            declared=self.declared,
         )
         found = {
             name: each if name in self.declared else _with_statistic_of(self.projections.get(name), each)

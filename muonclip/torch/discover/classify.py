@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonclip.torch.discover.attribution import feeds
+from muonclip.torch.discover.attribution import Source, feeds
 from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.tracer import TracedCall
 from muonclip.torch.heads import Axes, HeadRows, QKProjection
 from muonclip.torch.logits import MaxLogits
+
+_MOST_READ = 6  # of the choices of rows for queries and keys
 
 
 class ProjectionReader:
@@ -70,6 +73,12 @@ class ProjectionReader:
             return projection("mla", query_facing_shared=queries, shared_key=(*shared_keys, *private_keys))
         return projection("mla", query=own, key=private_keys, query_facing_shared=facing, shared_key=shared_keys)
 
+    def others(self, call: TracedCall) -> list[QKProjection]:
+        """Return the projections of the other rows that may feed the heads of a call."""
+        pairs = itertools.product(_choices(call.query), _choices(call.key))
+        read = [self.read(replace(call, query=query, key=key)) for query, key in itertools.islice(pairs, 1, _MOST_READ)]
+        return [each for each in read if not isinstance(each, str)]
+
     def _normalised(self, call: TracedCall) -> QKProjection:
         heads, gains = call.num_heads, call.query.gains
         norm = "QK-norm: scaling the projection would change nothing"
@@ -110,6 +119,12 @@ class ProjectionReader:
                     break
             parts.append(HeadRows.from_index(index, self.paths.modules[name], attribute, bias, axes))
         return tuple(parts)
+
+
+def _choices(source: Source) -> list[Source]:
+    """Return a source with each of its candidates in front, the one that is now first."""
+    sets = source.candidates
+    return [replace(source, candidates=[each, *(s for s in sets if s is not each)]) for each in sets] or [source]
 
 
 def _divide(

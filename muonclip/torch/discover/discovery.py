@@ -59,9 +59,11 @@ class Inputs:
 @dataclass(frozen=True, slots=True, eq=False)
 class Discovery:
     """The attentions of a model: `projections` by name, `sites` in the order of their first call, and `refusals`, by
-    name, of those that are not understood. `traces`: what it was read from."""
+    name, of those that are not understood. `others`: attentions of other rows that may be the ones, by name, where
+    gradients alone do not tell. `traces`: what it was read from."""
 
     projections: dict[str, QKProjection]
+    others: dict[str, list[QKProjection]]
     sites: list[Site]
     refusals: dict[str, Refusal]
     traces: tuple[Trace, ...]
@@ -107,7 +109,7 @@ def _read(
     paths = ParameterPaths(modules, {key: path for each in traces for key, path in each.paths.items()})
     calls = [(index, call) for index, each in enumerate(traces) for call in each.calls]
     reader = ProjectionReader(paths, [call for _, call in calls], clip_gains=clip_gains)
-    findings = Discovery({}, [], {}, traces)
+    findings = Discovery({}, {}, [], {}, traces)
     known: dict[object, QKProjection] = {}  # attentions of the same rows are one
     runs: dict[str, dict[object, list[tuple[TracedCall, QKProjection]]]] = {}  # of each module
     for index, call in calls:
@@ -128,7 +130,8 @@ def _read(
             )
             projection = known.setdefault(rows if projection.scaled_parts() else (call.module, len(run)), projection)
             if not any(projection is each for each in findings.projections.values()):
-                findings.projections[_free(name, call.module, findings.projections)] = projection
+                name = _free(name, call.module, findings.projections)
+                findings.projections[name], findings.others[name] = projection, reader.others(call)
         run.append((call, projection))
     for module, of_runs in runs.items():
         seen = [run for run in of_runs.values() if run]

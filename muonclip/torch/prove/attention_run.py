@@ -96,7 +96,7 @@ class AttentionRun(ScoreTracker):
         def run() -> Any:
             # Not every kernel has a backward on every device; and one may call another one.
             with torch._C.DisableTorchFunction(), torch.no_grad(), handling(None):
-                return call.run()
+                return tree_map(_numbers_for_zeros, (call.run_in_trace or call.run)())
 
         return self._result_of(self._see(call, self._running[-1]), run)
 
@@ -128,6 +128,12 @@ class AttentionRun(ScoreTracker):
         index = len(self.calls) - 1
         seen.result = self._earlier[index].result if index < len(self._earlier) else tree_map(_detached, run())
         return tree_map(_copied, seen.result)  # the model may write into it
+
+
+def _numbers_for_zeros(value: Any) -> Any:
+    """Replace the result of a kernel that does not run in a trace: behind zeros nothing would move."""
+    is_zero = isinstance(value, Tensor) and value.is_floating_point() and not value.any()
+    return torch.randn_like(value) if is_zero else value
 
 
 def _detached(value: Any) -> Any:

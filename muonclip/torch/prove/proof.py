@@ -13,6 +13,7 @@ An attention that shows no call, because it is declared and computed out of sigh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -26,23 +27,20 @@ from muonclip.torch.prove.attention_run import SeenCall
 from muonclip.torch.prove.experiments import Experiments, Outcome, Scaling
 from muonclip.torch.prove.sample import Sample
 from muonclip.torch.prove.ways import (
+    AS_FOUND,
+    CHANGES,
+    OBSERVED_ONLY,
     Finding,
     Way,
-    as_found,
     by_keys_alone,
     by_queries_alone,
-    by_queries_with_added,
-    observed_only,
-    with_added,
 )
-
-_WAYS: tuple[Way, ...] = (as_found, with_added, by_queries_alone, by_queries_with_added, by_keys_alone)
 
 
 def prove(
     model: nn.Module,
     inputs: Inputs,
-    projections: Mapping[str, QKProjection],
+    choices: Mapping[str, Sequence[QKProjection]],
     sites: Sequence[Site],
     *,
     declared: Collection[str] = (),
@@ -51,13 +49,13 @@ def prove(
     """Try the clip of attentions, by name, in copies of the model. Returns the way in which each can be clipped, or why
     it cannot.
 
-    `sites`: where each is called; those that a run on these inputs does not reach are not in the result. `declared`:
-    the names of those that may be computed out of sight. `training`: the mode of the copies. Raises whatever the model
-    raises.
+    `choices`: each as it was found, then with other rows that may be the right ones. `sites`: where each is called;
+    those that a run on these inputs does not reach are not in the result. `declared`: the names of those that may be
+    computed out of sight. `training`: the mode of the copies. Raises whatever the model raises.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    return _Proof(model, inputs, projections, sites, declared, training=training).ways()
+    return _Proof(model, inputs, choices, sites, declared, training=training).ways()
 
 
 class _Proof:
@@ -65,14 +63,14 @@ class _Proof:
         self,
         model: nn.Module,
         inputs: Inputs,
-        projections: Mapping[str, QKProjection],
+        choices: Mapping[str, Sequence[QKProjection]],
         sites: Sequence[Site],
         declared: Collection[str],
         *,
         training: bool,
     ) -> None:
-        self._projections, self._declared = projections, set(declared)
-        self._names = {id(projection): name for name, projection in projections.items()}
+        self._choices, self._declared = choices, set(declared)
+        self._names = {id(each[0]): name for name, each in choices.items()}
         self._sites = {site.module: site for site in sites}
         self._experiments = Experiments(model, inputs, self._heads_of, training=training)
         self._modules = dict(model.named_modules())
@@ -84,47 +82,52 @@ class _Proof:
             return {}  # nothing can be told of such a model
         clipped = {
             name: each
-            for name, each in self._projections.items()
+            for name, (each, *_) in self._choices.items()
             if each.scaled_parts() and all(map(self._experiments.reaches, each.scaled_parts()))
         }
         seen = {self._name_of(call) for call in base.calls}
         called = {name: each for name, each in clipped.items() if name in seen}
         unseen = {name: each for name, each in clipped.items() if name in base.ran & self._declared - seen}
         out_of_sight: dict[str, Way | Finding] = {
-            name: as_found if finding is None else finding for name, finding in self._try_unseen(unseen).items()
+            name: AS_FOUND if finding is None else finding for name, finding in self._try_unseen(unseen).items()
         }
         return self._ways_of(called) | out_of_sight
 
     def _ways_of(self, attentions: Mapping[str, QKProjection]) -> dict[str, Way | Finding]:
         if not any(self._try(attentions).values()):
-            return dict.fromkeys(attentions, as_found)
+            return dict.fromkeys(attentions, AS_FOUND)
         by_make: dict[object, Way | Finding] = {}  # one of each make shows how all of them can be clipped
         for name, each in attentions.items():
             make = self._make_of(each)
             if make not in by_make:
-                by_make[make] = self._way_of(name, each)
+                by_make[make] = self._way_of(name)
         ways = {name: by_make[self._make_of(each)] for name, each in attentions.items()}
-        if not any(self._try(_in_their_ways(attentions, ways)).values()):
+        if not any(self._try(self._in_their_ways(ways)).values()):
             return ways
-        ways = {name: self._way_of(name, each) for name, each in attentions.items()}
-        together = self._try(_in_their_ways(attentions, ways))  # the clip of one may move the logits of another
+        ways = {name: self._way_of(name) for name in attentions}
+        together = self._try(self._in_their_ways(ways))  # the clip of one may move the logits of another
         return ways | {name: finding for name, finding in together.items() if finding is not None}
 
-    def _way_of(self, name: str, projection: QKProjection) -> Way | Finding:
+    def _in_their_ways(self, ways: Mapping[str, Way | Finding]) -> dict[str, QKProjection]:
+        """Return the attentions that can be clipped, in the way in which they can."""
+        changed = {name: way.of(self._choices[name]) for name, way in ways.items() if not isinstance(way, Finding)}
+        return {name: each for name, each in changed.items() if each is not None and each.scaled_parts()}
+
+    def _way_of(self, name: str) -> Way | Finding:
         """Return the first way in which one attention can be clipped, or why it cannot be as it was found."""
         findings: list[Finding] = []
-        for way in _WAYS:
-            changed = way(projection)
-            if changed is None:
+        for way in itertools.starmap(Way, itertools.product(CHANGES, range(len(self._choices[name])))):
+            changed = way.of(self._choices[name])
+            if changed is None or not all(map(self._experiments.reaches, changed.scaled_parts())):
                 continue
-            finding = self._try({name: changed})[name]
-            if finding is None and way is by_keys_alone:
-                finding = self._held_by_queries_alone(name, projection)
+            finding = self._try({name: changed})[name] if changed.scaled_parts() else Finding.NORMALISED
+            if finding is None and way.change is by_keys_alone:
+                finding = self._held_by_queries_alone(name, self._choices[name][way.choice])
             if finding is None:
                 return way
             findings.append(finding)
         is_normalised = findings[0] is Finding.NORMALISED and name not in self._declared
-        return observed_only if is_normalised else findings[0]
+        return OBSERVED_ONLY if is_normalised else findings[0]
 
     def _held_by_queries_alone(self, name: str, projection: QKProjection) -> Finding | None:
         """Tell whether what is added to the logits depends on the queries, so that the keys would not hold it down."""
@@ -231,14 +234,6 @@ class _Proof:
         ]
         rows = [(part, r.num_heads, r.size, r.axis) for part in FACTOR_OF for r in getattr(projection, part)]
         return (*callers[:1], projection.kind, *rows)
-
-
-def _in_their_ways(
-    attentions: Mapping[str, QKProjection], ways: Mapping[str, Way | Finding]
-) -> dict[str, QKProjection]:
-    """Return the attentions that can be clipped, in the way in which they can."""
-    changed = {name: None if isinstance(way, Finding) else way(attentions[name]) for name, way in ways.items()}
-    return {name: each for name, each in changed.items() if each is not None and each.scaled_parts()}
 
 
 def _factors(heads: int, offset: int) -> ClipFactors:

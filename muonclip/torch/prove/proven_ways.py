@@ -10,7 +10,7 @@ from torch import nn
 from muonclip.torch.discover import Inputs, NotTraced, Refusal, Site, message
 from muonclip.torch.heads import HeadRows, QKProjection
 from muonclip.torch.prove.proof import prove
-from muonclip.torch.prove.ways import Finding, Way, as_found
+from muonclip.torch.prove.ways import AS_FOUND, Finding, Way
 
 
 class ProvenWays:
@@ -18,12 +18,13 @@ class ProvenWays:
 
     def __init__(self) -> None:
         self._ways: dict[object, Way] = {}  # by the rows of the attention
+        self._keys: dict[str, object] = {}
         self._in_doubt: dict[str, tuple[object, Way]] = {}
 
-    def prove_again(self, attentions: Mapping[str, QKProjection]) -> None:
+    def prove_again(self, names: Collection[str]) -> None:
         """Prove these again with the next inputs; then it is an error where they cannot be clipped as they were."""
-        for name, each in attentions.items():
-            key = _key_of(each)
+        for name in names:
+            key = self._keys.get(name)
             if key in self._ways:
                 self._in_doubt[name] = key, self._ways.pop(key)
 
@@ -32,18 +33,22 @@ class ProvenWays:
         model: nn.Module,
         inputs: Inputs,
         projections: Mapping[str, QKProjection],
+        others: Mapping[str, Sequence[QKProjection]],
         sites: Sequence[Site],
         *,
         declared: Collection[str],
     ) -> dict[str, QKProjection]:
-        """Return attentions, by name, as they can be clipped; those that were not reached so far as they are.
+        """Return attentions, by name, as they can be clipped; those that were not reached so far as they are. `others`:
+        with other rows that may be the right ones.
 
         Raises ValueError where one cannot be clipped, and NotTraced where a copy of the model does not run.
         """
-        keys = {name: _key_of(each) for name, each in projections.items()}
+        keys = self._keys = {name: _key_of(each) for name, each in projections.items()}
 
-        def missing() -> dict[str, QKProjection]:
-            return {name: p for name, p in projections.items() if p.scaled_parts() and keys[name] not in self._ways}
+        choices = {name: (each, *others.get(name, ())) for name, each in projections.items()}
+
+        def missing() -> dict[str, Sequence[QKProjection]]:
+            return {name: c for name, c in choices.items() if c[0].scaled_parts() and keys[name] not in self._ways}
 
         found: dict[str, Way | Finding] = {}
         if missing():
@@ -58,12 +63,12 @@ class ProvenWays:
             self._keep(found, keys)
         self._check_doubts(found)
         _raise(model, projections, _failed(found), declared)
-        return {name: self._ways.get(keys[name], as_found)(each) or each for name, each in projections.items()}
+        return {name: self._ways.get(keys[name], AS_FOUND).of(choices[name]) or p for name, p in projections.items()}
 
     def _check_doubts(self, found: Mapping[str, Way | Finding]) -> None:
         doubts, self._in_doubt = self._in_doubt, {}
         for name, (key, way) in doubts.items():
-            if self._ways.get(key, way) is not way or isinstance(found.get(name), Finding):
+            if self._ways.get(key, way) != way or isinstance(found.get(name), Finding):
                 raise ValueError(
                     f"QK-Clip: {name or 'the model'} was clipped several times, and its logits did not follow. Tried "
                     "again, its rows do not scale them any more as they did when the attention was found: something "

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import NamedTuple
 
 from muonclip.torch.heads import QKProjection
 
-Way = Callable[[QKProjection], QKProjection | None]
+Change = Callable[[QKProjection], QKProjection | None]
 """Changes an attention, or returns None where it has no such way."""
+
+
+class Way(NamedTuple):
+    """Clip an attention with a change, and with the rows of one of its choices."""
+
+    change: Change
+    choice: int = 0
+
+    def of(self, choices: Sequence[QKProjection]) -> QKProjection | None:
+        """Return the attention in this way; the statistic is that of the first choice."""
+        if self.choice >= len(choices):
+            return None
+        return self.change(replace(choices[self.choice], max_logits=choices[0].max_logits))
 
 
 class Finding(Enum):
@@ -72,3 +86,8 @@ def by_queries_with_added(projection: QKProjection) -> QKProjection | None:
 def observed_only(projection: QKProjection) -> QKProjection | None:
     """Scale nothing: a norm behind the projection undoes it."""
     return replace(projection, reason="QK-norm: scaling the projection would change nothing")
+
+
+CHANGES: tuple[Change, ...] = (as_found, with_added, by_queries_alone, by_queries_with_added, by_keys_alone)
+"""Those that are tried, in this order."""
+AS_FOUND, OBSERVED_ONLY = Way(as_found), Way(observed_only)
