@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import state_dict_loader
 
+from muonclip.torch.logits import host_modes
 from muonclip.torch.observe.handlers import of_thread
 from muonclip.torch.observe.loads import _loads_in_place
 from muonclip.torch.observe.patches import PATCHES
@@ -15,6 +16,12 @@ def nobody_handles_calls_any_more():
     yield
     assert not of_thread.handlers
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.fixture
+def seen_observation(monkeypatch):
+    """Modes see what observes, too."""
+    monkeypatch.setattr(host_modes, "is_seen", lambda **_: False)
 
 
 @pytest.fixture

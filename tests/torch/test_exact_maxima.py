@@ -247,6 +247,7 @@ def peaked(length=512):
     return q, k, mask, lse_of(q, k, 1.0, allowed)
 
 
+@pytest.mark.usefixtures("seen_observation")
 def test_a_certified_forward_computes_no_logit():
     q, k, mask, lse = peaked()
     assert counted(q, k, mask, lse, 1e4)[0] == 0
@@ -266,6 +267,7 @@ def test_a_log_sum_exp_below_its_maximum_does_not_certify(head):
     torch.testing.assert_close(statistic.maximum[head], expected[head])
 
 
+@pytest.mark.usefixtures("seen_observation")
 def test_one_row_settles_a_loud_head():
     q, k, mask, lse = peaked()
     logits, statistic = counted(q, k, mask, lse, 1.0)
@@ -273,6 +275,7 @@ def test_one_row_settles_a_loud_head():
     assert (statistic.bound <= statistic.maximum).all()
 
 
+@pytest.mark.usefixtures("seen_observation")
 def test_a_running_maximum_settles_later_micro_batches():
     q, k, mask, lse = peaked()
     _, statistic = counted(q, k, mask, lse, 1.0)

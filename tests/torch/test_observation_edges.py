@@ -491,6 +491,7 @@ def test_an_exploded_logit_is_not_taken_for_a_mask(function, x):
     check(clip, model, x, before, 1.0, "")
 
 
+@pytest.mark.usefixtures("seen_observation")
 @pytest.mark.parametrize("factor", [lambda t: t, lambda t: t.view(1, 1, 1), lambda t: nn.Parameter(t)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_that_is_a_tensor_and_a_mask_are_not_read(factor, dtype):

@@ -138,7 +138,7 @@ def maxima(s, factor, allowed):
 class Taking:
     """Takes the calls of a kernel into a statistic, and makes none."""
 
-    observes, owner = True, None
+    observes, owner, graph_task = True, None, -1
 
     def __init__(self):
         self.statistic = MaxLogits(HEADS)

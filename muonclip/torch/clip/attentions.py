@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
 from muonclip.torch.discover import NOTHING_FOUND, Inputs
 from muonclip.torch.heads import QKProjection, declared_qk_projections
-from muonclip.torch.logits import MaxLogits
+from muonclip.torch.logits import MaxLogits, Unobservable
 from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks
 
 
@@ -73,7 +74,17 @@ class ClipAttentions:
         for state in self.states():
             state.reset()
         if self._monitor is not None:
-            self._monitor.ran = False
+            self._monitor.ran, self._monitor.left_out = False, None
+
+    def take_left_out(self) -> dict[str, Unobservable]:
+        """Return why forwards since the last step were not observed, by attention, and forget it."""
+        left_out: dict[str, Unobservable] = {}
+        for name, projection in self.projections.items():
+            statistic = projection.max_logits
+            if statistic.left_out is not None:
+                left_out[name] = statistic.left_out
+                statistic.left_out = None
+        return left_out
 
     def leave(self) -> None:
         """Note that a step is over."""
@@ -118,6 +129,9 @@ class ClipAttentions:
         if not self.projections:
             if self.to_come == NOTHING_FOUND:
                 raise RuntimeError(NOTHING_FOUND)
+            left_out = None if self._monitor is None else self._monitor.left_out
+            if left_out is not None and left_out.where:
+                raise RuntimeError(f"QK-Clip has seen no forward with an attention: {not_observed(left_out.where)}")
             raise RuntimeError(
                 f"QK-Clip has seen no forward with an attention, and waits for {self.to_come}. Call the model that it "
                 "was given, or a part of it, with gradients enabled before each step."

@@ -29,13 +29,14 @@ class Details:
     """The details of the messages, in addition to the names of attentions.
 
     `unknown`: what is wrong on this rank with attention that was not observed. `hints`: for attentions that were not
-    observed, by name.
+    observed, by name. `left_out`: where forwards ran that could not be observed, by name.
     """
 
     tau: float
     unknown: str = ""
     nonfinite_heads: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     hints: Mapping[str, str] = field(default_factory=dict[str, str])
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
@@ -56,6 +57,9 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
             "Skip the step as for a non-finite loss, lower the rate, and call qk_clip.reset() to go on."
         )
     if kind is Error.UNOBSERVED:
+        where = next(filter(None, (details.left_out.get(name) for name in wrong[kind])), "")
+        if where:
+            return f"QK-Clip observed no forward of {listed} since the last step: {not_observed(where)}"
         hint = next(filter(None, (details.hints.get(name) for name in wrong[kind])), "")
         return (
             f"QK-Clip observed no forward of {listed} since the last step or load_state_dict. Run the forward with "
@@ -66,6 +70,14 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
         f"tau was lowered to {details.tau:g} after a forward that was observed for a larger one: some maxima of "
         f"{listed} between the two were not computed. Set tau before the forward, or call qk_clip.reset() and repeat "
         "it."
+    )
+
+
+def not_observed(where: str) -> str:
+    """Say in which way a model ran that is not observed, and what to do."""
+    return (
+        f"the model ran {where}, where nothing is observed. If this step has gradients of it, a head could explode "
+        "unseen: run a forward with the same batch outside, with gradients enabled, before each step."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from muonclip.torch.heads import NotProportional, QKProjection, followed, places, registered
+from muonclip.torch.heads import NotProportional, QKProjection, entry, followed, places, registered
 
 _Home = tuple[nn.Module, str]
 """A module, and the name under which it has a parameter."""
@@ -41,7 +41,7 @@ class FoundWeights:
         if any(one is not other for one, other in zip(self._projections, projections.values(), strict=True)):
             return False
         for place, key, mark in self._marks:
-            now = place.get(key)
+            now = entry(place, key)
             if (now is not None) if mark is None else (now is None or mark() is not now):
                 return False
         return True
@@ -62,7 +62,7 @@ class FoundWeights:
         self._ways = self._find_ways(projections, modules, sites)
         self._projections = list(projections.values())
         self._marks = [
-            (place, key, None if (there := place.get(key)) is None else weakref.ref(there))
+            (place, key, None if (there := entry(place, key)) is None else weakref.ref(there))
             for place, key in self._places(projections)
         ]
 
@@ -181,7 +181,7 @@ class _Step:
     def leads_to_the_same_parameters(self) -> bool:
         """Tell whether what is there now is the module that was found, or a wrapper without parameters of its own."""
         parent, found = self.parent(), self.child()
-        now = None if parent is None else parent._modules.get(self.key)
+        now = None if parent is None else entry(parent._modules, self.key)
         if now is None or found is None:
             return False
         return now is found or set(map(id, now.parameters())) == set(map(id, found.parameters()))

@@ -33,7 +33,7 @@ from muonclip.torch.discover import (
     message,
 )
 from muonclip.torch.heads import QKProjection
-from muonclip.torch.logits import is_unobserved
+from muonclip.torch.logits import Unobservable, outside_modes, unobservable
 from muonclip.torch.observe import (
     DECLARED,
     EAGER,
@@ -43,6 +43,7 @@ from muonclip.torch.observe import (
     Observer,
     ObserverHooks,
     Unclaimed,
+    UnclaimedRun,
     drop_handlers,
     enter,
     of_thread,
@@ -74,6 +75,7 @@ class AttentionMonitor:
         self.removed = ""
         self.version = 0
         self.ran = False
+        self.left_out: Unobservable | None = None  # why a forward since the last step was not observed
         self._traces: tuple[Trace, ...] = ()
         self._ways = ProvenWays()
         self._traced: dict[str, int] = {}  # how often, by the name of the module that a forward began with
@@ -106,8 +108,9 @@ class AttentionMonitor:
 
     def remove(self, why: str) -> None:
         """Take every hook away; the model is as before. `why`: for whoever goes on using the owner."""
+        if not self.removed:
+            self._end()
         self.removed = why
-        self._end()
 
     def discover(self, inputs: Inputs) -> None:
         """Find the attentions that the model reaches with these inputs, and observe them.
@@ -146,6 +149,12 @@ class AttentionMonitor:
     def finish_step(self) -> str:
         """End the forwards of a step. Returns what is wrong where attention ran that is not known, or ""."""
         unknown, self._unclaimed.calls = self._unclaimed.calls, 0
+        left_out, self._unclaimed.left_out = self._unclaimed.left_out, None
+        if unknown and left_out:
+            return (
+                f"QK-Clip: attention was called {left_out.where} within the forwards of this step: its heads were "
+                "neither observed nor clipped. Call it outside, with tensors that have the axis of the batch."
+            )
         if unknown:
             self._traced.clear()  # the next forward shows what it was
             return (
@@ -169,7 +178,7 @@ class AttentionMonitor:
             drop_handlers(self._unclaimed)
             self._running.modules = 0
         self._running.modules += 1
-        if self._running.modules > 1 or not torch.is_grad_enabled():
+        if self._running.modules > 1 or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return
         name = self._name_of(module)
         if name is None:
@@ -177,7 +186,7 @@ class AttentionMonitor:
         self.on_forward()
         self.ran = True
         if module is self.model:
-            of_thread.handlers.append(self._unclaimed)
+            of_thread.handlers.append(UnclaimedRun(self._unclaimed))
         if not self._is_to_be_traced(module, name):
             return
         self._traced[name] = self._traced.get(name, 0) + 1
@@ -224,6 +233,7 @@ class AttentionMonitor:
             earlier=self._traces,
         )
 
+    @outside_modes()
     def _take(self, discovery: Discovery, inputs: Inputs) -> None:
         if discovery.refusals:
             raise ValueError(message(self.model, discovery.refusals))
@@ -263,24 +273,34 @@ class AttentionMonitor:
             (module, each.max_logits) for each in self.projections.values() for module in each.qk_modules()
         )
         for site in self.sites.values():
-            if site.kernel is not DECLARED:
+            if site.kernel != DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
                 whole = [each.counts_added for each in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.kernel is EAGER, whole=whole)
+                observer = Observer(statistics, calls=site.calls, written_out=site.kernel == EAGER, whole=whole)
                 self._observers.attach(self.model.get_submodule(site.module), observer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name in _SAVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Observe the model that was restored with it."""
+        self.__dict__.update(state)
+        self._traces, self._ways, self.left_out = (), ProvenWays(), None
+        self._prepare()
+        if not self.removed:
+            self.start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionMonitor:
         """Copy it with the model and the owner: the copy observes the copy."""
-        other = object.__new__(AttentionMonitor)
-        memo[id(self)] = other
-        for name in ("projections", "declared", "sites", "model", "on_forward"):
-            setattr(other, name, copy.deepcopy(getattr(self, name), memo))
-        for name in ("threshold", "clip_gains", "to_come", "removed", "version", "ran"):
-            setattr(other, name, getattr(self, name))
-        other._traces, other._traced, other._ways = (), dict(self._traced), ProvenWays()
-        other._prepare()
-        other.start()
+        other = memo[id(self)] = object.__new__(AttentionMonitor)
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
+
+
+_SAVED = (
+    *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
+    *("to_come", "removed", "version", "ran", "_traced"),
+)
 
 
 class _Running(threading.local):
@@ -306,14 +326,20 @@ def _with_statistic_of(earlier: QKProjection | None, projection: QKProjection) -
 
 class _Entry:
     """Hooks on every module: the outermost one that runs is where a forward begins. One whose `forward` an engine has
-    replaced for a while (Lightning) runs something else; what it calls begins there."""
+    replaced for a while (Lightning) runs something else; what it calls begins there. A copy in an experiment, and what
+    cannot be observed, is not a forward of the training."""
 
     def __init__(self, monitor: AttentionMonitor) -> None:
         self.monitor = weakref.ref(monitor)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         monitor = self.monitor()
-        if monitor is None or _is_not_training(module):
+        if monitor is None or is_experiment() or has_a_foreign_forward(module):
+            return
+        reason = unobservable()
+        if reason is not None:
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                monitor.left_out = reason
             return
         if torch.compiler.is_compiling():
             if monitor.to_come:
@@ -327,9 +353,10 @@ class _Entry:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         monitor = self.monitor()
-        if monitor is None or _is_not_training(module) or torch.compiler.is_compiling():
+        if monitor is None or is_experiment() or has_a_foreign_forward(module):
             return
-        monitor.end(module)
+        if unobservable() is None and not torch.compiler.is_compiling():
+            monitor.end(module)
 
     def __deepcopy__(self, memo: object) -> _Entry:
         return _NoEntry()
@@ -350,11 +377,6 @@ class _NoEntry(_Entry):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_NoEntry, ())
-
-
-def _is_not_training(module: nn.Module) -> bool:
-    """Tell whether what runs is not a forward of the training, or not the module's own."""
-    return is_experiment() or is_unobserved() or has_a_foreign_forward(module)
 
 
 def _take_down(unclaimed: Unclaimed, *hooks: Hooks | LoadHooks) -> None:

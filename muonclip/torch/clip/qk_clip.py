@@ -6,6 +6,7 @@ Kimi K2, arXiv 2507.20534, Algorithm 1, lines 8–14; the factors are `muonclip.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from muonclip.core import ClipFactors
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
-from muonclip.torch.clip.errors import DeferredErrors, Details, message
+from muonclip.torch.clip.errors import DeferredErrors, Details, message, not_observed
 from muonclip.torch.clip.frozen import FrozenWarning
 from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS
 from muonclip.torch.clip.ranks import ClipRanks
@@ -30,6 +31,7 @@ from muonclip.torch.clip.second_copies import SecondCopies, unnamed_copies
 from muonclip.torch.clip.sources import describe
 from muonclip.torch.clip.stuck_heads import StuckHeads
 from muonclip.torch.heads import QKProjection
+from muonclip.torch.logits import Unobservable
 from muonclip.torch.mesh import replicas_of, unwrap
 
 
@@ -96,6 +98,8 @@ class QKClip:
         self._stuck = StuckHeads()
         self._returned = ReturnedWeights(_unnamed_copies)
         OPTIMIZER_STEPS.listen(self._returned)
+        self._left_out: dict[str, Unobservable] = {}  # why forwards of the last step were not observed
+        self._warned_of_left_out = False
         self._unknown = ""  # what is wrong on this rank with attention that nobody observed
         self.last_layers: dict[str, LayerReport] = {}
         """What the last step saw and did, still on the device; `report` waits for it."""
@@ -235,6 +239,7 @@ class QKClip:
         group = self._group()
         self._raise_deferred(wait=self._deferred.names not in ((), names), on_all_ranks=group is not None)
         unknown = self.attentions.unknown_calls()
+        self._left_out = self.attentions.take_left_out()
         # All heads of all attentions in one vector: many small layers would cost many small operations.
         maxima = JointMaxima.from_states(self.attentions.states(), device)
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
@@ -244,6 +249,7 @@ class QKClip:
             raise RuntimeError(unknown)
         self._unknown = unknown  # raised with what the other ranks raise
         self._check(maxima, before_update)
+        self._warn_of_left_out()
         factors, self.last_layers = decide(maxima, self.projections, self.tau, self.alpha, clip_frozen=self.clip_frozen)
         self._frozen_warning.add(self.projections, self.last_layers, clip_frozen=self.clip_frozen)
         self._frozen_warning.give(wait=_may_wait_for(device))
@@ -302,7 +308,23 @@ class QKClip:
 
     def _details(self, nonfinite_heads: Mapping[str, list[int]]) -> Details:
         hints = {name: kernel.if_unobserved for name, kernel in self.attentions.kernels().items()}
-        return Details(self.tau, self._unknown, nonfinite_heads, hints)
+        left_out = {name: each.where for name, each in self._left_out.items()}
+        return Details(self.tau, self._unknown, nonfinite_heads, hints, left_out)
+
+    def _warn_of_left_out(self) -> None:
+        """Warn once, where attentions were observed in this step, and also ran in a way that could not be."""
+        if self._warned_of_left_out:
+            return
+        names = [
+            name
+            for name, reason in self._left_out.items()
+            if reason.trains and any(p.grad is not None for p in self.projections[name].qk_parameters())
+        ]
+        if names:
+            self._warned_of_left_out = True
+            where = not_observed(self._left_out[names[0]].where)
+            listed = ", ".join(name or "the model" for name in names)
+            warnings.warn(f"QK-Clip observed not all forwards of {listed} in this step: {where}", stacklevel=2)
 
 
 def _unnamed_copies(parameter: Tensor) -> list[Tensor]:

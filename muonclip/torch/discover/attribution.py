@@ -49,6 +49,10 @@ class Source:
         return self.candidates[0] if self.candidates else []
 
 
+CONSTANT = "depend on no parameter"
+"""The problem of a side that is given, as keys from a cache are."""
+
+
 def attribute(tensor: Tensor, *, blocks: frozenset[int] = frozenset(), with_values: bool = True) -> Source:
     """Attribute the heads of `tensor` [B, heads, T, d] to rows of parameters.
 
@@ -61,7 +65,7 @@ def attribute(tensor: Tensor, *, blocks: frozenset[int] = frozenset(), with_valu
     behind.leaves = [leaf for leaf in behind.leaves if not _is_stream(leaf, blocks)]
     behind.leaves.sort(key=lambda leaf: -1 if (product := product_of(leaf)) is None else product.order)
     if not behind.leaves:
-        return Source(heads, problem="depend on no parameter")
+        return Source(heads, problem=CONSTANT)
     if len(behind.leaves) > _MOST_LEAVES:
         return Source(heads, problem="depend on too many products to tell which of them is the projection")
     gradients = HeadGradients(tensor, behind, _probe(tensor))
@@ -93,6 +97,22 @@ def rows_behind(tensor: Tensor, coordinates: Tensor, among: Sequence[Rows]) -> l
 def rows_behind_any(tensor: Tensor, coordinates: Tensor) -> list[Rows]:
     """Return the rows behind some coordinates, bool [d], of any head of `tensor`, as of one."""
     return rows_of_any(tensor, ancestry(tensor), _probe(tensor) * coordinates)
+
+
+def positions_behind_leaves(tensor: Tensor) -> Tensor:
+    """Return which positions of `tensor` [B, heads, T, d] depend on a leaf, bool [T]: others are given, as by a cache.
+
+    Where what computed it cannot be differentiated twice, all of them.
+    """
+    cotangents = torch.zeros_like(tensor, requires_grad=True)
+    try:
+        by_leaf = torch.autograd.grad(tensor, ancestry(tensor).leaves, cotangents, create_graph=True, allow_unused=True)
+        # These are linear in the cotangents; their derivative by those is how the tensor moves with its leaves.
+        moves = [(each * torch.rand_like(each)).sum() for each in by_leaf if each is not None]
+        moved = torch.autograd.grad(torch.stack(moves).sum(), cotangents)[0]
+    except Exception:  # whatever somebody's own backward raises
+        return torch.ones(tensor.shape[2], dtype=torch.bool, device=tensor.device)
+    return moved.ne(0).any(3).any(1).any(0)
 
 
 def feeds(masks: Tensor, heads: int) -> Tensor:

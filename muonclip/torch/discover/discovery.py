@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
 from muonclip.torch.discover.dense_copy import TooLarge
 from muonclip.torch.discover.parameter_paths import ParameterPaths
@@ -21,6 +22,7 @@ from muonclip.torch.discover.trace import Trace, trace
 from muonclip.torch.discover.tracer import TracedCall
 from muonclip.torch.discover.verify import check_declaration
 from muonclip.torch.heads import QKProjection
+from muonclip.torch.logits import outside_modes
 from muonclip.torch.observe import DECLARED, AttentionKernel
 
 
@@ -99,7 +101,8 @@ def discover(
         if in_training and module.training:
             with suppress(Exception):  # what fails here has shown what it has in evaluation mode
                 traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=True))
-    return _read(model, tuple(traces), declared, clip_gains=clip_gains)
+    with outside_modes():
+        return _read(model, tuple(traces), declared, clip_gains=clip_gains)
 
 
 def _read(
@@ -107,7 +110,7 @@ def _read(
 ) -> Discovery:
     modules = dict(model.named_modules())
     paths = ParameterPaths(modules, {key: path for each in traces for key, path in each.paths.items()})
-    calls = [(index, call) for index, each in enumerate(traces) for call in each.calls]
+    calls = _with_cached_keys([(index, call) for index, each in enumerate(traces) for call in each.calls], paths)
     reader = ProjectionReader(paths, [call for _, call in calls], clip_gains=clip_gains)
     findings = Discovery({}, {}, [], {}, traces)
     known: dict[object, QKProjection] = {}  # attentions of the same rows are one
@@ -150,6 +153,24 @@ def _read(
         findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run))
     _refuse_queries_of_several(findings, paths, runs)
     return findings
+
+
+def _with_cached_keys(calls: list[tuple[int, TracedCall]], paths: ParameterPaths) -> list[tuple[int, TracedCall]]:
+    """Return the calls; those whose keys are all from a cache get the keys that the same queries met in another run."""
+
+    def queries(call: TracedCall) -> object:
+        known = all(map(paths.has, call.query.rows))
+        return (call.module, paths.identity(call.query.rows, call.num_heads)) if known else None
+
+    computed = {queries(call): call for _, call in reversed(calls) if call.query.rows and call.key.rows}
+    completed: list[tuple[int, TracedCall]] = []
+    for index, call in calls:
+        other = computed.get(queries(call)) if call.query.rows and call.key.problem == CONSTANT else None
+        if other is not None:
+            facing = dict(facing_private=other.facing_private, facing_shared=other.facing_shared)
+            call = replace(call, key=other.key, **facing)
+        completed.append((index, call))
+    return completed
 
 
 def _fills_itself(projections: Sequence[QKProjection], traces: Sequence[Trace]) -> bool:

@@ -8,11 +8,13 @@ behind: no buffer, counter or random number of the model moves. Of a sharded mod
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._library.custom_ops import CustomOpDef
 from torch.distributed.tensor import DTensor
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover.dense_copy import DenseCopies, check_size, without_engine
-from muonclip.torch.logits import MaxLogits
+from muonclip.torch.logits import MaxLogits, outside_modes
 from muonclip.torch.mesh import plain_class
 from muonclip.torch.observe import PATCHES
 
@@ -60,7 +63,12 @@ def replica_of(
 ) -> Iterator[Replica]:
     """Make a copy, which the process is prepared to run meanwhile. `values`: those of the copy of a parameter, by the
     parameter's. `prefix`: of the names. `training`: the mode of the copy."""
-    with PATCHES.used(model), _process_state.kept(), _marked_as_experiment(), torch.inference_mode(False):
+    with ExitStack() as stack:
+        for context in (outside_modes(), PATCHES.used(model), _process_state.kept(), _marked_as_experiment()):
+            stack.enter_context(context)
+        stack.enter_context(torch.inference_mode(False))
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
         check_size(model.parameters())
         copies = DenseCopies()
         parameters = {id(each): _parameter_of_replica(each, copies, values) for each in model.parameters()}
@@ -101,9 +109,37 @@ def _marked_as_experiment() -> Iterator[None]:
 
 
 def has_a_foreign_forward(module: nn.Module) -> bool:
-    """Tell whether `forward` is not the module's own method: a copy would run the original."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__self__", None) is not module
+    """Tell whether something else is in the place of the module's own `forward`, and not around it."""
+    if "forward" not in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    around = [vars(module)["forward"]]
+    seen: set[int] = set()
+    for forward in around:
+        if _is_bound_to(forward, module):
+            return False
+        around += [each for each in _inside_of(forward) if id(each) not in seen]
+        seen.update(map(id, around))
+    return True
+
+
+def _inside_of(forward: Any) -> Iterator[Any]:
+    """Yield the functions that a function may be around. One that has its module's forward only to put it back, as an
+    engine that runs something else in a call of the module (Lightning), is around none."""
+    if hasattr(forward, "__wrapped__"):
+        yield forward.__wrapped__
+    elif isinstance(forward, types.FunctionType) and "forward" not in forward.__code__.co_names:
+        for cell in forward.__closure__ or ():
+            with suppress(ValueError):  # which is empty
+                if isinstance(cell.cell_contents, types.FunctionType | types.MethodType | functools.partial):
+                    yield cell.cell_contents
+
+
+def _is_bound_to(forward: Any, module: nn.Module) -> bool:
+    """Tell whether a forward is bound to a module in a way that deep copies follow, as that of accelerate's hooks."""
+    if not isinstance(forward, functools.partial):
+        return getattr(forward, "__self__", None) is module
+    inner = getattr(forward, "__wrapped__", None)
+    return any(each is module for each in forward.args) and (inner is None or _is_bound_to(inner, module))
 
 
 def _parameter_of_replica(parameter: nn.Parameter, copies: DenseCopies, values: Callable[[Tensor], Tensor]) -> Any:
@@ -123,6 +159,12 @@ def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if isinstance(module, OptimizedModule):
         replica = memo[id(module)] = _Uncompiled(_replica(module._orig_mod, memo))
         return replica
+    if isinstance(module, torch.jit.ScriptModule):
+        replica = memo[id(module)] = copy.deepcopy(module)
+        for name, parameter in module.named_parameters():
+            *inner, attribute = name.split(".")
+            setattr(functools.reduce(getattr, inner, replica), attribute, memo[id(parameter)])
+        return replica
     kind = plain_class(module)
     replica = memo[id(module)] = kind.__new__(kind)
     try:
@@ -130,11 +172,21 @@ def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except RuntimeError:  # parametrized modules refuse
         state = None
     state = without_engine(state if isinstance(state, dict) else vars(module))
-    if has_a_foreign_forward(module):
-        state.pop("forward", None)
+    if "forward" in state and not _is_bound_to(state["forward"], module):
+        del state["forward"]  # it would run the original
     inner = {name: None if each is None else _replica(each, memo) for name, each in module._modules.items()}
     replica.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
+    vars(replica)["_compiled_call_impl"] = functools.partial(_call_without_global_hooks, replica)
     return replica
+
+
+_call_without_global_hooks = types.FunctionType(
+    nn.Module._call_impl.__code__,
+    vars(sys.modules[nn.Module.__module__])
+    | {name: {} for name in vars(sys.modules[nn.Module.__module__]) if name.startswith("_global_")},
+    "_call_without_global_hooks",
+)
+"""`nn.Module.__call__` without the hooks on all modules of the process: they see those of the model alone."""
 
 
 class _Uncompiled(nn.Module):
@@ -163,8 +215,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 class _ProcessState:
     """The changes that traced forwards make to the process, from the first one that runs to the last.
 
-    Random numbers are put back, and nothing is compiled. Each of several threads would put back what another has
-    changed.
+    Random numbers are put back, nothing is compiled, no anomaly is looked for, and checkpointing of activations keeps
+    them: it would forbid gradients by some tensors, and run parts again. Each of several threads would put back what
+    another has changed.
     """
 
     def __init__(self) -> None:
@@ -173,10 +226,14 @@ class _ProcessState:
     @contextmanager
     def kept(self) -> Iterator[None]:
         with self._lock:
+            if not self._users:
+                with ExitStack() as changes:
+                    changes.enter_context(_random_state_kept())
+                    changes.enter_context(torch.compiler.set_stance("force_eager"))
+                    changes.enter_context(_without_anomalies())
+                    changes.enter_context(_without_checkpoints())
+                    self._changes = changes.pop_all()  # if none of them has raised
             self._users += 1
-            if self._users == 1:
-                self._changes.enter_context(_random_state_kept())
-                self._changes.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield
         finally:
@@ -201,3 +258,36 @@ def _random_state_kept() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _without_anomalies() -> Iterator[None]:
+    looks, at_values = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    if looks:
+        torch.set_anomaly_enabled(False)
+    try:
+        yield
+    finally:
+        if looks:
+            torch.set_anomaly_enabled(True, at_values)
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Let checkpoints of torch, which look these up when they are called, run what they are given in experiments."""
+    function, around = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
+    apply = function.apply
+
+    def applied(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args) if is_experiment() else apply(run, preserve, *args)
+
+    def nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+        return (None for _ in range(1)) if is_experiment() else around(*args, **kwargs)
+
+    function.apply = applied  # pyright: ignore[reportAttributeAccessIssue]
+    checkpoint._checkpoint_without_reentrant_generator = nothing_around
+    try:
+        yield
+    finally:
+        del function.apply
+        checkpoint._checkpoint_without_reentrant_generator = around

@@ -17,11 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.flex_attention import flex_attention
 
-from muonclip.torch.discover.attribution import Source, attribute, feeds, product_of, rows_behind, rows_behind_any
+from muonclip.torch.discover.attribution import (
+    CONSTANT,
+    Source,
+    attribute,
+    feeds,
+    positions_behind_leaves,
+    product_of,
+    rows_behind,
+    rows_behind_any,
+)
 from muonclip.torch.discover.graph import NotDifferentiable, ancestry, differentiate
 from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.products import PartOfWeight, Product
-from muonclip.torch.logits import host_sdpa
+from muonclip.torch.logits import Unobservable, host_sdpa, saved_tensors_as_they_are, unobservable
 from muonclip.torch.observe import (
     FLEX,
     SDPA,
@@ -30,8 +39,13 @@ from muonclip.torch.observe import (
     ScoreTracker,
     bind,
     broadcast_heads,
+    derivatives_in_place,
     functions,
+    graph_task,
     handling,
+    is_jagged,
+    like,
+    values_of,
 )
 
 
@@ -94,6 +108,7 @@ class AttentionTracer(ScoreTracker):
 
     def __init__(self, replica: nn.Module, prefix: str) -> None:
         super().__init__(self._written_out)
+        self.graph_task = graph_task()
         self.calls: list[TracedCall] = []
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
@@ -102,6 +117,8 @@ class AttentionTracer(ScoreTracker):
         self._blocks = [_Block(-1, {-1})]  # the innermost one of each running module
         self._own = frozenset(map(id, replica.parameters()))
         for name, module in replica.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             path = f"{prefix}{name}".removesuffix(".")
             module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True, with_kwargs=True)
             module.register_forward_hook(self._leave)
@@ -139,8 +156,12 @@ class AttentionTracer(ScoreTracker):
     # Functions
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if unobservable() is not None:  # in a transform there are no leaves of autograd
+            return func(*args, **kwargs)
+        if func is torch.autograd.grad:  # by what was cut off, perhaps; its values do not matter
+            return derivatives_in_place(args, kwargs)
         # Innermost hooks and gradients on, whatever checkpointing has set.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), saved_tensors_as_they_are():
             if func in _BEHIND_PATCHES:
                 kernel = _BEHIND_PATCHES[func]
                 q, k, v = list(bind(func, args, kwargs).values())[:3]
@@ -176,10 +197,10 @@ class AttentionTracer(ScoreTracker):
             output = func(*args, **kwargs)
             if not output.is_floating_point():
                 return None
-            output = _of_order_one(output)
-        leaf = output.detach().requires_grad_()
+            values = _of_order_one(values_of(output))
+        leaf = values.detach().requires_grad_()
         leaf.product = self._product(func, args, kwargs, list(replaced.values()))  # pyright: ignore[reportAttributeAccessIssue]
-        return leaf.clone()
+        return like(output, leaf.clone()) if is_jagged(output) else leaf.clone()
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], others: Sequence[Tensor]) -> Product:
         name = getattr(func, "__name__", str(func)).strip("_")
@@ -197,7 +218,7 @@ class AttentionTracer(ScoreTracker):
             if len(known) == len(parts):
                 return Product(*about, parts=known, axis=usual.out_axis)
             if func is F.linear:
-                x = arguments["input"]
+                x = values_of(arguments["input"])
                 few = torch.randn(min(64, x.numel() // x.shape[-1]), x.shape[-1], dtype=x.dtype, device=x.device)
                 return Product(*about, recompute=lambda: F.linear(few, weight, bias), by_columns=True)
 
@@ -205,7 +226,7 @@ class AttentionTracer(ScoreTracker):
             # Of other numbers: those of this forward may have zeros, behind which a row would not be seen. What is zero
             # as a whole, the summand of an `addmm`, stays so.
             drawn = {id(each): torch.randn_like(each) for each in others if each.is_floating_point() and each.any()}
-            return func(*_replace(args, drawn), **_replace(kwargs, drawn))
+            return values_of(func(*_replace(args, drawn), **_replace(kwargs, drawn)))
 
         return Product(*about, recompute=recompute)
 
@@ -227,13 +248,16 @@ class AttentionTracer(ScoreTracker):
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         with torch.enable_grad():
-            super().follow(func, args, kwargs, result)
+            self.record(func, args, kwargs, result)
 
     def attention(self, call: AttentionCall) -> Any:
         """Record a call, make it, and return what it returned, or what looks like it."""
         self._record(call)
-        with torch._C.DisableTorchFunction(), torch.enable_grad():
+        with self.left(), torch.enable_grad():
             return (call.run_in_trace or call.run)()
+
+    def leave_out(self, reason: Unobservable) -> None:
+        """Leave a call to the steps, of which it is told then that it was not observed."""
 
     def _written_out(self, call: AttentionCall) -> None:
         if call.problem:
@@ -266,6 +290,11 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
     if not (query.are_private or _heads_repeat(given, heads)):
         return _refused(call, module, run, heads, mixed)
     key = attribute(k, blocks=blocks)
+    if (key.problem and key.problem != CONSTANT) or key.normalised:
+        own = positions_behind_leaves(k)
+        if not own.all():  # the others are from a cache
+            k = k[:, :, own]
+            key = attribute(k, blocks=blocks)
     value = None
     if call.v is not None and call.v.ndim == 4:
         value = attribute(call.heads_first(call.v), with_values=False)
@@ -387,10 +416,6 @@ def _with_autograd() -> Any:
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         exclude = exclude.remove(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _products_behind(tensors: Iterable[Tensor]) -> Iterator[Product]:

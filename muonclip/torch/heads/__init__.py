@@ -5,7 +5,7 @@ Facts and declarations only: `discover` finds them, `clip` scales them.
 
 from muonclip.torch.heads.head_rows import Axes, HeadRows, axes_of, heads_of_rows, sample_rows, scale_heads
 from muonclip.torch.heads.qk_projection import QKProjection, declared_qk_projections, out_axis
-from muonclip.torch.heads.reparametrised import NotProportional, followed, places, registered
+from muonclip.torch.heads.reparametrised import NotProportional, entry, followed, places, registered
 
 __all__ = [
     "Axes",
@@ -14,6 +14,7 @@ __all__ = [
     "QKProjection",
     "axes_of",
     "declared_qk_projections",
+    "entry",
     "followed",
     "heads_of_rows",
     "out_axis",

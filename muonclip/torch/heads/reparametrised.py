@@ -41,11 +41,17 @@ def followed(projection: QKProjection) -> QKProjection:
 
 def registered(module: nn.Module, attribute: str) -> nn.Parameter | None:
     """Return the parameter that a module has under a name; None where there is none, or it is computed."""
-    parameter = module._parameters.get(attribute)
+    parameter = entry(module._parameters, attribute)
     if parameter is not None or attribute in module._parameters:
         return parameter
     forwarded = None if _is_parametrized(module, attribute) else getattr(module, attribute, None)
     return forwarded if isinstance(forwarded, nn.Parameter) else None
+
+
+def entry(entries: Any, name: str) -> Any:
+    """Return an entry of a module's parameters, buffers or modules, which TorchScript has in something like a dict."""
+    get = getattr(entries, "get", None)
+    return dict(entries.items()).get(name) if get is None else get(name)
 
 
 def places(module: nn.Module, attribute: str) -> Iterator[tuple[Any, str]]:
@@ -108,9 +114,10 @@ def _home(module: nn.Module, attribute: str, axis: Axes) -> tuple[nn.Module, str
             names = ", ".join(type(each).__name__ for each in parametrization)
             raise NotProportional(module, attribute, f"is computed by a parametrization ({names})")
         return parametrization, "original"
-    if own.get(f"{attribute}_g") is not None:
+    if entry(own, f"{attribute}_g") is not None:
         return _rows_of_gain(module, f"{attribute}_g", f"{attribute}_v", axis, module, attribute)
-    if own.get(f"{attribute}_orig") is not None and module._buffers.get(f"{attribute}_mask") is not None:
+    is_pruned = entry(own, f"{attribute}_orig") is not None and entry(module._buffers, f"{attribute}_mask") is not None
+    if is_pruned:
         return module, f"{attribute}_orig"
     raise NotProportional(module, attribute, "is computed from others, or was removed,")
 
@@ -150,7 +157,7 @@ def _shape_of_rows(shape: Sequence[int], axis: Axes) -> list[int]:
 
 
 def _is_parametrized(module: nn.Module, attribute: str) -> bool:
-    parametrizations = module._modules.get("parametrizations")
+    parametrizations = entry(module._modules, "parametrizations")
     return isinstance(parametrizations, nn.ModuleDict) and attribute in parametrizations
 
 

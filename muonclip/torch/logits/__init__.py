@@ -7,29 +7,43 @@ knows queries and keys, but no model and no weight.
 from muonclip.torch.logits.added_mask import highest_masked_of_parts, is_masked
 from muonclip.torch.logits.attention import attention
 from muonclip.torch.logits.exact_maxima import measure_max_logits, statistic_dtype
+from muonclip.torch.logits.host_modes import (
+    InnermostMode,
+    Unobservable,
+    outside_modes,
+    saved_tensors_as_they_are,
+    unobservable,
+    unobserved,
+    unseen,
+)
 from muonclip.torch.logits.host_sdpa import host_sdpa, sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
-from muonclip.torch.logits.max_logits import MaxLogits, is_unobserved, unobserved
+from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.logits.pair_condition import PairCondition, at_pairs, indices, once, row_blocks
 from muonclip.torch.logits.sharded_attention import PARTS_OF_SEQUENCES, local_queries_and_keys
 
 __all__ = [
     "PARTS_OF_SEQUENCES",
     "AttentionMask",
+    "InnermostMode",
     "MaxLogits",
     "PairCondition",
+    "Unobservable",
     "at_pairs",
     "attention",
     "highest_masked_of_parts",
     "host_sdpa",
     "indices",
     "is_masked",
-    "is_unobserved",
     "local_queries_and_keys",
     "measure_max_logits",
     "once",
+    "outside_modes",
     "row_blocks",
+    "saved_tensors_as_they_are",
     "sdpa_with_lse",
     "statistic_dtype",
+    "unobservable",
     "unobserved",
+    "unseen",
 ]

@@ -48,7 +48,7 @@ def attention(
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
     y, lse = _attend(q, k, v, scale, mask, softcap)
     if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
-        max_logits.observe(q.detach(), k.detach(), scale=scale, mask=mask, lse=lse)
+        max_logits.observe(q, k, scale=scale, mask=mask, lse=lse)
     return y
 
 

@@ -6,9 +6,13 @@ maximum from above. It is a bound of the logits only where nothing but a 0/−in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from muonclip.torch.logits.host_modes import is_seen, outside_modes, unobservable
 
 host_sdpa = F.scaled_dot_product_attention
 """`torch.nn.functional.scaled_dot_product_attention` itself, whatever has been put in its place since."""
@@ -26,18 +30,27 @@ def sdpa_with_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `scaled_dot_product_attention`'s output, to the bit, and the LSE of its rows, fp32 [B, H, Tq], or None.
 
-    The kernel is the one that PyTorch would choose.
+    The kernel is the one that PyTorch would choose. Where a mode of the host sees what is called, it sees what it would
+    see of the host's.
     """
-    if not _is_cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    if not _returns_lse(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
         y = host_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return y, None
     if attn_mask is not None:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill(
-            ~attn_mask, -torch.inf
-        )
+        masked = torch.scalar_tensor(-torch.inf, dtype=query.dtype, device=query.device)
+        attn_mask = torch.where(attn_mask, 0.0, masked)  # as the host makes it
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )
+
+
+def _returns_lse(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any) -> bool:
+    if torch.compiler.is_compiling() or not is_seen():
+        return unobservable() is None and _is_cpu_flash(query, key, value, attn_mask, *options)
+    if unobservable() is not None or is_seen(by_functions=True):
+        return False
+    with outside_modes():
+        return _is_cpu_flash(query, key, value, attn_mask, *options)
 
 
 def _is_cpu_flash(

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from muonclip.torch.logits.exact_maxima import observe, observe_opaquely
+from muonclip.torch.logits.host_modes import FAKE, Unobservable, unobservable, unseen
 from muonclip.torch.logits.mask import AttentionMask
 
 
@@ -35,28 +34,6 @@ class HeadsOfRank(Protocol):
     def count(self) -> int | None:
         """Return how many heads this rank has; None where it has all of them."""
         ...
-
-
-class _OfThread(threading.local):
-    unobserved = False
-
-
-_of_thread = _OfThread()
-
-
-def is_unobserved() -> bool:
-    """Tell whether an engine makes this thread run a model for shapes alone, which is not a forward of the training."""
-    return _of_thread.unobserved
-
-
-@contextmanager
-def unobserved() -> Iterator[None]:
-    """Keep every statistic from observing what this thread runs within."""
-    before, _of_thread.unobserved = _of_thread.unobserved, True
-    try:
-        yield
-    finally:
-        _of_thread.unobserved = before
 
 
 class MaxLogits:
@@ -77,6 +54,8 @@ class MaxLogits:
 
     resets = 0
     """How often it was reset."""
+    left_out: Unobservable | None = None
+    """The reason why a forward was not observed since the last reset."""
 
     def __init__(self, num_heads: int) -> None:
         if num_heads < 1:
@@ -110,6 +89,7 @@ class MaxLogits:
     def reset(self) -> None:
         """Forget what was seen."""
         self.resets += 1
+        self.left_out = None
         self.packed.zero_()
         self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
@@ -138,7 +118,6 @@ class MaxLogits:
             return self.num_heads
         return q.shape[1] if q.ndim == 4 else count
 
-    @torch.no_grad()
     def update(self, maxima: Tensor) -> None:
         """Add one forward's exact maxima [heads], or those of this rank's heads, of any dtype and source.
 
@@ -147,8 +126,14 @@ class MaxLogits:
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
         first = self.first_of(len(maxima))
-        if _of_thread.unobserved:
-            return
+        if (reason := unobservable()) is not None:
+            self.leave_out(reason)
+        else:
+            self._update(maxima, first)
+
+    @unseen
+    @torch.no_grad()
+    def _update(self, maxima: Tensor, first: int) -> None:
         self.follow(maxima)
         maxima = maxima.float()
         bad = maxima.isnan() | (maxima == math.inf)
@@ -166,11 +151,29 @@ class MaxLogits:
         under this mask, if known. Raises ValueError for another number of heads.
         """
         first = self.first_of(q.shape[1])
-        if _of_thread.unobserved:
+        if (reason := unobservable()) is not None:
+            self.leave_out(reason)
+        else:
+            self._take_unseen(q, k, scale=scale, mask=mask, lse=lse, first=first)
+
+    def take(self, q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, lse: Tensor | None) -> None:
+        """Do what `observe` does, for callers that have seen to it that they may observe and are not seen."""
+        self._take(q, k, scale=scale, mask=mask, lse=lse, first=self.first_of(q.shape[1]))
+
+    def _take(self, q: Tensor, k: Tensor, **options: Any) -> None:
+        if isinstance(q, FakeTensor):
+            self.leave_out(FAKE)
             return
         self.follow(q)
         take = observe_opaquely if torch.compiler.is_compiling() else observe
-        take(q, k, self.packed, scale=scale, threshold=self.threshold, mask=mask, lse=lse, first=first)
+        take(q, k, self.packed, threshold=self.threshold, **options)
+
+    _take_unseen = unseen(_take)
+
+    def leave_out(self, reason: Unobservable) -> None:
+        """Remember why a forward was not observed, until the next reset."""
+        if reason.where and not torch.compiler.is_compiling() and not (self.left_out and self.left_out.trains):
+            self.left_out = reason
 
     def follow(self, tensor: Tensor) -> None:
         """Move to the device of a tensor."""

@@ -8,15 +8,23 @@ from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, Atten
 from muonclip.torch.observe.eager import KERNEL as EAGER
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.flex import KERNEL as FLEX
-from muonclip.torch.observe.handlers import AttentionCallHandler, drop_handlers, handled, handling, of_thread
+from muonclip.torch.observe.handlers import (
+    AttentionCallHandler,
+    drop_handlers,
+    graph_task,
+    handled,
+    handling,
+    of_thread,
+)
 from muonclip.torch.observe.hooks import Hooks, ObserverHooks, enter
+from muonclip.torch.observe.jagged import is_jagged, like, values_of
 from muonclip.torch.observe.kernels import KERNELS
 from muonclip.torch.observe.loads import LoadHooks
-from muonclip.torch.observe.observer import Observer, Unclaimed
+from muonclip.torch.observe.observer import Observer, Unclaimed, UnclaimedRun
 from muonclip.torch.observe.patches import PATCHES
 from muonclip.torch.observe.score import Block, Score, columns_of
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
-from muonclip.torch.observe.torch_functions import bind, functions
+from muonclip.torch.observe.torch_functions import bind, derivatives_in_place, functions
 from muonclip.torch.observe.whole_logits import whole_logits
 
 __all__ = [
@@ -37,14 +45,20 @@ __all__ = [
     "Score",
     "ScoreTracker",
     "Unclaimed",
+    "UnclaimedRun",
     "bind",
     "broadcast_heads",
     "columns_of",
+    "derivatives_in_place",
     "drop_handlers",
     "enter",
     "functions",
+    "graph_task",
     "handled",
     "handling",
+    "is_jagged",
+    "like",
     "of_thread",
+    "values_of",
     "whole_logits",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from muonclip.torch.observe.score_mod import ScoreMod
 _TILES = "norm bound, then exact tiles"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class AttentionKernel:
     """A kernel: its name, where its function is, and how its maxima are computed on each kind of device.
 
@@ -27,7 +27,7 @@ class AttentionKernel:
 
     name: str
     home: str = ""
-    patch: Callable[[Any], Any] | None = None
+    patch: Callable[[Any], Any] | None = field(default=None, compare=False)
     on_cpu: str = _TILES
     on_cuda: str = "norm bound, then tiles"
     if_unobserved: str = ""
@@ -35,6 +35,10 @@ class AttentionKernel:
     def maxima_on(self, device_type: str) -> str:
         """Say how the maxima are computed on a kind of device, in a few words."""
         return {"cuda": self.on_cuda, "cpu": self.on_cpu}.get(device_type, "exact tiles")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Save it without the patch, which is a closure; a copy is equal."""
+        return (AttentionKernel, (self.name, self.home, None, self.on_cpu, self.on_cuda, self.if_unobserved))
 
 
 DECLARED = AttentionKernel("declared", on_cpu="row LSE or norm bound, then exact rows")

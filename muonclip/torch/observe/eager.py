@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from muonclip.torch.logits import InnermostMode, unobservable, unseen
 from muonclip.torch.observe.attention_call import AttentionCall
 from muonclip.torch.observe.score import KERNEL, Score
 from muonclip.torch.observe.score_rules import (
@@ -47,7 +47,7 @@ class _Tracked(weakref.ref[Tensor]):
     score: Score
 
 
-class ScoreTracker(TorchFunctionMode):
+class ScoreTracker(InnermostMode):
     """Calls `on_attention` for every attention that is written out while it is entered."""
 
     def __init__(self, on_attention: Callable[[AttentionCall], object]) -> None:
@@ -63,7 +63,8 @@ class ScoreTracker(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self.inside(func, *args, **kwargs)
         result = self.run(func, args, kwargs)
-        self.follow(func, args, kwargs, result)
+        if (self._scores or func in PRODUCTS) and unobservable() is None:
+            self.follow(func, args, kwargs, result)
         return result
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,7 +83,12 @@ class ScoreTracker(TorchFunctionMode):
         with self:
             return own(*args, **kwargs)
 
+    @unseen
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Record what became of a score, or a new one, without being seen."""
+        self.record(func, args, kwargs, result)
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Record what became of a score, or a new one."""
         if func in PRODUCTS:
             score = product(func, args, kwargs, result, self.running_modules())

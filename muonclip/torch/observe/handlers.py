@@ -11,17 +11,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+
+from muonclip.torch.logits import Unobservable, unobservable, unseen
 from muonclip.torch.observe.attention_call import AttentionCall
 
 
 class AttentionCallHandler(Protocol):
-    """Handles calls of attention. `observes`: where False, nobody does in its place. `owner`: on whose behalf."""
+    """Handles calls of attention. `observes`: where False, nobody does in its place. `owner`: on whose behalf.
+    `graph_task`: the backward in which it began, see `graph_task`."""
 
     observes: bool
     owner: object
+    graph_task: int
 
     def attention(self, call: AttentionCall) -> Any:
         """Make the call and return what it returned."""
+        ...
+
+    def leave_out(self, reason: Unobservable) -> None:
+        """Remember that a call was made without it, and why."""
         ...
 
 
@@ -37,10 +46,19 @@ class _OfThread(threading.local):
 of_thread = _OfThread()
 
 
+def graph_task() -> int:
+    """Return the number of the backward that this thread runs; −1 outside of any."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 def current_handler() -> AttentionCallHandler | None:
-    """Return who handles the calls of this thread now."""
+    """Return who handles the calls of this thread now.
+
+    A backward within a forward may run attention again, which is not the module's own call; a recomputation enters its
+    modules anew.
+    """
     handler = of_thread.handlers[-1] if of_thread.handlers else None
-    return handler if handler is not None and handler.observes else None
+    return handler if handler is not None and handler.observes and handler.graph_task == graph_task() else None
 
 
 @contextmanager
@@ -68,11 +86,16 @@ def drop_handlers(owner: object) -> list[AttentionCallHandler]:
 def handled(read: Callable[..., AttentionCall]) -> Callable[[Any], Any]:
     """Return a patch for the function of a kernel: its calls, read by `read(host, *args, **kwargs)`, go to whoever
     handles the calls of the thread; to the host where nobody does."""
+    read = unseen(read)
 
     def patch(host: Any) -> Any:
         def patched(*args: Any, **kwargs: Any) -> Any:
             handler = current_handler()
             if handler is None:
+                return host(*args, **kwargs)
+            reason = unobservable()
+            if reason is not None:
+                handler.leave_out(reason)
                 return host(*args, **kwargs)
             return handler.attention(read(host, *args, **kwargs))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from muonclip.torch.logits import unobservable
 from muonclip.torch.observe.handlers import drop_handlers, of_thread
 from muonclip.torch.observe.observer import Observer, ObserverRun
 
@@ -81,12 +82,18 @@ class ObserverHooks(Hooks):
 def enter(module: nn.Module, args: Any) -> None:
     """Begin a run of an observed module."""
     observer = module.__dict__.get(_OBSERVER)
-    if observer is None:  # a copy of an observed module
+    if observer is None or torch.compiler.is_exporting():  # a copy of an observed module, or nothing to observe
         return
     # What counts is how the module is entered: an autograd.Function has gradients off for what it runs.
-    run = ObserverRun(observer, observes=torch.is_grad_enabled())
+    trains = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+    reason = unobservable()
+    if trains and reason is not None:
+        for statistic in observer.statistics:
+            statistic.leave_out(reason)
+    run = ObserverRun(observer, observes=trains and reason is None)
     of_thread.handlers.append(run)
-    if observer.written_out and not torch.compiler.is_compiling():  # which cannot follow it: nothing is observed then
+    # Compiled code cannot be followed: nothing is observed then.
+    if observer.written_out and reason is None and not torch.compiler.is_compiling():
         run.follow_products()
 
 

@@ -36,7 +36,9 @@ class LoadHooks:
         for module, statistic in statistics:
             if module not in self._resets:
                 self._resets[module] = _Reset()
-                self._handles.append(module.register_load_state_dict_post_hook(self._resets[module]))
+                hooks = module._load_state_dict_post_hooks  # modules of TorchScript have no method to add one
+                self._handles.append(RemovableHandle(hooks))
+                hooks[self._handles[-1].id] = self._resets[module]
             self._resets[module].statistics.append(weakref.ref(statistic))
         _loads_in_place.add(self)
 

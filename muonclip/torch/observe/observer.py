@@ -13,15 +13,19 @@ from torch.distributed.tensor import DTensor
 from muonclip.torch.logits import (
     AttentionMask,
     MaxLogits,
+    Unobservable,
     local_queries_and_keys,
     measure_max_logits,
     statistic_dtype,
+    unseen,
 )
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.eager import ScoreTracker
-from muonclip.torch.observe.handlers import current_handler
+from muonclip.torch.observe.handlers import current_handler, graph_task
 from muonclip.torch.observe.score_mod import ScoreMod
 from muonclip.torch.observe.whole_logits import whole_logits
+
+_whole_logits = unseen(whole_logits)
 
 
 class Observer:
@@ -58,6 +62,7 @@ class ObserverRun:
 
     def __init__(self, observer: Observer, *, observes: bool) -> None:
         self.observer, self.observes, self.owner = observer, observes, observer.owner
+        self.graph_task = graph_task()
         self.calls = 0
         self.tracker: ScoreTracker | None = None
 
@@ -98,7 +103,7 @@ class ObserverRun:
         return result
 
     def _with_added(self, call: AttentionCall, statistic: MaxLogits) -> Any:
-        logits = whole_logits(call, statistic.heads_in(call.heads_first(call.q)))
+        logits = _whole_logits(call, statistic.heads_in(call.heads_first(call.q)))
         if logits is None:
             raise RuntimeError(
                 "QK-Clip: what is added to the logits of an attention depended on its queries when the attention was "
@@ -107,6 +112,11 @@ class ObserverRun:
         result = call.run()
         statistic.update(logits.amax((0, 2, 3)))
         return result
+
+    def leave_out(self, reason: Unobservable) -> None:
+        """Remember why a call was not observed."""
+        statistic, _ = self._next_statistic()
+        statistic.leave_out(reason)
 
     def check_calls(self) -> None:
         """Raise RuntimeError at the end of a run that made too few calls to know which heads they were.
@@ -136,27 +146,45 @@ class ObserverRun:
 
 
 class Unclaimed:
-    """Counts the calls in a model that no module makes which is known to call attention."""
+    """The calls in a model that no module makes which is known to call attention."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.left_out: Unobservable | None = None
+
+
+class UnclaimedRun:
+    """One forward of a model, in which unclaimed calls are counted."""
 
     observes = True
 
-    def __init__(self) -> None:
-        self.owner: object = self
-        self.calls = 0
+    def __init__(self, owner: Unclaimed) -> None:
+        self.owner: object = owner
+        self.unclaimed, self.graph_task = owner, graph_task()
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call."""
-        self.calls += 1
+        self.unclaimed.calls += 1
         return call.run()
 
+    def leave_out(self, reason: Unobservable) -> None:
+        """Remember why a call was not observed, if gradients may come from it."""
+        if reason.trains:
+            self.unclaimed.left_out = reason
+            self.unclaimed.calls += 1
 
+
+@unseen
 def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> None:
     """Take a call into a statistic; its queries and keys are this rank's or, as DTensors, those of all ranks."""
     q, k, scale = call.q, call.k, call.scale_or_default()
     if q.is_meta:
         return
     if q.is_nested:
-        raise RuntimeError("QK-Clip cannot observe nested tensors. Use padded or packed sequences with a mask.")
+        raise RuntimeError(
+            "QK-Clip cannot observe nested tensors of the strided layout. Use layout=torch.jagged, or padded or packed "
+            "sequences with a mask."
+        )
     q, k = call.heads_first(q.detach()), call.heads_first(k.detach())
     if isinstance(q, DTensor):
         q, k = local_queries_and_keys(q, k)
@@ -177,7 +205,7 @@ def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> No
     if call.score_mod is not None:
         _take_in_modified(call.score_mod, statistic, q, k, scale, mask)
     else:
-        statistic.observe(q, k, scale=scale, mask=mask, lse=lse)
+        statistic.take(q, k, scale=scale, mask=mask, lse=lse)
 
 
 @torch.compiler.disable(reason="QK-Clip reads the score_mod of FlexAttention")

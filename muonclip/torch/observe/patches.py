@@ -1,8 +1,9 @@
 """Functions in the place of the kernels' own, while somebody observes or traces a model.
 
 They are put where models look: in torch's modules, in the files and classes of a model that imported a function by
-name, in the attention interface of Hugging Face, in the autograd functions of kernels. In torch's pipelines one keeps a
-stage's first run, which is for the shapes alone, from being observed.
+name, in the attention interface of Hugging Face, in the autograd functions of kernels. Two others keep forwards from
+being observed: a stage's first run in torch's pipelines, which is for the shapes alone, and a call of a model by
+`functional_call` with other parameters than its own.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining.stage import PipelineStage
+from torch.nn.utils import stateless
 
-from muonclip.torch.logits import PARTS_OF_SEQUENCES, host_sdpa, unobserved
+from muonclip.torch.logits import PARTS_OF_SEQUENCES, Unobservable, host_sdpa, unobserved
 from muonclip.torch.mesh import plain_class
 from muonclip.torch.observe.attention_call import AttentionKernel
+from muonclip.torch.observe.handlers import of_thread
 from muonclip.torch.observe.kernels import KERNELS
 
 
@@ -50,6 +54,7 @@ class Patches:
                 raise ValueError(PARTS_OF_SEQUENCES)
             self.users += 1
             self._patch_pipelines()
+            self._patch_functional_calls()
             for kernel in KERNELS:
                 self._patch_home(kernel)
             for holder in _code_of(model):
@@ -126,6 +131,11 @@ class Patches:
             if (id(PipelineStage), "_compute_outputs") not in self._placed:
                 self._put(PipelineStage, "_compute_outputs", _unobserved(compute))
 
+    def _patch_functional_calls(self) -> None:
+        """Keep a model that is called with other parameters than its own from being observed."""
+        if (id(stateless), "_functional_call") not in self._placed:
+            self._put(stateless, "_functional_call", _own_parameters_observed(stateless._functional_call))
+
 
 def _code_of(model: nn.Module) -> list[Any]:
     """Return what may have bound a kernel's function by name: the classes of a model with their bases, the files that
@@ -161,3 +171,25 @@ def _unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
+
+
+def _own_parameters_observed(functional_call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(functional_call)
+    def run(module: nn.Module, parameters_and_buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        # Amid a forward it is a part of it, as the search has seen.
+        is_outermost = not torch.compiler.is_compiling() and not of_thread.handlers
+        reason = _other_parameters(module, parameters_and_buffers) if is_outermost else None
+        with nullcontext() if reason is None else unobserved(reason):
+            return functional_call(module, parameters_and_buffers, *args, **kwargs)
+
+    return run
+
+
+def _other_parameters(module: nn.Module, given: Mapping[str, Tensor]) -> Unobservable | None:
+    """Return why a call of a module with these parameters is not observed; None where they are its own."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    others = [name for name in given if name in own and given[name] is not own[name]]
+    if not others:
+        return None
+    trains = any(given[name].grad_fn is not None for name in others) or not own.keys() <= given.keys()
+    return Unobservable("with other parameters than the model's own, by functional_call", trains)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from muonclip.torch.logits import host_sdpa, sdpa_with_lse
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
+from muonclip.torch.observe.jagged import is_jagged, packed
 
 
 def _read(
@@ -36,7 +37,7 @@ def _read(
         enable_gqa=enable_gqa,
     )
     is_torchs_own = host is host_sdpa and not isinstance(query, DTensor)  # and not somebody's kernel in its place
-    return AttentionCall(
+    call = AttentionCall(
         KERNEL,
         functools.partial(host, **arguments),
         query,
@@ -45,8 +46,9 @@ def _read(
         scale,
         attn_mask=attn_mask,
         is_causal=is_causal,
-        run_with_lse=functools.partial(sdpa_with_lse, **arguments) if is_torchs_own else None,
+        run_with_lse=functools.partial(sdpa_with_lse, **arguments) if is_torchs_own and not query.is_nested else None,
     )
+    return packed(call) if is_jagged(query) else call
 
 
 KERNEL = AttentionKernel(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 _PARAMETERS: dict[str, str] = {
     **dict.fromkeys(("matmul", "__matmul__", "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), "other"),
@@ -83,6 +84,14 @@ def bind(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     for name, value in kwargs.items():
         arguments[name if name in names else _ALIASES.get(name, name)] = value
     return arguments
+
+
+def derivatives_in_place(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return ones in the place of what a call of `torch.autograd.grad` returns."""
+    by = bind(torch.autograd.grad, args, kwargs)["inputs"]
+    if isinstance(by, Tensor):
+        by = (by,)
+    return tree_map(torch.ones_like, by if isinstance(by, dict) else tuple(by))
 
 
 @functools.cache

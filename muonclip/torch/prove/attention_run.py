@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from muonclip.core.attention_mask import replaces
-from muonclip.torch.observe import AttentionCall, Block, Score, ScoreTracker, bind, functions, handling
+from muonclip.torch.observe import (
+    AttentionCall,
+    Block,
+    Score,
+    ScoreTracker,
+    bind,
+    derivatives_in_place,
+    functions,
+    graph_task,
+    handling,
+)
 from muonclip.torch.prove.sample import Sample
 
 _CAPS = functions("tanh", "tanh_", "clamp", "clamp_", "clamp_max", "clamp_max_", "minimum")
@@ -53,6 +63,7 @@ class AttentionRun(ScoreTracker):
         earlier: Sequence[SeenCall] = (),
     ) -> None:
         super().__init__(self._written_out)
+        self.graph_task = graph_task()
         self.calls: list[SeenCall] = []
         self.ran: set[str] = set()
         self._heads_of, self._earlier = heads_of, earlier
@@ -63,6 +74,8 @@ class AttentionRun(ScoreTracker):
         self._capped: dict[int, tuple[Tensor, tuple[Block, ...]]] = {}  # what a soft cap got, by the id of the pairs
         self._at_a_softmax: SeenCall | None = None
         for name, each in module.named_modules():
+            if isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             path = f"{prefix}{name}".removesuffix(".")
             each.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True)
             each.register_forward_hook(self._leave)
@@ -83,6 +96,8 @@ class AttentionRun(ScoreTracker):
         return result if seen is None else self._result_of(seen, lambda: result)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.autograd.grad:  # of what runs without a graph here; what it is does not matter
+            return derivatives_in_place(args, kwargs)
         tracked = self._tracked(args, kwargs) if func in _CAPS or func in _FILLS else ()
         if tracked and (func in _CAPS or _fills_by_a_cap(func, args, kwargs)):
             for tensor, score in tracked:
@@ -95,10 +110,13 @@ class AttentionRun(ScoreTracker):
 
         def run() -> Any:
             # Not every kernel has a backward on every device; and one may call another one.
-            with torch._C.DisableTorchFunction(), torch.no_grad(), handling(None):
+            with self.left(), torch.no_grad(), handling(None):
                 return tree_map(_numbers_for_zeros, (call.run_in_trace or call.run)())
 
         return self._result_of(self._see(call, self._running[-1]), run)
+
+    def leave_out(self, reason: object) -> None:
+        """Leave a call to the steps, of which it is told then that it was not observed."""
 
     def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
         self._entering = score

@@ -9,16 +9,18 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover import Inputs, Replica, replica_of
 from muonclip.torch.heads import HeadRows, scale_heads
-from muonclip.torch.observe import handling
+from muonclip.torch.observe import handling, values_of
 from muonclip.torch.prove.attention_run import AttentionRun, SeenCall
 
 Scaling = Sequence[tuple[HeadRows, Tensor]]
@@ -49,7 +51,12 @@ class Experiments:
         self._names = {module: name for name, module in model.named_modules()}
         self._prefix = f"{inputs.module}." if inputs.module else ""
         self._is_noisy: bool | None = None
-        self.base = self.run(())
+        self._keeps_graph = False
+        try:
+            self.base = self.run(())
+        except Exception:  # whatever the model raises; perhaps it takes derivatives itself
+            self._keeps_graph = True
+            self.base = self.run(())
 
     def run(self, scaling: Scaling, *, replayed: bool = False) -> Outcome:
         """Run the model with these rows scaled. `replayed`: every attention returns what it did in `base`."""
@@ -59,7 +66,7 @@ class Experiments:
         with (
             replica_of(model, inputs.args, inputs.kwargs, values, prefix=self._prefix, training=self._training) as copy,
             torch.enable_grad(),  # without, some models call other kernels
-            torch.autograd.graph.saved_tensors_hooks(_nothing, _not_asked_for),
+            nullcontext() if self._keeps_graph else saved_tensors_hooks(_nothing, _not_asked_for),
             warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
         ):
             self._scale(copy, scaling)
@@ -150,6 +157,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors that a model has returned, those in dataclasses included."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
-            yield leaf
+            yield values_of(leaf)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from tensors_in([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
