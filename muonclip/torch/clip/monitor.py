@@ -12,6 +12,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,7 @@ from muonclip.torch.observe import (
     enter,
     of_thread,
 )
-from muonclip.torch.prove import ProvenWays
+from muonclip.torch.prove import ProvenWays, reaches_known_alone
 
 _MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
@@ -119,8 +120,10 @@ class AttentionMonitor:
         attention is known.
         """
         try:
-            discovery = self._ask(inputs, in_training=True)
-            self._take(discovery, inputs)
+            self._take(self._ask(inputs), inputs)
+            if self.model.get_submodule(inputs.module).training and not self._is_known(inputs, training=True):
+                with suppress(NotTraced):  # what does not run in training mode has run in evaluation mode
+                    self._take(self._ask(inputs, training=True), inputs)
         except (NotTraced, TooLarge) as error:
             if self.projections:
                 self.to_come = f"not traced: {error}"
@@ -133,12 +136,22 @@ class AttentionMonitor:
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
 
+    @outside_modes()
+    def _is_known(self, inputs: Inputs, *, training: bool) -> bool:
+        """Tell whether a forward would reach no attention but those that were found."""
+        if not self.sites:
+            return False
+        try:
+            return reaches_known_alone(self.model, inputs, self.sites, training=training)
+        except Exception:  # whatever the model raises; tracing it says more
+            return False
+
     def discover_ahead(self) -> None:
         """Find attentions with inputs that the model names or that are guessed; where none fits, the first forward will
         tell. Raises ValueError where an attention is not understood, or where there is none."""
         for inputs in guess_inputs(self.model):
             try:
-                self._take(self._ask(inputs, in_training=False), inputs)
+                self._take(self._ask(inputs), inputs)
             except NotTraced as error:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {error})"
                 continue
@@ -222,14 +235,14 @@ class AttentionMonitor:
             name = self._names.get(module)
         return name
 
-    def _ask(self, inputs: Inputs, *, in_training: bool) -> Discovery:
+    def _ask(self, inputs: Inputs, *, training: bool = False) -> Discovery:
         """Discover attentions; earlier traces are read again, since what attentions share may show itself late."""
         return discover(
             self.model,
             [inputs],
             self.declared,
             clip_gains=self.clip_gains,
-            in_training=in_training,
+            training=training,
             earlier=self._traces,
         )
 

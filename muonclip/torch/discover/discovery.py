@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
@@ -24,6 +24,8 @@ from muonclip.torch.discover.verify import check_declaration
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import outside_modes
 from muonclip.torch.observe import DECLARED, AttentionKernel
+
+_FEW = 2  # sequences show how a batch is laid out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +59,20 @@ class Inputs:
     kwargs: Mapping[str, Any]
     module: str = ""
 
+    def few(self) -> Inputs | None:
+        """Return the first two sequences of each tensor that has as many of them as the first one; None where that is
+        no saving."""
+        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        size = next((each.shape[0] for each in leaves if isinstance(each, Tensor) and each.ndim > 1), 0)
+        if size <= _FEW:
+            return None
+
+        def first(value: Any) -> Any:
+            is_batch = isinstance(value, Tensor) and not value.is_nested and value.ndim and value.shape[0] == size
+            return value[:_FEW] if is_batch else value
+
+        return replace(self, args=tree_map(first, self.args), kwargs=tree_map(first, dict(self.kwargs)))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Discovery:
@@ -77,30 +93,27 @@ def discover(
     declared: Mapping[str, QKProjection],
     *,
     clip_gains: bool = False,
-    in_training: bool = False,
+    training: bool = False,
     earlier: Sequence[Trace] = (),
 ) -> Discovery:
     """Find the attentions of a model by running a copy of it, or of its parts, on `inputs`. The model is as before.
 
     `declared`: projections by module name; they are checked against the traced calls, and replace what would be found.
-    `clip_gains`: as of `QKClip`. `in_training`: run it in training mode as well, since some attention may run there
-    only. `earlier`: traces to read as well, because attentions may have something in common.
+    `clip_gains`: as of `QKClip`. `training`: the mode of the copy; some attention runs in training only. `earlier`:
+    traces to read as well, because attentions may have something in common.
 
-    Raises NotTraced where a copy does not run in evaluation mode, TooLarge where it does not fit, and ValueError where
-    a declaration is wrong.
+    Raises NotTraced where a copy does not run, TooLarge where it does not fit, and ValueError where a declaration is
+    wrong.
     """
     traces = list(earlier)
     for each in inputs:
         module, prefix = model.get_submodule(each.module), f"{each.module}." if each.module else ""
         try:
-            traces.append(trace(module, each.args, each.kwargs, prefix=prefix))
+            traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=training))
         except TooLarge:
             raise
         except Exception as error:  # whatever the model raises
             raise NotTraced.because(error) from error
-        if in_training and module.training:
-            with suppress(Exception):  # what fails here has shown what it has in evaluation mode
-                traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=True))
     with outside_modes():
         return _read(model, tuple(traces), declared, clip_gains=clip_gains)
 

@@ -287,7 +287,8 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
         return _refused(call, module, run, heads, call.problem or mixed)
     q, k, _ = broadcast_heads(given, k, None, heads)
     query = attribute(q, blocks=blocks)
-    if not (query.are_private or _heads_repeat(given, heads)):
+    # One head may be several that are in front of the batch: its rows are its own whatever they are.
+    if not (query.are_private and heads > 1) and not _heads_repeat(given, heads):
         return _refused(call, module, run, heads, mixed)
     key = attribute(k, blocks=blocks)
     if (key.problem and key.problem != CONSTANT) or key.normalised:
@@ -380,8 +381,10 @@ def _heads_repeat(tensor: Tensor, heads: int) -> bool:
     slices = tensor.reshape(-1, *tensor.shape[-2:])
     if len(slices) % heads:
         return False
-    # Of four axes the third is the heads' by contract; a look at the second sequence tells whether it is.
+    # Of four axes the third is the heads' by contract; a look at the second sequence tells whether it is. And what is
+    # in front of the batch shows itself in the last sequence.
     looked_at = range(heads, len(slices)) if tensor.ndim != 4 else range(heads, min(heads + 1, len(slices)))
+    looked_at = looked_at[-1:] if heads == 1 else looked_at
     of_heads = {index % heads: _columns_behind(slices, index % heads) for index in looked_at}
     return all(all(map(torch.equal, _columns_behind(slices, index), of_heads[index % heads])) for index in looked_at)
 

@@ -38,6 +38,41 @@ class Outcome:
     ran: set[str]
 
 
+def run_copy(
+    model: nn.Module,
+    inputs: Inputs,
+    heads_of: Callable[[str, int], int | None],
+    earlier: Sequence[SeenCall] = (),
+    values: Callable[[Tensor], Tensor] = lambda values: values,
+    prepare: Callable[[Replica], None] = lambda copy: None,
+    *,
+    training: bool,
+    keeps_graph: bool = False,
+) -> Outcome:
+    """Run a copy of a model, or of the part of it that the inputs are for. Raises whatever the model raises.
+
+    `heads_of` and `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare` changes
+    the copy. `keeps_graph`: for a model that takes derivatives itself.
+    """
+    module, prefix = model.get_submodule(inputs.module), prefix_of(inputs)
+    with (
+        replica_of(module, inputs.args, inputs.kwargs, values, prefix=prefix, training=training) as copy,
+        torch.enable_grad(),  # without, some models call other kernels
+        nullcontext() if keeps_graph else saved_tensors_hooks(_nothing, _not_asked_for),
+        warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
+    ):
+        prepare(copy)
+        run = AttentionRun(copy.module, prefix, heads_of, earlier)
+        with handling(run), run:
+            returned = copy.run()
+    return Outcome(run.calls, [each.detach().clone() for each in tensors_in(returned)], run.ran)
+
+
+def prefix_of(inputs: Inputs) -> str:
+    """Return the beginning of the names of modules in the part of a model that inputs are for."""
+    return f"{inputs.module}." if inputs.module else ""
+
+
 class Experiments:
     """Runs a model, or the part of it that `inputs` are for, with some rows scaled.
 
@@ -49,7 +84,7 @@ class Experiments:
     ) -> None:
         self._model, self._inputs, self._heads_of, self._training = model, inputs, heads_of, training
         self._names = {module: name for name, module in model.named_modules()}
-        self._prefix = f"{inputs.module}." if inputs.module else ""
+        self._prefix = prefix_of(inputs)
         self._is_noisy: bool | None = None
         self._keeps_graph = False
         try:
@@ -60,20 +95,16 @@ class Experiments:
 
     def run(self, scaling: Scaling, *, replayed: bool = False) -> Outcome:
         """Run the model with these rows scaled. `replayed`: every attention returns what it did in `base`."""
-        model, inputs = self._model.get_submodule(self._inputs.module), self._inputs
-        earlier = self.base.calls if replayed else ()
-        values = _NumbersForZeros()
-        with (
-            replica_of(model, inputs.args, inputs.kwargs, values, prefix=self._prefix, training=self._training) as copy,
-            torch.enable_grad(),  # without, some models call other kernels
-            nullcontext() if self._keeps_graph else saved_tensors_hooks(_nothing, _not_asked_for),
-            warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
-        ):
-            self._scale(copy, scaling)
-            run = AttentionRun(copy.module, self._prefix, self._heads_of, earlier)
-            with handling(run), run:
-                returned = copy.run()
-        return Outcome(run.calls, [each.detach().clone() for each in tensors_in(returned)], run.ran)
+        return run_copy(
+            self._model,
+            self._inputs,
+            self._heads_of,
+            self.base.calls if replayed else (),
+            _NumbersForZeros(),
+            lambda copy: self._scale(copy, scaling),
+            training=self._training,
+            keeps_graph=self._keeps_graph,
+        )
 
     def reaches(self, rows: HeadRows) -> bool:
         """Tell whether a weight is in what is run."""

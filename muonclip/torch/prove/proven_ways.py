@@ -51,6 +51,12 @@ class ProvenWays:
             return {name: c for name, c in choices.items() if c[0].scaled_parts() and keys[name] not in self._ways}
 
         found: dict[str, Way | Finding] = {}
+        few = inputs.few() if missing() else None
+        if few is not None:
+            with suppress(Exception):  # a model need not run with a part of its inputs
+                of_few = prove(model, few, missing(), sites, declared=declared)
+                if not _failed(of_few):
+                    self._keep(of_few, keys)
         if missing():
             try:
                 found = prove(model, inputs, missing(), sites, declared=declared)
