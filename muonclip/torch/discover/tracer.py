@@ -287,8 +287,9 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
         return _refused(call, module, run, heads, call.problem or mixed)
     q, k, _ = broadcast_heads(given, k, None, heads)
     query = attribute(q, blocks=blocks)
-    # One head may be several that are in front of the batch: its rows are its own whatever they are.
-    if not (query.are_private and heads > 1) and not _heads_repeat(given, heads):
+    # One head may be several in front of the batch: then its rows are its own, too.
+    tells_heads = heads > 1 or given.ndim == 4
+    if not (query.are_private and tells_heads) and not _heads_repeat(given, heads):
         return _refused(call, module, run, heads, mixed)
     key = attribute(k, blocks=blocks)
     if (key.problem and key.problem != CONSTANT) or key.normalised:
