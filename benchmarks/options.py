@@ -13,6 +13,7 @@ from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Framework
 from benchmarks.report.redraw import COMPARISON
 from benchmarks.studies.clip_cost_bench import MODELS, PLANS
+from benchmarks.studies.sweep_architectures import ARCHITECTURES
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models.config import Attention
 
@@ -160,6 +161,9 @@ _KILL_TRIALS = {
     "--seed": _of(int, "N", "of the draws (default: 0)", 0),
     "--out": _of(Path, "FILE.jsonl", "gets a line per trial", required=True),
 }
+_SWEEP = {
+    "--models": _of(several(one_of((each.name for each in ARCHITECTURES), "architecture")), "A,B", "default: all", ())
+}
 _REPORT = {
     "folders": {"type": Path, "nargs": "+", "metavar": "DIR", "help": "the --out of a command, finished or running"},
     "--out": _of(Path, "DIR", f"the page of all folders together (default: ./{COMPARISON} where there are several)"),
@@ -183,5 +187,6 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     ),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),
     "ownership": ("draw which ranks hold and iterate the matrices of a layer", {}, ["--out"]),
+    "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip

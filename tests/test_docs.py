@@ -40,8 +40,9 @@ README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
+SWEEP = ROOT / "docs" / "architectures" / "sweep.md"  # of docs/architectures.md
 SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED, SCALING))
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED, SCALING, SWEEP))
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)

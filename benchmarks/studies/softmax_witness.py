@@ -1,12 +1,12 @@
 """The true logits of every softmax that a model takes, read below autograd.
 
 Operators are seen as they run, whatever Python called them: `_softmax`, and fused attention, whose logits are computed
-from its queries, keys, scale and mask. Nothing is taken from QK-Clip. Where the logits come from is followed by storage:
-a product of two tensors, neither of them a parameter, reaches a softmax through views and elementwise operators.
+from its queries, keys, scale and mask. Nothing is taken from QK-Clip. Where logits come from is followed by storage: a
+product of two tensors, neither of them a parameter, reaches a softmax through operators other than products.
 
-A model is run again with the results of all its softmaxes pinned to those of a first run: each attention gets the inputs
-that it had then, however the weights of queries and keys were changed, so that its logits can be compared. With the
-products set to zero, too, what is left of the logits is what was added to them:
+A model is run again with the results of all its softmaxes, and what it chooses by `topk`, as in a first run. So each
+attention gets the inputs that it had then, however the weights of queries and keys were changed, and its logits can be
+compared. With the products set to zero, too, what is left of the logits is what was added to them:
 
     S = L − C        C: biases, masks, distances; under a soft cap c·tanh(·), L and C are c times what it receives
     allowed          C > −50, the lowest bias of so few tokens, and S ≠ 0: below are masks, and sinks have no product
@@ -31,7 +31,8 @@ _ATEN = torch.ops.aten
 _SOFTMAX = {_ATEN._softmax, _ATEN._safe_softmax}
 _FUSED = {_ATEN._scaled_dot_product_flash_attention_for_cpu}
 _PRODUCTS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}  # where the first factor is
-_NEW = {_ATEN.convolution, _ATEN.embedding, _ATEN.native_layer_norm}  # whose results have nothing of logits
+_NEW = {_ATEN.embedding, _ATEN.native_layer_norm}  # whose results have nothing of logits
+_CHOICES = {_ATEN.topk, _ATEN.sort}
 _MAXIMA = {_ATEN.amax, _ATEN.max}
 _CAPS = {_ATEN.tanh, _ATEN.tanh_}
 
@@ -78,7 +79,11 @@ class SoftmaxWitness:
 
     def __init__(self, model: nn.Module, call: Callable[[], object]) -> None:
         self._model, self._call = model, call
-        self.softmaxes = self._run(_Run(model))
+        first = _Run(model)
+        self.softmaxes = self._run(first)
+        self._choices = first.choices
+        self.unread = first.unread
+        """The modules that normalise logits in another way than by a softmax, which are not read."""
         self._products = frozenset[int]().union(*(each.products for each in self.softmaxes))
 
     @property
@@ -90,8 +95,8 @@ class SoftmaxWitness:
         """Return the attentions with the weights of now and the inputs of the first run. Raises RuntimeError where the
         model does not do the same again."""
         pinned = [each.result for each in self.softmaxes]
-        whole = self._run(_Run(self._model, pinned))
-        added = self._run(_Run(self._model, pinned, self._products))
+        whole = self._run(_Run(self._model, pinned, self._choices))
+        added = self._run(_Run(self._model, pinned, self._choices, self._products))
         if not len(self.softmaxes) == len(whole) == len(added):
             raise RuntimeError("the model takes another number of softmaxes in each run")
         found: list[Attention] = []
@@ -114,8 +119,16 @@ class SoftmaxWitness:
 
 
 class _Run(TorchDispatchMode):
-    def __init__(self, model: nn.Module, pinned: list[Any] | None = None, zeroed: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pinned: list[Any] | None = None,
+        chosen: list[Tensor] | None = None,
+        zeroed: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__()
+        self._chosen = chosen or []
+        self.choices: list[Tensor] = []  # indices of the largest, as sparse attention picks its queries
         self._model, self._pinned, self._zeroed = model, pinned, zeroed
         self._parameters = {_storage(each) for each in model.parameters()}
         self._names = {module: name for name, module in model.named_modules()}
@@ -126,6 +139,7 @@ class _Run(TorchDispatchMode):
         self._weights: dict[int, frozenset[int]] = {}  # the softmaxes whose results are in it
         self._alive: list[Tensor] = []  # so that no storage takes the place of another
         self.softmaxes: list[Softmax] = []
+        self.unread: list[str] = []
 
     @contextlib.contextmanager
     def naming_modules(self) -> Iterator[None]:
@@ -158,6 +172,15 @@ class _Run(TorchDispatchMode):
         self._alive += made
         if operator not in _NEW:
             self._pass_on(given, [each for each in made if each.is_floating_point()])
+        if operator in _CHOICES:
+            if len(self.choices) < len(self._chosen):
+                made[1].copy_(self._chosen[len(self.choices)])
+                at = 2 if operator is _ATEN.topk else 1
+                axis = kwargs.get("dim", args[at] if len(args) > at else -1)
+                made[0].copy_(given[0].gather(axis, made[1]))
+            self.choices.append(made[1].clone())
+        if operator is _ATEN.logsumexp and self._reached.get(_storage(given[0])):
+            self.unread.append(self._inside[-1])
         if operator in _MAXIMA and self._pinned is not None and self._reached.get(_storage(given[0])):
             made[0].zero_()
         if operator in _CAPS and self._reached.get(_storage(given[0])):

@@ -6,36 +6,37 @@ repeated on its own inputs, and every head must end at min(S, τ). Figures are i
     clip         max |S after − min(S before, τ)| / τ over the heads that are clipped
     statistic    max |S reported − S| / τ over all heads that are observed
 
-A softmax over products of two activations that weighs a third is an attention to the witness. One whose module is not in
-the plan was missed.
+To the witness an attention is a softmax over products of two activations that weighs a third. One whose module is not
+in the plan was missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import itertools
 import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.execution.train import make_folder
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.studies.softmax_witness import Attention, SoftmaxWitness
-from benchmarks.studies.sweep_models import ARCHITECTURES, Architecture
+from benchmarks.studies.sweep_architectures import ARCHITECTURES
+from benchmarks.studies.sweep_models import Architecture
 from benchmarks.studies.templates import render
 from benchmarks.training.timing import torch_threads
 from muonclip.torch import QKClip, QKProjection
 
+LIBRARIES = tuple(dict.fromkeys(each.library for each in ARCHITECTURES))
 EXACT = 1e-4  # of τ, in float32
 
 
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
         for name in options.models or known:
             results.append(judge(known[name]))
             print(results[-1].name, results[-1].verdict, results[-1].because, file=sys.stderr, flush=True)
-    libraries = {each.library: _version(each.library) for each in ARCHITECTURES}
+    libraries = {name: _version(name) for name in LIBRARIES}
     made_with = environment() | {name: version for name, version in libraries.items() if version}
     written = {"environment": made_with, "exact": EXACT, "architectures": [asdict(each) for each in results]}
     atomic_files.write_json(options.out / "sweep.json", written)
@@ -82,14 +83,15 @@ def run(options: argparse.Namespace) -> None:
 def read_sweep(written: Mapping[str, Any]) -> str:
     """Write the Markdown table, and what made it."""
     verdicts = Counter(each["verdict"] for each in written["architectures"])
-    return render("sweep.md", **written, verdicts=verdicts.most_common())
+    libraries = ", ".join(
+        f"{name} {written['environment'][name]}" for name in LIBRARIES if name in written["environment"]
+    )
+    return render("sweep.md", **written, verdicts=verdicts.most_common(), remark=_remark, libraries=libraries)
 
 
 def judge(architecture: Architecture) -> Result:
     """Clip a tiny model of the architecture once, and say what became of its attentions."""
     name, library = architecture.name, architecture.library
-    if not architecture.importable:
-        return Result(name, library, "not installed")
     try:
         model = architecture.build()
         arguments = architecture.arguments(model)
@@ -101,6 +103,8 @@ def judge(architecture: Architecture) -> Result:
 
         witness = SoftmaxWitness(model, call)
         before = witness.attentions()
+    except ImportError as error:
+        return Result(name, library, "not installed", _said(error))
     except Exception as error:
         return Result(name, library, "failed", f"without the clip: {_said(error)}")
     others = len(witness.other_softmaxes)
@@ -114,7 +118,8 @@ def judge(architecture: Architecture) -> Result:
         clip.step()
         report = clip.report()
     except (ValueError, RuntimeError) as error:
-        verdict = "no softmax" if not before and "no attention was found" in str(error) else "refused"
+        nothing = not before and not witness.unread and "no attention was found" in str(error)
+        verdict = "no softmax" if nothing else "refused"
         return Result(name, library, verdict, _said(error), other_softmaxes=others, kernels=kernels)
     except Exception as error:
         return Result(name, library, "failed", _said(error), other_softmaxes=others, kernels=kernels)
@@ -161,6 +166,7 @@ def compare(
     """Compare the true logits before and after a step with what the clip knew and reported."""
     names = list(plan.names_of(before))
     missed = tuple(each.module for each, name in zip(before, names, strict=True) if not name)
+    missed += tuple(f"{name}, which the witness does not see" for name in plan.projections if name not in names)
     clip, statistic, reasons = 0.0, 0.0, dict[str, None]()
     for name in dict.fromkeys(filter(None, names)):
         projection = plan.projections[name]
@@ -177,8 +183,6 @@ def compare(
     known = [plan.projections[name] for name in dict.fromkeys(filter(None, names))]
     clipped = sum(not each.reason for each in known)
     verdict = "found" if clipped else "observed only"
-    if not before and not plan.projections:
-        verdict = "no softmax"
     if max(clip, statistic) > EXACT:
         verdict = "inexact"
     if missed:
@@ -197,19 +201,18 @@ def _errors(old: Tensor, new: Tensor, reported: Tensor, tau: float, projection: 
     return ((new - wanted)[seen].abs().max() / tau).item(), ((reported - old)[seen].abs().max() / tau).item()
 
 
-def _readings(
-    before: Sequence[Attention], after: Sequence[Attention], heads: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _readings(before: Sequence[Attention], after: Sequence[Attention], heads: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the maxima of the heads before and after, [heads], for each way in which the axes can hold them.
 
     Heads have an axis, share one with sequences or windows, or are two axes, of groups and heads in a group. Several
     ways fit where the sizes do; a clip that is wrong is wrong in each.
     """
-    axes = [each.maxima().shape for each in before]
-    for way in _ways(axes[0], heads):
-        if all(way in list(_ways(each, heads)) for each in axes):
-            read = [torch.stack([way.read(each.maxima(), heads) for each in of]).amax(0) for of in (before, after)]
-            yield read[0], read[1]
+    for ways in itertools.islice(itertools.product(*(_ways(each.maxima().shape, heads) for each in before)), 64):
+        old, new = (
+            torch.stack([way.read(each.maxima(), heads) for way, each in zip(ways, of, strict=True)]).amax(0)
+            for of in (before, after)
+        )
+        yield old, new
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +261,17 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif hasattr(outputs, "sample"):
         yield from _tensors(outputs.sample)
+
+
+def _remark(result: Mapping[str, Any]) -> str:
+    """Return what a row of the table says: the first of the attentions that are refused, and why."""
+    if result["missed"]:
+        return "not in the plan: " + ", ".join(result["missed"])
+    if result["verdict"] == "no softmax":
+        return ""
+    words = result["because"].partition(" Say which weights")[0]
+    words = words.partition("understand these attentions: ")[2] or words.partition(". It sees ")[0]
+    return words.partition(". ")[0].removesuffix(".").replace("|", "\\|")
 
 
 def _said(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The architectures of the sweep: tiny models of public libraries from configurations, with inputs; nothing is downloaded.
+"""Tiny models of public libraries, from configurations, with inputs; nothing is downloaded.
 
 Sizes that many configurations name are set wherever they are named; an architecture lists the others. Two sequences,
 four heads, seven tokens: no two of these are the same number.
@@ -7,7 +7,7 @@ four heads, seven tokens: no two of these are the same number.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ _SIZES: dict[str, Any] = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "ffn_dim": 48, "embedding_size": 16,
     "image_size": IMAGE, "patch_size": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, 
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "sliding_window": 4, "rotary_dim": 4,
     "q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10,
     "attention_dropout": 0.0, "layerdrop": 0.0,
@@ -34,19 +34,20 @@ _SIZES: dict[str, Any] = {
 class Architecture:
     """A model by the name of its class in a library: `options` of its configuration, and what it is called with.
 
-    `inputs`: names of arguments and how each is made, or one of the kinds in `_KINDS`.
+    `name`: the class, and perhaps a space and which variant it is. `inputs`: names of arguments and how each is made,
+    "*" those without a name; none of them: tokens, or an image.
     """
 
     name: str
     library: str
     options: dict[str, Any] = field(default_factory=dict)
-    inputs: str | dict[str, Callable[[], Any]] = ""
-    note: str = ""
+    inputs: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     @property
-    def importable(self) -> bool:
-        """True where the library is installed."""
-        return importlib.util.find_spec(self.library) is not None
+    def kind(self) -> Any:
+        """The class, or what makes the model. Raises ImportError where the library is not installed."""
+        module = "torch_geometric.nn" if self.library == "torch_geometric" else self.library
+        return getattr(importlib.import_module(module), self.name.partition(" ")[0])
 
     def build(self) -> nn.Module:
         """Make the model, in evaluation mode, its weights large enough for logits of a few units."""
@@ -61,14 +62,15 @@ class Architecture:
                     parameter.normal_(0, 0.2)  # zero-initialised biases, gates and scales
         return model
 
-    def arguments(self, model: nn.Module) -> dict[str, Any]:
+    def arguments(self, model: Any) -> dict[str, Any]:
         """Make what the model is called with, the same each time."""
         torch.manual_seed(1)
-        kind: Any = self.inputs or ("pixel_values" if "pixel" in getattr(model, "main_input_name", "") else "tokens")
-        made = {name: make() for name, make in (_KINDS[kind] if isinstance(kind, str) else kind).items()}
-        if kind == "tokens" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            made["decoder_input_ids"] = tokens()[:, :-2]
-        return made
+        if self.inputs:
+            return {name: make() for name, make in self.inputs.items()}
+        if model.main_input_name == "pixel_values":
+            return {"pixel_values": torch.randn(BATCH, 3, IMAGE, IMAGE)}
+        given = {"input_ids": tokens()}
+        return given | {"decoder_input_ids": tokens()[:, :-2]} if model.config.is_encoder_decoder else given
 
 
 def tokens() -> Tensor:
@@ -77,13 +79,6 @@ def tokens() -> Tensor:
 
 def numbers(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(BATCH, *shape)
-
-
-_KINDS: dict[str, dict[str, Callable[[], Any]]] = {
-    "tokens": {"input_ids": tokens},
-    "pixel_values": {"pixel_values": numbers(3, IMAGE, IMAGE)},
-    "wave": {"input_values": numbers(600)},
-}
 
 
 def tiny_config(kind: Any, options: dict[str, Any]) -> Any:
@@ -101,56 +96,37 @@ def tiny_config(kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _transformers(architecture: Architecture) -> nn.Module:
-    import transformers
-
-    kind = getattr(transformers, architecture.name)
-    options = dict(architecture.options)
+    kind, options = architecture.kind, dict(architecture.options)
     implementation = options.pop("attn_implementation", None)
-    for name, part in getattr(kind.config_class, "sub_configs", {}).items():
-        if isinstance(options.get(name), dict) or (name in options and options[name] is None):
-            options[name] = tiny_config(part, options[name] or {}).to_dict()
+    for name, part in kind.config_class.sub_configs.items():
+        if isinstance(options.get(name), dict):
+            options[name] = tiny_config(part, options[name]).to_dict()
     config = tiny_config(kind.config_class, options)
     if implementation is not None:
         config._attn_implementation = implementation
     return kind(config)
 
 
-_BUILDERS: dict[str, Callable[[Architecture], nn.Module]] = {"transformers": _transformers}
-
-def of_transformers(names: str) -> tuple[Architecture, ...]:
-    return tuple(Architecture(name, "transformers") for name in names.split())
+def _plain(architecture: Architecture) -> nn.Module:
+    return architecture.kind(**architecture.options)
 
 
-_DECODERS = """
-LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM
-MixtralForCausalLM GemmaForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM VaultGemmaForCausalLM PhiForCausalLM
-Phi3ForCausalLM PhimoeForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM GPTJForCausalLM GPTBigCodeForCausalLM
-OpenAIGPTModel BloomForCausalLM OPTForCausalLM StableLmForCausalLM Starcoder2ForCausalLM CohereForCausalLM
-Cohere2ForCausalLM OlmoForCausalLM Olmo2ForCausalLM OlmoeForCausalLM GraniteForCausalLM GraniteMoeForCausalLM
-GptOssForCausalLM GlmForCausalLM Glm4ForCausalLM HeliumForCausalLM PersimmonForCausalLM CodeGenForCausalLM
-XGLMForCausalLM BioGptForCausalLM SmolLM3ForCausalLM Exaone4ForCausalLM ArceeForCausalLM SeedOssForCausalLM
-DiffLlamaForCausalLM DogeForCausalLM JetMoeForCausalLM CTRLModel Llama4ForCausalLM ApertusForCausalLM BitNetForCausalLM
-Ernie4_5ForCausalLM
-"""
-_HYBRIDS = "MiniMaxForCausalLM Lfm2ForCausalLM MambaForCausalLM RwkvForCausalLM"
-_ENCODERS = """
-BertForMaskedLM RobertaModel AlbertModel ElectraModel DebertaModel DebertaV2Model MPNetModel NystromformerModel FNetModel
-ConvBertModel ModernBertModel RoFormerModel LongformerModel BigBirdModel CanineModel YosoModel IBertModel SplinterModel
-MegatronBertModel RemBertModel NomicBertModel EuroBertModel
-"""
-_SEQUENCE_TO_SEQUENCE = """
-T5ForConditionalGeneration UMT5Model LongT5Model BartModel MBartModel PegasusXModel MarianModel M2M100Model LEDModel
-BigBirdPegasusModel NllbMoeModel
-"""
-_VISION = """
-ViTModel DeiTModel BeitModel Data2VecVisionModel Dinov2Model Dinov2WithRegistersModel DINOv3ViTModel VitDetModel
-YolosModel SiglipVisionModel CLIPVisionModel IJepaModel ViTMAEModel ViTMSNModel DPTModel Aimv2VisionModel
-PixtralVisionModel
-"""
-ARCHITECTURES: tuple[Architecture, ...] = (
-    *of_transformers(_DECODERS),
-    *of_transformers(_HYBRIDS),
-    *of_transformers(_ENCODERS),
-    *of_transformers(_SEQUENCE_TO_SEQUENCE),
-    *of_transformers(_VISION),
-)
+def _timm(architecture: Architecture) -> nn.Module:
+    return importlib.import_module("timm").create_model(architecture.name, num_classes=5, **architecture.options)
+
+
+def _x_transformers(architecture: Architecture) -> nn.Module:
+    layers: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 8}
+    wrapper = importlib.import_module(architecture.library).TransformerWrapper
+    return wrapper(
+        num_tokens=VOCABULARY, max_seq_len=16, attn_layers=architecture.kind(**layers | architecture.options)
+    )
+
+
+_BUILDERS: dict[str, Callable[[Architecture], nn.Module]] = {
+    "transformers": _transformers,
+    "diffusers": _plain,
+    "timm": _timm,
+    "x_transformers": _x_transformers,
+    "torch_geometric": _plain,
+}
