@@ -88,7 +88,7 @@ class SoftmaxWitness:
 
     @property
     def other_softmaxes(self) -> list[Softmax]:
-        """Those that are not over products, or whose results weigh nothing: routers, pooling, classes."""
+        """The softmaxes that are not over products, or whose results weigh nothing: routers, pooling, classes."""
         return [each for each in self.softmaxes if not _is_attention(each)]
 
     def attentions(self) -> list[Attention]:
