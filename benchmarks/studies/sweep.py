@@ -42,7 +42,7 @@ EXACT = 1e-4  # of τ, in float32
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one architecture: the `verdict`, and why.
+    """Holds what became of one architecture: the `verdict`, and why.
 
     "found", "observed only", "no softmax", "refused", "failed", "not installed"; "inexact" where a head ends elsewhere
     than at min(S, τ), or the statistic is not S; "missed" where an attention is not in the plan. `clipped`, `observed`,
@@ -130,7 +130,7 @@ def judge(architecture: Architecture) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which attentions the clip knows: their projections by name, and by module those that it calls in order."""
+    """Knows the attentions of a clip: their projections by name, and by module those that it calls in order."""
 
     projections: Mapping[str, QKProjection]
     callers: Mapping[str, Sequence[str]]

@@ -52,7 +52,7 @@ class Architecture:
     def build(self) -> nn.Module:
         """Make the model, in evaluation mode, its weights large enough for logits of a few units."""
         torch.manual_seed(0)
-        model = _BUILDERS[self.library](self).eval()
+        model = _BUILDERS.get(self.library, _plain)(self).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
@@ -125,8 +125,6 @@ def _x_transformers(architecture: Architecture) -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[Architecture], nn.Module]] = {
     "transformers": _transformers,
-    "diffusers": _plain,
     "timm": _timm,
     "x_transformers": _x_transformers,
-    "torch_geometric": _plain,
 }
