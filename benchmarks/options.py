@@ -162,7 +162,7 @@ _KILL_TRIALS = {
     "--out": _of(Path, "FILE.jsonl", "gets a line per trial", required=True),
 }
 _SWEEP = {
-    "--models": _of(several(one_of((each.name for each in ARCHITECTURES), "architecture")), "A,B", "default: all", ())
+    "--models": _of(several(one_of([each.name for each in ARCHITECTURES], "architecture")), "A,B", "default: all", ())
 }
 _REPORT = {
     "folders": {"type": Path, "nargs": "+", "metavar": "DIR", "help": "the --out of a command, finished or running"},
