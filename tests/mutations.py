@@ -212,6 +212,13 @@ MUTATIONS = (
         tests_of("torch/test_proof.py"),
     ),
     Mutation(
+        "proof-rounds-like-masks",
+        "A finite mask counts among the logits, and whatever moves with queries and keys is below its rounding.",
+        "counts = away.isfinite() & (before > MASKED)",
+        "counts = away.isfinite()",
+        tests_of("torch/test_proof.py"),
+    ),
+    Mutation(
         "proof-lets-the-results-move",
         "In the experiment attentions return new results, so that all that is behind them moves.",
         "seen.result = self._earlier[index].result if index < len(self._earlier) else tree_map(_detached, run())",

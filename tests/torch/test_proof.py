@@ -251,14 +251,22 @@ class CappedRelative(Relative):
 
 class AddedLogits(Attention):
     def forward(self, x, before):
-        logits = self.logits(x) + before
+        logits = self.masked(self.logits(x) + before)
         return x + self.o((logits.softmax(-1) @ self.values(x)).transpose(1, 2).flatten(2)), logits
+
+    def masked(self, logits):
+        return logits
+
+
+class AddedMaskedLogits(AddedLogits):
+    def masked(self, logits):
+        return logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -1e9)
 
 
 class LogitsOfTheLayerBefore(nn.Module):
-    def __init__(self):
+    def __init__(self, kind=AddedLogits):
         super().__init__()
-        self.layers = nn.ModuleList(AddedLogits() for _ in range(3))
+        self.layers = nn.ModuleList(kind() for _ in range(3))
 
     def forward(self, x):
         before = 0.0
@@ -267,12 +275,18 @@ class LogitsOfTheLayerBefore(nn.Module):
         return x
 
 
+class MaskedLogitsOfTheLayerBefore(LogitsOfTheLayerBefore):
+    def __init__(self):
+        super().__init__(AddedMaskedLogits)
+
+
 @pytest.mark.parametrize(
     ("kind", "names", "why"),
     [
         (TwoTerms, "the model", "hold more than the products"),
         (CappedRelative, "the model", "hold more than the products"),
         (LogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),
+        (MaskedLogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),  # whose rounding hides the others
     ],
 )
 def test_what_no_factor_holds_is_refused_by_name(kind, names, why):

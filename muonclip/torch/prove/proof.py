@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muonclip.core import ClipFactors
+from muonclip.core.attention_mask import MASKED
 from muonclip.core.head_parts import FACTOR_OF, Part, factors_of
 from muonclip.torch.discover import Inputs, Site
 from muonclip.torch.heads import QKProjection
@@ -188,10 +189,10 @@ class _Proof:
         return None if agree else Finding.MORE_THAN_PRODUCTS
 
     def _agree(self, before: Tensor, after: Tensor, scores: Tensor, sample: Sample, gamma: Tensor) -> bool:
-        """Tell whether (L − L') / (1 − γ) is S, at the pairs that count, where L is finite. A softmax does not see what
-        is added to all logits of a query, such as their maximum."""
+        """Tell whether (L − L') / (1 − γ) is S, at the pairs that count, where no mask is in L. A softmax does not see
+        what is added to all logits of a query, such as their maximum."""
         away = (before - after) / (1 - gamma) - scores
-        counts = away.isfinite()
+        counts = away.isfinite() & (before > MASKED)  # a finite mask would hide everything in its rounding
         away = away.masked_fill(~counts, 0)
         if not sample.is_capped and scores is sample.scores:
             of_queries = away.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
