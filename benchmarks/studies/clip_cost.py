@@ -23,7 +23,7 @@ from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.records.intervals import CONFIDENCE
 from benchmarks.studies.clip_cost_bench import DTYPES, MODELS, PLANS, QUICK, REGIMES, TAU, Bench, Plan, build
-from benchmarks.studies.host_time import MATRICES, host_time
+from benchmarks.studies.host_time import FIRST_STEPS, MATRICES, QUICK_STEPS, first_steps, host_time
 from benchmarks.studies.templates import render
 from benchmarks.training.timing import torch_threads
 
@@ -36,6 +36,9 @@ def run(options: argparse.Namespace) -> None:
     written = options.out / f"{options.device}.json"
     if options.page is not None:
         write_into(options.page, written)
+        return
+    if options.host:
+        _measure_host(written)
         return
     with torch_threads(options.threads):
         result = _measure(
@@ -103,7 +106,24 @@ def _measure(models: Sequence[str], device: str, plan: Plan, out: Path) -> dict[
             cells.append(cell)
     config = {"tau": TAU, "optimizer": "AdamW(lr=0, fused=True)", "confidence": CONFIDENCE} | asdict(plan)
     made_with = environment(device) | {"threads": torch.get_num_threads()}
-    return {"config": config, "environment": made_with, "cells": cells, "host_us": host_time(plan.rounds)}
+    return {"config": config, "environment": made_with, "cells": cells, "host": _host(plan)}
+
+
+def _host(plan: Plan) -> dict[str, Any]:
+    shapes = QUICK_STEPS if plan is QUICK else FIRST_STEPS
+    with torch_threads(1):
+        made_with = environment("cpu") | {"threads": 1}
+        measured = {"us": host_time(plan.rounds), "first_steps": first_steps(shapes, min(plan.rounds, 5))}
+    return {"environment": made_with} | measured
+
+
+def _measure_host(written: Path) -> None:
+    """Measure the host's time anew, in what was measured before."""
+    if not written.exists():
+        raise UsageError("--host", f"needs {written}, which the same command without --host measures.")
+    result = json.loads(written.read_text(encoding="utf-8")) | {"host": _host(PLANS["cpu"])}
+    atomic_files.write_json(written, result)
+    print(f"figures  {written}", file=sys.stderr)
 
 
 def _name(cell: Json) -> str:

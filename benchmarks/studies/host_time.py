@@ -1,12 +1,15 @@
 """The host's share of the clip: its time per observed attention and per step, where next to nothing is computed.
 
-Models of a few numbers, one thread. On an accelerator this is what a launch queue has to hide.
+On an accelerator a launch queue has to hide it. And what the first step costs, in which attentions are found and
+proven. One thread.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,10 @@ from muonclip.torch import Muon, QKClip
 from muonclip.torch.optimizer.groups import check_gradients
 
 LAYERS, MATRICES = 48, 420
+Shape = tuple[int, int, int, int, int]
+"""Layers, width, heads, sequences, tokens."""
+FIRST_STEPS: tuple[Shape, ...] = ((12, 192, 6, 8, 256), (48, 64, 4, 4, 64))
+QUICK_STEPS: tuple[Shape, ...] = ((2, 16, 2, 3, 8),)
 
 
 class TinyAttention(nn.Module):
@@ -56,3 +63,35 @@ def host_time(rounds: int) -> dict[str, float]:
     candidates = {"forward_per_attention": observed_forward, "clip_step_per_attention": clip_step}
     measured = in_turn(candidates | {"unchanged_plan_per_step": unchanged_plan}, rounds)
     return {name: 1e6 * statistics.median(of) for name, of in measured.items()}
+
+
+def first_steps(shapes: Sequence[Shape], rounds: int) -> list[dict[str, float]]:
+    """Measure the first step with a clip: seconds of CPU time, medians of `rounds`, for models of several shapes.
+
+    `forward` and `step`: without a clip, once all is warm. `built`: of `QKClip(model)`. `found`: what the first forward
+    takes more than a later one.
+    """
+    return [_first_step(*shape, rounds=rounds) for shape in shapes]
+
+
+def _first_step(layers: int, width: int, heads: int, batch: int, length: int, *, rounds: int) -> dict[str, float]:
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    plain = nn.Sequential(nn.Embedding(256, width), encoder, nn.Linear(width, 256))
+    tokens = torch.randint(256, (batch, length))
+
+    def cpu_time(run: Callable[[], object]) -> float:
+        return seconds(run, time.process_time)
+
+    def first() -> tuple[float, float]:
+        model, clips = copy.deepcopy(plain), []
+        built = cpu_time(lambda: clips.append(QKClip(model)))
+        return built, cpu_time(lambda: model(tokens)) - cpu_time(lambda: plain(tokens))
+
+    for _ in range(2):
+        plain(tokens).sum().backward()
+    forward = statistics.median(cpu_time(lambda: plain(tokens)) for _ in range(rounds))
+    step = statistics.median(cpu_time(lambda: plain(tokens).sum().backward()) for _ in range(rounds))
+    built, found = (statistics.median(each) for each in zip(*(first() for _ in range(rounds)), strict=True))
+    shape = dict(layers=layers, width=width, heads=heads, batch=batch, length=length)
+    return shape | dict(forward=forward, step=step, built=built, found=found)

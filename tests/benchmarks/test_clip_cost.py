@@ -56,11 +56,14 @@ def test_regimes_are_what_they_are_called(quick):
             assert cell["highest_bound"] < math.log(32)  # diffuse: no bound by LSE could have settled it
 
 
-def test_the_host_s_time_is_a_table_of_the_page(quick):
-    measured = quick["host_us"]
+def test_the_host_s_time_and_the_first_step_are_tables_of_the_page(quick):
+    measured = quick["host"]["us"]
     assert all(value > 0 for value in measured.values())
-    table = read_clip_cost(quick).partition("### Host time")[2]
+    table, _, first = read_clip_cost(quick).partition("### Host time")[2].partition("### The first step")
     assert [f"| {value:.0f} |" in table for value in measured.values()] == [True] * 3
+    for row in quick["host"]["first_steps"]:
+        assert 0 < row["forward"] < row["step"]
+        assert f"| {row['built']:.2f} s | {row['found']:.2f} s | {row['found'] / row['forward']:.1f} |" in first
 
 
 def test_sources_are_those_of_the_arm(quick):
