@@ -39,8 +39,9 @@ class TinyAttention(nn.Module):
 
 
 def host_time(rounds: int) -> dict[str, float]:
-    """Measure microseconds, medians of `rounds`: of a forward with the clip less one without it and of the clip's step,
-    per attention; and of what an optimizer of 420 matrices does to find that nothing has changed, per step."""
+    """Measure microseconds of CPU time, medians of `rounds`: of a forward with the clip less one without it and of the
+    clip's step, per attention; and of what an optimizer of 420 matrices does to find that nothing has changed, per
+    step."""
     plain = nn.Sequential(*(TinyAttention() for _ in range(LAYERS)))
     observed, x = copy.deepcopy(plain), torch.randn(2, 4, 4)
     clip = QKClip(observed)
@@ -51,14 +52,14 @@ def host_time(rounds: int) -> dict[str, float]:
     optimizer.step()
 
     def observed_forward() -> float:
-        return (seconds(lambda: observed(x)) - seconds(lambda: plain(x))) / LAYERS
+        return (_cpu_time(lambda: observed(x)) - _cpu_time(lambda: plain(x))) / LAYERS
 
     def clip_step() -> float:
         observed(x)
-        return seconds(clip.step) / LAYERS
+        return _cpu_time(clip.step) / LAYERS
 
     def unchanged_plan() -> float:
-        return seconds(optimizer._refresh_plan) + seconds(lambda: check_gradients(optimizer.param_groups))
+        return _cpu_time(optimizer._refresh_plan) + _cpu_time(lambda: check_gradients(optimizer.param_groups))
 
     candidates = {"forward_per_attention": observed_forward, "clip_step_per_attention": clip_step}
     measured = in_turn(candidates | {"unchanged_plan_per_step": unchanged_plan}, rounds)
@@ -80,18 +81,19 @@ def _first_step(layers: int, width: int, heads: int, batch: int, length: int, *,
     plain = nn.Sequential(nn.Embedding(256, width), encoder, nn.Linear(width, 256))
     tokens = torch.randint(256, (batch, length))
 
-    def cpu_time(run: Callable[[], object]) -> float:
-        return seconds(run, time.process_time)
-
     def first() -> tuple[float, float]:
         model, clips = copy.deepcopy(plain), []
-        built = cpu_time(lambda: clips.append(QKClip(model)))
-        return built, cpu_time(lambda: model(tokens)) - cpu_time(lambda: plain(tokens))
+        built = _cpu_time(lambda: clips.append(QKClip(model)))
+        return built, _cpu_time(lambda: model(tokens)) - _cpu_time(lambda: plain(tokens))
 
     for _ in range(2):
         plain(tokens).sum().backward()
-    forward = statistics.median(cpu_time(lambda: plain(tokens)) for _ in range(rounds))
-    step = statistics.median(cpu_time(lambda: plain(tokens).sum().backward()) for _ in range(rounds))
+    forward = statistics.median(_cpu_time(lambda: plain(tokens)) for _ in range(rounds))
+    step = statistics.median(_cpu_time(lambda: plain(tokens).sum().backward()) for _ in range(rounds))
     built, found = (statistics.median(each) for each in zip(*(first() for _ in range(rounds)), strict=True))
     shape = dict(layers=layers, width=width, heads=heads, batch=batch, length=length)
     return shape | dict(forward=forward, step=step, built=built, found=found)
+
+
+def _cpu_time(run: Callable[[], object]) -> float:
+    return seconds(run, time.process_time)

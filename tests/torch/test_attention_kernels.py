@@ -156,7 +156,7 @@ class ByNumber(Base):
 
 
 @pytest.fixture
-def early(tmp_path, monkeypatch):
+def early(tmp_path, monkeypatch, no_other_patches):
     """Files of a model that have bound kernels by name before anybody observes it."""
     monkeypatch.syspath_prepend(tmp_path)
     for name, source in EARLY.items():
@@ -167,7 +167,7 @@ def early(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_name_in_the_file_of_a_base_class_or_of_its_functions_is_patched(early, no_other_patches):
+def test_a_name_in_the_file_of_a_base_class_or_of_its_functions_is_patched(early):
     host, core = sys.modules["early_core"].sdpa, sys.modules["early_core"]
     clip = QKClip(early.Layer(), example_inputs=torch.randn(2, 5, 6))
     assert list(clip.projections) == [""]
@@ -178,7 +178,7 @@ def test_a_name_in_the_file_of_a_base_class_or_of_its_functions_is_patched(early
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("number", "kernel"), list(enumerate(("scaled_dot_product_attention", "flex_attention"))))
-def test_a_kernel_that_no_patch_reaches_is_refused_by_name(early, no_other_patches, monkeypatch, number, kernel):
+def test_a_kernel_that_no_patch_reaches_is_refused_by_name(early, monkeypatch, number, kernel):
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     with pytest.raises(ValueError, match=f"the model: it calls {kernel} through a reference that QK-Clip cannot reach"):
         QKClip(early.ByNumber(number), example_inputs=torch.randn(2, 5, 6))
