@@ -381,3 +381,82 @@ def test_the_proof_takes_two_forwards_where_all_is_as_it_was_found():
         module(x)
     assert Counted.runs <= 3 + 3  # one is traced, two are compared
     assert clip.attentions.projections
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m], ids=["weights", "autocast"])
+def test_half_precision_is_no_reason_to_refuse(cast):
+    """Factors leave some of its numbers too small to be exact."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        module = cast(Kernel())
+        for layer in (module.q, module.k):
+            nn.init.normal_(layer.weight, std=0.02)
+        x = torch.randn(2, LENGTH, WIDTH).to(module.q.weight.dtype)
+        with torch.autocast("cpu", torch.float16):
+            projection = QKClip(module, example_inputs=x).attentions.projections[""]
+        assert projection.query
+        assert not projection.fixed
+
+
+def test_a_gate_of_grouped_queries_is_seen_next_to_attention_with_keys_of_its_own():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"layers\.1: .*feed something else"):
+        QKClip(Stack(Kernel(), Gate(2)), example_inputs=torch.randn(2, LENGTH, WIDTH))
+
+
+def test_one_layer_that_is_normalised_says_nothing_of_the_others():
+    class Some(DetachedNorms):
+        def __init__(self, *, normalised):
+            super().__init__()
+            self.normalised = normalised
+
+        def queries(self, x):
+            return super().queries(x) if self.normalised else Attention.queries(self, x)
+
+        def keys(self, x):
+            return super().keys(x) if self.normalised else Attention.keys(self, x)
+
+    torch.manual_seed(0)
+    clip = QKClip(Stack(Some(normalised=True), Some(normalised=False)), example_inputs=torch.randn(2, LENGTH, WIDTH))
+    assert [bool(each.reason) for each in clip.attentions.projections.values()] == [True, False]
+
+
+def test_relative_positions_need_not_be_added_in_every_forward():
+    class Sometimes(RelativeMask):
+        def added(self, q, k):
+            return super().added(q, k) if q.shape[2] == LENGTH else 0
+
+    module, x = made(Sometimes)
+    clip = QKClip(module, tau=1e-2, observe="always", example_inputs=x)
+    short = x[:, :3]
+    module(short)
+    before = maxima(module, short)
+    torch.testing.assert_close(clip.projections[""].max_logits.maximum.double(), before, rtol=1e-5, atol=1e-5)
+    clip.step()
+    torch.testing.assert_close(maxima(module, short), before.clamp(max=1e-2), rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_in_a_kernel_and_behind_it_does_not_look_like_a_leak():
+    class Dropped(Kernel):
+        def attend(self, x):
+            return F.scaled_dot_product_attention(
+                self.queries(x), self.keys(x), self.values(x), dropout_p=0.1 * self.training
+            )
+
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.2, self.training) if self.training else x
+
+    module, x = made(Dropped)
+    clip = QKClip(module, example_inputs=x)
+    assert clip.attentions.projections[""].query

@@ -150,3 +150,29 @@ def test_a_head_that_grows_in_every_step_is_proven_again_and_clipped_on():
             model[0].q.weight.mul_(4)
     assert 1 <= asked.count(("0",)) == len(asked) <= 2  # each head once
     assert clip.report().clipped_heads == 2
+
+
+def test_attention_that_could_be_clipped_in_another_way_is_clipped_on():
+    """The first layer shows how all of its make are clipped: by the queries, since its keys feed a gate."""
+
+    class Gated(Attention):
+        def __init__(self, *, gate):
+            super().__init__()
+            self.gate, self.o = gate, nn.Linear(12, 6)
+
+        def forward(self, x):
+            y = super().forward(x).transpose(1, 2).flatten(2)
+            return x + self.o(y * torch.sigmoid(self.k(x)) if self.gate else y)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Gated(gate=True), Gated(gate=False)), torch.randn(2, 5, 6)
+    clip = QKClip(model, tau=0.5, example_inputs=x)
+    keys = model[0].k.weight.detach().clone()
+    for _ in range(12):
+        model(x)
+        clip.step()
+        with torch.no_grad():
+            model[1].q.weight.mul_(8)
+            model[0].q.weight.mul_(8)
+    assert clip.report().clipped_heads == 4
+    assert torch.equal(model[0].k.weight, keys)

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
@@ -24,8 +23,6 @@ from muonclip.torch.discover.verify import check_declaration
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import outside_modes
 from muonclip.torch.observe import DECLARED, AttentionKernel
-
-_FEW = 2  # sequences show how a batch is laid out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,20 +55,6 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     module: str = ""
-
-    def few(self) -> Inputs | None:
-        """Return the first two sequences of each tensor that has as many of them as the first one; None where that is
-        no saving."""
-        leaves = tree_leaves((self.args, dict(self.kwargs)))
-        size = next((each.shape[0] for each in leaves if isinstance(each, Tensor) and each.ndim > 1), 0)
-        if size <= _FEW:
-            return None
-
-        def first(value: Any) -> Any:
-            is_batch = isinstance(value, Tensor) and not value.is_nested and value.ndim and value.shape[0] == size
-            return value[:_FEW] if is_batch else value
-
-        return replace(self, args=tree_map(first, self.args), kwargs=tree_map(first, dict(self.kwargs)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,9 +12,11 @@ import math
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.torch.logits import is_masked
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
+from muonclip.torch.observe.score import KERNEL as EAGER
 
 
 @torch.no_grad()
@@ -34,13 +36,19 @@ def whole_logits(call: AttentionCall, heads: int) -> Tensor | None:
             allowed = mask.reshape(logits.shape) if alike else mask.expand(logits.shape)
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.reshape(shape)
-    if mask is None or mask.dtype == torch.bool or call.is_causal:
+    others = call.window, call.document_ids, call.key_document_ids, call.score_mod
+    if call.kernel == EAGER or isinstance(call.attn_mask, BlockMask) or any(each is not None for each in others):
         return None
-    q, k, added = broadcast_heads(q, k, mask, heads)
-    assert added is not None
+    q, k, mask = broadcast_heads(q, k, mask, heads)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ k.to(dtype).repeat_interleave(heads // k.shape[1], 1).mT
-    return (scores * call.scale_or_default() + added).masked_fill(is_masked(added), -math.inf)
+    logits = q.to(dtype) @ k.to(dtype).repeat_interleave(heads // k.shape[1], 1).mT * call.scale_or_default()
+    if call.is_causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, -math.inf)
+    return (logits + mask).masked_fill(is_masked(mask), -math.inf)
 
 
 def _local(tensor: Tensor) -> Tensor:

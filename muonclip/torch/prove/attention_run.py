@@ -37,12 +37,13 @@ _FILLS = functions("masked_fill", "masked_fill_", "where")
 @dataclass(slots=True, eq=False)
 class SeenCall:
     """One call of attention: which one of those that a module made in its run, a sample of its tensors, and what the
-    kernel or the softmax returned."""
+    kernel or the softmax returned; `random_state`: of the CPU, afterwards."""
 
     module: str
     number: int
     sample: Sample | None
     result: Any = None
+    random_state: Tensor | None = None
 
 
 class AttentionRun(ScoreTracker):
@@ -144,7 +145,13 @@ class AttentionRun(ScoreTracker):
 
     def _result_of(self, seen: SeenCall, run: Callable[[], Any]) -> Any:
         index = len(self.calls) - 1
-        seen.result = self._earlier[index].result if index < len(self._earlier) else tree_map(_detached, run())
+        if index < len(self._earlier):
+            seen.result, state = self._earlier[index].result, self._earlier[index].random_state
+            if state is not None:
+                torch.set_rng_state(state)  # as after a dropout in it
+        else:
+            seen.result = tree_map(_detached, run())
+            seen.random_state = torch.get_rng_state()
         return tree_map(_copied, seen.result)  # the model may write into it
 
 

@@ -27,6 +27,7 @@ Scaling = Sequence[tuple[HeadRows, Tensor]]
 """Rows of the model, each with a factor for every head."""
 
 _NOISE = 2**-6  # of the largest, where a kernel is not deterministic
+_HALF = 2**-5  # of the largest, where small numbers are not normal ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,11 +127,20 @@ class Experiments:
         equal = (a == b) | (a.isnan() & b.isnan())
         if by_powers_of_two:
             equal = equal | (torch.frexp(a).mantissa == torch.frexp(b).mantissa)
+            equal = equal | (b.abs() < torch.finfo(other.dtype).tiny)  # which is not exact
         if bool(equal.all()):
             return False
         away = (a - b).masked_fill(equal, 0).abs().max()
         is_small = bool(away <= _NOISE * a.masked_fill(~a.isfinite(), 0).abs().max())
         return not is_small or not self._noisy()
+
+    def scores_differ(self, expected: Tensor, scores: Tensor, dtype: torch.dtype) -> bool:
+        """Tell whether the logits [B, heads, T, Tk] of queries of a dtype are other ones. In half precision a factor
+        may leave numbers too small to be exact."""
+        if dtype != torch.float16:
+            return self.differ(expected, scores)
+        away, largest = ((each.abs().amax((0, 2, 3))) for each in (expected - scores, expected))
+        return not bool((away <= _HALF * largest).all())
 
     def is_rounding(self, away: Tensor, largest: Tensor, dtype: torch.dtype) -> bool:
         """Tell whether a difference of at most `away` between numbers that were computed of tensors of a dtype is not

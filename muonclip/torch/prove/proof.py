@@ -59,6 +59,20 @@ def prove(
     return _Proof(model, inputs, choices, sites, declared, training=training).ways()
 
 
+def confirm(
+    model: nn.Module,
+    inputs: Inputs,
+    choices: Mapping[str, Sequence[QKProjection]],
+    sites: Sequence[Site],
+    ways: Mapping[str, Way],
+    *,
+    declared: Collection[str] = (),
+) -> dict[str, Finding | None]:
+    """Try attentions again in the ways in which they were proven. Returns what does not hold, of those that a run on
+    these inputs reaches."""
+    return _Proof(model, inputs, choices, sites, declared, training=False).confirmed(ways)
+
+
 class _Proof:
     def __init__(
         self,
@@ -79,8 +93,6 @@ class _Proof:
     def ways(self) -> dict[str, Way | Finding]:
         """Return the way in which each attention that was reached can be clipped, or why it cannot."""
         base = self._experiments.base
-        if any(bool(each.isnan().any()) for each in base.returned if each.is_floating_point()):
-            return {}  # nothing can be told of such a model
         clipped = {
             name: each
             for name, (each, *_) in self._choices.items()
@@ -94,15 +106,23 @@ class _Proof:
         }
         return self._ways_of(called) | out_of_sight
 
+    def confirmed(self, ways: Mapping[str, Way]) -> dict[str, Finding | None]:
+        """Return what does not hold of attentions in ways in which they were proven."""
+        seen = {self._name_of(call) for call in self._experiments.base.calls}
+        return self._try({name: each for name, each in self._in_their_ways(ways).items() if name in seen})
+
     def _ways_of(self, attentions: Mapping[str, QKProjection]) -> dict[str, Way | Finding]:
-        if not any(self._try(attentions).values()):
+        findings = self._try(attentions)
+        if not any(findings.values()):
             return dict.fromkeys(attentions, AS_FOUND)
-        by_make: dict[object, Way | Finding] = {}  # one of each make shows how all of them can be clipped
+        # One of each make and finding shows how all of them can be clipped.
+        shown: dict[object, Way | Finding] = {}
+        ways: dict[str, Way | Finding] = {}
         for name, each in attentions.items():
-            make = self._make_of(each)
-            if make not in by_make:
-                by_make[make] = self._way_of(name)
-        ways = {name: by_make[self._make_of(each)] for name, each in attentions.items()}
+            make = findings[name], self._make_of(each)
+            if make not in shown:
+                shown[make] = self._way_of(name)
+            ways[name] = shown[make]
         if not any(self._try(self._in_their_ways(ways)).values()):
             return ways
         ways = {name: self._way_of(name) for name in attentions}
@@ -157,8 +177,9 @@ class _Proof:
 
     def _try_unseen(self, attentions: Mapping[str, QKProjection]) -> dict[str, Finding | None]:
         """Try attentions by the gauge, and that what the model returns moves with them at all."""
-        if not attentions:
-            return {}
+        returned = self._experiments.base.returned
+        if not attentions or any(bool(each.isnan().any()) for each in returned if each.is_floating_point()):
+            return {}  # nothing can be told of such a model
         gauge = [pair for index, each in enumerate(attentions.values()) for pair in _gauge(each, index)]
         if gauge and self._moved(self._experiments.run(gauge)):
             return dict.fromkeys(attentions, Finding.NOT_BY_GAUGE)
@@ -172,7 +193,9 @@ class _Proof:
         differ, gamma = self._experiments.differ, gamma.to(before.scores)[:, None, None]
         if before.scores.shape != after.scores.shape:
             return Finding.FEEDS_OTHERS
-        if differ(before.scores * gamma, after.scores):
+        if not bool(before.scores.isfinite().all()):
+            return None  # nothing can be told of such logits
+        if self._experiments.scores_differ(before.scores * gamma, after.scores, before.dtype):
             return Finding.NORMALISED if _moved_alike(before.scores, after.scores) else Finding.NOT_SCALED
         if differ(before.values, after.values):
             return Finding.FEEDS_VALUES
@@ -211,8 +234,10 @@ class _Proof:
 
     def _gauge_moves(self, attentions: Mapping[str, QKProjection]) -> bool:
         """Tell whether the gauge, too, moves what the model returns, which may be logits that the clip has moved."""
+        if not all(each.key and not each.query_facing_shared for each in attentions.values()):
+            return True  # it would not try them whole
         gauge = [pair for index, each in enumerate(attentions.values()) for pair in _gauge(each, index)]
-        return not gauge or self._moved(self._experiments.run(gauge, replayed=True))
+        return self._moved(self._experiments.run(gauge, replayed=True))
 
     def _name_of(self, call: SeenCall) -> str | None:
         """Return the name of the attention that a call is of."""

@@ -9,8 +9,12 @@ from torch import nn
 
 from muonclip.torch.discover import Inputs, NotTraced, Refusal, Site, message
 from muonclip.torch.heads import HeadRows, QKProjection
-from muonclip.torch.prove.proof import prove
+from muonclip.torch.prove.proof import confirm, prove
 from muonclip.torch.prove.ways import AS_FOUND, Finding, Way
+
+
+class NoLonger(ValueError):
+    """An attention cannot be clipped any more in the way in which it was proven."""
 
 
 class ProvenWays:
@@ -19,14 +23,11 @@ class ProvenWays:
     def __init__(self) -> None:
         self._ways: dict[object, Way] = {}  # by the rows of the attention
         self._keys: dict[str, object] = {}
-        self._in_doubt: dict[str, tuple[object, Way]] = {}
+        self._in_doubt: set[str] = set()
 
     def prove_again(self, names: Collection[str]) -> None:
         """Prove these again with the next inputs; then it is an error where they cannot be clipped as they were."""
-        for name in names:
-            key = self._keys.get(name)
-            if key in self._ways:
-                self._in_doubt[name] = key, self._ways.pop(key)
+        self._in_doubt |= {name for name in names if self._keys.get(name) in self._ways}
 
     def proven(
         self,
@@ -50,32 +51,30 @@ class ProvenWays:
         def missing() -> dict[str, Sequence[QKProjection]]:
             return {name: c for name, c in choices.items() if c[0].scaled_parts() and keys[name] not in self._ways}
 
+        doubted = {name: self._ways[keys[name]] for name in self._in_doubt if keys.get(name) in self._ways}
         found: dict[str, Way | Finding] = {}
-        few = inputs.few() if missing() else None
-        if few is not None:
-            with suppress(Exception):  # a model need not run with a part of its inputs
-                of_few = prove(model, few, missing(), sites, declared=declared)
-                if not _failed(of_few):
-                    self._keep(of_few, keys)
-        if missing():
-            try:
+        try:
+            if missing():
                 found = prove(model, inputs, missing(), sites, declared=declared)
-            except Exception as error:  # whatever the model raises
-                raise NotTraced.because(error) from error
-            self._keep(found, keys)
+            if doubted:
+                self._confirm(confirm(model, inputs, choices, sites, doubted, declared=declared))
+        except NoLonger:
+            raise
+        except Exception as error:  # whatever the model raises
+            raise NotTraced.because(error) from error
+        self._keep(found, keys)
         if missing() and model.get_submodule(inputs.module).training and not _failed(found):
             with suppress(Exception):  # what does not run in training mode has run in evaluation mode
                 found |= prove(model, inputs, missing(), sites, declared=declared, training=True)
             self._keep(found, keys)
-        self._check_doubts(found)
         _raise(model, projections, _failed(found), declared)
         return {name: self._ways.get(keys[name], AS_FOUND).of(choices[name]) or p for name, p in projections.items()}
 
-    def _check_doubts(self, found: Mapping[str, Way | Finding]) -> None:
-        doubts, self._in_doubt = self._in_doubt, {}
-        for name, (key, way) in doubts.items():
-            if self._ways.get(key, way) != way or isinstance(found.get(name), Finding):
-                raise ValueError(
+    def _confirm(self, found: Mapping[str, Finding | None]) -> None:
+        self._in_doubt -= found.keys()
+        for name, finding in found.items():
+            if finding is not None:
+                raise NoLonger(
                     f"QK-Clip: {name or 'the model'} was clipped several times, and its logits did not follow. Tried "
                     "again, its rows do not scale them any more as they did when the attention was found: something "
                     "between them was changed since. Undo that, or make the optimizer and its clip anew."

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.torch.observe import EAGER, AttentionCall, Block, broadcast_heads, columns_of, whole_logits
 
@@ -48,11 +47,12 @@ class Sample:
             scores = torch.cat([_scores(block.q, block.k, block.scale, heads) for block in blocks], -1)
             return cls(scores, tensor.dtype, logits=entering.to(scores.dtype), is_capped=True)
         scores = _scores(q, k, call.scale_or_default(), heads)
-        logits = whole_logits(call, heads)
+        mask = call.attn_mask if isinstance(call.attn_mask, Tensor) else None
+        is_added = mask is not None and mask.dtype != torch.bool
+        logits = whole_logits(call, heads) if is_added or call.kernel == EAGER else None
         whole = None if logits is None else _some(logits).to(scores.dtype)
-        if call.kernel is EAGER:
+        if call.kernel == EAGER:
             return cls(scores, q.dtype, logits=whole, whole=whole)
-        mask = None if isinstance(call.attn_mask, BlockMask) else call.attn_mask
         added = None if mask is None else _some(mask.expand(*mask.shape[:-2], q.shape[-2], -1))
         return cls(scores, q.dtype, None if call.v is None else call.v[:2].clone(), added, whole=whole)
 
