@@ -1,6 +1,7 @@
 """What is clipped was tried on a copy first: the right rows, the right logits, and nothing else that moves."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -116,6 +117,20 @@ class Magnitude(Attention):
         y = x @ self.q.weight.T + x @ self.down.T @ self.up.T
         length = (self.q.weight + self.up @ self.down).norm(dim=1).detach()
         return in_heads(self.magnitude / length * y)
+
+
+class BehindBatchNorm(Kernel):
+    """In evaluation mode it scales with the rows before it, in training with its own alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(HEADS * HEAD) for _ in range(2))
+
+    def queries(self, x):
+        return in_heads(self.norms[0](self.q(x).mT).mT)
+
+    def keys(self, x):
+        return in_heads(self.norms[1](self.k(x).mT).mT)
 
 
 class Relative(Attention):
@@ -263,6 +278,29 @@ class AddedMaskedLogits(AddedLogits):
         return logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -1e9)
 
 
+class BehindACap(Relative):
+    """A clamp against overflow is a cap, too; what is added behind it is not under it."""
+
+    def logits(self, x):
+        q, k = self.queries(x), self.keys(x)
+        return (q @ k.mT / math.sqrt(HEAD)).clamp(-500, 500) + self.positions_of(q)
+
+    def positions_of(self, q):
+        return q @ self.positions.T
+
+
+class SinkOfTheQueries(Attention):
+    """Its column is a product that nobody follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(HEADS, HEAD))
+
+    def attend(self, x):
+        sink = torch.einsum("bhid,hd->bhi", self.queries(x), self.sink)[..., None]
+        return torch.cat([sink, self.logits(x)], -1).softmax(-1)[..., 1:] @ self.values(x)
+
+
 class LogitsOfTheLayerBefore(nn.Module):
     def __init__(self, kind=AddedLogits):
         super().__init__()
@@ -285,6 +323,8 @@ class MaskedLogitsOfTheLayerBefore(LogitsOfTheLayerBefore):
     [
         (TwoTerms, "the model", "hold more than the products"),
         (CappedRelative, "the model", "hold more than the products"),
+        (BehindACap, "the model", "hold more than the products"),
+        (SinkOfTheQueries, "the model", "hold more than the products"),
         (LogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),
         (MaskedLogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),  # whose rounding hides the others
     ],
@@ -460,3 +500,62 @@ def test_dropout_in_a_kernel_and_behind_it_does_not_look_like_a_leak():
     module, x = made(Dropped)
     clip = QKClip(module, example_inputs=x)
     assert clip.attentions.projections[""].query
+
+
+def test_a_gate_is_seen_though_the_model_returns_a_loss_alone():
+    """In bfloat16 the loss need not move at all."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = Stack(Gate())
+
+        def forward(self, x):
+            return 1e4 + self.layers(x).square().mean()
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x = Loss().bfloat16(), torch.randn(2, LENGTH, WIDTH, dtype=torch.bfloat16)
+        (projection,) = QKClip(model, example_inputs=x).attentions.projections.values()
+        assert projection.fixed == ("query",)
+
+
+class InTraining(Gate):
+    """The gate is for training alone."""
+
+    def out(self, x, y):
+        return super().out(x, y) if self.training else self.o(y)
+
+
+def test_the_proof_is_of_the_mode_that_the_model_is_in():
+    module, x = made(InTraining)
+    assert QKClip(module, example_inputs=x).attentions.projections[""].fixed == ("query",)
+
+
+def test_of_batch_norms_behind_queries_and_keys_their_own_weights_are_scaled():
+    module, x = made(BehindBatchNorm)
+    before, after, clip, weights = clipped(module, x)
+    torch.testing.assert_close(after, before.clamp(max=clip.tau), rtol=1e-5, atol=1e-5)
+    assert unchanged(module, weights) >= {"q.weight", "q.bias", "k.weight", "k.bias"}
+
+
+def test_a_loud_head_does_not_hide_the_others():
+    module, x = made(Relative, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in (module.q, module.k):
+            layer.weight[:HEAD] *= 20
+    assert QKClip(module, example_inputs=x).attentions.projections[""].query_facing_shared
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    module, x = made(Attention)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(each) is Attention for each in gc.get_objects())
+        clip = QKClip(module, example_inputs=x)
+        after = sum(type(each) is Attention for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert clip.projections
+    assert after <= before + 1  # the traced copy, whose rows are kept

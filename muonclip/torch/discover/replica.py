@@ -84,7 +84,13 @@ def replica_of(
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
         statistics = {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)}
-        yield Replica(replica, own_args, own_kwargs, paths, statistics)
+        try:
+            yield Replica(replica, own_args, own_kwargs, paths, statistics)
+        finally:
+            for module in replica.modules():  # nothing of it has to wait for the garbage collector
+                vars(module).pop("_compiled_call_impl", None)
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    hooks.clear()
 
 
 class _OfThread(threading.local):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from muonclip.core.attention_mask import replaces
 from muonclip.torch.observe import (
+    EAGER,
     AttentionCall,
     Block,
     Score,
@@ -28,7 +29,7 @@ from muonclip.torch.observe import (
     graph_task,
     handling,
 )
-from muonclip.torch.prove.sample import Sample
+from muonclip.torch.prove.sample import Sample, some, tensors_in
 
 _CAPS = functions("tanh", "tanh_", "clamp", "clamp_", "clamp_max", "clamp_max_", "minimum")
 _FILLS = functions("masked_fill", "masked_fill_", "where")
@@ -37,20 +38,31 @@ _FILLS = functions("masked_fill", "masked_fill_", "where")
 @dataclass(slots=True, eq=False)
 class SeenCall:
     """One call of attention: which one of those that a module made in its run, a sample of its tensors, and what the
-    kernel or the softmax returned; `random_state`: of the CPU, afterwards."""
+    kernel or the softmax returned; `random_state`: of the CPU and, for a result there, of its device, afterwards."""
 
     module: str
     number: int
     sample: Sample | None
     result: Any = None
-    random_state: Tensor | None = None
+    random_state: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Recording:
+    """Hold what a run showed: its calls of attention, what caps of logits returned, the tensors that the modules around
+    attention and then the model returned, and the names of the modules that ran."""
+
+    calls: list[SeenCall] = field(default_factory=list)
+    caps: list[Tensor] = field(default_factory=list)
+    returned: list[Tensor] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
 
 
 class AttentionRun(ScoreTracker):
-    """Sees the attentions of a run in `calls`, and in `ran` the names of the modules that run.
+    """Writes a run of a module into `recording`.
 
     `heads_of`: how many heads a call of a module has, by its name and which one it is; None where nothing is asked.
-    `earlier`: the calls of a run whose results these get.
+    `around`: the names of modules whose outputs are recorded. `earlier`: a run whose results attentions and caps get.
     """
 
     observes = True
@@ -61,18 +73,18 @@ class AttentionRun(ScoreTracker):
         module: nn.Module,
         prefix: str,
         heads_of: Callable[[str, int], int | None],
-        earlier: Sequence[SeenCall] = (),
+        around: Collection[str] = (),
+        earlier: Recording | None = None,
     ) -> None:
         super().__init__(self._written_out)
         self.graph_task = graph_task()
-        self.calls: list[SeenCall] = []
-        self.ran: set[str] = set()
-        self._heads_of, self._earlier = heads_of, earlier
+        self.recording = Recording()
+        self._heads_of, self._around, self._earlier = heads_of, around, earlier or Recording()
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
         self._numbers: dict[tuple[str, int], int] = {}
-        self._entering: Score | None = None
-        self._capped: dict[int, tuple[Tensor, tuple[Block, ...]]] = {}  # what a soft cap got, by the id of the pairs
+        self._entering: tuple[Tensor, Score] | None = None
+        self._capped: dict[int, tuple[Tensor, tuple[Block, ...]]] = {}  # what a cap got, by the id of the pairs
         self._at_a_softmax: SeenCall | None = None
         for name, each in module.named_modules():
             if isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
@@ -81,12 +93,23 @@ class AttentionRun(ScoreTracker):
             each.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True)
             each.register_forward_hook(self._leave)
 
+    def end(self) -> Recording:
+        """Forget all that is large, which would wait for the garbage collector: it knows itself by its own methods.
+        Returns the recording."""
+        recording, self.recording, self._earlier = self.recording, Recording(), Recording()
+        self._heads_of, self._entering = no_heads, None
+        self._capped.clear()
+        return recording
+
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        self.ran.add(name)
+        self.recording.ran.add(name)
         self._running.append((name, next(self._runs)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
+        name, _ = self._running.pop()
+        if name in self._around:
+            with torch._C.DisableTorchFunction():
+                self.recording.returned += [some(each.detach()) for each in tensors_in(output)]
 
     def running_modules(self) -> object:
         return list(self._running)
@@ -100,11 +123,18 @@ class AttentionRun(ScoreTracker):
         if func is torch.autograd.grad:  # of what runs without a graph here; what it is does not matter
             return derivatives_in_place(args, kwargs)
         tracked = self._tracked(args, kwargs) if func in _CAPS or func in _FILLS else ()
-        if tracked and (func in _CAPS or _fills_by_a_cap(func, args, kwargs)):
-            for tensor, score in tracked:
-                for block in score.blocks:
-                    self._capped.setdefault(id(block.pairs), (tensor.detach().clone(), score.blocks))
-        return super().run(func, args, kwargs)
+        if not tracked or not (func in _CAPS or _fills_by_a_cap(func, args, kwargs)):
+            return super().run(func, args, kwargs)
+        for tensor, score in tracked:
+            for block in score.blocks:
+                self._capped.setdefault(id(block.pairs), (tensor.detach().clone(), score.blocks))
+        result = super().run(func, args, kwargs)
+        index = len(self.recording.caps)
+        if index < len(self._earlier.caps):
+            with torch.no_grad():
+                result = result.detach().copy_(self._earlier.caps[index])  # in place where the cap is
+        self.recording.caps.append(result.detach().clone())
+        return result
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call of a kernel, or return what it returned earlier."""
@@ -120,7 +150,7 @@ class AttentionRun(ScoreTracker):
         """Leave a call to the steps, of which it is told then that it was not observed."""
 
     def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
-        self._entering = score
+        self._entering = tensor, score
         super()._attend(tensor, score, dimension)
 
     def _written_out(self, call: AttentionCall) -> None:
@@ -128,31 +158,53 @@ class AttentionRun(ScoreTracker):
         # Product and softmax may be in modules of their own: what runs both is what is observed.
         made = cast("list[tuple[str, int]]", call.made_in)
         where = [one for one, other in zip(made, self._running, strict=False) if one == other][-1]
-        self._at_a_softmax = self._see(call, where, self._capped.get(id(self._entering.blocks[0].pairs)))
+        self._at_a_softmax = self._see(call, where)
 
-    def _see(
-        self,
-        call: AttentionCall,
-        where: tuple[str, int],
-        capped: tuple[Tensor, Sequence[Block]] | None = None,
-    ) -> SeenCall:
+    def _see(self, call: AttentionCall, where: tuple[str, int]) -> SeenCall:
         number = self._numbers[where] = self._numbers.get(where, -1) + 1
         heads = self._heads_of(where[0], number)
         with torch._C.DisableTorchFunction():
-            sample = None if heads is None else Sample.of(call, heads, capped)
-        self.calls.append(SeenCall(where[0], number, sample))
-        return self.calls[-1]
+            sample = None if heads is None else self._sample(call, heads)
+        self.recording.calls.append(SeenCall(where[0], number, sample))
+        return self.recording.calls[-1]
+
+    def _sample(self, call: AttentionCall, heads: int) -> Sample:
+        if call.kernel != EAGER:
+            return Sample.of_kernel(call, heads)
+        assert self._entering is not None
+        tensor, score = self._entering
+        return Sample.of_written_out(call, heads, tensor, score.blocks, self._capped.get(id(score.blocks[0].pairs)))
 
     def _result_of(self, seen: SeenCall, run: Callable[[], Any]) -> Any:
-        index = len(self.calls) - 1
-        if index < len(self._earlier):
-            seen.result, state = self._earlier[index].result, self._earlier[index].random_state
-            if state is not None:
-                torch.set_rng_state(state)  # as after a dropout in it
+        index = len(self.recording.calls) - 1
+        if index < len(self._earlier.calls):
+            earlier = self._earlier.calls[index]
+            seen.result, seen.random_state = earlier.result, earlier.random_state
+            _set_random_state(seen.result, seen.random_state)  # as after a dropout in it
         else:
             seen.result = tree_map(_detached, run())
-            seen.random_state = torch.get_rng_state()
+            seen.random_state = _random_state(seen.result)
         return tree_map(_copied, seen.result)  # the model may write into it
+
+
+def no_heads(module: str, number: int) -> None:
+    """Ask nothing of any call."""
+
+
+def _random_state(result: Any) -> tuple[Tensor, ...]:
+    device = _cuda_device(result)
+    return (torch.get_rng_state(),) if device is None else (torch.get_rng_state(), torch.cuda.get_rng_state(device))
+
+
+def _set_random_state(result: Any, state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    device = _cuda_device(result)
+    if device is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _cuda_device(result: Any) -> torch.device | None:
+    return next((each.device for each in tree_leaves(result) if isinstance(each, Tensor) and each.is_cuda), None)
 
 
 def _numbers_for_zeros(value: Any) -> Any:

@@ -8,20 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover import Inputs, Replica, replica_of
 from muonclip.torch.heads import HeadRows, scale_heads
-from muonclip.torch.observe import handling, values_of
-from muonclip.torch.prove.attention_run import AttentionRun, SeenCall
+from muonclip.torch.observe import handling
+from muonclip.torch.prove.attention_run import AttentionRun, Recording
+from muonclip.torch.prove.sample import tensors_in
 
 Scaling = Sequence[tuple[HeadRows, Tensor]]
 """Rows of the model, each with a factor for every head."""
@@ -30,30 +28,22 @@ _NOISE = 2**-6  # of the largest, where a kernel is not deterministic
 _HALF = 2**-5  # of the largest, where small numbers are not normal ones
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """Hold what a forward showed: its calls of attention, the tensors that it returned, and the modules that ran."""
-
-    calls: list[SeenCall]
-    returned: list[Tensor]
-    ran: set[str]
-
-
 def run_copy(
     model: nn.Module,
     inputs: Inputs,
     heads_of: Callable[[str, int], int | None],
-    earlier: Sequence[SeenCall] = (),
+    around: Collection[str] = (),
+    earlier: Recording | None = None,
     values: Callable[[Tensor], Tensor] = lambda values: values,
     prepare: Callable[[Replica], None] = lambda copy: None,
     *,
     training: bool,
     keeps_graph: bool = False,
-) -> Outcome:
+) -> Recording:
     """Run a copy of a model, or of the part of it that the inputs are for. Raises whatever the model raises.
 
-    `heads_of` and `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare` changes
-    the copy. `keeps_graph`: for a model that takes derivatives itself.
+    `heads_of`, `around`, `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare`
+    changes the copy. `keeps_graph`: for a model that takes derivatives itself.
     """
     module, prefix = model.get_submodule(inputs.module), prefix_of(inputs)
     with (
@@ -63,10 +53,12 @@ def run_copy(
         warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
     ):
         prepare(copy)
-        run = AttentionRun(copy.module, prefix, heads_of, earlier)
+        run = AttentionRun(copy.module, prefix, heads_of, around, earlier)
         with handling(run), run:
             returned = copy.run()
-    return Outcome(run.calls, [each.detach().clone() for each in tensors_in(returned)], run.ran)
+        recording = run.end()
+    recording.returned += [each.detach().clone() for each in tensors_in(returned)]
+    return recording
 
 
 def prefix_of(inputs: Inputs) -> str:
@@ -77,13 +69,21 @@ def prefix_of(inputs: Inputs) -> str:
 class Experiments:
     """Runs a model, or the part of it that `inputs` are for, with some rows scaled.
 
-    `heads_of`: as of `AttentionRun`. `base`: the run in which nothing is scaled. Raises whatever the model raises.
+    `heads_of`, `around`: as of `AttentionRun`. `base`: the run in which nothing is scaled. Raises whatever the model
+    raises.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, heads_of: Callable[[str, int], int | None], *, training: bool
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        heads_of: Callable[[str, int], int | None],
+        around: Collection[str],
+        *,
+        training: bool,
     ) -> None:
-        self._model, self._inputs, self._heads_of, self._training = model, inputs, heads_of, training
+        self._model, self._inputs, self._training = model, inputs, training
+        self._heads_of, self._around = heads_of, around
         self._names = {module: name for name, module in model.named_modules()}
         self._prefix = prefix_of(inputs)
         self._is_noisy: bool | None = None
@@ -94,13 +94,14 @@ class Experiments:
             self._keeps_graph = True
             self.base = self.run(())
 
-    def run(self, scaling: Scaling, *, replayed: bool = False) -> Outcome:
+    def run(self, scaling: Scaling, *, replayed: bool = False) -> Recording:
         """Run the model with these rows scaled. `replayed`: every attention returns what it did in `base`."""
         return run_copy(
             self._model,
             self._inputs,
             self._heads_of,
-            self.base.calls if replayed else (),
+            self._around,
+            self.base if replayed else None,
             _NumbersForZeros(),
             lambda copy: self._scale(copy, scaling),
             training=self._training,
@@ -143,10 +144,10 @@ class Experiments:
         return not bool((away <= _HALF * largest).all())
 
     def is_rounding(self, away: Tensor, largest: Tensor, dtype: torch.dtype) -> bool:
-        """Tell whether a difference of at most `away` between numbers that were computed of tensors of a dtype is not
-        more than rounding of the largest explains."""
+        """Tell whether differences of at most `away` [heads] between numbers that were computed of tensors of a dtype
+        are not more than rounding of each head's largest explains."""
         rounding = max(8 * torch.finfo(dtype).eps, 2**-14)
-        return bool(away <= rounding * largest) or (bool(away <= _NOISE * largest) and self._noisy())
+        return bool((away <= rounding * largest).all()) or (bool((away <= _NOISE * largest).all()) and self._noisy())
 
     def _noisy(self) -> bool:
         """Tell whether the model returns other bits when it runs again."""
@@ -192,12 +193,3 @@ def _nothing(saved: object) -> None:
 
 def _not_asked_for(nothing: object) -> Tensor:
     raise AssertionError("an experiment has no backward")
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a model has returned, those in dataclasses included."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield values_of(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_in([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])

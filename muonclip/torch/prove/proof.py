@@ -24,8 +24,8 @@ from muonclip.core.attention_mask import MASKED
 from muonclip.core.head_parts import FACTOR_OF, Part, factors_of
 from muonclip.torch.discover import Inputs, Site
 from muonclip.torch.heads import QKProjection
-from muonclip.torch.prove.attention_run import SeenCall
-from muonclip.torch.prove.experiments import Experiments, Outcome, Scaling
+from muonclip.torch.prove.attention_run import Recording, SeenCall
+from muonclip.torch.prove.experiments import Experiments, Scaling
 from muonclip.torch.prove.sample import Sample
 from muonclip.torch.prove.ways import (
     AS_FOUND,
@@ -66,11 +66,11 @@ def confirm(
     sites: Sequence[Site],
     ways: Mapping[str, Way],
     *,
-    declared: Collection[str] = (),
+    training: bool = False,
 ) -> dict[str, Finding | None]:
     """Try attentions again in the ways in which they were proven. Returns what does not hold, of those that a run on
     these inputs reaches."""
-    return _Proof(model, inputs, choices, sites, declared, training=False).confirmed(ways)
+    return _Proof(model, inputs, choices, sites, (), training=training).confirmed(ways)
 
 
 class _Proof:
@@ -87,7 +87,8 @@ class _Proof:
         self._choices, self._declared = choices, set(declared)
         self._names = {id(each[0]): name for name, each in choices.items()}
         self._sites = {site.module: site for site in sites}
-        self._experiments = Experiments(model, inputs, self._heads_of, training=training)
+        around = {name for site in self._sites for name in around_of(site)}
+        self._experiments = Experiments(model, inputs, self._heads_of, around, training=training)
         self._modules = dict(model.named_modules())
 
     def ways(self) -> dict[str, Way | Finding]:
@@ -202,28 +203,47 @@ class _Proof:
         if projection.counts_added:
             if before.whole is None or after.whole is None:
                 return Finding.MORE_THAN_PRODUCTS
-            agree = self._agree(before.whole, after.whole, before.whole, before, gamma)
+            if before.logits is None:
+                agree = not self._experiments.scores_differ(before.whole * gamma, after.whole, before.dtype)
+            else:
+                agree = self._agree(before.whole, after.whole, before.whole, before.dtype, gamma)
+                agree = agree and not differ(before.others, after.others)
             return None if agree else Finding.MORE_THAN_PRODUCTS
         if differ(before.added, after.added):
             return Finding.MORE_THAN_PRODUCTS
-        if before.logits is None or after.logits is None:
+        if before.is_capped and differ(before.others, after.others):
+            return Finding.MORE_THAN_PRODUCTS
+        first, second, scores = before.logits, after.logits, before.scores
+        if first is None or second is None:
             return None
-        agree = self._agree(before.logits, after.logits, before.scores, before, gamma)
+        if not before.is_capped and before.others is not None and after.others is not None:
+            first, second = torch.cat([first, before.others], -1), torch.cat([second, after.others], -1)
+            scores = torch.cat([scores, torch.zeros_like(before.others)], -1)
+        agree = self._agree(first, second, scores, before.dtype, gamma, up_to_queries=not before.is_capped)
         return None if agree else Finding.MORE_THAN_PRODUCTS
 
-    def _agree(self, before: Tensor, after: Tensor, scores: Tensor, sample: Sample, gamma: Tensor) -> bool:
-        """Tell whether (L − L') / (1 − γ) is S, at the pairs that count, where no mask is in L. A softmax does not see
-        what is added to all logits of a query, such as their maximum."""
+    def _agree(
+        self,
+        before: Tensor,
+        after: Tensor,
+        scores: Tensor,
+        dtype: torch.dtype,
+        gamma: Tensor,
+        *,
+        up_to_queries: bool = False,
+    ) -> bool:
+        """Tell whether (L − L') / (1 − γ) is S, at the pairs that count, where no mask is in L. `up_to_queries`: or is
+        more by the same for all logits of a query, such as their maximum, which a softmax does not see."""
         away = (before - after) / (1 - gamma) - scores
         counts = away.isfinite() & (before > MASKED)  # a finite mask would hide everything in its rounding
         away = away.masked_fill(~counts, 0)
-        if not sample.is_capped and scores is sample.scores:
+        if up_to_queries:
             of_queries = away.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
             away = (away - of_queries).masked_fill(~counts, 0)
-        largest = before.masked_fill(~counts, 0).abs().max()
-        return self._experiments.is_rounding(away.abs().max(), largest, sample.dtype)
+        largest = before.masked_fill(~counts, 0).abs().amax((0, 2, 3))
+        return self._experiments.is_rounding(away.abs().amax((0, 2, 3)), largest, dtype)
 
-    def _moved(self, outcome: Outcome, *, exactly: bool = False) -> bool:
+    def _moved(self, outcome: Recording, *, exactly: bool = False) -> bool:
         """Tell whether something that the model returns has moved; unless `exactly`, something else than queries and
         keys themselves, which a cache has."""
         base = self._experiments.base
@@ -262,6 +282,12 @@ class _Proof:
         return (*callers[:1], projection.kind, *rows)
 
 
+def around_of(module: str) -> list[str]:
+    """Return the name of a module and of those around it, but not of the whole model."""
+    path = module.split(".")
+    return [".".join(path[:length]) for length in range(len(path), 0, -1)]
+
+
 def _factors(heads: int, offset: int) -> ClipFactors:
     """Return factors of each head, γ and its root for each side."""
     root = torch.tensor([2.0 ** -(1 + (head + offset) % 3) for head in range(heads)], dtype=torch.float32, device="cpu")
@@ -290,7 +316,8 @@ def _gauge(projection: QKProjection, offset: int) -> Scaling:
 
 
 def _moved_alike(before: Tensor, after: Tensor) -> bool:
-    """Tell whether the logits of all heads have moved by one factor at most, whatever those of their rows."""
+    """Tell whether the logits of all heads have moved by one factor at most, whatever those of their rows; of one head
+    that is none."""
     size = before.square().sum()
-    factor = (before * after).sum() / size
+    factor = (before * after).sum() / size if before.shape[1] > 1 else torch.ones_like(size)
     return bool(size > 0) and bool((after - factor * before).square().sum() <= 1e-6 * size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 
 from torch import nn
 
@@ -11,10 +10,6 @@ from muonclip.torch.discover import Inputs, NotTraced, Refusal, Site, message
 from muonclip.torch.heads import HeadRows, QKProjection
 from muonclip.torch.prove.proof import confirm, prove
 from muonclip.torch.prove.ways import AS_FOUND, Finding, Way
-
-
-class NoLonger(ValueError):
-    """An attention cannot be clipped any more in the way in which it was proven."""
 
 
 class ProvenWays:
@@ -45,52 +40,58 @@ class ProvenWays:
         Raises ValueError where one cannot be clipped, and NotTraced where a copy of the model does not run.
         """
         keys = self._keys = {name: _key_of(each) for name, each in projections.items()}
-
         choices = {name: (each, *others.get(name, ())) for name, each in projections.items()}
 
         def missing() -> dict[str, Sequence[QKProjection]]:
             return {name: c for name, c in choices.items() if c[0].scaled_parts() and keys[name] not in self._ways}
 
         doubted = {name: self._ways[keys[name]] for name in self._in_doubt if keys.get(name) in self._ways}
-        found: dict[str, Way | Finding] = {}
-        try:
-            if missing():
-                found = prove(model, inputs, missing(), sites, declared=declared)
-            if doubted:
-                self._confirm(confirm(model, inputs, choices, sites, doubted, declared=declared))
-        except NoLonger:
-            raise
-        except Exception as error:  # whatever the model raises
-            raise NotTraced.because(error) from error
-        self._keep(found, keys)
-        if missing() and model.get_submodule(inputs.module).training and not _failed(found):
-            with suppress(Exception):  # what does not run in training mode has run in evaluation mode
-                found |= prove(model, inputs, missing(), sites, declared=declared, training=True)
-            self._keep(found, keys)
-        _raise(model, projections, _failed(found), declared)
+        training = model.get_submodule(inputs.module).training
+        for mode in (True, False) if training else (False,):  # what runs in training is clipped; layers may be left out
+            if not missing():
+                break
+            try:
+                found = prove(model, inputs, missing(), sites, declared=declared, training=mode)
+            except Exception as error:  # whatever the model raises
+                if mode:
+                    continue
+                raise NotTraced.because(error) from error
+            _raise(model, projections, found, declared)
+            self._ways |= {keys[name]: way for name, way in found.items() if not isinstance(way, Finding)}
+        if doubted:
+            self._confirm(model, inputs, choices, sites, doubted)
         return {name: self._ways.get(keys[name], AS_FOUND).of(choices[name]) or p for name, p in projections.items()}
 
-    def _confirm(self, found: Mapping[str, Finding | None]) -> None:
+    def _confirm(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        choices: Mapping[str, Sequence[QKProjection]],
+        sites: Sequence[Site],
+        ways: Mapping[str, Way],
+    ) -> None:
+        training = model.get_submodule(inputs.module).training
+        try:
+            found = confirm(model, inputs, choices, sites, ways, training=training)
+        except Exception as error:  # whatever the model raises
+            raise NotTraced.because(error) from error
         self._in_doubt -= found.keys()
         for name, finding in found.items():
             if finding is not None:
-                raise NoLonger(
+                raise ValueError(
                     f"QK-Clip: {name or 'the model'} was clipped several times, and its logits did not follow. Tried "
                     "again, its rows do not scale them any more as they did when the attention was found: something "
                     "between them was changed since. Undo that, or make the optimizer and its clip anew."
                 )
 
-    def _keep(self, found: Mapping[str, Way | Finding], keys: Mapping[str, object]) -> None:
-        self._ways |= {keys[name]: way for name, way in found.items() if not isinstance(way, Finding)}
-
-
-def _failed(found: Mapping[str, Way | Finding]) -> dict[str, Finding]:
-    return {name: each for name, each in found.items() if isinstance(each, Finding)}
-
 
 def _raise(
-    model: nn.Module, projections: Mapping[str, QKProjection], failed: Mapping[str, Finding], declared: Collection[str]
+    model: nn.Module,
+    projections: Mapping[str, QKProjection],
+    found: Mapping[str, Way | Finding],
+    declared: Collection[str],
 ) -> None:
+    failed = {name: each for name, each in found.items() if isinstance(each, Finding)}
     for name, finding in failed.items():
         if name in declared:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from muonclip.torch.discover import Inputs, Site
+from muonclip.torch.prove.attention_run import no_heads
 from muonclip.torch.prove.experiments import run_copy
 
 
@@ -15,7 +16,7 @@ def reaches_known_alone(model: nn.Module, inputs: Inputs, sites: Mapping[str, Si
 
     Costs one forward. Raises whatever the model raises.
     """
-    outcome = run_copy(model, inputs, lambda module, number: None, training=training)
+    outcome = run_copy(model, inputs, no_heads, training=training)
     for call in outcome.calls:
         site = sites.get(call.module)
         if site is None or (call.number >= len(site.projections) > 1):
