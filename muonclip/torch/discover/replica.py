@@ -87,10 +87,8 @@ def replica_of(
         try:
             yield Replica(replica, own_args, own_kwargs, paths, statistics)
         finally:
-            for module in replica.modules():  # nothing of it has to wait for the garbage collector
+            for module in replica.modules():  # which knows itself by it, and would wait for the garbage collector
                 vars(module).pop("_compiled_call_impl", None)
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    hooks.clear()
 
 
 class _OfThread(threading.local):
