@@ -691,6 +691,29 @@ MUTATIONS = (
         "        if not self.attentions.are_as_left:\n",
         tests_of("torch/test_second_copies.py", "test_weights_that_are_loaded_or_copied_back_once_are_silent"),
     ),
+    Mutation(
+        "parameters-left-on-meta",  # 22
+        "An optimizer made of a model on the meta device keeps the parameters that to_empty replaces, and trains none.",
+        "                parameters[position] = filled\n",
+        "",
+        tests_of("torch/test_observation.py", "test_a_model_on_the_meta_device_is_found_and_filled_later"),
+    ),
+    Mutation(
+        "stepped-on-meta",  # 22
+        "A step of parameters on the meta device is taken, and nothing is trained.",
+        "if parameter.is_meta and parameter.requires_grad:",
+        "if False:",
+        tests_of(
+            "torch/test_observation.py", "test_parameters_that_stay_on_the_meta_device_are_not_trained_in_silence"
+        ),
+    ),
+    Mutation(
+        "searched-on-meta",  # 22
+        "A forward on the meta device is searched for attention, and raises where numbers are needed.",
+        "waits = bool(parameters) and all(each.is_meta for each in parameters)",
+        "waits = False",
+        tests_of("torch/test_observation.py", "test_a_model_on_the_meta_device_is_found_and_filled_later"),
+    ),
     # The statistic (torch)
     Mutation(
         "micro-batches-summed",  # 5

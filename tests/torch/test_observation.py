@@ -692,12 +692,38 @@ def test_a_model_on_the_meta_device_is_found_and_filled_later():
     with torch.device("meta"):
         model = Model()
     optimizer = MuonClip(model, lr=1e-3, tau=1e-3)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
+    model(torch.randn(2, 9, WIDTH, device="meta")).sum().backward()  # as those who count FLOPs do
+    assert "after to_empty: the model is on the meta device" in optimizer.qk_clip.attentions.to_come
+    with pytest.raises(ValueError, match=r"is on the meta device and has no numbers"):
+        optimizer.step()
+    with torch.no_grad():
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.randn(2, 9, WIDTH)).sum().backward()
     optimizer.step()
     assert optimizer.qk_clip.report().clipped_heads == 2 * HEADS
+    assert not any(map(torch.equal, before, model.parameters()))
+    assert optimizer.state.keys() == set(model.parameters())
+
+
+def test_parameters_that_stay_on_the_meta_device_are_not_trained_in_silence():
+    with torch.device("meta"):
+        model = Model()
+    optimizer = MuonClip(model.named_parameters(), lr=1e-3, qk_clip=None)
+    saved = MuonClip(model_and_input()[0].named_parameters(), lr=1e-3, qk_clip=None).state_dict()
+    with pytest.raises(ValueError, match=r"is on the meta device.*make the optimizer afterwards"):
+        optimizer.load_state_dict(saved)
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"is on the meta device.*make the optimizer afterwards"):
+        optimizer.step()
+    with torch.device("meta"):
+        model = Model()
+    whole = MuonClip(model, lr=1e-3, qk_clip=None)
+    model.to_empty(device="cpu")
+    whole.load_state_dict(saved)
+    assert not any(value.is_meta for state in whole.state.values() for value in state.values())
 
 
 # The report

@@ -240,7 +240,7 @@ def attentions_of_model(
             monitor.discover(Inputs((), dict(example_inputs)))
         else:
             monitor.discover(Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}))
-        if not projections:
+        if monitor.to_come == NOTHING_FOUND:
             raise ValueError(NOTHING_FOUND)
     elif not declared:
         monitor.discover_ahead()

@@ -113,12 +113,22 @@ class AttentionMonitor:
             self._end()
         self.removed = why
 
+    def _wait_for_weights(self) -> bool:
+        """Tell whether the model has no numbers yet, as on the meta device, so that nothing can be found in it."""
+        parameters = list(self.model.parameters())
+        waits = bool(parameters) and all(each.is_meta for each in parameters)
+        if waits and not self.projections:
+            self.to_come = "the first forward with gradients after to_empty: the model is on the meta device"
+        return waits
+
     def discover(self, inputs: Inputs) -> None:
         """Find the attentions that the model reaches with these inputs, and observe them.
 
         Raises ValueError where one is not understood, and RuntimeError where a copy of the model does not run and no
         attention is known.
         """
+        if self._wait_for_weights():
+            return
         try:
             self._take(self._ask(inputs), inputs)
             if self.model.get_submodule(inputs.module).training and not self._is_known(inputs, training=True):
@@ -149,7 +159,7 @@ class AttentionMonitor:
     def discover_ahead(self) -> None:
         """Find attentions with inputs that the model names or that are guessed; where none fits, the first forward will
         tell. Raises ValueError where an attention is not understood, or where there is none."""
-        for inputs in guess_inputs(self.model):
+        for inputs in () if self._wait_for_weights() else guess_inputs(self.model):
             try:
                 self._take(self._ask(inputs), inputs)
             except NotTraced as error:
@@ -196,11 +206,14 @@ class AttentionMonitor:
         name = self._name_of(module)
         if name is None:
             return
+        is_due = self._is_to_be_traced(module, name)
+        if is_due and self._wait_for_weights():
+            return
         self.on_forward()
         self.ran = True
         if module is self.model:
             of_thread.handlers.append(UnclaimedRun(self._unclaimed))
-        if not self._is_to_be_traced(module, name):
+        if not is_due:
             return
         self._traced[name] = self._traced.get(name, 0) + 1
         observed = module in self._observers.modules

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from muonclip.torch.mesh import check_gradient, check_parameter
+from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.options import Group
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
 
@@ -108,6 +109,8 @@ def check_parameters(groups: Iterable[Group]) -> None:
         for position, parameter in enumerate(group["params"]):
             name = name_of(group, index, position)
             check_parameter(name, parameter)
+            if parameter.is_meta and parameter.requires_grad:
+                raise ValueError(f"{name} is {ON_META}")
             if group.get("capturable") and parameter.device.type == "cpu":
                 raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
 

@@ -16,6 +16,7 @@ from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, check_state, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state, widen_step_count
+from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, check_state_of, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
@@ -86,6 +87,8 @@ class MatrixOptimizer(Optimizer):
                 name, state = name_of(group, index, position), state_dict["state"].get(key, {})
                 layout = self._layouts[index][position]
                 check_state_of(group["use"], name, state)
+                if parameter.is_meta and state:
+                    raise ValueError(f"{name} is {ON_META}")
                 if layout is None:
                     for part, value in state.items():
                         check_state(name, part, value, parameter)

@@ -5,6 +5,7 @@ Their groups, state and step are those of `MatrixOptimizer`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
 from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
 from muonclip.torch.mesh import check_engine
+from muonclip.torch.optimizer.filled_parameters import take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
@@ -104,6 +106,7 @@ class MuonClip(MatrixOptimizer):
     plan: Plan
     """The plan: who updates each parameter, as which matrices, and why; `print` it."""
     qk_clip: QKClip | None
+    _unfilled: weakref.ref[nn.Module] | None = None  # the model, while parameters of it are on the meta device
 
     def __init__(
         self,
@@ -155,6 +158,8 @@ class MuonClip(MatrixOptimizer):
             raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                self._unfilled = weakref.ref(model)
         self._plan_update()
         self._matrices.clear()  # until the first step an engine may replace the parameters: hold none
 
@@ -189,14 +194,29 @@ class MuonClip(MatrixOptimizer):
         super()._plan_update()
         self.plan = replace(self.plan, update_plan=self._update_plan)
 
+    def _refresh_plan(self) -> None:
+        self._take_filled()
+        super()._refresh_plan()
+
+    def _take_filled(self) -> None:
+        """Take the parameters that to_empty has put in the place of those on the meta device."""
+        model = None if self._unfilled is None else self._unfilled()
+        if model is not None:
+            for each in take_filled(self.param_groups, model):
+                self.state.pop(each, None)
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                self._unfilled = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as any optimizer does; the clip has none, but raises here the errors that it deferred."""
+        self._take_filled()
         if self.qk_clip is not None:
             self.qk_clip.raise_deferred()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as any optimizer does; what the clip observed before belongs to another run and is forgotten."""
+        self._take_filled()
         super().load_state_dict(state_dict)
         if self.qk_clip is not None:
             self.qk_clip.reset()
