@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from muonclip.torch.mesh import check_gradient, check_parameter
@@ -118,8 +118,11 @@ def check_parameters(groups: Iterable[Group]) -> None:
 def check_gradients(groups: Iterable[Group]) -> None:
     """Raise ValueError, naming the parameter, for a gradient that the optimizer cannot take."""
     for index, group in enumerate(groups):
-        for position, parameter in enumerate(group["params"]):
-            gradient = parameter.grad
+        gradients = [parameter.grad for parameter in group["params"]]
+        kinds = {*map(type, group["params"]), *map(type, gradients)}
+        if kinds <= _PLAIN and not any(each.is_sparse for each in gradients if each is not None):
+            continue  # as in most steps, which this must not slow down
+        for position, (parameter, gradient) in enumerate(zip(group["params"], gradients, strict=True)):
             if gradient is None:
                 continue
             if gradient.is_sparse:
@@ -127,6 +130,9 @@ def check_gradients(groups: Iterable[Group]) -> None:
                 raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
             if isinstance(gradient, DTensor) or isinstance(parameter, DTensor):
                 check_gradient(name_of(group, index, position), parameter)
+
+
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def name_of(group: Group, index: int, position: int) -> str:
