@@ -282,6 +282,13 @@ MUTATIONS = (
         tests_of("torch/test_proof.py"),
     ),
     Mutation(
+        "proof-without-what-a-score-mod-holds",
+        "A score_mod may hold a tensor of the queries unseen.",
+        "added = call.score_mod.effects(",
+        "_ = call.score_mod.effects(",
+        tests_of("torch/test_score_mod.py", "test_what_it_holds_of_the_queries_is_refused"),
+    ),
+    Mutation(
         "proof-of-returned-tensors-alone",
         "What moves between attention and loss is lost in the rounding of the loss.",
         "if name in self._around:",

@@ -234,6 +234,42 @@ def test_what_is_not_known_to_be_proportional_is_refused(score_mod, problem):
         QKClip(Attention(score_mod), tau=1.0, example_inputs=made(BATCH, LENGTH, 6))
 
 
+class OfTheQueries(Attention):
+    """Its score_mod holds a tensor that the forward makes: of the queries, or of the input alone."""
+
+    def __init__(self, kind):
+        super().__init__(None)
+        self.kind, self.positions, self.gate = kind, nn.Parameter(made(2 * LENGTH, HEAD)), nn.Linear(6, HEADS)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        near = (q @ self.positions.mT).detach() if self.kind == "detached" else q @ self.positions.mT
+        of_queries, gate = torch.sigmoid(q.sum(-1)), torch.sigmoid(self.gate(x)).transpose(1, 2)
+        score_mod = {
+            "positions": lambda s, b, h, i, j: s + near[b, h, i, j - i + LENGTH],
+            "detached": lambda s, b, h, i, j: s + near[b, h, i, j - i + LENGTH],
+            "slopes": lambda s, b, h, i, j: s * of_queries[b, h, i],
+            "masks": lambda s, b, h, i, j: torch.where((near[b, h, i, j] > 1) & (i != j), -INF, s),
+            "input": lambda s, b, h, i, j: s * gate[b, h, i] + gate[b, h, j],
+        }[self.kind]
+        return flex_attention(q, k, v, score_mod, enable_gqa=True)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["positions", "detached", "slopes", "masks"])
+def test_what_it_holds_of_the_queries_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    with pytest.raises(ValueError, match="the model: its logits hold more than the products of queries and keys"):
+        QKClip(OfTheQueries(kind), tau=1.0, example_inputs=made(BATCH, LENGTH, 6))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_it_holds_of_the_input_is_not(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    clip = QKClip(OfTheQueries("input"), tau=1.0, example_inputs=made(BATCH, LENGTH, 6))
+    assert [each.scaled_parts() != () for each in clip.projections.values()] == [True]
+
+
 def test_without_numbers_nothing_is_refused():
     """Of a model on the meta device, whose score_mod may hold tensors elsewhere."""
     q, k = made(BATCH, HEADS, LENGTH, HEAD).to("meta"), made(BATCH, GROUPS, LENGTH, HEAD).to("meta")

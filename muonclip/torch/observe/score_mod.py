@@ -112,6 +112,13 @@ class ScoreMod:
             slopes = functools.partial(self._slopes_of_tile, b, h, i, j, dtype)
         return ModifiedScores(q, k, scale, slopes, condition)
 
+    @torch.no_grad()
+    def effects(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Return what it does to the scores of some sequences, heads, queries and keys, int64 [n] each: their slopes,
+        which of them are filled and all that is added, [B, H, Tq, parts · Tk]."""
+        parts = at_pairs(self._read, *indices(b, h, i, j))
+        return torch.cat([each.to(self._one.dtype) for each in parts], -1)
+
     def _slopes_of_tile(
         self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype, rows: slice, columns: slice
     ) -> Tensor:

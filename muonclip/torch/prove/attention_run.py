@@ -170,7 +170,8 @@ class AttentionRun(ScoreTracker):
 
     def _sample(self, call: AttentionCall, heads: int) -> Sample:
         if call.kernel != EAGER:
-            return Sample.of_kernel(call, heads)
+            with torch._C._EnableTorchFunction(), self.left():  # a score_mod is read by a mode of its own
+                return Sample.of_kernel(call, heads)
         assert self._entering is not None
         tensor, score = self._entering
         return Sample.of_written_out(call, heads, tensor, score.blocks, self._capped.get(id(score.blocks[0].pairs)))

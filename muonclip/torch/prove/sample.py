@@ -26,10 +26,10 @@ class Sample:
     """Hold what a few queries had.
 
     `scores`: S [B, heads, T, Tk] of T queries. `dtype`: of L. `values`, `added`: what a kernel has got of them, the
-    mask being bool or what it adds. Of attention that is written out: `logits`, L in the shape of S, −inf at pairs that
-    do not count, and `others`, the columns of the softmax that are not of keys; where a cap `is_capped`, L is what the
-    cap got, and all that entered the softmax is in `others`. `whole`: L with everything that is added, if that can be
-    observed.
+    mask being bool or what it adds; or what a score_mod does to scores. Of attention that is written out: `logits`, L
+    in the shape of S, −inf at pairs that do not count, and `others`, the columns of the softmax that are not of keys;
+    where a cap `is_capped`, L is what the cap got, and all that entered the softmax is in `others`. `whole`: L with
+    everything that is added, if that can be observed.
     """
 
     scores: Tensor
@@ -48,11 +48,15 @@ class Sample:
         scores = _scores(q, k, call.scale_or_default(), heads)
         mask = call.attn_mask if isinstance(call.attn_mask, Tensor) else None
         logits = whole_logits(call, heads) if mask is not None and mask.dtype != torch.bool else None
+        added = None if mask is None else some(mask.expand(*mask.shape[:-2], q.shape[-2], -1))
+        if call.score_mod is not None:
+            b, h, i, j = (torch.arange(n, device=q.device) for n in (len(q), q.shape[1], q.shape[2], k.shape[2]))
+            added = call.score_mod.effects(b[_of_batch(len(b))], h, some(i[:, None])[:, 0], j)
         return cls(
             scores,
             q.dtype,
             values=None if call.v is None else call.v[:2].clone(),
-            added=None if mask is None else some(mask.expand(*mask.shape[:-2], q.shape[-2], -1)),
+            added=added,
             whole=None if logits is None else some(logits),
         )
 
