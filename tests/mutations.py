@@ -1353,9 +1353,9 @@ MUTATIONS = (
     Mutation(
         "sum-of-two-products-read-as-one",  # 35
         "The logits of q·k + q·v are read from one of the products.",
-        "if not score.problem and not other.problem:",
-        "if False:",
-        tests_of("torch/test_observation_edges.py", "test_ways_to_write_it_that_are_refused"),
+        'return summed(score, other) or score.with_problem("are a sum of two products")',
+        "return score",
+        tests_of("torch/test_terms_of_logits.py", "test_all_terms_of_the_logits_are_held_at_tau"),
     ),
     Mutation(
         "sink-in-front-shifts-the-mask",
@@ -1377,6 +1377,64 @@ MUTATIONS = (
         "self.on_attention(score.call(tensor, dimension))",
         "self.on_attention(score.call(tensor, dimension)), self._scores.clear()",
         tests_of("torch/test_written_out_attention.py", "test_each_softmax_has_heads_of_its_own"),
+    ),
+    Mutation(
+        "mask-of-their-dtype-is-logits",
+        "A mask in the dtype of logits, `mask.type_as(s)`, is followed as if it were logits.",
+        "args[:1] if func in OF_THE_FIRST else args",
+        "args",
+        tests_of("torch/test_terms_of_logits.py", "test_all_terms_of_the_logits_are_held_at_tau"),
+    ),
+    Mutation(
+        "factor-of-pairs-unseen",
+        "Logits times a factor of each pair count as products, and later ones are taken in as such.",
+        "if call.by_pair:",
+        "if False:",
+        tests_of(
+            "torch/test_terms_of_logits.py", "test_a_factor_that_was_not_there_when_the_attention_was_found_is_an_error"
+        ),
+    ),
+    Mutation(
+        "difference-of-products-is-a-sum",
+        "q₁·k₁ − q₂·k₂ is followed as their sum.",
+        "other if alpha == 1 else other.rescaled(functools.partial(operator.mul, alpha))",
+        "other",
+        tests_of("torch/test_terms_of_logits.py", "test_a_sum_of_products_is_read_from_queries_and_keys"),
+    ),
+    Mutation(
+        "scale-of-the-second-product-lost",
+        "Of two products with other scales the first one's scale counts for both.",
+        "queries, scale = (a.q.to(wide) * a.scale, b.q.to(wide) * b.scale), 1.0",
+        "queries = (a.q.to(wide), b.q.to(wide))",
+        tests_of("torch/test_terms_of_logits.py", "test_a_sum_of_products_is_read_from_queries_and_keys"),
+    ),
+    Mutation(
+        "queries-of-the-first-term-only",
+        "Of (q + u)·k + (q + v)·r the vector v is not scaled.",
+        "for one, other in call.terms:",
+        "for one, other in ():",
+        tests_of("torch/test_terms_of_logits.py", "test_all_terms_of_the_logits_are_held_at_tau"),
+    ),
+    Mutation(
+        "positions-of-a-mask-forgotten",
+        "The products in an `attn_mask` are not looked at for rows of the queries.",
+        "call if added is None else replace(call, terms=added.terms_of_a_bias())",
+        "call",
+        tests_of("torch/test_terms_of_logits.py", "test_all_terms_of_the_logits_are_held_at_tau"),
+    ),
+    Mutation(
+        "rows-in-other-axes-scaled",
+        "Factors of a tensor in other axes are taken for those of heads or queries.",
+        "factor.shape[-1] == 1 and not score.away",
+        "factor.shape[-1] == 1",
+        tests_of("torch/test_terms_of_logits.py", "test_what_is_not_held_is_refused_by_name"),
+    ),
+    Mutation(
+        "gauge-of-shared-keys-omitted",
+        "Queries that feed something else, too, are not tried where a key is shared.",
+        "for pair in (*_gauge(each, index), *_gauge_of_groups(each, index))",
+        "for pair in _gauge(each, index)",
+        tests_of("torch/test_proof.py", "test_another_use_beside_logits_that_are_returned_is_seen"),
     ),
     Mutation(
         "parts-of-scores-lost",

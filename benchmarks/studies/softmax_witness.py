@@ -57,21 +57,23 @@ class Softmax:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """An attention of a run, its statistic S and the pairs that count, both [..., queries, keys]."""
+    """An attention of a run: its statistic S, the pairs that count, and L, all [..., queries, keys]."""
 
     module: str
     operator: str
     statistic: Tensor
     allowed: Tensor
+    logits: Tensor
 
     @property
     def maximum(self) -> float:
         """The largest logit."""
         return self.maxima().max().item()
 
-    def maxima(self) -> Tensor:
-        """Return the largest logit of each query, [..., queries]; −inf where it may see no key."""
-        return self.statistic.masked_fill(~self.allowed, -torch.inf).amax(-1)
+    def maxima(self, *, with_added: bool = False) -> Tensor:
+        """Return the largest logit of each query, [..., queries]; −inf where it may see no key. `with_added`: of L."""
+        read = self.logits if with_added else self.statistic
+        return read.masked_fill(~self.allowed, -torch.inf).amax(-1)
 
 
 class SoftmaxWitness:
@@ -109,7 +111,7 @@ class SoftmaxWitness:
                     at = moved.argmax()
                     cap = (statistic.flatten()[at] / moved.flatten()[at]).abs()
                     statistic = cap * _difference(one.read, without.read)
-                found.append(Attention(one.module, one.operator, statistic, allowed & (statistic != 0)))
+                found.append(Attention(one.module, one.operator, statistic, allowed & (statistic != 0), one.logits))
         return found
 
     def _run(self, run: _Run) -> list[Softmax]:

@@ -171,7 +171,10 @@ def compare(
     for name in dict.fromkeys(filter(None, names)):
         projection = plan.projections[name]
         own = [index for index, other in enumerate(names) if other == name]
-        readings = list(_readings([before[i] for i in own], [after[i] for i in own], projection.num_heads))
+        of_name = [before[i] for i in own], [after[i] for i in own], projection.num_heads
+        readings = list(_readings(*of_name))
+        if projection.counts_added:  # products with a weight, of queries and positions, are not S to the witness
+            readings += _readings(*of_name, with_added=True)
         if not readings:
             missed += (f"{name}: {projection.num_heads} heads do not fit {tuple(before[own[0]].statistic.shape)}",)
             continue
@@ -201,15 +204,20 @@ def _errors(old: Tensor, new: Tensor, reported: Tensor, tau: float, projection: 
     return ((new - wanted)[seen].abs().max() / tau).item(), ((reported - old)[seen].abs().max() / tau).item()
 
 
-def _readings(before: Sequence[Attention], after: Sequence[Attention], heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _readings(
+    before: Sequence[Attention], after: Sequence[Attention], heads: int, *, with_added: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the maxima of the heads before and after, [heads], for each way in which the axes can hold them.
+    `with_added`: of the logits with all that is added to them.
 
     Heads have an axis, share one with sequences or windows, or are two axes, of groups and heads in a group. Several
     ways fit where the sizes do; a clip that is wrong is wrong in each.
     """
     for ways in itertools.islice(itertools.product(*(_ways(each.maxima().shape, heads) for each in before)), 64):
         old, new = (
-            torch.stack([way.read(each.maxima(), heads) for way, each in zip(ways, of, strict=True)]).amax(0)
+            torch.stack(
+                [way.read(each.maxima(with_added=with_added), heads) for way, each in zip(ways, of, strict=True)]
+            ).amax(0)
             for of in (before, after)
         )
         yield old, new
@@ -233,8 +241,8 @@ class _Way:
 
 def _ways(shape: Sequence[int], heads: int) -> Iterator[_Way]:
     exact = [_Way(axis, "alone") for axis, size in enumerate(shape) if size == heads]
-    if exact:
-        yield from exact
+    yield from exact
+    if any(way.axis < len(shape) - 1 for way in exact):  # the last one may be that of the queries
         return
     for axis, size in enumerate(shape):
         if size % heads == 0:

@@ -344,12 +344,29 @@ class ReturnsMore(Attention):
         return self.o((logits.softmax(-1) @ self.values(x)).transpose(1, 2).flatten(2)), (q, k), logits
 
 
-def test_what_is_returned_of_queries_keys_and_logits_is_no_other_use_of_them():
-    module, x = made(ReturnsMore)
+@pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+def test_what_is_returned_of_queries_keys_and_logits_is_no_other_use_of_them(key_heads):
+    module, x = made(ReturnsMore, key_heads)
     projection = QKClip(module, example_inputs=x).attentions.projections[""]
-    assert projection.query
-    assert projection.key
+    assert projection.query or key_heads < HEADS
+    assert projection.key or projection.shared_key
     assert not projection.fixed
+
+
+class ReturnsScaledQueries(ReturnsMore):
+    def forward(self, x):
+        y, _, _ = super().forward(x)
+        return y, self.queries(x).tanh()
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_another_use_beside_logits_that_are_returned_is_seen(key_heads):
+    module, x = made(ReturnsScaledQueries, key_heads)
+    if key_heads < HEADS:
+        with pytest.raises(ValueError, match="feed something else"):
+            QKClip(module, example_inputs=x)
+    else:
+        assert QKClip(module, example_inputs=x).attentions.projections[""].fixed == ("query",)
 
 
 class InSteps(nn.Module):

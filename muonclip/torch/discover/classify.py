@@ -77,6 +77,10 @@ class ProjectionReader:
         """Return the projections of the other rows that may feed the heads of a call."""
         pairs = itertools.product(_choices(call.query), _choices(call.key))
         read = [self.read(replace(call, query=query, key=key)) for query, key in itertools.islice(pairs, 1, _MOST_READ)]
+        with_terms = _queries_of_all_terms(call)
+        if with_terms is not None and all(map(self.paths.has, with_terms)):
+            query = replace(call.query, candidates=[with_terms])
+            read.append(self.read(replace(call, query=query, facing_private=[], facing_shared=[])))
         return [each for each in read if not isinstance(each, str)]
 
     def _normalised(self, call: TracedCall) -> QKProjection:
@@ -125,6 +129,28 @@ def _choices(source: Source) -> list[Source]:
     """Return a source with each of its candidates in front, the one that is now first."""
     sets = source.candidates
     return [replace(source, candidates=[each, *(s for s in sets if s is not each)]) for each in sets] or [source]
+
+
+def _queries_of_all_terms(call: TracedCall) -> list[Rows] | None:
+    """Return rows that every product in the logits is linear in, those of the queries among them, as W_q, u and v are
+    of (q + u)·k + (q + v)·r; None where they are not to be told.
+
+    They are on the side of a product that has rows of the queries, or has none of the keys where the other side has.
+    """
+    rows = {(id(each.parameter), each.axes): each for each in call.query.rows}
+    for one, other in call.terms:
+        if _overlap(one.rows, call.query.rows) or _overlap(other.rows, call.key.rows):
+            side = one
+        elif _overlap(other.rows, call.query.rows) or _overlap(one.rows, call.key.rows):
+            side = other
+        else:
+            return None
+        if not side.rows or side.problem or side.normalised:
+            return None
+        for each in side.rows:
+            known = rows.setdefault((id(each.parameter), each.axes), each)
+            rows[id(each.parameter), each.axes] = replace(known, masks=known.masks | each.masks)
+    return list(rows.values()) if call.terms else None
 
 
 def _divide(

@@ -40,7 +40,7 @@ def trace(
         tracer = AttentionTracer(replica.module, prefix)
         with torch.enable_grad(), handling(tracer), tracer:
             replica.run()
-    sources = [source for call in tracer.calls for source in (call.query, call.key, call.value) if source]
+    sources = [source for call in tracer.calls for source in call.sources()]
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     return Trace(tracer.calls, {key: path for key, path in replica.paths.items() if key in kept}, replica.statistics)
 

@@ -53,7 +53,7 @@ from muonclip.torch.observe import (
 class TracedCall:
     """One call of attention in a trace. `module`: the name of the innermost module that made it, in its `run`-th
     run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
-    key is of both kinds."""
+    key is of both kinds. `terms`: both sides of other products that are added to the logits."""
 
     module: str
     run: int
@@ -65,6 +65,13 @@ class TracedCall:
     problem: str = ""
     facing_private: list[Rows] = field(default_factory=list)
     facing_shared: list[Rows] = field(default_factory=list)
+    terms: list[tuple[Source, Source]] = field(default_factory=list)
+
+    def sources(self) -> Iterator[Source]:
+        """Yield all that heads are made of."""
+        yield from (self.query, self.key, *itertools.chain(*self.terms))
+        if self.value is not None:
+            yield self.value
 
 
 _PRODUCTS = functions(
@@ -252,7 +259,8 @@ class AttentionTracer(ScoreTracker):
 
     def attention(self, call: AttentionCall) -> Any:
         """Record a call, make it, and return what it returned, or what looks like it."""
-        self._record(call)
+        added = self._score_of(call.attn_mask) if isinstance(call.attn_mask, Tensor) else None
+        self._record(call if added is None else replace(call, terms=added.terms_of_a_bias()))
         with self.left(), torch.enable_grad():
             return (call.run_in_trace or call.run)()
 
@@ -303,7 +311,15 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
     traced = TracedCall(module, run, call.kernel, heads, query, key, value)
     if not query.problem and not query.normalised and not key.problem and not key.normalised:
         traced.facing_private, traced.facing_shared = _split_by_key(q, k, query, key)
+        if all(math.prod(side.shape[:-2]) % heads == 0 for term in call.terms for side in term):
+            traced.terms = [
+                (_source_of(one, heads, blocks), _source_of(other, heads, blocks)) for one, other in call.terms
+            ]
     return traced
+
+
+def _source_of(side: Tensor, heads: int, blocks: frozenset[int]) -> Source:
+    return attribute(side.reshape(-1, heads, *side.shape[-2:]), blocks=blocks)
 
 
 def _refused(call: AttentionCall, module: str, run: int, heads: int, problem: str) -> TracedCall:

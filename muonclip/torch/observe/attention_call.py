@@ -57,7 +57,8 @@ class AttentionCall:
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
     maxima [heads]. `entering`: what enters the softmax, the columns of the keys, of attention that is written out and
-    has one product. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
+    has one product; `by_pair`: that is S times a factor of each pair; `terms`: the operands [..., T, d] of other
+    products in it. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
     not matter. `problem`: what was not understood of the logits. `made_in`: the modules that were running when the
     product was made, of an attention that is written out.
     """
@@ -80,6 +81,8 @@ class AttentionCall:
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None
     run_in_trace: Callable[[], Any] | None = None
     entering: Tensor | None = None
+    by_pair: bool = False
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
     problem: str = ""
     made_in: object = None
 

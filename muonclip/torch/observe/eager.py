@@ -24,6 +24,7 @@ from muonclip.torch.observe.attention_call import AttentionCall
 from muonclip.torch.observe.score import KERNEL, Score
 from muonclip.torch.observe.score_rules import (
     MIXTURES,
+    OF_THE_FIRST,
     OTHERS,
     PRODUCTS,
     SOFTMAX,
@@ -97,7 +98,7 @@ class ScoreTracker(InnermostMode):
                 return
         if not self._scores:
             return
-        tracked = self._tracked(args, kwargs)
+        tracked = self._tracked(args[:1] if func in OF_THE_FIRST else args, kwargs)
         if not tracked or func in OTHERS:
             return
         tensor, score = min(tracked, key=lambda each: bool(each[1].problem))  # a relative bias is rearranged

@@ -89,6 +89,11 @@ class ObserverRun:
         statistic, is_whole = self._next_statistic()
         if is_whole:
             return self._with_added(call, statistic)
+        if call.by_pair:
+            raise RuntimeError(
+                "QK-Clip: the logits of an attention are multiplied by a factor of each pair of query and key now, and "
+                "were not when it was found. Give example_inputs that reach this, too."
+            )
         if call.run_with_max is not None:
             result, maxima = call.run_with_max()
             statistic.update(maxima)

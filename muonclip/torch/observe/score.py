@@ -84,7 +84,9 @@ class Score:
     `forbidden`: bool, broadcastable to the tensor, the pairs that were masked so far. `problem`: what was not
     understood on the way. `made_in`: the modules that were running when the product was made. `part`: where it was
     taken from, if it is a part of another score. `mixed`: it is behind a product with a matrix, where it may be
-    logits whose heads were mixed, or what attention has weighed.
+    logits whose heads were mixed, or what attention has weighed. `away`: the last two axes that its tensor had, and the
+    function by which it has others for a while. `by_pair`: it was multiplied by a factor of each pair. `terms`: other
+    products that were rearranged and added.
     """
 
     blocks: tuple[Block, ...]
@@ -93,6 +95,9 @@ class Score:
     problem: str = ""
     part: Part | None = None
     mixed: bool = False
+    away: tuple[torch.Size, str] | None = None
+    by_pair: bool = False
+    terms: tuple[Block, ...] = ()
 
     def with_problem(self, problem: str) -> Score:
         """Return the score with what was not understood, if it is the first."""
@@ -125,17 +130,22 @@ class Score:
         return replace(self, blocks=tuple(blocks))
 
     def reshaped(self, before: torch.Size, after: torch.Size) -> Score:
-        """Return the score of a tensor whose leading axes were reshaped."""
+        """Return the score of a tensor that was reshaped."""
         if self.forbidden is None or before == after:
             return self
         return replace(self, forbidden=self.forbidden.expand(before).reshape(after))
+
+    def viewed(self, before: torch.Size, after: torch.Size, name: str) -> Score:
+        """Return the score of a tensor that has other axes now by the function `name`, with its elements in order."""
+        home = self.away[0] if self.away else before[-2:]
+        return replace(self.reshaped(before, after), away=None if after[-2:] == home else (home, name))
 
     def at(self, tensor: Tensor, index: Any, name: str) -> Score:
         """Return the score of `tensor[index]`, which the function `name` has taken of this score's tensor.
 
         Known are the heads and sequences that are taken by an index; queries or keys that are taken are a problem.
         """
-        leading = None if self.problem else _leading(index, tensor.ndim)
+        leading = None if self.problem or self.away else _leading(index, tensor.ndim)
         blocks = [] if leading is None else [block.with_leading_axes(tensor.shape[:-2]) for block in self.blocks]
         if leading is None or None in blocks:
             part = self.rearranged(f"pass through {name}")
@@ -167,6 +177,10 @@ class Score:
         forbidden[index] = self.forbidden
         return whole.forbid(forbidden)
 
+    def terms_of_a_bias(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the operands of all products in it, [..., T, d] each."""
+        return tuple([(block.q, block.k) for block in (*self.blocks, *self.terms)])
+
     def are_logits(self, shape: torch.Size) -> bool:
         """Tell whether a tensor of this shape can be logits: behind a mixture only with the axes of the product."""
         before = self.blocks[0].pairs.shape
@@ -176,7 +190,7 @@ class Score:
         """Return the attention that a softmax of the tensor over a dimension is."""
         logits, first = tensor.detach(), self.blocks[0]
         width = max([block.start + block.k.shape[-2] for block in self.blocks])
-        problem = self.problem
+        problem = self.problem or (f"pass through {self.away[1]}" if self.away else "")
         fits = logits.ndim > 1 and logits.shape[-2] == first.q.shape[-2] and logits.shape[-1] >= width
         if dimension not in (-1, logits.ndim - 1) or not fits:
             problem = problem or f"of shape {tuple(logits.shape)} meet a softmax over dimension {dimension}"
@@ -205,6 +219,8 @@ class Score:
             scale,
             attn_mask=allowed,
             entering=entering,
+            by_pair=self.by_pair,
+            terms=tuple([(block.q, block.k) for block in self.terms]),
             problem=problem,
             made_in=self.made_in,
         )
@@ -237,6 +253,31 @@ def joined(parts: Sequence[tuple[Tensor, Score | None]], dimension: int, result:
             )
         )
     return score
+
+
+def summed(one: Score, other: Score) -> Score | None:
+    """Return the score of the sum of two, q₁ k₁ᵀ + q₂ k₂ᵀ = [q₁ q₂] [k₁ k₂]ᵀ, whose tensors have the same shape.
+
+    None where these are not two whole products of one attention.
+    """
+    if not len(one.blocks) == len(other.blocks) == 1 or one.made_in != other.made_in:
+        return None
+    if any(each.by_pair or each.part is not None or each.away is not None for each in (one, other)):
+        return None
+    a, b = one.blocks[0], other.blocks[0]
+    leading = torch.broadcast_shapes(a.q.shape[:-2], a.k.shape[:-2])
+    if leading != torch.broadcast_shapes(b.q.shape[:-2], b.k.shape[:-2]) or a.start or b.start:
+        return None
+    queries, scale = (a.q, b.q), a.scale
+    if isinstance(a.scale, Tensor) or isinstance(b.scale, Tensor) or a.scale != b.scale:
+        wide = torch.promote_types(a.q.dtype, torch.float32)
+        queries, scale = (a.q.to(wide) * a.scale, b.q.to(wide) * b.scale), 1.0
+    q, k = (
+        torch.cat([each.to(queries[0].dtype).expand(*leading, *each.shape[-2:]) for each in both], -1)
+        for both in (queries, (a.k, b.k))
+    )
+    score = replace(one, blocks=(Block(q, k, Pairs(a.pairs.shape), scale),), terms=(*one.terms, *other.terms))
+    return score.forbid(other.forbidden)
 
 
 def columns_of(tensor: Tensor, block: Block) -> Tensor:

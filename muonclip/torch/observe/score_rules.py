@@ -21,7 +21,7 @@ from torch import Tensor
 from muonclip.core.attention_mask import replaces
 from muonclip.torch.logits import is_masked
 from muonclip.torch.observe.einsum import queries_and_keys
-from muonclip.torch.observe.score import Block, Pairs, Score, joined
+from muonclip.torch.observe.score import Block, Pairs, Score, joined, summed
 from muonclip.torch.observe.torch_functions import LIKE, bind, functions, name_of
 
 
@@ -47,9 +47,9 @@ _FILL = functions("masked_fill", "masked_fill_")
 _WHERE = functions("where")
 _SAME = functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "max", "maximum", "clamp",
-    "clamp_", "clamp_min", "clamp_min_", "nan_to_num", "nan_to_num_", "view", "reshape", "unflatten", "squeeze",
-    "unsqueeze", "flatten", "tanh", "tanh_", "view_as", "reshape_as", "requires_grad_",
+    "clamp_", "clamp_min", "clamp_min_", "nan_to_num", "nan_to_num_", "tanh", "tanh_", "requires_grad_",
 )  # fmt: skip
+_VIEWS = functions("view", "reshape", "unflatten", "squeeze", "unsqueeze", "flatten", "view_as", "reshape_as")
 _SOFTMAX = functions("softmax", "log_softmax") | {torch.special.softmax, torch.special.log_softmax}
 _LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 _CONCATENATE = functions("cat", "concat", "concatenate")
@@ -64,6 +64,8 @@ MIXTURES = PRODUCTS | _LINEAR
 """Functions that multiply a score by a matrix, where they do not make a new one."""
 OTHERS = LIKE
 """Functions whose result has only the shape of a score."""
+OF_THE_FIRST = functions("to", "type_as", "view_as", "reshape_as", "expand_as")
+"""Functions whose result is their first argument, a mask perhaps, in the dtype or the shape of another one."""
 
 
 def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, made_in: object) -> Score | None:
@@ -92,6 +94,9 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Te
 
 def after(use: Use) -> Score:
     """Return the score that the result of a function is."""
+    stays = use.function in _BY_ELEMENT and use.result.shape == use.tensor.shape
+    if use.score.away and not stays and use.function not in _VIEWS:
+        return use.score.rearranged(f"pass through {use.score.away[1]}")
     score = _RULES.get(use.function, _unknown)(use)
     if score.part is use.score.part is not None and use.result.shape != use.tensor.shape:
         return replace(score, part=None)
@@ -142,12 +147,14 @@ def _multiplied(use: Use) -> Score:
             return score.with_problem("are multiplied by themselves" if times else "divide something")
     if isinstance(factor, Tensor) and factor.numel() == 1:
         factor = factor.detach().reshape(())
-    elif isinstance(factor, Tensor) and factor.shape[-1] == 1 and use.result.shape == use.tensor.shape:
-        # of each head or query
-        return score.with_queries_rescaled(lambda q: q * factor if times else q / factor, use.tensor.shape)
+    elif isinstance(factor, Tensor):
+        if any(tensor is factor for tensor, _ in use.tracked) or use.result.shape != use.tensor.shape:
+            return score.with_problem(f"are multiplied by a tensor of shape {tuple(factor.shape)}")
+        if factor.shape[-1] == 1 and not score.away:  # of each head or query
+            return score.with_queries_rescaled(lambda q: q * factor if times else q / factor, use.tensor.shape)
+        return replace(score, by_pair=True)
     elif not isinstance(factor, numbers.Real):
-        shape = tuple(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
-        return score.with_problem(f"are multiplied by a tensor of shape {shape}")
+        return score.with_problem(f"are multiplied by a {type(factor).__name__}")
     return score.rescaled(lambda scale: scale * factor if times else scale / factor)
 
 
@@ -160,25 +167,32 @@ def _shifted(use: Use) -> Score:
     if not is_first:
         score = score.rescaled(functools.partial(operator.mul, alpha)) if alpha != 1 else score
         alpha = 1
+    alpha = -alpha if func in _MINUS else alpha
     other = next((each for tensor, each in use.tracked if tensor is added), None)
     if other is not None:
-        return _added(use, score, added, other)
+        return _added(
+            use, score, added, other if alpha == 1 else other.rescaled(functools.partial(operator.mul, alpha))
+        )
     if added is use.result:
         return score.with_problem("are added to another tensor in place")
     if not isinstance(added, Tensor) or not added.ndim:
         return score
-    alpha = -alpha if func in _MINUS else alpha
     return score.forbid(is_masked(added.detach() if alpha == 1 else added.detach() * alpha))
 
 
 def _added(use: Use, score: Score, added: Tensor, other: Score) -> Score:
     """Return the sum of a score and another one, which masks nothing."""
-    if not score.problem and not other.problem:
-        return score.with_problem("are a sum of two products")
+    if use.tensor.shape != use.result.shape == added.shape and not other.problem:
+        score, other, added = other, score, use.tensor
+    if not score.problem and not other.problem and added.shape == use.result.shape:
+        return summed(score, other) or score.with_problem("are a sum of two products")
     same_pairs = score.blocks[0].pairs is other.blocks[0].pairs
     if same_pairs and added.shape == use.tensor.shape and added.shape[-1] > 1:
         return score.with_problem("are added to themselves, rearranged")
-    return score  # a maximum, or a relative bias, which is a product that was rearranged
+    if added.shape[-1:] in ((), (1,)):
+        return score  # a maximum
+    # A relative bias, which is a product that was rearranged
+    return replace(score, terms=(*score.terms, *other.blocks, *other.terms))
 
 
 def _filled(use: Use) -> Score:
@@ -233,6 +247,13 @@ def _same(use: Use) -> Score:
     return use.score.reshaped(before, now) if now[-2:] == before[-2:] else _unknown(use)
 
 
+def _viewed(use: Use) -> Score:
+    before, now = use.tensor.shape, use.result.shape
+    if use.score.problem or before.numel() != now.numel():  # as of view(dtype)
+        return _unknown(use)
+    return use.score.viewed(before, now, name_of(use.function))
+
+
 def _unknown(use: Use) -> Score:
     return use.score.rearranged(f"pass through {name_of(use.function)}")
 
@@ -247,6 +268,11 @@ _RULES: dict[Any, Callable[[Use], Score]] = {
         (_CONCATENATE, _joined),
         (_INDEX, _taken),
         (_SAME, _same),
+        (_VIEWS, _viewed),
     )
     for function in group
 }
+_BY_ELEMENT = (_TIMES | _OVER | _PLUS | _FILL | _WHERE) | functions(
+    "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "requires_grad_"
+)
+"""Functions that a score is followed through while its tensor has other axes than queries and keys."""

@@ -209,6 +209,8 @@ class _Proof:
                 agree = self._agree(before.whole, after.whole, before.whole, before.dtype, gamma)
                 agree = agree and not differ(before.others, after.others)
             return None if agree else Finding.MORE_THAN_PRODUCTS
+        if before.by_pair:
+            return Finding.FACTORS_OF_PAIRS
         if differ(before.added, after.added):
             return Finding.MORE_THAN_PRODUCTS
         if before.is_capped and differ(before.others, after.others):
@@ -254,9 +256,15 @@ class _Proof:
 
     def _gauge_moves(self, attentions: Mapping[str, QKProjection]) -> bool:
         """Tell whether the gauge, too, moves what the model returns, which may be logits that the clip has moved."""
-        if not all(each.key and not each.query_facing_shared for each in attentions.values()):
+        if any(each.query and not each.key for each in attentions.values()):
             return True  # it would not try them whole
-        gauge = [pair for index, each in enumerate(attentions.values()) for pair in _gauge(each, index)]
+        if any(each.query_facing_shared and not each.shared_key for each in attentions.values()):
+            return True
+        gauge = [
+            pair
+            for index, each in enumerate(attentions.values())
+            for pair in (*_gauge(each, index), *_gauge_of_groups(each, index))
+        ]
         return self._moved(self._experiments.run(gauge, replayed=True))
 
     def _name_of(self, call: SeenCall) -> str | None:
@@ -313,6 +321,16 @@ def _gauge(projection: QKProjection, offset: int) -> Scaling:
     if not projection.key:
         return []
     return [(rows, powers) for rows in projection.query] + [(rows, 1 / powers) for rows in projection.key]
+
+
+def _gauge_of_groups(projection: QKProjection, offset: int) -> Scaling:
+    """Multiply the queries that share a key by one power of two, and the key by the reciprocal."""
+    heads, counts = projection.num_heads, {rows.num_heads for rows in projection.shared_key}
+    groups = min(counts) if len(counts) == 1 and heads % min(counts) == 0 else 1
+    powers = torch.tensor([(2.0, 0.25, 8.0, 0.5)[(g + offset) % 4] for g in range(groups)], device="cpu")
+    queries = [(rows, powers.repeat_interleave(heads // groups)) for rows in projection.query_facing_shared]
+    keys = [(rows, (1 / powers).repeat_interleave(rows.num_heads // groups)) for rows in projection.shared_key]
+    return queries + keys
 
 
 def _moved_alike(before: Tensor, after: Tensor) -> bool:

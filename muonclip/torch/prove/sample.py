@@ -29,7 +29,7 @@ class Sample:
     mask being bool or what it adds; or what a score_mod does to scores. Of attention that is written out: `logits`, L
     in the shape of S, −inf at pairs that do not count, and `others`, the columns of the softmax that are not of keys;
     where a cap `is_capped`, L is what the cap got, and all that entered the softmax is in `others`. `whole`: L with
-    everything that is added, if that can be observed.
+    everything that is added, if that can be observed. `by_pair`: S was multiplied by a factor of each pair.
     """
 
     scores: Tensor
@@ -40,6 +40,7 @@ class Sample:
     others: Tensor | None = None
     whole: Tensor | None = None
     is_capped: bool = False
+    by_pair: bool = False
 
     @classmethod
     def of_kernel(cls, call: AttentionCall, heads: int) -> Sample:
@@ -75,12 +76,13 @@ class Sample:
         if capped is not None:
             scores = _scores_of(capped[1], heads)
             logits, _ = _divided(*capped, heads)
-            whole = torch.cat([entering, others], -1)
-            return cls(scores, tensor.dtype, logits=logits.to(scores.dtype), others=whole, is_capped=True)
+            logits, whole = logits.to(scores.dtype), torch.cat([entering, others], -1)
+            return cls(scores, tensor.dtype, logits=logits, others=whole, is_capped=True, by_pair=call.by_pair)
         scores, logits = _scores_of(blocks, heads), whole_logits(call, heads)
         whole = None if logits is None else some(logits).to(scores.dtype)
         logits = entering.to(scores.dtype) if whole is None else whole
-        return cls(scores, tensor.dtype, logits=logits, others=others.to(scores.dtype), whole=whole)
+        others = others.to(scores.dtype)
+        return cls(scores, tensor.dtype, logits=logits, others=others, whole=whole, by_pair=call.by_pair)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -39,6 +39,10 @@ class Finding(Enum):
         "its logits hold more than the products of queries and keys that moves with these, such as relative positions "
         "that depend on the query, or the logits of another layer"
     )
+    FACTORS_OF_PAIRS = (
+        "its logits are multiplied by a factor of each pair of query and key, and something is added to them that does "
+        "not move with queries and keys: leave masked pairs out by masked_fill, in place of a factor"
+    )
     FEEDS_VALUES = "the rows of its queries or keys make its values, too"
     FEEDS_OTHERS = (
         "the rows of its queries or keys feed something else than its logits, too, such as a gate or another layer"
