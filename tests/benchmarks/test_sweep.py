@@ -142,7 +142,7 @@ def test_a_library_that_is_not_installed_is_named():
 
 
 def test_the_command_writes_figures_and_table(tmp_path, capsys):
-    models = ["GPT2LMHeadModel", "Qwen3ForCausalLM", "ResNetModel", "VitDetModel relative"]
+    models = ["GPT2LMHeadModel", "Qwen3ForCausalLM", "ResNetModel", "JetMoeForCausalLM"]
     assert main(["sweep", "--out", str(tmp_path), "--models", ",".join(models)]) == 0
     written = json.loads((tmp_path / "sweep.json").read_text())
     verdicts = {each["name"]: each["verdict"] for each in written["architectures"]}
