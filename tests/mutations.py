@@ -255,8 +255,8 @@ MUTATIONS = (
     ),
     Mutation(
         "gauge-excuses-what-it-does-not-try",
-        "A gate of grouped queries passes next to attention that the gauge leaves.",
-        "if not all(each.key and not each.query_facing_shared for each in attentions.values()):",
+        "A gate of queries passes where their keys are of no projection, so that the gauge leaves them alone.",
+        "if any(each.query_facing_shared and not each.shared_key for each in attentions.values()):",
         "if False:",
         tests_of("torch/test_proof.py"),
     ),

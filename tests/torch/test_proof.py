@@ -301,6 +301,17 @@ class SinkOfTheQueries(Attention):
         return torch.cat([sink, self.logits(x)], -1).softmax(-1)[..., 1:] @ self.values(x)
 
 
+class GateOfGivenKeys(Gate):
+    """Keys that no rows of the model make."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("given", torch.randn(1, HEADS, LENGTH, HEAD))
+
+    def keys(self, x):
+        return self.given.expand(len(x), -1, -1, -1)
+
+
 class LogitsOfTheLayerBefore(nn.Module):
     def __init__(self, kind=AddedLogits):
         super().__init__()
@@ -324,6 +335,7 @@ class MaskedLogitsOfTheLayerBefore(LogitsOfTheLayerBefore):
         (TwoTerms, "the model", "hold more than the products"),
         (CappedRelative, "the model", "hold more than the products"),
         (BehindACap, "the model", "hold more than the products"),
+        (GateOfGivenKeys, "the model", "feed something else"),
         (SinkOfTheQueries, "the model", "hold more than the products"),
         (LogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),
         (MaskedLogitsOfTheLayerBefore, r"layers\.1", "the logits of another layer"),  # whose rounding hides the others
