@@ -254,13 +254,6 @@ MUTATIONS = (
         tests_of("torch/test_proof.py", "test_half_precision_is_no_reason_to_refuse"),
     ),
     Mutation(
-        "gauge-excuses-what-it-does-not-try",
-        "A gate of queries passes where their keys are of no projection, so that the gauge leaves them alone.",
-        "if any(each.query_facing_shared and not each.shared_key for each in attentions.values()):",
-        "if False:",
-        tests_of("torch/test_proof.py"),
-    ),
-    Mutation(
         "one-finding-for-all-of-a-make",
         "A layer is only observed because another one of its class is normalised.",
         "make = findings[name], self._make_of(each)",
@@ -1377,6 +1370,20 @@ MUTATIONS = (
         "self.on_attention(score.call(tensor, dimension))",
         "self.on_attention(score.call(tensor, dimension)), self._scores.clear()",
         tests_of("torch/test_written_out_attention.py", "test_each_softmax_has_heads_of_its_own"),
+    ),
+    Mutation(
+        "windows-taken-for-heads",
+        "Of queries [B, heads, windows, T, d] the windows are taken for heads.",
+        "call = call.with_heads_from(self.observer.head_axis)",
+        "pass",
+        tests_of("torch/test_head_axis.py"),
+    ),
+    Mutation(
+        "mask-of-windows-is-of-heads",
+        "A mask of each window [windows, T, T] is taken for one of each head where heads are before the windows.",
+        "tensor.movedim(axis, -3) if tensor.ndim >= -axis else tensor.unsqueeze(-3)",
+        "tensor.movedim(axis, -3) if tensor.ndim >= -axis else tensor",
+        tests_of("torch/test_head_axis.py"),
     ),
     Mutation(
         "mask-of-their-dtype-is-logits",

@@ -302,7 +302,13 @@ class AttentionMonitor:
             if site.kernel != DECLARED:
                 statistics = [projection.max_logits for projection in site.projections]
                 whole = [each.counts_added for each in site.projections]
-                observer = Observer(statistics, calls=site.calls, written_out=site.kernel == EAGER, whole=whole)
+                observer = Observer(
+                    statistics,
+                    calls=site.calls,
+                    written_out=site.kernel == EAGER,
+                    whole=whole,
+                    head_axis=site.head_axis,
+                )
                 self._observers.attach(self.model.get_submodule(site.module), observer)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,13 +29,15 @@ from muonclip.torch.observe import DECLARED, AttentionKernel
 class Site:
     """A module that calls attention, by which kernel, and the projections of its calls in order.
 
-    One projection where all are the same. `calls`: how many it makes in a run; None where that varies.
+    One projection where all are the same. `calls`: how many it makes in a run; None where that varies. `head_axis`: of
+    its queries, from the end.
     """
 
     module: str
     kernel: AttentionKernel
     projections: tuple[QKProjection, ...]
     calls: int | None
+    head_axis: int = -3
 
 
 class NotTraced(Exception):
@@ -146,7 +148,7 @@ def _read(
             problem = "it calls other attentions in one run than in another"
             findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
         kernel = DECLARED if _fills_itself(sequence, traces) else call.kernel
-        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run))
+        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run, call.head_axis))
     _refuse_queries_of_several(findings, paths, runs)
     return findings
 

@@ -53,7 +53,8 @@ from muonclip.torch.observe import (
 class TracedCall:
     """One call of attention in a trace. `module`: the name of the innermost module that made it, in its `run`-th
     run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
-    key is of both kinds. `terms`: both sides of other products that are added to the logits."""
+    key is of both kinds. `terms`: both sides of other products that are added to the logits. `head_axis`: of the
+    queries, from the end."""
 
     module: str
     run: int
@@ -66,6 +67,7 @@ class TracedCall:
     facing_private: list[Rows] = field(default_factory=list)
     facing_shared: list[Rows] = field(default_factory=list)
     terms: list[tuple[Source, Source]] = field(default_factory=list)
+    head_axis: int = -3
 
     def sources(self) -> Iterator[Source]:
         """Yield all that heads are made of."""
@@ -288,6 +290,8 @@ class AttentionTracer(ScoreTracker):
 
 
 def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[int]) -> TracedCall:
+    axis = _head_axis(call.q) if call.q.ndim > 4 and not call.problem else -3
+    call = call.with_heads_from(axis)
     given, k = call.heads_first(call.q), call.heads_first(call.k)
     heads = given.shape[-3] if given.ndim == 4 else _heads_of(given)
     mixed = "its heads do not follow each other behind the sequences of the batch"
@@ -308,7 +312,7 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
     value = None
     if call.v is not None and call.v.ndim == 4:
         value = attribute(call.heads_first(call.v), with_values=False)
-    traced = TracedCall(module, run, call.kernel, heads, query, key, value)
+    traced = TracedCall(module, run, call.kernel, heads, query, key, value, head_axis=axis)
     if not query.problem and not query.normalised and not key.problem and not key.normalised:
         traced.facing_private, traced.facing_shared = _split_by_key(q, k, query, key)
         if all(math.prod(side.shape[:-2]) % heads == 0 for term in call.terms for side in term):
@@ -378,6 +382,17 @@ def _split_by_key(q: Tensor, k: Tensor, query: Source, key: Source) -> tuple[lis
             if a.parameter is b.parameter and bool((a.entries() & b.entries()).any()):
                 return [], []
     return facing_private, facing_shared
+
+
+def _head_axis(tensor: Tensor) -> int:
+    """Return the axis of [..., T, d], from the end, whose entries come from other columns of the projections; −3 where
+    that is not one axis."""
+    leading = torch.arange(math.prod(tensor.shape[:-2])).view(tensor.shape[:-2])
+    slices = tensor.reshape(-1, *tensor.shape[-2:])
+    first = _columns_behind(slices, 0)
+    second = ((axis, leading.movedim(axis, 0)[1].flatten()[0]) for axis, size in enumerate(leading.shape) if size > 1)
+    own = [axis for axis, index in second if not all(map(torch.equal, _columns_behind(slices, int(index)), first))]
+    return own[0] - tensor.ndim if len(own) == 1 else -3
 
 
 def _heads_of(tensor: Tensor) -> int:

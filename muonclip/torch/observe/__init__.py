@@ -4,7 +4,7 @@ there, the hooks that say which module is running, and who handles a call.
 What is done with a call in a trace is `discover`'s; here it fills a statistic.
 """
 
-from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel, broadcast_heads
+from muonclip.torch.observe.attention_call import DECLARED, AttentionCall, AttentionKernel, broadcast_heads, heads_from
 from muonclip.torch.observe.eager import KERNEL as EAGER
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.flex import KERNEL as FLEX
@@ -22,7 +22,7 @@ from muonclip.torch.observe.kernels import KERNELS
 from muonclip.torch.observe.loads import LoadHooks
 from muonclip.torch.observe.observer import Observer, Unclaimed, UnclaimedRun
 from muonclip.torch.observe.patches import PATCHES
-from muonclip.torch.observe.score import Block, Score, columns_of
+from muonclip.torch.observe.score import Block, Score, columns_of, with_heads_from
 from muonclip.torch.observe.sdpa import KERNEL as SDPA
 from muonclip.torch.observe.torch_functions import bind, derivatives_in_place, functions
 from muonclip.torch.observe.whole_logits import whole_logits
@@ -56,9 +56,11 @@ __all__ = [
     "graph_task",
     "handled",
     "handling",
+    "heads_from",
     "is_jagged",
     "like",
     "of_thread",
     "values_of",
     "whole_logits",
+    "with_heads_from",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -90,6 +90,18 @@ class AttentionCall:
         """Return `q`, `k` or `v` as [..., heads, T, d]."""
         return tensor if self.layout == "heads, positions" else tensor.transpose(-3, -2)
 
+    def with_heads_from(self, axis: int) -> AttentionCall:
+        """Return the call with its heads, which are on another axis of q [..., heads, windows, T, d], where others have
+        them: before the last two. `axis`: from the end."""
+        if axis == -3 or self.q.ndim < -axis:
+            return self
+        q, k = (heads_from(axis, each) for each in (self.q, self.k))
+        v, mask, entering = (
+            heads_from(axis, each) if isinstance(each, Tensor) else each
+            for each in (self.v, self.attn_mask, self.entering)
+        )
+        return replace(self, q=q, k=k, v=v, attn_mask=mask, entering=entering, terms=(), run_with_lse=None)
+
     def scale_or_default(self) -> float | Tensor:
         """Return the scale of the logits."""
         return 1 / math.sqrt(self.q.shape[-1]) if self.scale is None else self.scale
@@ -101,6 +113,14 @@ class AttentionCall:
         batch, heads = self.attn_mask.shape[:2]
         lengths = self.heads_first(self.q).shape[-2], self.heads_first(self.k).shape[-2]
         return create_mask(self.attn_mask.mask_mod, batch, heads, *lengths, device=self.q.device)
+
+
+def heads_from(axis: int, tensor: Tensor) -> Tensor:
+    """Return a tensor whose heads are on an axis, from the end, with them before its last two; where it has no such
+    axis, heads have it in common."""
+    if axis == -3 or tensor.ndim < 3:
+        return tensor
+    return tensor.movedim(axis, -3) if tensor.ndim >= -axis else tensor.unsqueeze(-3)
 
 
 def broadcast_heads(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -32,9 +32,9 @@ class Observer:
     """Fills the statistics of the attentions that one module calls, in the order of its calls; where there is only one
     statistic, from all of its calls.
 
-    `whole`: which of them are of whole logits, with what is added. `calls`: how many it makes in a run; None where that
-    varies. `written_out`: the module writes its attention out. `owner`: on whose behalf. Where `active` is False, it
-    has been taken off amid a forward of another thread.
+    `whole`: which of them are of whole logits, with what is added. `head_axis`: of the queries, from the end. `calls`:
+    how many it makes in a run; None where that varies. `written_out`: the module writes its attention out. `owner`: on
+    whose behalf. Where `active` is False, it has been taken off amid a forward of another thread.
     """
 
     def __init__(
@@ -44,11 +44,12 @@ class Observer:
         calls: int | None,
         written_out: bool,
         whole: Sequence[bool] = (),
+        head_axis: int = -3,
         owner: object = None,
     ) -> None:
         self.statistics, self.expected, self.written_out, self.owner = list(statistics), calls, written_out, owner
         self.whole = list(whole) or [False] * len(self.statistics)
-        self.active = True
+        self.head_axis, self.active = head_axis, True
 
     def __deepcopy__(self, memo: object) -> None:
         """Leave a copy of the model unobserved by the optimizer of the original."""
@@ -87,6 +88,7 @@ class ObserverRun:
                 "step, or declare the attention and fill its MaxLogits yourself."
             )
         statistic, is_whole = self._next_statistic()
+        call = call.with_heads_from(self.observer.head_axis)
         if is_whole:
             return self._with_added(call, statistic)
         if call.by_pair:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
+from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel, heads_from
 
 KERNEL = AttentionKernel(
     "product and softmax",
@@ -278,6 +278,11 @@ def summed(one: Score, other: Score) -> Score | None:
     )
     score = replace(one, blocks=(Block(q, k, Pairs(a.pairs.shape), scale),), terms=(*one.terms, *other.terms))
     return score.forbid(other.forbidden)
+
+
+def with_heads_from(axis: int, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Return products whose heads are on an axis, from the end, with them before the last two."""
+    return tuple(replace(block, q=heads_from(axis, block.q), k=heads_from(axis, block.k)) for block in blocks)
 
 
 def columns_of(tensor: Tensor, block: Block) -> Tensor:

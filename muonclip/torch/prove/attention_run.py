@@ -28,6 +28,8 @@ from muonclip.torch.observe import (
     functions,
     graph_task,
     handling,
+    heads_from,
+    with_heads_from,
 )
 from muonclip.torch.prove.sample import Sample, some, tensors_in
 
@@ -61,7 +63,8 @@ class Recording:
 class AttentionRun(ScoreTracker):
     """Writes a run of a module into `recording`.
 
-    `heads_of`: how many heads a call of a module has, by its name and which one it is; None where nothing is asked.
+    `heads_of`: how many heads a call of a module has, and on which axis from the end, by its name and which one it is;
+    None where nothing is asked.
     `around`: the names of modules whose outputs are recorded. `earlier`: a run whose results attentions and caps get.
     """
 
@@ -72,7 +75,7 @@ class AttentionRun(ScoreTracker):
         self,
         module: nn.Module,
         prefix: str,
-        heads_of: Callable[[str, int], int | None],
+        heads_of: Callable[[str, int], tuple[int, int] | None],
         around: Collection[str] = (),
         earlier: Recording | None = None,
     ) -> None:
@@ -164,17 +167,21 @@ class AttentionRun(ScoreTracker):
         number = self._numbers[where] = self._numbers.get(where, -1) + 1
         heads = self._heads_of(where[0], number)
         with torch._C.DisableTorchFunction():
-            sample = None if heads is None else self._sample(call, heads)
+            sample = None if heads is None else self._sample(call, *heads)
         self.recording.calls.append(SeenCall(where[0], number, sample))
         return self.recording.calls[-1]
 
-    def _sample(self, call: AttentionCall, heads: int) -> Sample:
+    def _sample(self, call: AttentionCall, heads: int, axis: int) -> Sample:
+        call = call.with_heads_from(axis)
         if call.kernel != EAGER:
             with torch._C._EnableTorchFunction(), self.left():  # a score_mod is read by a mode of its own
                 return Sample.of_kernel(call, heads)
         assert self._entering is not None
         tensor, score = self._entering
-        return Sample.of_written_out(call, heads, tensor, score.blocks, self._capped.get(id(score.blocks[0].pairs)))
+        capped = self._capped.get(id(score.blocks[0].pairs))
+        if capped is not None:
+            capped = heads_from(axis, capped[0]), with_heads_from(axis, capped[1])
+        return Sample.of_written_out(call, heads, heads_from(axis, tensor), with_heads_from(axis, score.blocks), capped)
 
     def _result_of(self, seen: SeenCall, run: Callable[[], Any]) -> Any:
         index = len(self.recording.calls) - 1

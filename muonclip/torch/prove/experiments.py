@@ -31,7 +31,7 @@ _HALF = 2**-5  # of the largest, where small numbers are not normal ones
 def run_copy(
     model: nn.Module,
     inputs: Inputs,
-    heads_of: Callable[[str, int], int | None],
+    heads_of: Callable[[str, int], tuple[int, int] | None],
     around: Collection[str] = (),
     earlier: Recording | None = None,
     values: Callable[[Tensor], Tensor] = lambda values: values,
@@ -77,7 +77,7 @@ class Experiments:
         self,
         model: nn.Module,
         inputs: Inputs,
-        heads_of: Callable[[str, int], int | None],
+        heads_of: Callable[[str, int], tuple[int, int] | None],
         around: Collection[str],
         *,
         training: bool,

@@ -258,8 +258,6 @@ class _Proof:
         """Tell whether the gauge, too, moves what the model returns, which may be logits that the clip has moved."""
         if any(each.query and not each.key for each in attentions.values()):
             return True  # it would not try them whole
-        if any(each.query_facing_shared and not each.shared_key for each in attentions.values()):
-            return True
         gauge = [
             pair
             for index, each in enumerate(attentions.values())
@@ -271,9 +269,9 @@ class _Proof:
         """Return the name of the attention that a call is of."""
         return self._names.get(id(self._projection_of(call.module, call.number)))
 
-    def _heads_of(self, module: str, number: int) -> int | None:
+    def _heads_of(self, module: str, number: int) -> tuple[int, int] | None:
         projection = self._projection_of(module, number)
-        return None if projection is None else projection.num_heads
+        return None if projection is None else (projection.num_heads, self._sites[module].head_axis)
 
     def _projection_of(self, module: str, number: int) -> QKProjection | None:
         site = self._sites.get(module)
