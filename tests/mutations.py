@@ -714,6 +714,27 @@ MUTATIONS = (
         "waits = False",
         tests_of("torch/test_observation.py", "test_a_model_on_the_meta_device_is_found_and_filled_later"),
     ),
+    Mutation(
+        "stand-ins-stay-whole",  # 22
+        "The copy of a sharded model keeps every part whole that has run.",
+        "        if not self._held:\n            self.parameter.data = self._thin\n",
+        "",
+        tests_of("torch/test_sharded_clip.py", "test_a_sharded_model_is_copied_and_tried_block_by_block"),
+    ),
+    Mutation(
+        "stand-ins-not-scaled",  # 22
+        "A part of the copy that is written out anew has the rows that the proof scaled as they were.",
+        "            for change in self._changes:\n                change()\n",
+        "",
+        tests_of("torch/test_sharded_clip.py", "test_a_sharded_model_is_copied_and_tried_block_by_block"),
+    ),
+    Mutation(
+        "rows-of-a-thin-view",  # 22
+        "Rows are told by the strides of a view whose entries share their memory.",
+        "or id(parameter) not in parameters or is_thin(parameter):",
+        "or id(parameter) not in parameters:",
+        tests_of("torch/test_sharded_clip.py", "test_weights_of_a_part_that_are_used_elsewhere_are_told_by_their_rows"),
+    ),
     # The statistic (torch)
     Mutation(
         "micro-batches-summed",  # 5

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend_by_anothe
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
+from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, attention
 from muonclip.torch.clip.ranks import ClipRanks
-from muonclip.torch.discover import dense_copy as unsharded
 from muonclip.torch.heads.head_rows import heads_of_rows, sample_rows, scale_heads
 from muonclip.torch.heads.query_heads import QueryHeads
 from muonclip.torch.mesh.index_ranges import local_indices
@@ -266,24 +266,140 @@ def test_the_group_is_that_of_the_largest_mesh():
     assert ClipRanks().group([], {}) is None
 
 
-def test_a_model_too_large_to_copy_is_refused(monkeypatch):
-    class Bare(nn.Module):
+class Watched(nn.Module):
+    """A block that notes, wherever it runs, how many bytes the matrices of its whole model take: `held`, the most in a
+    copy of it."""
+
+    held: ClassVar[list[int]] = []
+
+    def __init__(self, root):
+        super().__init__()
+        self.qkv, self.out, self.up = nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(24, 40)
+        self.down = nn.Parameter(torch.randn(40, 24) / 6)
+        self.root = [root]  # not a child of it
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.up(x).relu() @ self.down
+        weights = [p.untyped_storage() for p in self.root[0].parameters() if p.ndim > 1 and not isinstance(p, DTensor)]
+        Watched.held.append(sum({each.data_ptr(): each.nbytes() for each in weights}.values()))
+        return x
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 24)
+        self.blocks = nn.ModuleList(Watched(self) for _ in range(24))
+        self.head = nn.Linear(24, 30, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+BYTES_OF_A_BLOCK = 4 * 24 * (72 + 24 + 40 + 40)
+
+
+@pytest.mark.parametrize("by", ["fully_shard", "tensor parallelism"])
+def test_a_sharded_model_is_copied_and_tried_block_by_block(by):
+    tokens = torch.randint(30, (2, 5))
+    rows = {name: each.query[0].rows("cpu") for name, each in QKClip(Deep(), example_inputs=tokens).projections.items()}
+    Watched.held.clear()
+    for mesh in Ranks((2,)):
+        model = Deep()
+        if by == "fully_shard":
+            for each in (*model.blocks, model):
+                fully_shard(each, mesh=mesh)
+        else:
+            for block in model.blocks:
+                for each in (block.qkv, block.out, block.up):
+                    on(mesh, each, Shard(0))
+                on(mesh, block, Shard(0), ["down"])
+        clip = QKClip(model, example_inputs=tokens)
+        assert clip.projections.keys() == rows.keys()
+        assert all(torch.equal(each.query[0].rows("cpu"), rows[name]) for name, each in clip.projections.items())
+        assert {each.kind for each in clip.projections.values()} == {"mha"}
+        clip.remove()
+    # The queries and keys that are tried are whole at once where nothing says that a block's weights are its own.
+    most = 2.5 if by == "fully_shard" else 12.5
+    assert 0 < max(Watched.held) < most * BYTES_OF_A_BLOCK
+    assert len(Watched.held) >= 2 * 3 * 24  # ranks, runs, blocks
+
+
+@pytest.mark.parametrize("by", ["fully_shard", "tensor parallelism"])
+def test_a_sharded_block_is_proven_by_its_weights_and_not_by_stand_ins_that_stay_as_they_are(by):
+    class Gated(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k = nn.Linear(10, 24), nn.Linear(10, 24)
+            self.q, self.k, self.v = (nn.Linear(12, 24, bias=False) for _ in range(3))
 
         def forward(self, x):
-            q, k = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (self.q, self.k))
-            return nn.functional.scaled_dot_product_attention(q, k, k)
+            q, k, v = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (self.q, self.k, self.v))
+            return nn.functional.scaled_dot_product_attention(q, k, v) * q.sigmoid()
 
-    monkeypatch.setattr(unsharded, "_MOST_BYTES", 1000)
+    x = torch.randn(2, 5, 12)
     for mesh in Ranks((2,)):
-        model = Bare()
-        on(mesh, on(mesh, model, Shard(0), []).q, Shard(0))
-        with pytest.raises(ValueError, match=r"Build the clip before it is sharded.*qk_clip=clip"):
-            QKClip(model)
-        projection = QKProjection.mha(q=model.q, k=model.k, num_heads=4, max_logits=MaxLogits(4))
-        assert QKClip(model, declare={"": projection}).projections[""] is projection
+        model = nn.Sequential(Gated(), nn.Flatten(1, 2), nn.Linear(6, 12), Gated())
+        if by == "fully_shard":
+            for each in (model[0], model[3], model):
+                fully_shard(each, mesh=mesh)
+        else:
+            for each in (model[0].q, model[0].k, model[3].k):
+                on(mesh, each, Shard(0), ["weight"])
+        clip = QKClip(model, example_inputs=x)
+        assert [each.fixed for each in clip.projections.values()] == [("query",)] * 2
+        clip.remove()
+
+
+def test_weights_of_a_part_that_are_used_elsewhere_are_told_by_their_rows():
+    class Borrowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lent = nn.ModuleList([ByAnotherName()])
+            self.out = nn.Linear(24, 24)
+
+        def forward(self, x):
+            q, k = (nn.functional.linear(x, each.weight) for each in (self.lent[0].q, self.lent[0].k))
+            q, k = (each.unflatten(-1, (-1, 6)).transpose(1, 2) for each in (q, k))
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, x[:, None, :, :6]).mean(1).repeat(1, 1, 4))
+
+    x = torch.randn(2, 5, 12)
+    for mesh in Ranks((2,)):
+        model = nn.Sequential(Borrowing())
+        for each in (model[0].lent[0].q, model[0].lent[0].k):
+            on(mesh, each, Shard(0), ["weight"])
+        (found,) = QKClip(model, example_inputs=x).projections.values()
+        assert (
+            found.query[0].rows("cpu").tolist()
+            == found.key[0].rows("cpu").tolist()
+            == torch.arange(24).view(4, 6).tolist()
+        )
+
+
+def test_a_model_sharded_on_meta_is_filled_behind_its_optimizer():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = nn.Sequential(ByFunctional(), nn.Flatten(1, 2), nn.Linear(6, 2), nn.Tanh())
+        for each in (model[0], model):
+            fully_shard(each)
+        optimizer = MuonClip(model, lr=1e-3, tau=1e-3)
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().copy_(torch.randn(parameter.shape))
+        before = [parameter.to_local().clone() for parameter in model.parameters()]
+        model(torch.randn(2, 5, 12)).square().sum().backward()
+        optimizer.step()
+        assert optimizer.qk_clip.report().clipped_heads == 4
+        assert not any(torch.equal(a, b.to_local()) for a, b in zip(before, model.parameters(), strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 class ByAnotherName(nn.Module):

@@ -25,7 +25,6 @@ from muonclip.torch.discover import (
     Inputs,
     NotTraced,
     Site,
-    TooLarge,
     Trace,
     discover,
     guess_inputs,
@@ -134,12 +133,10 @@ class AttentionMonitor:
             if self.model.get_submodule(inputs.module).training and not self._is_known(inputs, training=True):
                 with suppress(NotTraced):  # what does not run in training mode has run in evaluation mode
                     self._take(self._ask(inputs, training=True), inputs)
-        except (NotTraced, TooLarge) as error:
+        except NotTraced as error:
             if self.projections:
                 self.to_come = f"not traced: {error}"
                 return
-            if isinstance(error, TooLarge):
-                raise
             raise RuntimeError(
                 f"QK-Clip could not trace {inputs.module or 'the model'} to find its attention: {error}. "
                 "Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "

@@ -3,7 +3,6 @@
 Nothing here scales a weight or fills a statistic; how a call to an attention kernel is read is `observe`'s.
 """
 
-from muonclip.torch.discover.dense_copy import TooLarge
 from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site, discover
 from muonclip.torch.discover.example_inputs import guess_inputs
 from muonclip.torch.discover.refusals import NOTHING_FOUND, Refusal, message
@@ -18,7 +17,6 @@ __all__ = [
     "Refusal",
     "Replica",
     "Site",
-    "TooLarge",
     "Trace",
     "discover",
     "guess_inputs",

@@ -1,25 +1,19 @@
 """Dense tensors and plain modules in place of a sharded model, for the copy that is traced.
 
-Which rows feed which heads does not depend on values. So where a tensor is sharded, random numbers of its global shape,
-the same on every rank, replace it, and nothing is gathered.
+Where a tensor is sharded, random numbers of its global shape, the same on every rank, replace it, and nothing is
+gathered. For matrices `stand_ins.py` finds room.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed.tensor import DTensor, Replicate
-
-_MOST_BYTES = 8 * 2**30
-
-
-class TooLarge(ValueError):
-    """The model cannot be traced because its copy would take too much memory."""
 
 
 class DenseCopies:
@@ -31,30 +25,25 @@ class DenseCopies:
     def dense(self, tensor: DTensor) -> Tensor:
         """Return this rank's part, if that is the whole; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
         with torch.no_grad():
-            if all(isinstance(placement, Replicate) for placement in tensor.placements):
+            if is_whole(tensor):
                 return tensor.to_local()
             shape = tuple(tensor.shape)
-            options: dict[str, Any] = dict(dtype=tensor.dtype, device=tensor.device)
             if tensor.is_meta or not tensor.is_floating_point():
-                return torch.zeros(shape, **options)
-            if tensor.device not in self._generators:
-                self._generators[tensor.device] = torch.Generator(tensor.device).manual_seed(0)
-            generator = self._generators[tensor.device]
+                return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
             if len(shape) < 2:
-                return torch.rand(shape, generator=generator, **options) + 0.5
-            return torch.randn(shape, generator=generator, **options) / math.sqrt(max(1, math.prod(shape[1:])))
+                return self.random(shape, tensor, torch.rand) + 0.5
+            return self.random(shape, tensor) / math.sqrt(max(1, math.prod(shape[1:])))
+
+    def random(self, shape: tuple[int, ...], like: Tensor, draw: Any = torch.randn) -> Tensor:
+        """Draw numbers of the dtype and on the device of a tensor."""
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(0)
+        return draw(shape, generator=self._generators[like.device], dtype=like.dtype, device=like.device)
 
 
-def check_size(parameters: Iterable[Tensor]) -> None:
-    """Raise TooLarge where the dense copies of these parameters would take more than 8 GiB."""
-    size = sum(p.numel() * p.itemsize for p in parameters if isinstance(p, DTensor) and not p.is_meta)
-    if size > _MOST_BYTES:
-        raise TooLarge(
-            "QK-Clip finds the attention of a model by running a whole copy of it, but this one is sharded and its "
-            f"parameters take {size / 2**30:.1f} GiB. Build the clip before it is sharded, clip = QKClip(model), and "
-            "pass it as MuonClip(model, qk_clip=clip); or declare the attentions, "
-            "QKClip(model, declare={name: QKProjection…})."
-        )
+def is_whole(tensor: Tensor) -> bool:
+    """Tell whether this rank has all of a tensor."""
+    return not isinstance(tensor, DTensor) or all(isinstance(each, Replicate) for each in tensor.placements)
 
 
 def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
-from muonclip.torch.discover.dense_copy import TooLarge
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.refusals import Refusal
 from muonclip.torch.discover.trace import Trace, trace
@@ -87,16 +86,13 @@ def discover(
     `clip_gains`: as of `QKClip`. `training`: the mode of the copy; some attention runs in training only. `earlier`:
     traces to read as well, because attentions may have something in common.
 
-    Raises NotTraced where a copy does not run, TooLarge where it does not fit, and ValueError where a declaration is
-    wrong.
+    Raises NotTraced where a copy does not run, and ValueError where a declaration is wrong.
     """
     traces = list(earlier)
     for each in inputs:
         module, prefix = model.get_submodule(each.module), f"{each.module}." if each.module else ""
         try:
             traces.append(trace(module, each.args, each.kwargs, prefix=prefix, training=training))
-        except TooLarge:
-            raise
         except Exception as error:  # whatever the model raises
             raise NotTraced.because(error) from error
     with outside_modes():

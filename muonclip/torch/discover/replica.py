@@ -2,7 +2,7 @@
 
 A copy shares the memory of its matrices with the model and has everything else of its own, so that nothing is left
 behind: no buffer, counter or random number of the model moves. Of a sharded model the copy is whole, with other values
-(`dense_copy.py`); no rank waits for another.
+(`dense_copy.py`), part by part (`stand_ins.py`); no rank waits for another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
-from muonclip.torch.discover.dense_copy import DenseCopies, check_size, without_engine
+from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_engine
+from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
 from muonclip.torch.logits import MaxLogits, outside_modes
 from muonclip.torch.mesh import plain_class
 from muonclip.torch.observe import PATCHES
@@ -37,7 +38,8 @@ class Replica:
     """A copy of a model with arguments to call it with.
 
     `paths`: the names of module and attribute in the model of each parameter of the copy, by its id. `statistics`: the
-    copies of the model's, by the ids of the originals.
+    copies of the model's, by the ids of the originals. `stand_ins`: those of sharded matrices, and `own`, the other
+    parameters whose values were changed, by their ids in the copy.
     """
 
     module: nn.Module
@@ -45,6 +47,18 @@ class Replica:
     kwargs: Mapping[str, Any]
     paths: dict[int, tuple[str, str]]
     statistics: dict[int, MaxLogits]
+    stand_ins: dict[int, StandIn]
+    own: set[int] = field(default_factory=set)
+
+    def change(self, parameter: Tensor, change: Callable[[], object]) -> None:
+        """Change the values of a parameter of the copy, in place; the model's stay as they are."""
+        if id(parameter) in self.stand_ins:
+            self.stand_ins[id(parameter)].change(change)
+            return
+        if id(parameter) not in self.own:
+            self.own.add(id(parameter))
+            parameter.data = parameter.detach().clone()
+        change()
 
     def run(self) -> Any:
         """Call it."""
@@ -69,9 +83,9 @@ def replica_of(
         stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
-        check_size(model.parameters())
         copies = DenseCopies()
-        parameters = {id(each): _parameter_of_replica(each, copies, values) for each in model.parameters()}
+        stand_ins = {id(each): stand_in_of(copies, each) for each in model.parameters() if _needs_stand_in(each)}
+        parameters = {id(each): _parameter_of_replica(each, copies, stand_ins, values) for each in model.parameters()}
         memo: dict[int, Any] = dict(parameters)
         for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
             if isinstance(tensor, DTensor):
@@ -79,14 +93,18 @@ def replica_of(
         replica = _replica(model, memo)
         own_args, own_kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
         replica.train(training)
+        hold_in_their_parts(model, replica, stand_ins)
         paths: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
         statistics = {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)}
         try:
-            yield Replica(replica, own_args, own_kwargs, paths, statistics)
+            by_copy = {id(each.parameter): each for each in stand_ins.values()}
+            yield Replica(replica, own_args, own_kwargs, paths, statistics, by_copy)
         finally:
+            for each in stand_ins.values():
+                each.end()
             for module in replica.modules():  # which knows itself by it, and would wait for the garbage collector
                 vars(module).pop("_compiled_call_impl", None)
 
@@ -146,12 +164,25 @@ def _is_bound_to(forward: Any, module: nn.Module) -> bool:
     return any(each is module for each in forward.args) and (inner is None or _is_bound_to(inner, module))
 
 
-def _parameter_of_replica(parameter: nn.Parameter, copies: DenseCopies, values: Callable[[Tensor], Tensor]) -> Any:
+def _needs_stand_in(parameter: Tensor) -> bool:
+    is_matrix = parameter.ndim > 1 and parameter.numel() > 0 and parameter.is_floating_point()
+    return is_matrix and not is_whole(parameter) and not parameter.is_meta
+
+
+def _parameter_of_replica(
+    parameter: nn.Parameter,
+    copies: DenseCopies,
+    stand_ins: Mapping[int, StandIn],
+    values: Callable[[Tensor], Tensor],
+) -> Any:
     """Make a parameter for the copy, of the memory that `values` leaves it. It knows if the model's is trained."""
     if not parameter.is_floating_point():
         return copies.dense(parameter) if isinstance(parameter, DTensor) else parameter
-    data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
-    copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
+    if id(parameter) in stand_ins:
+        copied = stand_ins[id(parameter)].parameter
+    else:
+        data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+        copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
     copied.is_trained = parameter.requires_grad  # pyright: ignore[reportAttributeAccessIssue]
     return copied
 

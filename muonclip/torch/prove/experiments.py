@@ -6,6 +6,7 @@ These commute with rounding, so that results are compared to the bit, in the pre
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -159,16 +160,13 @@ class Experiments:
         return self._is_noisy
 
     def _scale(self, copy: Replica, scaling: Scaling) -> None:
-        own: set[int] = set()
         for rows, factors in scaling:
             name = f"{self._names[rows.module]}.".removeprefix(self._prefix).removesuffix(".")
             module = copy.module.get_submodule(name)
             in_copy = dataclasses.replace(rows, module=module)
             for parameter, axis in in_copy.parameters():
-                if id(parameter) not in own:
-                    own.add(id(parameter))
-                    parameter.data = parameter.detach().clone()
-                scale_heads(in_copy, parameter, axis, factors.to(parameter.device))
+                on_device = factors.to(parameter.device)
+                copy.change(parameter, functools.partial(scale_heads, in_copy, parameter, axis, on_device))
 
 
 class _NumbersForZeros:
