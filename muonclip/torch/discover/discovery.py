@@ -186,8 +186,9 @@ def _refuse_queries_of_several(
         if not projection.scaled_parts():
             continue
         for rows in (*call.query.rows, *call.query.gains):
+            parameter = paths.parameter(rows)
             for row in rows.masks.any(0).nonzero()[:, 0].tolist():
-                first = scaled_for.setdefault((paths.parameter(rows), rows.axes, row), projection)
+                first = scaled_for.setdefault((parameter, rows.axes, row), projection)
                 if first is not projection:
                     problem = f"its queries also meet the keys of {names[id(first)] or 'the model'}"
                     findings.refusals.setdefault(names[id(projection)], Refusal(call.num_heads, problem))

@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -236,6 +237,14 @@ class _Uncompiled(nn.Module):
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMIC:
+        return value
+    if kind in _CONTAINERS and not value:  # as most attributes of a module are: copying them takes no search
+        if id(value) not in memo:
+            memo[id(value)] = kind()
+            memo.setdefault(id(memo), []).append(value)  # which keeps its number, as `deepcopy` does
+        return memo[id(value)]
     memo.update((id(each), each) for each in tree_leaves(value) if isinstance(each, CustomOpDef))  # its copy is broken
     try:
         return copy.deepcopy(value, memo)
@@ -245,6 +254,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         if type(value) in (list, tuple):
             return type(value)(_copied(item, memo) for item in value)
         return {key: _copied(item, memo) for key, item in value.items()} if type(value) is dict else value
+
+
+_ATOMIC = frozenset((type(None), bool, int, float, str))
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
 class _ProcessState:

@@ -138,7 +138,8 @@ class AttentionTracer(ScoreTracker):
         run = next(self._runs)
         self._running.append((name, run))
         if id(module) not in self._is_block:
-            self._is_block[id(module)] = sum(parameter.ndim >= 2 for parameter in module.parameters()) >= 2
+            matrices = (parameter for parameter in module.parameters() if parameter.ndim >= 2)
+            self._is_block[id(module)] = len(list(itertools.islice(matrices, 2))) == 2
         if not self._is_block[id(module)]:
             self._blocks.append(self._blocks[-1])
             return None
