@@ -735,6 +735,38 @@ MUTATIONS = (
         "or id(parameter) not in parameters:",
         tests_of("torch/test_sharded_clip.py", "test_weights_of_a_part_that_are_used_elsewhere_are_told_by_their_rows"),
     ),
+    Mutation(
+        "attention-of-all-layers-kept",  # 22
+        "The proof holds the probabilities of every layer until its end.",
+        "or value.shape[-2] <= MOST_POSITIONS or",
+        "or True or",
+        tests_of(
+            "torch/test_proof_memory.py", "test_a_run_keeps_a_few_positions_of_every_attention_and_only_for_later_ones"
+        ),
+    ),
+    Mutation(
+        "results-kept-by-every-run",  # 22
+        "Runs that nobody replays hold what attention returned.",
+        "        if not self._keeps_results:\n            seen.result = None\n",
+        "",
+        tests_of(
+            "torch/test_proof_memory.py", "test_a_run_keeps_a_few_positions_of_every_attention_and_only_for_later_ones"
+        ),
+    ),
+    Mutation(
+        "proof-waits-for-the-collector",  # 22
+        "What a proof has kept is freed when the garbage collector comes by.",
+        "        self.base = Recording()\n",
+        "        pass\n",
+        tests_of("torch/test_proof_memory.py", "test_nothing_of_a_proof_waits_for_the_garbage_collector"),
+    ),
+    Mutation(
+        "strides-of-a-kernel-lost",  # 22
+        "What attention returns in an experiment has other strides than the kernel's, and a view of it raises.",
+        "if positions.stride() == self.strides:",
+        "if True:",
+        tests_of("torch/test_proof_memory.py", "test_what_is_proven_of_long_sequences_is_what_holds"),
+    ),
     # The statistic (torch)
     Mutation(
         "micro-batches-summed",  # 5

@@ -32,6 +32,7 @@ from muonclip.torch.observe import (
     with_heads_from,
 )
 from muonclip.torch.prove.sample import Sample, some, tensors_in
+from muonclip.torch.prove.thinned import Thinned, whole
 
 _CAPS = functions("tanh", "tanh_", "clamp", "clamp_", "clamp_max", "clamp_max_", "minimum")
 _FILLS = functions("masked_fill", "masked_fill_", "where")
@@ -66,6 +67,7 @@ class AttentionRun(ScoreTracker):
     `heads_of`: how many heads a call of a module has, and on which axis from the end, by its name and which one it is;
     None where nothing is asked.
     `around`: the names of modules whose outputs are recorded. `earlier`: a run whose results attentions and caps get.
+    `keeps_results`: for later runs.
     """
 
     observes = True
@@ -78,13 +80,17 @@ class AttentionRun(ScoreTracker):
         heads_of: Callable[[str, int], tuple[int, int] | None],
         around: Collection[str] = (),
         earlier: Recording | None = None,
+        *,
+        keeps_results: bool = False,
     ) -> None:
         super().__init__(self._written_out)
+        self._keeps_results = keeps_results
         self.graph_task = graph_task()
         self.recording = Recording()
         self._heads_of, self._around, self._earlier = heads_of, around, earlier or Recording()
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
+        self._caps = 0
         self._numbers: dict[tuple[str, int], int] = {}
         self._entering: tuple[Tensor, Score] | None = None
         self._capped: dict[int, tuple[Tensor, tuple[Block, ...]]] = {}  # what a cap got, by the id of the pairs
@@ -132,11 +138,13 @@ class AttentionRun(ScoreTracker):
             for block in score.blocks:
                 self._capped.setdefault(id(block.pairs), (tensor.detach().clone(), score.blocks))
         result = super().run(func, args, kwargs)
-        index = len(self.recording.caps)
+        index = self._caps
         if index < len(self._earlier.caps):
             with torch.no_grad():
                 result = result.detach().copy_(self._earlier.caps[index])  # in place where the cap is
-        self.recording.caps.append(result.detach().clone())
+        self._caps += 1
+        if self._keeps_results:
+            self.recording.caps.append(result.detach().clone())
         return result
 
     def attention(self, call: AttentionCall) -> Any:
@@ -190,9 +198,12 @@ class AttentionRun(ScoreTracker):
             seen.result, seen.random_state = earlier.result, earlier.random_state
             _set_random_state(seen.result, seen.random_state)  # as after a dropout in it
         else:
-            seen.result = tree_map(_detached, run())
+            seen.result = tree_map(Thinned.of, run())
             seen.random_state = _random_state(seen.result)
-        return tree_map(_copied, seen.result)  # the model may write into it
+        result = tree_map(whole, seen.result)  # a copy: the model may write into it
+        if not self._keeps_results:
+            seen.result = None
+        return result
 
 
 def no_heads(module: str, number: int) -> None:
@@ -212,21 +223,14 @@ def _set_random_state(result: Any, state: tuple[Tensor, ...]) -> None:
 
 
 def _cuda_device(result: Any) -> torch.device | None:
-    return next((each.device for each in tree_leaves(result) if isinstance(each, Tensor) and each.is_cuda), None)
+    tensors = (each.rows if isinstance(each, Thinned) else each for each in tree_leaves(result))
+    return next((each.device for each in tensors if isinstance(each, Tensor) and each.is_cuda), None)
 
 
 def _numbers_for_zeros(value: Any) -> Any:
     """Replace the result of a kernel that does not run in a trace: behind zeros nothing would move."""
     is_zero = isinstance(value, Tensor) and value.is_floating_point() and not value.any()
     return torch.randn_like(value) if is_zero else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _fills_by_a_cap(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -40,11 +40,12 @@ def run_copy(
     *,
     training: bool,
     keeps_graph: bool = False,
+    keeps_results: bool = False,
 ) -> Recording:
     """Run a copy of a model, or of the part of it that the inputs are for. Raises whatever the model raises.
 
     `heads_of`, `around`, `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare`
-    changes the copy. `keeps_graph`: for a model that takes derivatives itself.
+    changes the copy. `keeps_graph`: for a model that takes derivatives itself. `keeps_results`: as of `AttentionRun`.
     """
     module, prefix = model.get_submodule(inputs.module), prefix_of(inputs)
     with (
@@ -54,7 +55,7 @@ def run_copy(
         warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
     ):
         prepare(copy)
-        run = AttentionRun(copy.module, prefix, heads_of, around, earlier)
+        run = AttentionRun(copy.module, prefix, heads_of, around, earlier, keeps_results=keeps_results)
         with handling(run), run:
             returned = copy.run()
         recording = run.end()
@@ -90,12 +91,16 @@ class Experiments:
         self._is_noisy: bool | None = None
         self._keeps_graph = False
         try:
-            self.base = self.run(())
+            self.base = self.run((), is_base=True)
         except Exception:  # whatever the model raises; perhaps it takes derivatives itself
             self._keeps_graph = True
-            self.base = self.run(())
+            self.base = self.run((), is_base=True)
 
-    def run(self, scaling: Scaling, *, replayed: bool = False) -> Recording:
+    def end(self) -> None:
+        """Forget the results of attention, which would wait for the garbage collector with whoever asks."""
+        self.base = Recording()
+
+    def run(self, scaling: Scaling, *, replayed: bool = False, is_base: bool = False) -> Recording:
         """Run the model with these rows scaled. `replayed`: every attention returns what it did in `base`."""
         return run_copy(
             self._model,
@@ -107,6 +112,7 @@ class Experiments:
             lambda copy: self._scale(copy, scaling),
             training=self._training,
             keeps_graph=self._keeps_graph,
+            keeps_results=is_base,
         )
 
     def reaches(self, rows: HeadRows) -> bool:

@@ -56,7 +56,11 @@ def prove(
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    return _Proof(model, inputs, choices, sites, declared, training=training).ways()
+    proof = _Proof(model, inputs, choices, sites, declared, training=training)
+    try:
+        return proof.ways()
+    finally:
+        proof.end()
 
 
 def confirm(
@@ -70,7 +74,11 @@ def confirm(
 ) -> dict[str, Finding | None]:
     """Try attentions again in the ways in which they were proven. Returns what does not hold, of those that a run on
     these inputs reaches."""
-    return _Proof(model, inputs, choices, sites, (), training=training).confirmed(ways)
+    proof = _Proof(model, inputs, choices, sites, (), training=training)
+    try:
+        return proof.confirmed(ways)
+    finally:
+        proof.end()
 
 
 class _Proof:
@@ -106,6 +114,10 @@ class _Proof:
             name: AS_FOUND if finding is None else finding for name, finding in self._try_unseen(unseen).items()
         }
         return self._ways_of(called) | out_of_sight
+
+    def end(self) -> None:
+        """Forget what the runs showed."""
+        self._experiments.end()
 
     def confirmed(self, ways: Mapping[str, Way]) -> dict[str, Finding | None]:
         """Return what does not hold of attentions in ways in which they were proven."""
