@@ -729,13 +729,6 @@ MUTATIONS = (
         tests_of("torch/test_sharded_clip.py", "test_a_sharded_model_is_copied_and_tried_block_by_block"),
     ),
     Mutation(
-        "rows-of-a-thin-view",  # 22
-        "Rows are told by the strides of a view whose entries share their memory.",
-        "or id(parameter) not in parameters or is_thin(parameter):",
-        "or id(parameter) not in parameters:",
-        tests_of("torch/test_sharded_clip.py", "test_weights_of_a_part_that_are_used_elsewhere_are_told_by_their_rows"),
-    ),
-    Mutation(
         "attention-of-all-layers-kept",  # 22
         "The proof holds the probabilities of every layer until its end.",
         "or value.shape[-2] <= MOST_POSITIONS or",

@@ -49,7 +49,7 @@ def run_ranks(ranks, script, *words, timeout=1800, prints=None):
 def _rank(rank, ranks, port, argv, prints):
     if prints is not None:
         os.chdir(prints)
-        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

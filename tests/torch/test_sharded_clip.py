@@ -360,25 +360,21 @@ def test_weights_of_a_part_that_are_used_elsewhere_are_told_by_their_rows():
     class Borrowing(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lent = nn.ModuleList([ByAnotherName()])
-            self.out = nn.Linear(24, 24)
+            self.lent = nn.ModuleList([nn.ModuleDict({name: nn.Linear(24, 24, bias=False) for name in "qk"})])
 
         def forward(self, x):
-            q, k = (nn.functional.linear(x, each.weight) for each in (self.lent[0].q, self.lent[0].k))
+            q, k = (nn.functional.linear(x, self.lent[0][name].weight) for name in "qk")
             q, k = (each.unflatten(-1, (-1, 6)).transpose(1, 2) for each in (q, k))
-            return self.out(nn.functional.scaled_dot_product_attention(q, k, x[:, None, :, :6]).mean(1).repeat(1, 1, 4))
+            return nn.functional.scaled_dot_product_attention(q, k, x[:, None, :, :6].expand_as(q))
 
-    x = torch.randn(2, 5, 12)
+    x, rows = torch.randn(2, 5, 24), torch.arange(24).view(4, 6)
     for mesh in Ranks((2,)):
-        model = nn.Sequential(Borrowing())
-        for each in (model[0].lent[0].q, model[0].lent[0].k):
+        model = Borrowing()
+        for each in model.lent[0].values():
             on(mesh, each, Shard(0), ["weight"])
         (found,) = QKClip(model, example_inputs=x).projections.values()
-        assert (
-            found.query[0].rows("cpu").tolist()
-            == found.key[0].rows("cpu").tolist()
-            == torch.arange(24).view(4, 6).tolist()
-        )
+        assert all(torch.equal(each.rows("cpu"), rows) for each in (*found.query, *found.key))
+        assert found.kind == "mha"
 
 
 def test_a_model_sharded_on_meta_is_filled_behind_its_optimizer():

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from muonclip.torch.discover.graph import ancestry, differentiate
 from muonclip.torch.discover.proportional import Shares, proportional_sets
-from muonclip.torch.discover.stand_ins import is_thin
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +53,7 @@ class PartOfWeight:
         A row must be whole: all entries of the parameter along the axes that do not count rows.
         """
         parameter = tensor if id(tensor) in parameters else tensor._base
-        if not isinstance(parameter, nn.Parameter) or id(parameter) not in parameters or is_thin(parameter):
+        if not isinstance(parameter, nn.Parameter) or id(parameter) not in parameters:
             return None
         columns = {
             dim

@@ -61,11 +61,6 @@ class StandIn:
         self.parameter.data = self._thin
 
 
-def is_thin(tensor: Tensor) -> bool:
-    """Tell whether entries of a tensor share their memory."""
-    return tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()
-
-
 def stand_in_of(copies: DenseCopies, parameter: Tensor) -> StandIn:
     """Make the stand-in of a matrix."""
     first, *others = parameter.shape

@@ -1,4 +1,4 @@
-"""Results of attention in experiments: those of a few positions, in which each stands for the ones behind it.
+"""Results of attention in experiments: those of a few positions, each repeated for the ones behind it.
 
     y_t  ←  y_p(t)        p(t): the last of at most 16 evenly spaced positions up to t
 
@@ -19,8 +19,8 @@ MOST_POSITIONS = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Thinned:
-    """Hold the rows of some positions of a tensor [..., T, any], how many positions each stands for, and the strides
-    of the tensor, on which a view of it may rely."""
+    """Hold the rows of some positions of a tensor [..., T, any], how often each is repeated, and the strides of the
+    tensor, on which a view of it may rely."""
 
     rows: Tensor
     counts: Tensor
