@@ -112,6 +112,7 @@ class AttentionMonitor:
             self._end()
         self.removed = why
 
+    @outside_modes()
     def _wait_for_weights(self) -> bool:
         """Tell whether the model has no numbers yet, as on the meta device, so that nothing can be found in it."""
         parameters = list(self.model.parameters())

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muonclip.torch.observe import is_jagged
+
 MOST_POSITIONS = 16
 
 
@@ -32,7 +34,7 @@ class Thinned:
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
-        if value.ndim < 3 or value.shape[-2] <= MOST_POSITIONS or not value.is_floating_point():
+        if is_jagged(value) or value.ndim < 3 or value.shape[-2] <= MOST_POSITIONS or not value.is_floating_point():
             return value
         length = value.shape[-2]
         starts = torch.arange(MOST_POSITIONS, device=value.device) * length // MOST_POSITIONS
