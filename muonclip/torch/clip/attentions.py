@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -50,6 +51,16 @@ class ClipAttentions:
     def to_come(self) -> str:
         """The reason why the search for attention is not over; "" when it is."""
         return "" if self._monitor is None else self._monitor.to_come
+
+    @property
+    def ignored(self) -> Collection[str]:
+        """The names of the modules whose attention is left alone."""
+        return () if self._monitor is None else self._monitor.ignored
+
+    @property
+    def without_logits(self) -> Mapping[str, str]:
+        """Return by module how activations are mixed there without a softmax of queries and keys."""
+        return {} if self._monitor is None else self._monitor.without_logits
 
     @property
     def device(self) -> torch.device:
@@ -219,11 +230,12 @@ def attentions_of_model(
     *,
     threshold: float,
     clip_gains: bool,
+    ignore: Collection[str] = (),
 ) -> ClipAttentions:
     """Make the attentions that a model declares, those declared for it, and those found in it.
 
-    They are found now, or at the first forward. Raises ValueError for a declaration without its module and where no
-    attention is found in `example_inputs`.
+    They are found now, or at the first forward. `ignore`: names or patterns of modules to leave alone. Raises
+    ValueError for a declaration or a name without its module and where no attention is found in `example_inputs`.
     """
     projections = declared_qk_projections(model)
     for name, projection in declare.items():
@@ -231,7 +243,11 @@ def attentions_of_model(
             raise ValueError(f"declare names {name!r}, which is not a module of the model.")
         projections[name] = projection
     declared = bool(projections)
-    monitor = AttentionMonitor(model, projections, on_forward, clip_gains=clip_gains)
+    ignored = _modules_named(model, ignore)
+    both = [name for name in ignored if name in projections]
+    if both:
+        raise ValueError(f"{both[0] or 'the model'} is declared, and named by ignore, too. Leave one of them out.")
+    monitor = AttentionMonitor(model, projections, on_forward, clip_gains=clip_gains, ignored=ignored)
     attentions = ClipAttentions(projections, model, monitor)
     attentions.set_threshold(threshold)
     monitor.start()
@@ -245,6 +261,17 @@ def attentions_of_model(
     elif not declared:
         monitor.discover_ahead()
     return attentions
+
+
+def _modules_named(model: nn.Module, patterns: Collection[str]) -> list[str]:
+    """Return the names of the modules that one of the patterns fits. Raises ValueError for one that fits none."""
+    if isinstance(patterns, str):
+        raise ValueError(f"ignore={patterns!r} is one name; give a tuple of them, ignore=({patterns!r},).")
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"ignore names {pattern!r}, which is not a module of the model.")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def given_attentions(projections: Mapping[str, QKProjection] | Iterable[QKProjection]) -> ClipAttentions:

@@ -57,7 +57,9 @@ _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] =
 class AttentionMonitor:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     observed. `on_forward` is called inside each forward with gradients, which sets `ran`. `to_come`: why nothing was
-    found yet, or "". `version` counts findings. Nothing happens to the model before `start`."""
+    found yet, or "". `version` counts findings. `ignored`: modules whose attention is left alone. `without_logits`:
+    modules that mix activations without a softmax of queries and keys, and by what. Nothing happens to the model
+    before `start`."""
 
     def __init__(
         self,
@@ -66,8 +68,11 @@ class AttentionMonitor:
         on_forward: Callable[[], None],
         *,
         clip_gains: bool,
+        ignored: Collection[str] = (),
     ) -> None:
         self.model, self.projections, self.on_forward, self.clip_gains = model, projections, on_forward, clip_gains
+        self.ignored = tuple(ignored)
+        self.without_logits: dict[str, str] = {}
         self.threshold = -math.inf  # of the statistics to come
         self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
@@ -252,6 +257,7 @@ class AttentionMonitor:
             self.model,
             [inputs],
             self.declared,
+            ignored=self.ignored,
             clip_gains=self.clip_gains,
             training=training,
             earlier=self._traces,
@@ -261,7 +267,7 @@ class AttentionMonitor:
     def _take(self, discovery: Discovery, inputs: Inputs) -> None:
         if discovery.refusals:
             raise ValueError(message(self.model, discovery.refusals))
-        self._traces = discovery.traces
+        self._traces, self.without_logits = discovery.traces, discovery.without_logits
         projections = self._ways.proven(
             self.model,
             inputs,
@@ -308,6 +314,10 @@ class AttentionMonitor:
                     head_axis=site.head_axis,
                 )
                 self._observers.attach(self.model.get_submodule(site.module), observer)
+        for name in self.ignored:
+            observer = Observer((), calls=None, written_out=False)
+            observer.active = False
+            self._observers.attach(self.model.get_submodule(name), observer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name in _SAVED}
@@ -329,7 +339,7 @@ class AttentionMonitor:
 
 _SAVED = (
     *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
-    *("to_come", "removed", "version", "ran", "_traced"),
+    *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,8 @@ class QKClip:
     - `clip_frozen`: scale frozen weights with the trained ones, as of a LoRA's base and adapter; `MuonClip.plan` lists
       those to save. By default a weight with `requires_grad=False` is never changed: the other side of its heads takes
       all of γ where all weights of that side are trained; else these heads are reported as loud and not clipped.
+    - `ignore`: names of modules, or patterns as `"decoder.*.attn"`, whose attention is left alone: it is not clipped,
+      and no error where it is not understood.
     - `declare`: projections of attentions in the model, by module name, instead of what would be found.
     - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
       the attentions are found now, which `torch.compile` needs.
@@ -79,6 +81,7 @@ class QKClip:
         observe: Literal["needed", "always"] = "needed",
         *,
         clip_frozen: bool = False,
+        ignore: Collection[str] = (),
         declare: Mapping[str, QKProjection] | None = None,
         example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         clip_gains: bool = False,
@@ -108,11 +111,11 @@ class QKClip:
             self._ranks = ClipRanks(process_group, replicas_of(replicated))
             self.attentions = attentions_of_model(
                 model, declare or {}, example_inputs, self._ranks.find_replicas,
-                threshold=self._threshold(), clip_gains=clip_gains,
+                threshold=self._threshold(), clip_gains=clip_gains, ignore=ignore,
             )  # fmt: skip
             return
-        if declare or example_inputs is not None:
-            raise ValueError("declare and example_inputs go with a model, but QKClip was given projections.")
+        if declare or ignore or example_inputs is not None:
+            raise ValueError("declare, ignore and example_inputs go with a model, but QKClip was given projections.")
         self._ranks = ClipRanks(process_group)
         self.attentions = given_attentions(model_or_projections)
         self.attentions.set_threshold(self._threshold())

@@ -6,8 +6,8 @@ No name of a module, class or parameter decides anything here; names only say wh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -62,13 +62,15 @@ class Inputs:
 class Discovery:
     """The attentions of a model: `projections` by name, `sites` in the order of their first call, and `refusals`, by
     name, of those that are not understood. `others`: attentions of other rows that may be the ones, by name, where
-    gradients alone do not tell. `traces`: what it was read from."""
+    gradients alone do not tell. `traces`: what it was read from. `without_logits`: by module, what mixes activations
+    there without a softmax of queries and keys."""
 
     projections: dict[str, QKProjection]
     others: dict[str, list[QKProjection]]
     sites: list[Site]
     refusals: dict[str, Refusal]
     traces: tuple[Trace, ...]
+    without_logits: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def discover(
@@ -76,6 +78,7 @@ def discover(
     inputs: Sequence[Inputs],
     declared: Mapping[str, QKProjection],
     *,
+    ignored: Collection[str] = (),
     clip_gains: bool = False,
     training: bool = False,
     earlier: Sequence[Trace] = (),
@@ -83,6 +86,7 @@ def discover(
     """Find the attentions of a model by running a copy of it, or of its parts, on `inputs`. The model is as before.
 
     `declared`: projections by module name; they are checked against the traced calls, and replace what would be found.
+    `ignored`: names of modules whose attention is left alone.
     `clip_gains`: as of `QKClip`. `training`: the mode of the copy; some attention runs in training only. `earlier`:
     traces to read as well, because attentions may have something in common.
 
@@ -96,15 +100,21 @@ def discover(
         except Exception as error:  # whatever the model raises
             raise NotTraced.because(error) from error
     with outside_modes():
-        return _read(model, tuple(traces), declared, clip_gains=clip_gains)
+        return _read(model, tuple(traces), declared, ignored, clip_gains=clip_gains)
 
 
 def _read(
-    model: nn.Module, traces: tuple[Trace, ...], declared: Mapping[str, QKProjection], *, clip_gains: bool
+    model: nn.Module,
+    traces: tuple[Trace, ...],
+    declared: Mapping[str, QKProjection],
+    ignored: Collection[str],
+    *,
+    clip_gains: bool,
 ) -> Discovery:
     modules = dict(model.named_modules())
     paths = ParameterPaths(modules, {key: path for each in traces for key, path in each.paths.items()})
-    calls = _with_cached_keys([(index, call) for index, each in enumerate(traces) for call in each.calls], paths)
+    calls = [(index, call) for index, each in enumerate(traces) for call in each.calls]
+    calls = _with_cached_keys([each for each in calls if not _is_within(each[1].module, ignored)], paths)
     reader = ProjectionReader(paths, [call for _, call in calls], clip_gains=clip_gains)
     findings = Discovery({}, {}, [], {}, traces)
     known: dict[object, QKProjection] = {}  # attentions of the same rows are one
@@ -146,6 +156,12 @@ def _read(
         kernel = DECLARED if _fills_itself(sequence, traces) else call.kernel
         findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run, call.head_axis))
     _refuse_queries_of_several(findings, paths, runs)
+    for each in (seen for one in traces for seen in one.unclaimed):
+        if not _is_within(each.module, ignored) and not _is_within(each.module, declared):
+            problem = f"it {each.what}, which is not observed"
+            findings.refusals.setdefault(each.module, Refusal(1, problem, is_seen=False))
+    for each in (seen for one in traces for seen in one.without_logits):
+        findings.without_logits.setdefault(each.module, each.what)
     return findings
 
 
@@ -209,6 +225,10 @@ def _free(name: str, other: str, taken: Mapping[str, object]) -> str:
     """Return the first of name, other, other#2, other#3, … that is not taken."""
     candidates = itertools.chain((name, other), (f"{other}#{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _is_within(module: str, names: Collection[str]) -> bool:
+    return bool(names) and any(each in names for each in _outwards(module))
 
 
 def _outwards(name: str) -> list[str]:

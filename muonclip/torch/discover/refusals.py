@@ -10,17 +10,23 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An attention that is not understood: how many heads it was called with, and why, a sentence without its end."""
+    """An attention that is not understood: how many heads it was called with, and why, a sentence without its end.
+
+    `is_seen`: False where its queries and keys are not, and neither is the number of its heads.
+    """
 
     num_heads: int
     problem: str
+    is_seen: bool = True
 
 
 def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
     """Write which attentions are not understood and why, and the declaration to write."""
     lines = ["QK-Clip does not understand these attentions:"]
     lines += [f"  {name or 'the model'}: {refusal.problem}." for name, refusal in refusals.items()]
-    name, refusal = next(iter(refusals.items()))
+    name, refusal = next(((n, r) for n, r in refusals.items() if r.is_seen), ("", None))
+    if refusal is None:
+        return "\n".join([*lines, *_not_seen(next(iter(refusals)))])
     inside = dict(model.named_modules()).get(name.partition("#")[0], model)
     weights = [n for n, p in inside.named_parameters() if p.ndim == 2 and n.endswith(".weight")][:2]
     here = "model" if not name else f"model.get_submodule({name!r})"
@@ -35,7 +41,17 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
         'or leave its weights alone and only watch it, QKProjection("mha", '
         f'{refusal.num_heads}, MaxLogits({refusal.num_heads}), reason="…"); or switch the clip off with qk_clip=None.',
     ]
+    unseen = [n for n, r in refusals.items() if not r.is_seen]
+    lines += _not_seen(unseen[0]) if unseen else []
     return "\n".join(lines)
+
+
+def _not_seen(name: str) -> list[str]:
+    return [
+        "What is not observed can explode unseen. Let it call scaled_dot_product_attention or muonclip.torch.attention;"
+        " or fill a statistic yourself, MaxLogits.observe(q, k, scale=…, mask=…), and declare it, "
+        f"QKClip(model, declare={{{name!r}: projection}}); or leave it alone, QKClip(model, ignore=({name!r},))."
+    ]
 
 
 NOTHING_FOUND = (

@@ -6,14 +6,18 @@ In evaluation mode no layer is dropped. What is seen in the forward, `tracer.py`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from muonclip.torch.discover.applied_functions import seen_autograd_functions
+from muonclip.torch.discover.opaque_calls import OpaqueCalls
 from muonclip.torch.discover.replica import replica_of
 from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
+from muonclip.torch.discover.weighed_sums import Sighting
 from muonclip.torch.logits import MaxLogits
 from muonclip.torch.observe import handling
 
@@ -23,12 +27,15 @@ class Trace:
     """The calls of a traced forward, in their order.
 
     `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
-    `statistics`: the copies of the model's, by the ids of the originals.
+    `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
+    `without_logits`: what mixes activations by products without a softmax.
     """
 
     calls: list[TracedCall]
     paths: dict[int, tuple[str, str]]
     statistics: dict[int, MaxLogits]
+    unclaimed: list[Sighting] = field(default_factory=list)
+    without_logits: list[Sighting] = field(default_factory=list)
 
 
 def trace(
@@ -37,12 +44,16 @@ def trace(
     """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
     `prefix`: of the names. `training`: the mode of the copy."""
     with replica_of(model, args, kwargs, _moved, prefix=prefix, training=training) as replica:
-        tracer = AttentionTracer(replica.module, prefix)
-        with torch.enable_grad(), handling(tracer), tracer:
+        tracer = AttentionTracer(replica.module, prefix, tree_leaves((replica.args, dict(replica.kwargs))))
+        sums = tracer.sums
+        opaque = OpaqueCalls(sums, lambda: len(tracer.calls))
+        sums.operators = opaque.operator
+        with torch.enable_grad(), handling(tracer), seen_autograd_functions(opaque.applied), tracer, sums:
             replica.run()
     sources = [source for call in tracer.calls for source in call.sources()]
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
-    return Trace(tracer.calls, {key: path for key, path in replica.paths.items() if key in kept}, replica.statistics)
+    paths = {key: path for key, path in replica.paths.items() if key in kept}
+    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear())
 
 
 def _moved(values: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ from muonclip.torch.discover.attribution import (
 from muonclip.torch.discover.graph import NotDifferentiable, ancestry, differentiate
 from muonclip.torch.discover.head_colours import Rows
 from muonclip.torch.discover.products import PartOfWeight, Product
+from muonclip.torch.discover.weighed_sums import WeighedSums
 from muonclip.torch.logits import Unobservable, host_sdpa, saved_tensors_as_they_are, unobservable
 from muonclip.torch.observe import (
     FLEX,
     SDPA,
     AttentionCall,
     AttentionKernel,
+    Score,
     ScoreTracker,
     bind,
     broadcast_heads,
@@ -115,8 +117,9 @@ class AttentionTracer(ScoreTracker):
     observes = True
     owner: object = None
 
-    def __init__(self, replica: nn.Module, prefix: str) -> None:
+    def __init__(self, replica: nn.Module, prefix: str, inputs: Sequence[Any] = ()) -> None:
         super().__init__(self._written_out)
+        self.sums = WeighedSums(replica, inputs, lambda: self._running)
         self.graph_task = graph_task()
         self.calls: list[TracedCall] = []
         self._running: list[tuple[str, int]] = []
@@ -177,10 +180,15 @@ class AttentionTracer(ScoreTracker):
                 q, k, v = list(bind(func, args, kwargs).values())[:3]
                 problem = _BY_ANOTHER_WAY.format(kernel.home.partition(":")[2], kernel.home.replace(":", "."))
                 self._record(AttentionCall(kernel, _nothing, q, k, v, problem=problem))
-                return func(*args, **kwargs)
-            if func in _PRODUCTS:
-                cut = self._cut(func, args, kwargs)
+                with self.sums.paused():
+                    result = func(*args, **kwargs)
+                self.sums.project(result)
+                return result
+            if func in _PRODUCTS and not (func is F.linear and self.sums.is_projected(_weight_of(args, kwargs))):
+                with self.sums.paused():
+                    cut = self._cut(func, args, kwargs)
                 if cut is not None:
+                    self.sums.project(cut, [*args, *kwargs.values()])
                     return cut
             result = func(*args, **kwargs)
         self._mark(args, kwargs, result)
@@ -264,11 +272,22 @@ class AttentionTracer(ScoreTracker):
         """Record a call, make it, and return what it returned, or what looks like it."""
         added = self._score_of(call.attn_mask) if isinstance(call.attn_mask, Tensor) else None
         self._record(call if added is None else replace(call, terms=added.terms_of_a_bias()))
-        with self.left(), torch.enable_grad():
-            return (call.run_in_trace or call.run)()
+        with self.left(), self.sums.paused(), torch.enable_grad():
+            result = (call.run_in_trace or call.run)()
+        self.sums.project(result)
+        return result
+
+    def claim(self, scores: Tensor) -> None:
+        with torch._C.DisableTorchFunction(), self.sums.paused():
+            self.sums.claim(scores)
+
+    def weights_of_mixed(self, score: Score, weights: Tensor) -> None:
+        with torch._C.DisableTorchFunction(), self.sums.paused():
+            self.sums.weights(weights, cast("list[tuple[str, int]]", score.made_in))
 
     def leave_out(self, reason: Unobservable) -> None:
         """Leave a call to the steps, of which it is told then that it was not observed."""
+        self.sums.left_to_steps.add(self.sums.innermost())
 
     def _written_out(self, call: AttentionCall) -> None:
         if call.problem:
@@ -280,7 +299,7 @@ class AttentionTracer(ScoreTracker):
     def _record(self, call: AttentionCall, where: tuple[str, int] | None = None) -> None:
         module, run = where or self._running[-1]
         # Somebody's own backward may run attention again, and an operator's own code runs below autograd.
-        with torch._C.DisableTorchFunction(), _with_autograd(), torch.enable_grad(), handling(None):
+        with torch._C.DisableTorchFunction(), self.sums.paused(), _with_autograd(), torch.enable_grad(), handling(None):
             try:
                 traced = _attributed(call, module, run, frozenset(block.run for block in self._blocks))
             except NotDifferentiable as error:
@@ -288,6 +307,10 @@ class AttentionTracer(ScoreTracker):
                 q = call.heads_first(call.q)
                 traced = _refused(call, module, run, q.shape[-3] if q.ndim > 2 else 1, problem)
         self.calls.append(traced)
+
+
+def _weight_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs["weight"]
 
 
 def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[int]) -> TracedCall:

@@ -103,6 +103,10 @@ class ScoreTracker(InnermostMode):
             return
         tensor, score = min(tracked, key=lambda each: bool(each[1].problem))  # a relative bias is rearranged
         if func in SOFTMAX:
+            if score.are_logits(tensor.shape):
+                self.claim(tensor)
+            elif score.may_be_of_other_heads(tensor.shape):
+                self.weights_of_mixed(score, result)
             self._attend(tensor, score, bind(func, args, kwargs).get("dim"))
         elif writes(func):
             arguments = bind(func, args, kwargs)
@@ -120,6 +124,12 @@ class ScoreTracker(InnermostMode):
                 use = Use(func, bind(func, args, kwargs), tensor, score, tracked, results[0])
                 for each, part in zip(results, divided(use, results), strict=True):
                     self._track(each, part)
+
+    def claim(self, scores: Tensor) -> None:
+        """Note that a softmax of a tensor is that of an attention which is reported."""
+
+    def weights_of_mixed(self, score: Score, weights: Tensor) -> None:
+        """Note a softmax of what may be the scores of heads that were mixed into another number of heads."""
 
     def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
         """Report the attention of a softmax, unless another softmax has had the same pairs, as for an entropy."""

@@ -34,7 +34,8 @@ class Observer:
 
     `whole`: which of them are of whole logits, with what is added. `head_axis`: of the queries, from the end. `calls`:
     how many it makes in a run; None where that varies. `written_out`: the module writes its attention out. `owner`: on
-    whose behalf. Where `active` is False, it has been taken off amid a forward of another thread.
+    whose behalf. Where `active` is False, calls are made and not observed: it has been taken off amid a forward of
+    another thread, or its module is ignored.
     """
 
     def __init__(
@@ -122,6 +123,8 @@ class ObserverRun:
 
     def leave_out(self, reason: Unobservable) -> None:
         """Remember why a call was not observed."""
+        if not self.observer.active:
+            return
         statistic, _ = self._next_statistic()
         statistic.leave_out(reason)
 

@@ -186,6 +186,11 @@ class Score:
         before = self.blocks[0].pairs.shape
         return not self.mixed or (shape.numel() == math.prod(before) and all(size in before for size in shape[-2:]))
 
+    def may_be_of_other_heads(self, shape: torch.Size) -> bool:
+        """Tell whether a tensor of this shape can be logits of the same pairs and another number of heads."""
+        before = self.blocks[0].pairs.shape
+        return self.mixed and len(shape) > 3 and sorted(shape[-2:]) == sorted(before[-2:])
+
     def call(self, tensor: Tensor, dimension: int | None) -> AttentionCall:
         """Return the attention that a softmax of the tensor over a dimension is."""
         logits, first = tensor.detach(), self.blocks[0]

@@ -187,7 +187,7 @@ def _added(use: Use, score: Score, added: Tensor, other: Score) -> Score:
     if not score.problem and not other.problem and added.shape == use.result.shape:
         return summed(score, other) or score.with_problem("are a sum of two products")
     same_pairs = score.blocks[0].pairs is other.blocks[0].pairs
-    if same_pairs and added.shape == use.tensor.shape and added.shape[-1] > 1:
+    if same_pairs and added.shape == use.tensor.shape and added.shape[-1:] > (1,):
         return score.with_problem("are added to themselves, rearranged")
     if added.shape[-1:] in ((), (1,)):
         return score  # a maximum

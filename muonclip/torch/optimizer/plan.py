@@ -63,6 +63,9 @@ class Plan:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
         elif clip.attentions.to_come:
             found += ("\n" if found else "") + f"attention to be found and checked: {clip.attentions.to_come}"
+        if clip is not None:
+            others = _others(clip)
+            found += ("\n\n" if found and others else "") + others
         options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
         over_ranks = ""
         if self.update_plan is not None and len(self.update_plan.ranks) > 1:
@@ -164,6 +167,13 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
     if rows % 2:
         return default_layout(shape)
     return MatrixLayout(batch_ndim=len(shape) - 2, transposed=transposed, blocks=(rows // 2, rows // 2))
+
+
+def _others(clip: QKClip) -> str:
+    """Write a line for each module that has no logits, or is ignored."""
+    without = clip.attentions.without_logits.items()
+    lines = [f"{name or '(model)'}: {what}" for name, what in without]
+    return "\n".join(lines + [f"{name or '(model)'}: ignored" for name in clip.attentions.ignored])
 
 
 def _to_save(clip: QKClip) -> str:
