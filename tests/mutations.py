@@ -1425,6 +1425,13 @@ MUTATIONS = (
         tests_of("torch/test_head_axis.py"),
     ),
     Mutation(
+        "four-axes-read-as-five",
+        "A call with four axes, beside one with windows, has its heads where those of the other are.",
+        "if axis == -3 or self.q.ndim < 5:",
+        "if axis == -3 or self.q.ndim < -axis:",
+        tests_of("torch/test_head_axis.py"),
+    ),
+    Mutation(
         "mask-of-windows-is-of-heads",
         "A mask of each window [windows, T, T] is taken for one of each head where heads are before the windows.",
         "tensor.movedim(axis, -3) if tensor.ndim >= -axis else tensor.unsqueeze(-3)",

@@ -59,6 +59,34 @@ def mask_of(*leading):
     return torch.rand(*leading, 5, 5, generator=generator) < 0.4
 
 
+class WindowsAfterTheWhole(Windows):
+    """The first window attends to all, with four axes, as the first block of BigBird."""
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        q, k, v = 3 * q[:, :, 0], k.flatten(2, 3), v.flatten(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return super().forward(x) + self.o(y).mean()
+
+
+def test_heads_of_four_axes_stay_where_they_are():
+    torch.manual_seed(0)
+    module, x = WindowsAfterTheWhole(3, 5, kernel=True), torch.randn(BATCH, 15, WIDTH)
+
+    def both():
+        with torch.no_grad():
+            q, k, _ = (t.double() for t in module.heads(x))
+        whole = 3 * (q[:, :, 0] @ k.flatten(2, 3).mT).amax((0, 2, 3)) / math.sqrt(HEAD)
+        return torch.maximum(whole, maxima(module, x))
+
+    before = both()
+    clip = QKClip(module, tau=float(before.median()), observe="always", example_inputs=x)
+    module(x)
+    clip.step()
+    torch.testing.assert_close(clip.report().layers[""].max_logits.double(), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both(), before.clamp(max=clip.tau), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(
     ("windows", "options"),

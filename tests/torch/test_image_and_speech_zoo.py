@@ -41,6 +41,7 @@ WRITTEN_HERE = {
         ("OpenAIGPTModel", 2),
         ("XLNetModel", 2),
         ("DebertaModel disentangled", 2),
+        ("BigBirdModel sparse", 2),
         ("Wav2Vec2Model", 2),
         ("Wav2Vec2ConformerModel relative", 2),
         ("CoAtNet", 1),

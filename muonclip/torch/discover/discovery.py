@@ -29,7 +29,7 @@ class Site:
     """A module that calls attention, by which kernel, and the projections of its calls in order.
 
     One projection where all are the same. `calls`: how many it makes in a run; None where that varies. `head_axis`: of
-    its queries, from the end.
+    queries with more than four axes, from the end.
     """
 
     module: str
@@ -153,8 +153,12 @@ def _read(
         elif any(list(map(id, other)) != list(map(id, sequence)) for other in others):
             problem = "it calls other attentions in one run than in another"
             findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
+        axes = {call.head_axis for run in of_runs.values() for call, _ in run} - {None}
+        if len(axes) > 1:
+            problem = "the heads of its queries are on several axes"
+            findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
         kernel = DECLARED if _fills_itself(sequence, traces) else call.kernel
-        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run, call.head_axis))
+        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run, max(axes, default=-3)))
     _refuse_queries_of_several(findings, paths, runs)
     for each in (seen for one in traces for seen in one.unclaimed):
         if not _is_within(each.module, ignored) and not _is_within(each.module, declared):

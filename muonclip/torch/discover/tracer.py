@@ -55,8 +55,8 @@ from muonclip.torch.observe import (
 class TracedCall:
     """One call of attention in a trace. `module`: the name of the innermost module that made it, in its `run`-th
     run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
-    key is of both kinds. `terms`: both sides of other products that are added to the logits. `head_axis`: of the
-    queries, from the end."""
+    key is of both kinds. `terms`: both sides of other products that are added to the logits. `head_axis`: of
+    queries with more than four axes, from the end."""
 
     module: str
     run: int
@@ -69,7 +69,7 @@ class TracedCall:
     facing_private: list[Rows] = field(default_factory=list)
     facing_shared: list[Rows] = field(default_factory=list)
     terms: list[tuple[Source, Source]] = field(default_factory=list)
-    head_axis: int = -3
+    head_axis: int | None = None
 
     def sources(self) -> Iterator[Source]:
         """Yield all that heads are made of."""
@@ -314,8 +314,8 @@ def _weight_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[int]) -> TracedCall:
-    axis = _head_axis(call.q) if call.q.ndim > 4 and not call.problem else -3
-    call = call.with_heads_from(axis)
+    axis = _head_axis(call.q) if call.q.ndim > 4 and not call.problem else None
+    call = call if axis is None else call.with_heads_from(axis)
     given, k = call.heads_first(call.q), call.heads_first(call.k)
     heads = given.shape[-3] if given.ndim == 4 else _heads_of(given)
     mixed = "its heads do not follow each other behind the sequences of the batch"

@@ -92,8 +92,8 @@ class AttentionCall:
 
     def with_heads_from(self, axis: int) -> AttentionCall:
         """Return the call with its heads, which are on another axis of q [..., heads, windows, T, d], where others have
-        them: before the last two. `axis`: from the end."""
-        if axis == -3 or self.q.ndim < -axis:
+        them: before the last two. `axis`: from the end, of queries with more than four axes."""
+        if axis == -3 or self.q.ndim < 5:
             return self
         q, k = (heads_from(axis, each) for each in (self.q, self.k))
         v, mask, entering = (

@@ -180,6 +180,7 @@ class AttentionRun(ScoreTracker):
         return self.recording.calls[-1]
 
     def _sample(self, call: AttentionCall, heads: int, axis: int) -> Sample:
+        axis = axis if call.q.ndim > 4 else -3
         call = call.with_heads_from(axis)
         if call.kernel != EAGER:
             with torch._C._EnableTorchFunction(), self.left():  # a score_mod is read by a mode of its own

@@ -209,7 +209,7 @@ class _Proof:
         if not bool(before.scores.isfinite().all()):
             return None  # nothing can be told of such logits
         if self._experiments.scores_differ(before.scores * gamma, after.scores, before.dtype):
-            return Finding.NORMALISED if _moved_alike(before.scores, after.scores) else Finding.NOT_SCALED
+            return Finding.NORMALISED if _moved_alike(before.scores, after.scores, gamma) else Finding.NOT_SCALED
         if differ(before.values, after.values):
             return Finding.FEEDS_VALUES
         if projection.counts_added:
@@ -343,9 +343,11 @@ def _gauge_of_groups(projection: QKProjection, offset: int) -> Scaling:
     return queries + keys
 
 
-def _moved_alike(before: Tensor, after: Tensor) -> bool:
-    """Tell whether the logits of all heads have moved by one factor at most, whatever those of their rows; of one head
-    that is none."""
+def _moved_alike(before: Tensor, after: Tensor, gamma: Tensor) -> bool:
+    """Tell whether the logits of all heads have moved by one factor at most, whatever those of their rows, γ, and by
+    none of these, which would be of one head that is taken for others; of one head that is none."""
     size = before.square().sum()
     factor = (before * after).sum() / size if before.shape[1] > 1 else torch.ones_like(size)
+    if bool(((factor - gamma).abs() < 1e-3 * gamma).any()):
+        return False
     return bool(size > 0) and bool((after - factor * before).square().sum() <= 1e-6 * size)
