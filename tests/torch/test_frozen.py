@@ -13,6 +13,7 @@ from tiny_attention import HEAD, HEADS, WIDTH, TinyAttention, dense_max_logits, 
 from torch import nn
 
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
+from muonclip.torch.clip import clipping_in_words
 from muonclip.torch.clip import qk_clip as qk_clip_module
 
 
@@ -284,3 +285,16 @@ def test_rows_of_a_frozen_fused_weight_are_not_touched_from_either_side():
         clip.step()
     assert all(map(torch.equal, fused.state_dict().values(), before.values()))
     assert math.isinf(statistic.maximum.max())
+
+
+def test_both_reasons_why_a_side_is_scaled_are_in_the_plan():
+    """The queries feed something else, and the frozen keys take all of γ knowingly."""
+
+    class Gated(WithAdapters):
+        def forward(self, x):
+            return super().forward(x) * torch.sigmoid(self.q(x)).mean()
+
+    torch.manual_seed(0)
+    clip = QKClip(Gated("k").double(), clip_frozen=True, example_inputs=torch.randn(2, 9, WIDTH, dtype=torch.float64))
+    words = [clipping_in_words(each, clip_frozen=True) for each in clip.projections.values()]
+    assert words == ["above tau, by the keys alone, frozen weights too: the queries feed something else"]

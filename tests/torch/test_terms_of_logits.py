@@ -306,5 +306,6 @@ def test_a_factor_that_was_not_there_when_the_attention_was_found_is_an_error():
     module(x)
     clip.step()
     module.factor = True
+    module(x)
     with pytest.raises(RuntimeError, match="factor of each pair"):
-        module(x)
+        clip.step()

@@ -49,10 +49,11 @@ def clipping_in_words(projection: QKProjection, *, clip_frozen: bool) -> str:
     scaled, all_parts = (scaled_factors(projection, clip_frozen=each) for each in (clip_frozen, True))
     if not scaled:
         return "partly frozen: observed only"
-    if clip_frozen and any(True for _ in frozen_weights(projection)):
-        return "above tau, frozen weights too"
+    too = ", frozen weights too" if clip_frozen and any(True for _ in frozen_weights(projection)) else ""
+    if projection.fixed:
+        return f"above tau, by the keys alone{too}: the queries feed something else"
     if scaled.keys() == all_parts.keys():
-        return "above tau, by the keys alone: the queries feed something else" if projection.fixed else "above tau"
+        return f"above tau{too}"
     return f"above tau, by the {'keys' if 'key' in scaled else 'queries'} alone: the others are frozen"
 
 

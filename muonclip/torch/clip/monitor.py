@@ -2,14 +2,15 @@
 
 Three moments. When it is built the model is traced on inputs that it names, or that are guessed, where that works: the
 plan is complete then. At the first forward with gradients it is traced on the real inputs: that finds what is still
-missing and checks what was declared. From then on observers see the calls of attention.
+missing and checks what was declared. From then on observers see the calls of attention, and what is new is searched
+amid the forward that reaches it (`live_forwards.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
-import threading
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from muonclip.torch.clip.live_forwards import LiveForwards
 from muonclip.torch.discover import (
     NOTHING_FOUND,
     Discovery,
@@ -38,17 +40,16 @@ from muonclip.torch.observe import (
     DECLARED,
     EAGER,
     PATCHES,
+    UNREAD,
     Hooks,
     LoadHooks,
     Observer,
     ObserverHooks,
-    Unclaimed,
-    UnclaimedRun,
-    drop_handlers,
     enter,
-    of_thread,
+    graph_task,
+    leave,
 )
-from muonclip.torch.prove import ProvenWays, reaches_known_alone
+from muonclip.torch.prove import ProvenWays, reached_beside_known
 
 _MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
@@ -91,9 +92,10 @@ class AttentionMonitor:
         self._observers = ObserverHooks()
         self._loads = LoadHooks()
         self._root, self._entries = (Hooks(-1, entry.before, entry.after, with_kwargs=True) for _ in range(2))
+        self._live = LiveForwards(self, self._observers, self._entries)
         self._names: dict[nn.Module, str] = {}
-        self._running = _Running()
-        self._unclaimed = Unclaimed()
+        self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with which forwards have begun
+        self._is_first_step = True
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
@@ -103,7 +105,7 @@ class AttentionMonitor:
                 other.remove("another QKClip was made for the same model, and observes it now")
         PATCHES.add_user(self.model)
         hooks = self._observers, self._loads, self._root, self._entries
-        self._end = weakref.finalize(self, _take_down, self._unclaimed, *hooks)
+        self._end = weakref.finalize(self, _take_down, self._live, *hooks)
         self._root.put_on(self.model)
         for module in self.model.modules():
             _monitors[module] = weakref.ref(self)
@@ -155,9 +157,16 @@ class AttentionMonitor:
         if not self.sites:
             return False
         try:
-            return reaches_known_alone(self.model, inputs, self.sites, training=training)
+            reached = reached_beside_known(self.model, inputs, self.sites, training=training)
         except Exception:  # whatever the model raises; tracing it says more
             return False
+        if reached is not None:
+            self._live.expect(reached)
+        return reached is not None
+
+    def search(self, inputs: Inputs, *, training: bool) -> None:
+        """Find attentions in a forward that is under way, in one mode. Raises as `discover`, and NotTraced."""
+        self._take(self._ask(inputs, training=training), inputs)
 
     def discover_ahead(self) -> None:
         """Find attentions with inputs that the model names or that are guessed; where none fits, the first forward will
@@ -169,13 +178,20 @@ class AttentionMonitor:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {error})"
                 continue
             if not self.projections:
+                with suppress(NotTraced):  # what runs in training alone
+                    self._take(self._ask(inputs, training=True), inputs)
+            if not self.projections:
                 raise ValueError(NOTHING_FOUND)
             return
 
     def finish_step(self) -> str:
         """End the forwards of a step. Returns what is wrong where attention ran that is not known, or ""."""
-        unknown, self._unclaimed.calls = self._unclaimed.calls, 0
-        left_out, self._unclaimed.left_out = self._unclaimed.left_out, None
+        unclaimed = self._live.unclaimed
+        unknown, unclaimed.calls = unclaimed.calls, 0
+        left_out, unclaimed.left_out = unclaimed.left_out, None
+        problem, unclaimed.problem = unclaimed.problem, ""
+        if problem:
+            return problem
         if unknown and left_out:
             return (
                 f"QK-Clip: attention was called {left_out.where} within the forwards of this step: its heads were "
@@ -188,8 +204,9 @@ class AttentionMonitor:
                 "its heads were neither observed nor clipped. Show the search inputs that reach it, QKClip(model, "
                 "example_inputs=…). The next forward is traced anew."
             )
-        if self._traced:
-            self._entries.take_off()
+        if self._is_first_step and (self._traced or self._parts):
+            self._is_first_step = False
+            self._entries.take_off([module for module in self._entries.modules if module not in self._parts])
         return ""
 
     def prove_again(self, names: Collection[str]) -> None:
@@ -201,34 +218,39 @@ class AttentionMonitor:
         """Note that a module begins to run; trace it where that is due."""
         if module is self.model:
             self._observers.drop()  # what a forward that was interrupted has left
-            drop_handlers(self._unclaimed)
-            self._running.modules = 0
-        self._running.modules += 1
-        if self._running.modules > 1 or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self._live.end()
+        if self._live.enter() > 1 or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return
-        name = self._name_of(module)
+        name = self.name_of(module)
         if name is None:
             return
         is_due = self._is_to_be_traced(module, name)
         if is_due and self._wait_for_weights():
             return
+        self._live.look_for_more()
         self.on_forward()
         self.ran = True
-        if module is self.model:
-            of_thread.handlers.append(UnclaimedRun(self._unclaimed))
+        if graph_task() < 0 or not name:  # else a part is computed again
+            self._live.begin(args, kwargs, name)
+            if name:
+                self._parts.add(module)
         if not is_due:
             return
         self._traced[name] = self._traced.get(name, 0) + 1
         observed = module in self._observers.modules
-        self.discover(Inputs(args, kwargs, name))
+        search = functools.partial(self.discover, Inputs(args, kwargs, name))
+        if self._is_first_step:
+            search()
+        else:  # what is wrong is said by the step
+            self._live.attempt(search)
         if module in self._observers.modules and not observed:  # its hooks came too late for this run
             enter(module, args)
 
-    def end(self, module: nn.Module) -> None:
-        """Note that a module has run, or has raised."""
-        self._running.modules = 0 if module is self.model else max(self._running.modules - 1, 0)
-        if module is self.model:
-            drop_handlers(self._unclaimed)
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note that a module has run, or has raised; `output` is None then."""
+        if module in self._observers.modules:  # whose hooks are behind this one
+            leave(module, args, output)
+        self._live.leave(whole=module is self.model)
 
     def _is_to_be_traced(self, module: nn.Module, name: str) -> bool:
         """Tell whether a forward that begins with this module is traced.
@@ -237,10 +259,10 @@ class AttentionMonitor:
         attention that is known. (Recomputation under activation checkpointing calls parts, too.)
         """
         if module is self.model:
-            return self._traced.get(name, 0) < (_MOST_TRACES if self._entries.modules else 1)
+            return self._traced.get(name, 0) < (_MOST_TRACES if self._is_first_step else 1)
         return not self._traced.get(name) and not any(f"{site}.".startswith(f"{name}.") for site in self.sites)
 
-    def _name_of(self, module: nn.Module) -> str | None:
+    def name_of(self, module: nn.Module) -> str | None:
         """Return the name of a module in the model; None where it was removed from the model since the hooks were put
         on it."""
         if module is self.model:
@@ -295,29 +317,33 @@ class AttentionMonitor:
         for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold
         self._observe()
+        self._live.expect(self._traces[-1].reached)
 
     def _observe(self) -> None:
         """Let what each site's attention shows go to its statistics, which forget it when weights are loaded."""
-        self._observers.take_off()
         self._loads.watch(
             (module, each.max_logits) for each in self.projections.values() for module in each.qk_modules()
         )
-        for site in self.sites.values():
-            if site.kernel != DECLARED:
-                statistics = [projection.max_logits for projection in site.projections]
-                whole = [each.counts_added for each in site.projections]
-                observer = Observer(
-                    statistics,
+        self._observers.attach(
+            {
+                self.model.get_submodule(site.module): Observer(
+                    [projection.max_logits for projection in site.projections],
                     calls=site.calls,
                     written_out=site.kernel == EAGER,
-                    whole=whole,
+                    whole=[each.counts_added for each in site.projections],
                     head_axis=site.head_axis,
+                    of_one_sequence=site.is_of_one_sequence,
+                    reads=site.kernel != UNREAD,
+                    unclaimed=self._live.unclaimed,
                 )
-                self._observers.attach(self.model.get_submodule(site.module), observer)
-        for name in self.ignored:
-            observer = Observer((), calls=None, written_out=False)
-            observer.active = False
-            self._observers.attach(self.model.get_submodule(name), observer)
+                for site in self.sites.values()
+                if site.kernel != DECLARED
+            }
+            | {
+                self.model.get_submodule(name): Observer((), calls=(), written_out=False, reads=False)
+                for name in self.ignored
+            }
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name in _SAVED}
@@ -341,12 +367,6 @@ _SAVED = (
     *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
     *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )
-
-
-class _Running(threading.local):
-    """The number of modules of a model that the thread is inside of."""
-
-    modules = 0
 
 
 def _leads_to(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -396,7 +416,7 @@ class _Entry:
         if monitor is None or is_experiment() or has_a_foreign_forward(module):
             return
         if unobservable() is None and not torch.compiler.is_compiling():
-            monitor.end(module)
+            monitor.end(module, args, output)
 
     def __deepcopy__(self, memo: object) -> _Entry:
         return _NoEntry()
@@ -419,8 +439,8 @@ class _NoEntry(_Entry):
         return (_NoEntry, ())
 
 
-def _take_down(unclaimed: Unclaimed, *hooks: Hooks | LoadHooks) -> None:
-    drop_handlers(unclaimed)
+def _take_down(live: LiveForwards, *hooks: Hooks | LoadHooks) -> None:
+    live.take_off()
     for each in hooks:
         if isinstance(each, ObserverHooks):
             each.deactivate()

@@ -17,26 +17,28 @@ from muonclip.torch.discover.classify import ProjectionReader
 from muonclip.torch.discover.parameter_paths import ParameterPaths
 from muonclip.torch.discover.refusals import Refusal
 from muonclip.torch.discover.trace import Trace, trace
-from muonclip.torch.discover.tracer import TracedCall
+from muonclip.torch.discover.tracer import MIXED, TracedCall
 from muonclip.torch.discover.verify import check_declaration
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import outside_modes
-from muonclip.torch.observe import DECLARED, AttentionKernel
+from muonclip.torch.observe import DECLARED, EAGER, UNREAD, AttentionKernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """A module that calls attention, by which kernel, and the projections of its calls in order.
 
-    One projection where all are the same. `calls`: how many it makes in a run; None where that varies. `head_axis`: of
-    queries with more than four axes, from the end.
+    One projection where all are the same. `calls`: how many it was seen to make in a run; empty where any number is
+    of that projection. `head_axis`: of queries with more than four axes, from the end. `is_of_one_sequence`: no call
+    has shown whether heads or sequences come first in their axis.
     """
 
     module: str
     kernel: AttentionKernel
     projections: tuple[QKProjection, ...]
-    calls: int | None
+    calls: frozenset[int]
     head_axis: int = -3
+    is_of_one_sequence: bool = False
 
 
 class NotTraced(Exception):
@@ -90,8 +92,10 @@ def discover(
     `clip_gains`: as of `QKClip`. `training`: the mode of the copy; some attention runs in training only. `earlier`:
     traces to read as well, because attentions may have something in common.
 
-    Raises NotTraced where a copy does not run, and ValueError where a declaration is wrong.
+    Raises NotTraced where a copy does not run, and ValueError where a declaration is wrong or weights of earlier traces
+    are not where they were.
     """
+    _check_places(model, earlier)
     traces = list(earlier)
     for each in inputs:
         module, prefix = model.get_submodule(each.module), f"{each.module}." if each.module else ""
@@ -130,7 +134,7 @@ def _read(
         else:
             projection = reader.read(call)
             if isinstance(projection, str):
-                findings.refusals.setdefault(name, Refusal(call.num_heads, projection))
+                findings.refusals.setdefault(name, Refusal(call.num_heads, projection, is_read=not _unread(call)))
                 continue
             rows = tuple(
                 paths.identity([*source.rows, *source.gains], call.num_heads) for source in (call.query, call.key)
@@ -145,20 +149,29 @@ def _read(
         if not seen:
             continue
         call = seen[0][0][0]
-        sequence, *others = ([projection for _, projection in run] for run in seen)
-        calls_per_run = len(sequence) if all(len(other) == len(sequence) for other in others) else None
-        if len({id(projection) for each in (sequence, *others) for projection in each}) == 1:
-            calls_per_run = calls_per_run if calls_per_run == 1 else None
+        sequences = sorted(([projection for _, projection in run] for run in seen), key=len)
+        sequence, counts = sequences[-1], frozenset(map(len, sequences))
+        if len({id(projection) for each in sequences for projection in each}) == 1:
+            counts = counts if counts == {1} else frozenset[int]()
             sequence = sequence[:1]
-        elif any(list(map(id, other)) != list(map(id, sequence)) for other in others):
+        elif any(list(map(id, each)) != list(map(id, sequence[: len(each)])) for each in sequences):
             problem = "it calls other attentions in one run than in another"
             findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
-        axes = {call.head_axis for run in of_runs.values() for call, _ in run} - {None}
+        axes = {axis for run in of_runs.values() for call, _ in run if (axis := call.head_axis) is not None}
         if len(axes) > 1:
             problem = "the heads of its queries are on several axes"
             findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
-        kernel = DECLARED if _fills_itself(sequence, traces) else call.kernel
-        findings.sites.append(Site(module, kernel, tuple(sequence), calls_per_run, max(axes, default=-3)))
+        called = [each for run in seen for each, _ in run]
+        kernel = EAGER if any(each.kernel == EAGER for each in called) else call.kernel
+        unread = next(filter(None, map(_unread, called)), "")
+        if _fills_itself(sequence, traces):
+            kernel = DECLARED
+        elif unread:  # as it was declared
+            kernel = UNREAD
+            if any(each.scaled_parts() for each in sequence):
+                findings.refusals.setdefault(module, Refusal(call.num_heads, unread, is_read=False))
+        of_one = all(each.is_of_one_sequence for each in called)
+        findings.sites.append(Site(module, kernel, tuple(sequence), counts, max(axes, default=-3), of_one))
     _refuse_queries_of_several(findings, paths, runs)
     for each in (seen for one in traces for seen in one.unclaimed):
         if not _is_within(each.module, ignored) and not _is_within(each.module, declared):
@@ -167,6 +180,16 @@ def _read(
     for each in (seen for one in traces for seen in one.without_logits):
         findings.without_logits.setdefault(each.module, each.what)
     return findings
+
+
+def _check_places(model: nn.Module, earlier: Sequence[Trace]) -> None:
+    modules = dict(model.named_modules()) if earlier else {}
+    for name, attribute in itertools.chain(*(each.paths.values() for each in earlier)):
+        if not hasattr(modules.get(name), attribute):
+            raise ValueError(
+                f"QK-Clip: {name}.{attribute} is not in the model any more, where new attention is to be found. Make "
+                "the optimizer and its clip anew after such a change."
+            )
 
 
 def _with_cached_keys(calls: list[tuple[int, TracedCall]], paths: ParameterPaths) -> list[tuple[int, TracedCall]]:
@@ -192,6 +215,11 @@ def _fills_itself(projections: Sequence[QKProjection], traces: Sequence[Trace]) 
     statistics = [id(projection.max_logits) for projection in projections]
     copies = [each.statistics.get(key) for each in traces for key in statistics]
     return any(copied is not None and bool(copied.observed) for copied in copies)
+
+
+def _unread(call: TracedCall) -> str:
+    """Return why the logits of a call cannot be read, or ""; those that are written out can be, by known heads."""
+    return "" if call.kernel == EAGER and call.problem != MIXED else call.problem
 
 
 def _refuse_queries_of_several(

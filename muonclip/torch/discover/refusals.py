@@ -12,12 +12,14 @@ from torch import nn
 class Refusal:
     """An attention that is not understood: how many heads it was called with, and why, a sentence without its end.
 
-    `is_seen`: False where its queries and keys are not, and neither is the number of its heads.
+    `is_seen`: False where its queries and keys are not, and neither is the number of its heads. `is_read`: False where
+    its logits cannot be read, whatever is declared.
     """
 
     num_heads: int
     problem: str
     is_seen: bool = True
+    is_read: bool = True
 
 
 def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
@@ -27,6 +29,15 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
     name, refusal = next(((n, r) for n, r in refusals.items() if r.is_seen), ("", None))
     if refusal is None:
         return "\n".join([*lines, *_not_seen(next(iter(refusals)))])
+    watched = f'QKProjection("mha", {refusal.num_heads}, MaxLogits({refusal.num_heads}), reason="…")'
+    if not refusal.is_read:
+        lines += [
+            "Its logits cannot be read as it is called. Leave it alone, neither clipped nor watched:",
+            f"  QKClip(model, declare={{{name!r}: {watched}}})",
+            "or call muonclip.torch.attention there, with a statistic that you declare; or switch the clip off with "
+            "qk_clip=None.",
+        ]
+        return "\n".join(lines)
     inside = dict(model.named_modules()).get(name.partition("#")[0], model)
     weights = [n for n, p in inside.named_parameters() if p.ndim == 2 and n.endswith(".weight")][:2]
     here = "model" if not name else f"model.get_submodule({name!r})"
@@ -38,8 +49,7 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
         f"  projection = QKProjection.mha(q={q}, k={k}, num_heads={refusal.num_heads}, "
         f"max_logits=MaxLogits({refusal.num_heads}))",
         f"  QKClip(model, declare={{{name!r}: projection}})",
-        'or leave its weights alone and only watch it, QKProjection("mha", '
-        f'{refusal.num_heads}, MaxLogits({refusal.num_heads}), reason="…"); or switch the clip off with qk_clip=None.',
+        f"or leave its weights alone and only watch it, {watched}; or switch the clip off with qk_clip=None.",
     ]
     unseen = [n for n, r in refusals.items() if not r.is_seen]
     lines += _not_seen(unseen[0]) if unseen else []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 import sys
 import threading
 import types
@@ -28,6 +27,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_engine
+from muonclip.torch.discover.random_state import GeneratorsKept, random_state_kept
 from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
 from muonclip.torch.logits import MaxLogits, outside_modes
 from muonclip.torch.mesh import plain_class
@@ -81,6 +81,7 @@ def replica_of(
     with ExitStack() as stack:
         for context in (outside_modes(), PATCHES.used(model), _process_state.kept(), _marked_as_experiment()):
             stack.enter_context(context)
+        stack.enter_context(GeneratorsKept())
         stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
@@ -182,7 +183,9 @@ def _parameter_of_replica(
     if id(parameter) in stand_ins:
         copied = stand_ins[id(parameter)].parameter
     else:
-        data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+        # Not by `detach`: a forward may be under way, and what is written to the copy must not count as a change of
+        # the tensors that its backward needs.
+        data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.data
         copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
     copied.is_trained = parameter.requires_grad  # pyright: ignore[reportAttributeAccessIssue]
     return copied
@@ -276,7 +279,7 @@ class _ProcessState:
         with self._lock:
             if not self._users:
                 with ExitStack() as changes:
-                    changes.enter_context(_random_state_kept())
+                    changes.enter_context(random_state_kept())
                     changes.enter_context(torch.compiler.set_stance("force_eager"))
                     changes.enter_context(_without_anomalies())
                     changes.enter_context(_without_checkpoints())
@@ -292,20 +295,6 @@ class _ProcessState:
 
 
 _process_state = _ProcessState()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
 
 
 @contextmanager

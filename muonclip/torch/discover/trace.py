@@ -28,7 +28,7 @@ class Trace:
 
     `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
-    `without_logits`: what mixes activations by products without a softmax.
+    `without_logits`: what mixes activations by products without a softmax. `reached`: the names of modules that ran.
     """
 
     calls: list[TracedCall]
@@ -36,6 +36,7 @@ class Trace:
     statistics: dict[int, MaxLogits]
     unclaimed: list[Sighting] = field(default_factory=list)
     without_logits: list[Sighting] = field(default_factory=list)
+    reached: frozenset[str] = frozenset()
 
 
 def trace(
@@ -53,7 +54,8 @@ def trace(
     sources = [source for call in tracer.calls for source in call.sources()]
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     paths = {key: path for key, path in replica.paths.items() if key in kept}
-    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear())
+    reached = frozenset(tracer.reached)
+    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached)
 
 
 def _moved(values: Tensor) -> Tensor:

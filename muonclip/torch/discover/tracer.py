@@ -56,7 +56,8 @@ class TracedCall:
     """One call of attention in a trace. `module`: the name of the innermost module that made it, in its `run`-th
     run of all modules. `facing_private`, `facing_shared`: the query's rows by the kind of key they meet, where a head's
     key is of both kinds. `terms`: both sides of other products that are added to the logits. `head_axis`: of
-    queries with more than four axes, from the end."""
+    queries with more than four axes, from the end. `is_of_one_sequence`: it did not show whether heads or sequences
+    come first in their axis."""
 
     module: str
     run: int
@@ -70,6 +71,7 @@ class TracedCall:
     facing_shared: list[Rows] = field(default_factory=list)
     terms: list[tuple[Source, Source]] = field(default_factory=list)
     head_axis: int | None = None
+    is_of_one_sequence: bool = False
 
     def sources(self) -> Iterator[Source]:
         """Yield all that heads are made of."""
@@ -78,6 +80,8 @@ class TracedCall:
             yield self.value
 
 
+MIXED = "its heads do not follow each other behind the sequences of the batch"
+"""The problem of calls whose heads are not known."""
 _PRODUCTS = functions(
     "matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "addmm", "baddbmm", "einsum", "tensordot", "linear", "conv1d",
     "conv2d", "conv3d", "bilinear",
@@ -122,6 +126,7 @@ class AttentionTracer(ScoreTracker):
         self.sums = WeighedSums(replica, inputs, lambda: self._running)
         self.graph_task = graph_task()
         self.calls: list[TracedCall] = []
+        self.reached: set[str] = set()
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
         self._made = itertools.count()  # products
@@ -139,6 +144,7 @@ class AttentionTracer(ScoreTracker):
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         run = next(self._runs)
+        self.reached.add(name)
         self._running.append((name, run))
         if id(module) not in self._is_block:
             matrices = (parameter for parameter in module.parameters() if parameter.ndim >= 2)
@@ -318,15 +324,13 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
     call = call if axis is None else call.with_heads_from(axis)
     given, k = call.heads_first(call.q), call.heads_first(call.k)
     heads = given.shape[-3] if given.ndim == 4 else _heads_of(given)
-    mixed = "its heads do not follow each other behind the sequences of the batch"
     if call.problem or math.prod(given.shape[:-2]) % heads:
-        return _refused(call, module, run, heads, call.problem or mixed)
+        return _refused(call, module, run, heads, call.problem or MIXED)
     q, k, _ = broadcast_heads(given, k, None, heads)
     query = attribute(q, blocks=blocks)
     # One head may be several in front of the batch: then its rows are its own, too.
-    tells_heads = heads > 1 or given.ndim == 4
-    if not (query.are_private and tells_heads) and not _heads_repeat(given, heads):
-        return _refused(call, module, run, heads, mixed)
+    if not (query.are_private and heads > 1) and not _heads_repeat(given, heads):
+        return _refused(call, module, run, heads, MIXED)
     key = attribute(k, blocks=blocks)
     if (key.problem and key.problem != CONSTANT) or key.normalised:
         own = positions_behind_leaves(k)
@@ -337,6 +341,7 @@ def _attributed(call: AttentionCall, module: str, run: int, blocks: frozenset[in
     if call.v is not None and call.v.ndim == 4:
         value = attribute(call.heads_first(call.v), with_values=False)
     traced = TracedCall(module, run, call.kernel, heads, query, key, value, head_axis=axis)
+    traced.is_of_one_sequence = given.ndim != 4 and math.prod(given.shape[:-2]) == heads > 1
     if not query.problem and not query.normalised and not key.problem and not key.normalised:
         traced.facing_private, traced.facing_shared = _split_by_key(q, k, query, key)
         if all(math.prod(side.shape[:-2]) % heads == 0 for term in call.terms for side in term):

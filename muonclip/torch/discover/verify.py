@@ -20,16 +20,16 @@ PerHead = dict[int, Rows]
 
 def check_declaration(name: str, projection: QKProjection, call: TracedCall, paths: ParameterPaths) -> None:
     """Raise ValueError unless the declared rows are the ones that feed each head, and scale it."""
-    heads = call.num_heads
-    if projection.num_heads != heads:
+    heads, called = call.num_heads, name or "the model"
+    if projection.num_heads != heads and (projection.scaled_parts() or not call.problem):
         raise ValueError(
-            f"QK-Clip: {name} declares {projection.num_heads} heads, but its attention was called with {heads}."
+            f"QK-Clip: {called} declares {projection.num_heads} heads, but its attention was called with {heads}."
         )
     if not projection.scaled_parts():
         return
     if call.query.normalised and not _are_gains(projection, call, paths):
         raise ValueError(
-            f"QK-Clip: {name} normalises its queries after the projection (QK-norm): scaling the declared rows would "
+            f"QK-Clip: {called} normalises its queries after the projection (QK-norm): scaling the declared rows would "
             'change no logit and shrink them for ever. Declare it with a reason, QKProjection(…, reason="QK-norm"), '
             "and it is observed only."
         )
@@ -47,7 +47,7 @@ def check_declaration(name: str, projection: QKProjection, call: TracedCall, pat
     if wrong is not None:
         parameter, head, declared, actual = wrong
         raise ValueError(
-            f"QK-Clip: the declaration of {name} is wrong. It gives head {head} the rows {_span(declared)} of "
+            f"QK-Clip: the declaration of {called} is wrong. It gives head {head} the rows {_span(declared)} of "
             f"{_called(parameter, paths)}, but its queries or keys are made of the rows {_span(actual)}. Correct the "
             "number of heads, the start or the stride."
         )

@@ -182,7 +182,8 @@ def declared_qk_projections(model: nn.Module) -> dict[str, QKProjection]:
         if first == name:
             found[name] = projection
         elif _declared_rows(found[first]) != _declared_rows(projection):
-            raise ValueError(f"{first} and {name} share one MaxLogits; give each attention its own.")
+            called = first or "the model"
+            raise ValueError(f"{called} and {name} share one MaxLogits; give each attention its own.")
     return found
 
 

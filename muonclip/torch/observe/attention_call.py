@@ -43,6 +43,8 @@ class AttentionKernel:
 
 DECLARED = AttentionKernel("declared", on_cpu="row LSE or norm bound, then exact rows")
 """An attention that hands its statistic to `muonclip.torch.attention` itself."""
+UNREAD = AttentionKernel("not read", on_cpu="nothing", on_cuda="nothing")
+"""An attention whose logits cannot be read, and which is declared to be left alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

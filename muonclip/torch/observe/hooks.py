@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ class Hooks:
         module._forward_hooks[self.key] = self.after
         module._forward_hooks_always_called[self.key] = True
 
-    def take_off(self) -> None:
-        """Remove the pair from all modules."""
-        for module in self.modules:
+    def take_off(self, modules: Iterable[nn.Module] | None = None) -> None:
+        """Remove the pair from some modules, or from all."""
+        for module in [*self.modules] if modules is None else modules:
             for hooks in (
                 module._forward_pre_hooks,
                 module._forward_pre_hooks_with_kwargs,
@@ -42,22 +42,33 @@ class Hooks:
                 module._forward_hooks_always_called,
             ):
                 hooks.pop(self.key, None)
-        self.modules.clear()
+            self.modules.pop(module, None)
 
 
 class ObserverHooks(Hooks):
     """Hooks by which a module's observer handles the attention calls while the module runs."""
 
     def __init__(self) -> None:
-        super().__init__(-2, enter, _leave, with_kwargs=False)
-        self.observers: list[Observer] = []
+        super().__init__(-2, enter, leave, with_kwargs=False)
 
-    def attach(self, module: nn.Module, observer: Observer) -> None:
-        """Let `observer` see what `module` calls."""
-        observer.owner = self
-        self.observers.append(observer)
-        module.__dict__[_OBSERVER] = observer
-        self.put_on(module)
+    def attach(self, observers: Mapping[nn.Module, Observer]) -> None:
+        """Let each observer see what its module calls, and no other. Runs that are under way go on."""
+        gone = [module for module in self.modules if module not in observers]
+        self.deactivate(gone)
+        self.take_off(gone)
+        for module, observer in observers.items():
+            there = self.observer_of(module)
+            if there is not None:
+                there.become(observer)
+                continue
+            observer.owner = self
+            module.__dict__[_OBSERVER] = observer
+            self.put_on(module)
+
+    def observer_of(self, module: nn.Module) -> Observer | None:
+        """Return the observer of a module, if it is one of these."""
+        observer = module.__dict__.get(_OBSERVER)
+        return observer if observer is not None and observer.owner is self else None
 
     def drop(self) -> None:
         """End the runs in this thread that an interrupted forward has left."""
@@ -65,18 +76,27 @@ class ObserverHooks(Hooks):
             assert isinstance(run, ObserverRun)
             run.end()
 
-    def deactivate(self) -> None:
-        """Let the runs that other threads are in the midst of observe nothing more."""
-        for observer in self.observers:
-            observer.active = False
+    def deactivate(self, modules: Iterable[nn.Module] | None = None) -> None:
+        """Let the runs of modules that are under way, in other threads as well, observe nothing more."""
+        for module in self.modules if modules is None else modules:
+            observer = self.observer_of(module)
+            if observer is not None:
+                observer.active = False
 
-    def take_off(self) -> None:
-        """Remove the observers from all modules."""
-        self.drop()
-        for module in self.modules:
-            module.__dict__.pop(_OBSERVER, None)
-        self.observers.clear()
-        super().take_off()
+    def take_off(self, modules: Iterable[nn.Module] | None = None) -> None:
+        """Remove the observers from some modules, or from all, and end their runs in this thread."""
+        if modules is None:
+            self.drop()
+        chosen = [*self.modules] if modules is None else [*modules]
+        for module in chosen:
+            observer = self.observer_of(module)
+            if observer is not None:
+                del module.__dict__[_OBSERVER]
+                for run in [each for each in of_thread.handlers if isinstance(each, ObserverRun)]:
+                    if run.observer is observer:
+                        of_thread.handlers.remove(run)
+                        run.end()
+        super().take_off(chosen)
 
 
 def enter(module: nn.Module, args: Any) -> None:
@@ -97,7 +117,8 @@ def enter(module: nn.Module, args: Any) -> None:
         run.follow_products()
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def leave(module: nn.Module, args: Any, output: Any) -> None:
+    """End a run of an observed module, if that was not done."""
     observer, handlers = module.__dict__.get(_OBSERVER), of_thread.handlers
     run = handlers[-1] if handlers else None
     if observer is None or not isinstance(run, ObserverRun) or run.observer is not observer:

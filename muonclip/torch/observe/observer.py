@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,11 @@ from muonclip.torch.logits import (
     unseen,
 )
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
+from muonclip.torch.observe.eager import KERNEL as EAGER
 from muonclip.torch.observe.eager import ScoreTracker
 from muonclip.torch.observe.handlers import current_handler, graph_task
 from muonclip.torch.observe.score_mod import ScoreMod
+from muonclip.torch.observe.unclaimed import Unclaimed
 from muonclip.torch.observe.whole_logits import whole_logits
 
 _whole_logits = unseen(whole_logits)
@@ -33,24 +36,38 @@ class Observer:
     statistic, from all of its calls.
 
     `whole`: which of them are of whole logits, with what is added. `head_axis`: of the queries, from the end. `calls`:
-    how many it makes in a run; None where that varies. `written_out`: the module writes its attention out. `owner`: on
-    whose behalf. Where `active` is False, calls are made and not observed: it has been taken off amid a forward of
-    another thread, or its module is ignored.
+    how many it was seen to make in a run; empty where any number is of the same attention. `written_out`: the module
+    writes its attention out. `of_one_sequence`: it was found on calls that do not tell heads from sequences in their
+    axis. `reads`: False where calls are made and not observed, because their logits cannot be read or the module is
+    ignored. `unclaimed`: who is told what was not seen before. `owner`: on whose behalf. Where `active` is False, it
+    has been taken off amid a forward.
     """
 
     def __init__(
         self,
         statistics: Sequence[MaxLogits],
         *,
-        calls: int | None,
+        calls: Collection[int],
         written_out: bool,
         whole: Sequence[bool] = (),
         head_axis: int = -3,
+        of_one_sequence: bool = False,
+        reads: bool = True,
+        unclaimed: Unclaimed | None = None,
         owner: object = None,
     ) -> None:
-        self.statistics, self.expected, self.written_out, self.owner = list(statistics), calls, written_out, owner
+        self.statistics, self.calls, self.written_out, self.owner = list(statistics), calls, written_out, owner
+        self.most_calls = max(calls, default=math.inf)
         self.whole = list(whole) or [False] * len(self.statistics)
-        self.head_axis, self.active = head_axis, True
+        self.head_axis, self.of_one_sequence, self.reads = head_axis, of_one_sequence, reads
+        self.unclaimed = unclaimed or Unclaimed()
+        self.active = True
+
+    def become(self, other: Observer) -> None:
+        """Observe as another one of the same module does, also in the runs that are under way."""
+        owner = self.owner
+        vars(self).update(vars(other))
+        self.owner = owner
 
     def __deepcopy__(self, memo: object) -> None:
         """Leave a copy of the model unobserved by the optimizer of the original."""
@@ -81,107 +98,117 @@ class ObserverRun:
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call and take it into its statistic."""
-        if not self.observer.active:
+        if not self.observer.active or not self.observer.reads:
             return call.run()
-        if call.problem and not self.observer.written_out:
-            raise RuntimeError(
-                f"QK-Clip cannot observe an attention as it is called now: {call.problem}. Call it as in the first "
-                "step, or declare the attention and fill its MaxLogits yourself."
+        if call.problem and call.kernel != EAGER:
+            self.observer.unclaimed.note(
+                f"QK-Clip could not observe an attention as it was called in this step: {call.problem}. Call it as in "
+                "the first step, or declare the attention and fill its MaxLogits yourself."
             )
-        statistic, is_whole = self._next_statistic()
+            return call.run()
+        statistic, is_whole = self._next_statistic(call.with_heads_from(self.observer.head_axis))
         call = call.with_heads_from(self.observer.head_axis)
         if is_whole:
             return self._with_added(call, statistic)
         if call.by_pair:
-            raise RuntimeError(
-                "QK-Clip: the logits of an attention are multiplied by a factor of each pair of query and key now, and "
-                "were not when it was found. Give example_inputs that reach this, too."
+            self.observer.unclaimed.note(
+                "QK-Clip: the logits of an attention were multiplied by a factor of each pair of query and key in this "
+                "step, and not when it was found. Give example_inputs that reach this, too."
             )
+            return call.run()
         if call.run_with_max is not None:
             result, maxima = call.run_with_max()
             statistic.update(maxima)
             return result
         if call.run_with_lse is None:
-            take_in(
-                call, statistic, None
-            )  # first: what cannot be observed is refused before other ranks are waited for
+            self._take_in(call, statistic, None)  # first: it may raise before other ranks are waited for
             return call.run()
         result, lse = call.run_with_lse()
-        take_in(call, statistic, lse)
+        self._take_in(call, statistic, lse)
         return result
+
+    def _take_in(self, call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> None:
+        """Take a call into a statistic; what is wrong with it is left to the next step, unless ranks would wait."""
+        try:
+            take_in(call, statistic, lse)
+        except (ValueError, RuntimeError) as error:
+            is_ours = not isinstance(error, torch.OutOfMemoryError) and not torch.compiler.is_compiling()
+            if not is_ours or isinstance(call.q, DTensor):
+                raise
+            self.observer.unclaimed.note(str(error))
 
     def _with_added(self, call: AttentionCall, statistic: MaxLogits) -> Any:
         logits = _whole_logits(call, statistic.heads_in(call.heads_first(call.q)))
-        if logits is None:
-            raise RuntimeError(
-                "QK-Clip: what is added to the logits of an attention depended on its queries when the attention was "
-                "found, and is not to be seen now. Call it as in the first step."
-            )
         result = call.run()
+        if logits is None:
+            self.observer.unclaimed.note(
+                "QK-Clip: what is added to the logits of an attention depended on its queries when the attention was "
+                "found, and was not to be seen in this step. Call it as in the first step."
+            )
+            return result
         statistic.update(logits.amax((0, 2, 3)))
         return result
 
     def leave_out(self, reason: Unobservable) -> None:
         """Remember why a call was not observed."""
-        if not self.observer.active:
+        if not self.observer.active or not self.observer.reads:
             return
-        statistic, _ = self._next_statistic()
-        statistic.leave_out(reason)
+        self.calls += 1
+        self._statistic()[0].leave_out(reason)
 
     def check_calls(self) -> None:
-        """Raise RuntimeError at the end of a run that made too few calls to know which heads they were.
+        """Have the forward searched at the end of a run that made another number of calls than any that was seen: which
+        heads they were is not known.
 
         A run without any call is not one of the module's attention.
         """
-        if self.observer.expected is not None and 0 < self.calls < self.observer.expected:
-            raise RuntimeError(self._unexpected())
+        if self.calls:
+            self._rehearse_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)
 
     def _written_out(self, call: AttentionCall) -> None:
         if current_handler() is self:
             self.attention(call)
 
-    def _next_statistic(self) -> tuple[MaxLogits, bool]:
+    def _next_statistic(self, call: AttentionCall) -> tuple[MaxLogits, bool]:
         self.calls += 1
-        if self.observer.expected is not None and self.calls > self.observer.expected:
-            raise RuntimeError(self._unexpected())
+        if self.calls > self.observer.most_calls:
+            self._rehearse_while(lambda: self.calls > self.observer.most_calls)
+        if self.observer.of_one_sequence and not self._is_of_one_sequence(call):
+            self._rehearse_while(lambda: self.observer.of_one_sequence)
+        return self._statistic()
+
+    def _statistic(self) -> tuple[MaxLogits, bool]:
         index = min(self.calls, len(self.observer.statistics)) - 1
         return self.observer.statistics[index], self.observer.whole[index]
 
+    def _is_of_one_sequence(self, call: AttentionCall) -> bool:
+        if call.q.ndim == 4 or call.q.is_nested:
+            return True
+        q = call.heads_first(call.q)
+        return math.prod(q.shape[:-2]) <= self.observer.statistics[0].heads_in(q)
+
+    def _rehearse_while(self, is_new: Callable[[], bool]) -> None:
+        """Have the forward searched as long as something in it is new. What stays so is left to the step to say; where
+        nothing can be searched, all calls of a module of one attention are of that one."""
+        unclaimed = self.observer.unclaimed
+        searched: bool | None = not torch.compiler.is_compiling() or None
+        while searched and is_new():
+            searched = unclaimed.rehearse()
+        if is_new() and (searched is not None or len(self.observer.statistics) > 1 or self.observer.of_one_sequence):
+            unclaimed.note(self._unexpected())
+
     def _unexpected(self) -> str:
+        if self.observer.of_one_sequence and self.calls in (self.observer.calls or (self.calls,)):
+            return (
+                "QK-Clip: an attention was found on a single sequence, in an axis with its heads, and was called with "
+                "several now. Whether heads or sequences come first is not known: give example_inputs of several."
+            )
+        seen = " or ".join(map(str, sorted(self.observer.calls)))
         return (
-            f"QK-Clip: a module called attention {self.calls} times where it was seen to call it "
-            f"{self.observer.expected}, or one inside it did that was not seen before. Which heads these are is not "
-            "known: let each attention be a module of its own, or give example_inputs that reach all of them."
+            f"QK-Clip: a module called attention {self.calls} times where it was seen to call it {seen}. Which heads "
+            "these are is not known: let each attention be a module of its own, or give example_inputs that reach all "
+            "of them."
         )
-
-
-class Unclaimed:
-    """The calls in a model that no module makes which is known to call attention."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.left_out: Unobservable | None = None
-
-
-class UnclaimedRun:
-    """One forward of a model, in which unclaimed calls are counted."""
-
-    observes = True
-
-    def __init__(self, owner: Unclaimed) -> None:
-        self.owner: object = owner
-        self.unclaimed, self.graph_task = owner, graph_task()
-
-    def attention(self, call: AttentionCall) -> Any:
-        """Make a call."""
-        self.unclaimed.calls += 1
-        return call.run()
-
-    def leave_out(self, reason: Unobservable) -> None:
-        """Remember why a call was not observed, if gradients may come from it."""
-        if reason.trains:
-            self.unclaimed.left_out = reason
-            self.unclaimed.calls += 1
 
 
 @unseen

@@ -1,6 +1,6 @@
 """Proof by experiment: what the clip would do to an attention is done to a copy of the model, what moves is read."""
 
 from muonclip.torch.prove.proven_ways import ProvenWays
-from muonclip.torch.prove.reach import reaches_known_alone
+from muonclip.torch.prove.reach import reached_beside_known
 
-__all__ = ["ProvenWays", "reaches_known_alone"]
+__all__ = ["ProvenWays", "reached_beside_known"]

@@ -11,8 +11,11 @@ from muonclip.torch.prove.attention_run import no_heads
 from muonclip.torch.prove.experiments import run_copy
 
 
-def reaches_known_alone(model: nn.Module, inputs: Inputs, sites: Mapping[str, Site], *, training: bool) -> bool:
-    """Tell whether all calls of attention in a forward of a copy are made by known sites, and no more than they make.
+def reached_beside_known(
+    model: nn.Module, inputs: Inputs, sites: Mapping[str, Site], *, training: bool
+) -> set[str] | None:
+    """Return the names of the modules that a forward of a copy reaches, where all calls of attention in it are made by
+    known sites, and no more than they make; else None.
 
     Costs one forward. Raises whatever the model raises.
     """
@@ -20,5 +23,5 @@ def reaches_known_alone(model: nn.Module, inputs: Inputs, sites: Mapping[str, Si
     for call in outcome.calls:
         site = sites.get(call.module)
         if site is None or (call.number >= len(site.projections) > 1):
-            return False
-    return True
+            return None
+    return outcome.ran
