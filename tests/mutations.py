@@ -2432,6 +2432,13 @@ MUTATIONS = (
         tests_of("torch/test_unclaimed_attention.py", "test_what_is_no_attention_is_no_error[Dynamic]"),
     ),
     Mutation(
+        "a-router-pools",
+        "A router of experts is listed as a softmax that weighs along the tokens.",
+        "return joint._replace(is_pooling=result.shape[args[1]] != joint.features)",
+        "return joint._replace(is_pooling=True)",
+        tests_of("torch/test_unclaimed_attention.py", "test_what_is_no_attention_is_no_error[Experts]"),
+    ),
+    Mutation(
         "affine-is-not-linear",
         "An operation that adds something to what is linear passes for attention.",
         "wanted, found = 8 * (self._base[0] - zero), eightfold - zero",

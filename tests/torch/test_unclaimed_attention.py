@@ -240,6 +240,23 @@ class Retention(Seen):
         return (q @ k.mT * 0.9 ** torch.arange(q.shape[2])).tril() @ v
 
 
+class Graph(Seen):
+    """Additive attention: its logits are sums of two projections onto a vector."""
+
+    def forward(self, x):
+        q, k = self.q(x).mean(-1), self.k(x).mean(-1)
+        weights = F.leaky_relu(q[:, :, None] + k[:, None]).softmax(-1)
+        return self.o(weights @ self.v(x))
+
+
+class Pooling(Seen):
+    """A vector of weights for each head that is learned: softmax(K w) along the tokens."""
+
+    def forward(self, x):
+        weights = self.k(x)[..., :HEADS].softmax(1)
+        return self.o((weights.mT @ self.v(x)).repeat(1, 4, 1)[:, : x.shape[1]])
+
+
 class LinearOperator(Seen):
     def attend(self, q, k, v):
         return LINEAR(q, k, v)
@@ -250,6 +267,8 @@ class LinearOperator(Seen):
     [
         (Linear, "products of activations, without a softmax"),
         (Retention, "products of activations, without a softmax"),
+        (Graph, "a softmax of no product weighs"),
+        (Pooling, "a softmax of no product weighs"),
         (LinearOperator, "muonclip_test.linear, linear in its arguments"),
     ],
 )
@@ -264,7 +283,7 @@ def test_what_has_no_logits_is_left_alone_and_listed(layer, seen):
 
 
 class Experts(Seen):
-    """A mixture of gated experts: softmax of one projection, joined by `index_add`."""
+    """A mixture of gated experts: softmax of one projection, joined by `index_add`, and by `einsum`."""
 
     def forward(self, x):
         weights = self.q(x).softmax(-1)[..., :2]
@@ -273,7 +292,8 @@ class Experts(Seen):
         rows = torch.arange(len(out))
         for index in range(2):
             out = out.index_add(0, rows, (y * weights[..., index, None]).flatten(0, 1))
-        return self.o(out.view_as(y) * torch.sigmoid(y.mean(1, keepdim=True)))
+        everyone = torch.einsum("bte,bted->btd", self.q(x).softmax(-1), torch.stack([self.v(x)] * HEADS * HEAD, 2))
+        return self.o((out.view_as(y) + everyone) * torch.sigmoid(y.mean(1, keepdim=True)))
 
 
 class Contrast(Seen):
@@ -306,15 +326,6 @@ class Recurrent(Seen):
         return self.o(F.silu(torch.stack(out, 1)))
 
 
-class Graph(Seen):
-    """Additive attention: its logits are sums of two projections onto a vector."""
-
-    def forward(self, x):
-        q, k = self.q(x).mean(-1), self.k(x).mean(-1)
-        weights = F.leaky_relu(q[:, :, None] + k[:, None]).softmax(-1)
-        return self.o(weights @ self.v(x))
-
-
 class Dynamic(Seen):
     """Sparse R-CNN's heads: two products with matrices that a projection makes, a norm and a ReLU between them."""
 
@@ -340,13 +351,14 @@ class FusedContrast(Seen):
         return self.o(self.v(x)) + LOSS(self.q(x).mean(1), self.k(x).mean(1))
 
 
-@pytest.mark.parametrize("layer", [Dynamic, FusedContrast, Experts, Contrast, Recurrent, Graph])
+@pytest.mark.parametrize("layer", [Dynamic, FusedContrast, Experts, Contrast, Recurrent])
 def test_what_is_no_attention_is_no_error(layer):
     torch.manual_seed(0)
     model = Model(layer())
     clip = QKClip(model)
     step(clip, model)
     assert list(clip.projections) == ["layers.0"]
+    assert not any("softmax of no product" in what for what in clip.attentions.without_logits.values())
 
 
 def test_an_operator_is_tried_on_copies_of_what_it_writes_to():

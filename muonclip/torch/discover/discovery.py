@@ -178,7 +178,8 @@ def _read(
             problem = f"it {each.what}, which is not observed"
             findings.refusals.setdefault(each.module, Refusal(1, problem, is_seen=False))
     for each in (seen for one in traces for seen in one.without_logits):
-        findings.without_logits.setdefault(each.module, each.what)
+        if each.module not in runs:
+            findings.without_logits.setdefault(each.module, each.what)
     return findings
 
 

@@ -48,7 +48,8 @@ class Mark(NamedTuple):
     """Says what is known of a storage.
 
     It `varies` with the inputs; it `is_number`, not a choice or an index among them; is or comes from a projection; is
-    made of parameters alone; comes `from_nowhere` that was seen; is a product of two projections, element by element.
+    made of parameters alone; comes `from_nowhere` that was seen; is a product of two projections, element by element;
+    is the softmax of a projection along another axis than that of its `features`.
     `scores`, `weights`: the numbers of the scores in it, before and behind a nonlinear function.
     """
 
@@ -58,6 +59,8 @@ class Mark(NamedTuple):
     of_parameters: bool = False
     from_nowhere: bool = False
     bilinear: bool = False
+    is_pooling: bool = False
+    features: int = 0
     scores: frozenset[int] = frozenset()
     weights: frozenset[int] = frozenset()
     product: Product | None = None
@@ -178,7 +181,7 @@ class WeighedSums(TorchDispatchMode):
         mark = self._projection(joint_of([self.known(each) for each in tensors_in(given)]))
         for each in tensors_in(result):
             if each.is_floating_point():
-                self.put(each, mark)
+                self.put(each, mark._replace(features=each.shape[-1] if each.ndim else 1))
 
     def claim(self, scores: Tensor) -> None:
         """Note that the scores in a tensor are recorded as those of an attention."""
@@ -282,7 +285,8 @@ class WeighedSums(TorchDispatchMode):
         if kind == "product":
             first = _FACTORS[name]
             if len(args) > first + 1 and isinstance(args[first + 1], Tensor):
-                return self._product(name, args[first], args[first + 1], joint)
+                mark = self._product(name, args[first], args[first + 1], joint)
+                return mark._replace(features=1 if "mv" in name else result.shape[-1], is_pooling=False)
         if kind == "embedding" or (name in _CHOICES and marks[0].of_parameters):
             return _CHOSEN
         if kind == "attention" and joint.projected:
@@ -291,6 +295,8 @@ class WeighedSums(TorchDispatchMode):
             return PROJECTED
         if kind == "norm":
             return joint._replace(scores=frozenset(), weights=frozenset(), product=None)
+        if "softmax" in name and joint.projected and not (joint.scores or joint.weights):
+            return joint._replace(is_pooling=result.shape[args[1]] != joint.features)
         if kind == "nonlinear" or (kind == "clamp" and _least(args, kwargs) == 0):
             return self.nonlinear(name, joint)
         if kind == "mul" and len(given) == 2:
@@ -312,6 +318,8 @@ class WeighedSums(TorchDispatchMode):
             return self._projection(joint)
         if not (first.varies and second.varies):
             return joint._replace(scores=frozenset(), weights=frozenset(), product=None)
+        if first.is_pooling != second.is_pooling:
+            self.without_logits.append(Sighting(self.innermost(), f"{NO_LOGITS} (a softmax of no product weighs)"))
         for one, other in ((first, second), (second, first)):
             if one.weights:
                 return self._weigh(one.weights) if other.is_value else PROJECTED
@@ -415,6 +423,8 @@ def joint_of(marks: Sequence[Mark]) -> Mark:
         not varies and any(mark.of_parameters for mark in marks),
         varies and all(mark.from_nowhere for mark in marks if mark.varies),
         any(mark.bilinear for mark in marks),
+        any(mark.is_pooling for mark in marks),
+        max(mark.features for mark in marks),
         frozenset[int]().union(*(mark.scores for mark in marks)),
         frozenset[int]().union(*(mark.weights for mark in marks)),
         next((mark.product for mark in marks if mark.product is not None), None),
