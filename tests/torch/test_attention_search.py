@@ -617,6 +617,14 @@ def test_what_is_not_understood_is_refused_with_the_declaration_to_write(kind, r
     if kind is Dilated:
         exec("\n".join(line.strip() for line in code.splitlines()[:2]), names)
         assert names["projection"].num_heads == HEADS
+    # What scales nothing runs as it is written.
+    _, x = loud(Stack(kind))
+    watched = eval(re.search(r"  (QKClip\(model, declare=\{.*reason=.*\))\n", text)[1], names)
+    model(x).square().mean().backward()
+    watched.step()
+    assert {name: layer.gamma.tolist() for name, layer in watched.report().layers.items()} == {
+        f"layers.{i}": [1.0] * HEADS for i in range(2)
+    }
 
 
 def test_a_refused_attention_can_be_declared_or_watched_only():

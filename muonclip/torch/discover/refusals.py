@@ -40,6 +40,9 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
         return "\n".join(lines)
     inside = dict(model.named_modules()).get(name.partition("#")[0], model)
     weights = [n for n, p in inside.named_parameters() if p.ndim == 2 and n.endswith(".weight")][:2]
+    shapes = {inside.get_parameter(n).shape for n in weights}
+    if len(shapes) > 1 or any(shape[0] % refusal.num_heads for shape in shapes):
+        weights = []  # one fused weight perhaps, and an output
     here = "model" if not name else f"model.get_submodule({name!r})"
     q, k = (f"attn.{n.removesuffix('.weight')}" for n in weights) if len(weights) == 2 else ("attn.…", "attn.…")
     lines += [
@@ -49,11 +52,26 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
         f"  projection = QKProjection.mha(q={q}, k={k}, num_heads={refusal.num_heads}, "
         f"max_logits=MaxLogits({refusal.num_heads}))",
         f"  QKClip(model, declare={{{name!r}: projection}})",
-        f"or leave its weights alone and only watch it, {watched}; or switch the clip off with qk_clip=None.",
+        *_without_scaling(refusals),
     ]
     unseen = [n for n, r in refusals.items() if not r.is_seen]
     lines += _not_seen(unseen[0]) if unseen else []
     return "\n".join(lines)
+
+
+def _without_scaling(refusals: Mapping[str, Refusal]) -> list[str]:
+    """Write what can be done for all of them together without a look at their weights."""
+    heads = {n.partition("#")[0]: refusal.num_heads for n, refusal in refusals.items() if refusal.is_seen}
+    watched = ", ".join(f'{n!r}: QKProjection("mha", {h}, MaxLogits({h}), reason="…")' for n, h in heads.items())
+    if len(set(heads.values())) == 1 < len(heads):
+        h = next(iter(heads.values()))
+        watched = f'name: QKProjection("mha", {h}, MaxLogits({h}), reason="…") for name in {list(heads)}'
+    return [
+        "or only watch what is not understood, and scale nothing there:",
+        f"  QKClip(model, declare={{{watched}}})",
+        f"or leave it alone beside others, QKClip(model, ignore={tuple(heads)}); or switch the clip off with "
+        "qk_clip=None.",
+    ]
 
 
 def _not_seen(name: str) -> list[str]:

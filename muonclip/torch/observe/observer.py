@@ -106,6 +106,12 @@ class ObserverRun:
                 "the first step, or declare the attention and fill its MaxLogits yourself."
             )
             return call.run()
+        if call.problem and not _is_readable(call):
+            self.observer.unclaimed.note(
+                f"QK-Clip cannot watch an attention whose logits {call.problem} before the softmax: which of its pairs are "
+                "masked is not known. Leave it alone, QKClip(model, ignore=(name,))."
+            )
+            return call.run()
         statistic, is_whole = self._next_statistic(call.with_heads_from(self.observer.head_axis))
         call = call.with_heads_from(self.observer.head_axis)
         if is_whole:
@@ -257,6 +263,18 @@ def _take_in_modified(
     else:
         maxima = measure_max_logits(scores.q, scores.k, scale=scores.scale, mask=mask, slopes=scores.slopes)
         statistic.update(maxima)
+
+
+def _is_readable(call: AttentionCall) -> bool:
+    """Tell whether the mask of a call is one of the pairs of its queries and keys."""
+    if call.q.ndim < 2 or not isinstance(call.attn_mask, Tensor):
+        return call.q.ndim >= 2
+    leading = torch.broadcast_shapes(call.q.shape[:-2], call.k.shape[:-2])
+    mask = call.attn_mask.shape
+    alike = mask[:-2].numel() == leading.numel() or all(
+        one in (1, other) for one, other in zip(reversed(mask[:-2]), reversed(leading), strict=False)
+    )
+    return alike and mask[-2:] == (call.q.shape[-2], call.k.shape[-2])
 
 
 def _local(tensor: Any) -> Any:
