@@ -60,7 +60,7 @@ def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
 
 
 def _without_scaling(refusals: Mapping[str, Refusal]) -> list[str]:
-    """Write what can be done for all of them together without a look at their weights."""
+    """Write how to watch or ignore all attentions that are not understood."""
     heads = {n.partition("#")[0]: refusal.num_heads for n, refusal in refusals.items() if refusal.is_seen}
     watched = ", ".join(f'{n!r}: QKProjection("mha", {h}, MaxLogits({h}), reason="…")' for n, h in heads.items())
     if len(set(heads.values())) == 1 < len(heads):
@@ -69,8 +69,8 @@ def _without_scaling(refusals: Mapping[str, Refusal]) -> list[str]:
     return [
         "or only watch what is not understood, and scale nothing there:",
         f"  QKClip(model, declare={{{watched}}})",
-        f"or leave it alone beside others, QKClip(model, ignore={tuple(heads)}); or switch the clip off with "
-        "qk_clip=None.",
+        f"or, if the model has other attentions, leave it alone, QKClip(model, ignore={tuple(heads)}); or switch the "
+        "clip off with qk_clip=None.",
     ]
 
 

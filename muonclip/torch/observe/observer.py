@@ -108,8 +108,8 @@ class ObserverRun:
             return call.run()
         if call.problem and not _is_readable(call):
             self.observer.unclaimed.note(
-                f"QK-Clip cannot watch an attention whose logits {call.problem} before the softmax: which of its pairs are "
-                "masked is not known. Leave it alone, QKClip(model, ignore=(name,))."
+                f"QK-Clip cannot watch an attention whose logits {call.problem} before the softmax: which of its pairs "
+                "are masked is not known. Leave it alone, QKClip(model, ignore=(name,))."
             )
             return call.run()
         statistic, is_whole = self._next_statistic(call.with_heads_from(self.observer.head_axis))
