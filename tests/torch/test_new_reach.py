@@ -442,3 +442,20 @@ def test_attention_in_training_alone_is_found_ahead_and_no_random_number_is_used
     expected = model.attention.maxima()
     step(clip, y)
     check(clip, "attention", expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, of an inner layer
+def test_what_a_compiled_layer_reaches_first_is_an_error_and_stays_one_graph(x):
+    class Compiled(Attention):
+        def forward(self, x):
+            return x + self.out(attend(*self.heads(x), written_out=False).transpose(1, 2).flatten(2))
+
+    model = Text(written_out=False)
+    model.vision[1] = Compiled()
+    clip = clip_of(model, example_inputs=x)
+    model.vision[1].compile(backend="eager", fullgraph=True)
+    step(clip, model(x))
+    y = model(x, 2 * x)
+    with pytest.raises(RuntimeError, match=r"attention was called .* by modules that were not seen to call it"):
+        step(clip, y)
+    torch._dynamo.reset()

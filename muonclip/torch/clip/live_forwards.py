@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 
 from muonclip.torch.discover import Inputs, NotTraced, is_experiment
@@ -262,7 +263,9 @@ class LiveForwards:
         run = UnclaimedRun(self.unclaimed)
         self._forward.watch = _Watch(module, run, self.unclaimed.calls)
         of_thread.handlers.append(run)
-        run.follow_products()
+        searcher = self._searcher()
+        if searcher is not None and not _is_compiled_in(module or searcher.model):
+            run.follow_products()
 
     def _end_watch(self, watch: _Watch) -> None:
         self._forward.watch = None
@@ -306,6 +309,12 @@ def _is_alone(model: nn.Module) -> bool:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return False
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _is_compiled_in(module: nn.Module) -> bool:
+    """Tell whether a module or one in it is compiled, so that its code would be compiled anew where it is followed."""
+    compiled = (getattr(each, "_compiled_call_impl", None) is not None for each in module.modules())
+    return any(compiled) or any(isinstance(each, OptimizedModule) for each in module.modules())
 
 
 _CALL = nn.Module._call_impl.__code__

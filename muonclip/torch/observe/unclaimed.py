@@ -83,7 +83,8 @@ class UnclaimedRun:
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call."""
-        run = self.unclaimed.claim(call)
+        # Compiled code stays as it is: such a call is only counted.
+        run = None if torch.compiler.is_compiling() else self.unclaimed.claim(call)
         if run is not None:  # without gradients it is not trained, or computed again with them
             return run.attention(call) if torch.is_grad_enabled() else call.run()
         self.unclaimed.calls += 1
