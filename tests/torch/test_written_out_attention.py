@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from muonclip.torch import QKClip
+from muonclip.torch import MaxLogits, QKClip, QKProjection
 
 WIDTH, HEADS, HEAD, LENGTH, TAU = 20, 4, 6, 7, 0.5
 SCALE = HEAD**-0.5
@@ -489,3 +489,16 @@ def batched(q, k):
 )
 def test_factors_of_heads_and_queries(attend, scale, x):
     check(attend, x, scale=scale)
+
+
+def test_what_cannot_be_read_is_not_watched_in_silence(x):
+    def repeated(q, k, v, _):
+        return product(q, k).repeat(2, 1, 1, 1).softmax(-1)[: len(q)] @ v
+
+    refused(repeated, "pass through repeat", x)
+    model = Attention(repeated)
+    watched = QKProjection("mha", HEADS, MaxLogits(HEADS), reason="repeated")
+    clip = QKClip(model, declare={"": watched}, example_inputs=x)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="cannot watch an attention whose logits pass through repeat"):
+        clip.step()
