@@ -287,7 +287,7 @@ def a_rank_in_trouble(alone):
             messages[name] = str(error)
 
     attempt("non-finite", lambda model, clip: None)
-    attempt("unknown attention", lambda model, clip: setattr(clip.attentions._monitor._unclaimed, "calls", 1))
+    attempt("unknown attention", lambda model, clip: setattr(clip.attentions._monitor._live.unclaimed, "calls", 1))
     attempt("skipped step", lambda model, clip: model.layers[0].max_logits.update(torch.full((HEADS,), torch.inf)))
 
     def forget(model, clip):
