@@ -105,18 +105,8 @@ _SCATTERS = {
 }
 _SAME_PLACES = {
     *("view", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "neg", "mul", "mul_", "div", "div_", "expand"),
-    *(
-        "masked_fill",
-        "masked_fill_",
-        "where",
-        "unsqueeze",
-        "squeeze",
-        "permute",
-        "transpose",
-        "copy_",
-        "native_dropout",
-    ),
-    *("reshape", "_reshape_alias", "index_select", "index", "slice", "contiguous"),
+    *("masked_fill", "masked_fill_", "where", "unsqueeze", "squeeze", "permute", "transpose", "copy_", "reshape"),
+    *("native_dropout", "_reshape_alias", "index_select", "index", "slice", "contiguous"),
 }  # what leaves an elementwise product one
 _ATTENTION = ("scaled_dot_product", "_attention_forward", "multi_head_attention", "transformer_encoder_layer")
 _NORMS = ("layer_norm", "group_norm", "batch_norm", "rms_norm")
@@ -136,18 +126,12 @@ class WeighedSums(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Sequence[Any],
-        running: Callable[[], Modules],
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], running: Callable[[], Modules]) -> None:
         super().__init__()
         self.running = running
         self.operators: Callable[[Any, Any, Any], Any] | None = None
-        self._marks: dict[
-            int, tuple[Mark, StorageWeakRef]
-        ] = {}  # which keeps the number of a storage from coming again
+        # By storage; the reference keeps its number from coming again.
+        self._marks: dict[int, tuple[Mark, StorageWeakRef]] = {}
         self._scores: list[_Scores] = []
         self._weighed: list[tuple[str, frozenset[int]]] = []  # where, by weights of which scores
         self._seen: list[Sighting] = []

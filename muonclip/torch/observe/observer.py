@@ -22,8 +22,7 @@ from muonclip.torch.logits import (
 )
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.eager import KERNEL as EAGER
-from muonclip.torch.observe.eager import ScoreTracker
-from muonclip.torch.observe.handlers import current_handler, graph_task
+from muonclip.torch.observe.handled_run import HandledRun
 from muonclip.torch.observe.score_mod import ScoreMod
 from muonclip.torch.observe.unclaimed import Unclaimed
 from muonclip.torch.observe.whole_logits import whole_logits
@@ -76,25 +75,13 @@ class Observer:
         return (type(None), ())
 
 
-class ObserverRun:
+class ObserverRun(HandledRun):
     """One run of an observed module. `observes`: whether it was entered with gradients, as the training does."""
 
     def __init__(self, observer: Observer, *, observes: bool) -> None:
+        super().__init__()
         self.observer, self.observes, self.owner = observer, observes, observer.owner
-        self.graph_task = graph_task()
         self.calls = 0
-        self.tracker: ScoreTracker | None = None
-
-    def follow_products(self) -> None:
-        """See attention that is written out, until `end`."""
-        self.tracker = ScoreTracker(self._written_out)
-        self.tracker.__enter__()
-
-    def end(self) -> None:
-        """Look no more."""
-        if self.tracker is not None:
-            self.tracker.__exit__(None, None, None)
-            self.tracker = None
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call and take it into its statistic."""
@@ -170,10 +157,6 @@ class ObserverRun:
         """
         if self.calls:
             self._rehearse_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)
-
-    def _written_out(self, call: AttentionCall) -> None:
-        if current_handler() is self:
-            self.attention(call)
 
     def _next_statistic(self, call: AttentionCall) -> tuple[MaxLogits, bool]:
         self.calls += 1

@@ -13,8 +13,8 @@ import torch
 
 from muonclip.torch.logits import Unobservable
 from muonclip.torch.observe.attention_call import AttentionCall
-from muonclip.torch.observe.eager import ScoreTracker
-from muonclip.torch.observe.handlers import AttentionCallHandler, current_handler, graph_task
+from muonclip.torch.observe.handled_run import HandledRun
+from muonclip.torch.observe.handlers import AttentionCallHandler
 
 
 class Searcher(Protocol):
@@ -60,26 +60,15 @@ class Unclaimed:
         return run
 
 
-class UnclaimedRun:
+class UnclaimedRun(HandledRun):
     """One forward of a model, or of a module in it that no search has reached, whose calls nobody has claimed."""
 
     observes = True
 
     def __init__(self, owner: Unclaimed) -> None:
+        super().__init__()
         self.owner: object = owner
-        self.unclaimed, self.graph_task = owner, graph_task()
-        self._tracker: ScoreTracker | None = None
-
-    def follow_products(self) -> None:
-        """See attention that is written out, until `end`."""
-        self._tracker = ScoreTracker(self._written_out)
-        self._tracker.__enter__()
-
-    def end(self) -> None:
-        """Look no more."""
-        if self._tracker is not None:
-            self._tracker.__exit__(None, None, None)
-            self._tracker = None
+        self.unclaimed = owner
 
     def attention(self, call: AttentionCall) -> Any:
         """Make a call."""
@@ -95,7 +84,3 @@ class UnclaimedRun:
         if reason.trains:
             self.unclaimed.left_out = reason
             self.unclaimed.calls += 1
-
-    def _written_out(self, call: AttentionCall) -> None:
-        if current_handler() is self:
-            self.attention(call)
