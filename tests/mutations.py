@@ -1182,7 +1182,7 @@ MUTATIONS = (
     Mutation(
         "problem-of-a-later-call-ignored",
         "A call that is not understood is observed as if it were, if it first comes after the first step.",
-        "if call.problem and call.kernel != EAGER:",
+        "if call.problem and not call.kernel.written_out:",
         "if False:",
         tests_of("torch/test_flash_attn.py", "test_an_argument_that_is_not_understood_is_named"),
     ),
@@ -1413,8 +1413,8 @@ MUTATIONS = (
     Mutation(
         "one-softmax-ends-all-scores",
         "The first softmax of a module ends the other scores, as of differential attention.",
-        "self.on_attention(score.call(tensor, dimension))",
-        "self.on_attention(score.call(tensor, dimension)), self._scores.clear()",
+        "self.on_attention(score.call(tensor, dimension, kernel))",
+        "self.on_attention(score.call(tensor, dimension, kernel)), self._scores.clear()",
         tests_of("torch/test_written_out_attention.py", "test_each_softmax_has_heads_of_its_own"),
     ),
     Mutation(
@@ -1564,6 +1564,27 @@ MUTATIONS = (
         "if searcher is None or not self._children or self._sum == self._sum_of_modules():",
         "if True:",
         tests_of("torch/test_new_reach.py", "test_layers_that_are_added_while_it_trains"),
+    ),
+    Mutation(
+        "sigmoid-attention-is-not-observed",
+        "Attention by a sigmoid in the softmax's place is refused, though its logits are the same.",
+        "                    self._weights.enter(result, Weights(tensor.detach(), score))\n",
+        "                    pass\n",
+        tests_of("torch/test_sigmoid_attention.py", "test_sigmoid_attention_is_clipped_by_the_logits_of_a_softmax"),
+    ),
+    Mutation(
+        "pairs-masked-behind-a-sigmoid-count",
+        "Pairs whose weight is set to zero behind the sigmoid count.",
+        "return replace(self, score=self.score.forbid(pairs))",
+        "return self",
+        tests_of("torch/test_sigmoid_attention.py", "test_pairs_without_a_weight_do_not_count"),
+    ),
+    Mutation(
+        "sigmoid-blind-to-what-a-query-s-logits-share",
+        "What is subtracted from all logits of a query is taken for nothing in front of a sigmoid.",
+        "up_to_queries=before.of_softmax and not before.is_capped",
+        "up_to_queries=not before.is_capped",
+        tests_of("torch/test_sigmoid_attention.py", "test_what_all_logits_of_a_query_have_in_common_is_a_part_of_them"),
     ),
     Mutation(
         "new-branch-not-rehearsed",
@@ -2559,8 +2580,8 @@ MUTATIONS = (
     Mutation(
         "copied-kernel-is-another",
         "In a copy of model and optimizer attention that is written out is not followed any more.",
-        "written_out=site.kernel == EAGER",
-        "written_out=site.kernel is EAGER",
+        "self.if_unobserved, self.weights_by),",
+        "self.if_unobserved),",
         tests_of("torch/test_host_modes.py", "test_model_and_optimizer_are_copied_together"),
     ),
     # The reference model

@@ -62,9 +62,9 @@ class ByHand(Seen):
         return (logits - logits.logsumexp(-1, keepdim=True)).exp() @ v
 
 
-class Sigmoid(Seen):
+class SigmoidInPlace(Seen):
     def attend(self, q, k, v):
-        return torch.sigmoid(q @ k.mT / HEAD**0.5) @ v
+        return (q @ k.mT / HEAD**0.5).sigmoid_() @ v
 
 
 class SquaredReLU(Seen):
@@ -200,7 +200,7 @@ class ScriptCore(nn.Module):
 
 UNSEEN = [
     (ByHand, "it weighs by exp of a product of projections (bmm)"),
-    (Sigmoid, "it weighs by sigmoid of a product of projections (bmm)"),
+    (SigmoidInPlace, "it weighs by sigmoid of a product of projections (bmm)"),
     (SquaredReLU, "it weighs by relu of a product of projections (bmm)"),
     (Scattered, "it weighs by exp of a product of projections (mul and sum)"),
     (ByLinear, "it weighs by softmax of a product of projections (mm)"),

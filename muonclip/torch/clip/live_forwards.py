@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from muonclip.torch.discover import Inputs, NotTraced, is_experiment
 from muonclip.torch.logits import unobservable
 from muonclip.torch.observe import (
-    EAGER,
     AttentionCall,
     Hooks,
     Observer,
@@ -155,9 +154,9 @@ class LiveForwards:
         """Return the run of the module that makes a call, where it is known to call attention."""
         for module in _running_modules():
             observer = self._observers.observer_of(module)
-            if observer is not None and (call.kernel != EAGER or observer.written_out):
+            if observer is not None and (not call.kernel.written_out or observer.written_out):
                 return self._run_of(observer)
-            if call.kernel != EAGER and not isinstance(module, torch.jit.ScriptModule):
+            if not call.kernel.written_out and not isinstance(module, torch.jit.ScriptModule):
                 return None
         return None
 

@@ -38,7 +38,6 @@ from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import Unobservable, outside_modes, unobservable
 from muonclip.torch.observe import (
     DECLARED,
-    EAGER,
     PATCHES,
     UNREAD,
     Hooks,
@@ -329,7 +328,7 @@ class AttentionMonitor:
                 self.model.get_submodule(site.module): Observer(
                     [projection.max_logits for projection in site.projections],
                     calls=site.calls,
-                    written_out=site.kernel == EAGER,
+                    written_out=site.kernel.written_out,
                     whole=[each.counts_added for each in site.projections],
                     head_axis=site.head_axis,
                     of_one_sequence=site.is_of_one_sequence,

@@ -21,7 +21,7 @@ from muonclip.torch.discover.tracer import MIXED, TracedCall
 from muonclip.torch.discover.verify import check_declaration
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import outside_modes
-from muonclip.torch.observe import DECLARED, EAGER, UNREAD, AttentionKernel
+from muonclip.torch.observe import DECLARED, UNREAD, AttentionKernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +162,7 @@ def _read(
             problem = "the heads of its queries are on several axes"
             findings.refusals.setdefault(module, Refusal(call.num_heads, problem))
         called = [each for run in seen for each, _ in run]
-        kernel = EAGER if any(each.kernel == EAGER for each in called) else call.kernel
+        kernel = next((each.kernel for each in called if each.kernel.written_out), call.kernel)
         unread = next(filter(None, map(_unread, called)), "")
         if _fills_itself(sequence, traces):
             kernel = DECLARED
@@ -220,7 +220,7 @@ def _fills_itself(projections: Sequence[QKProjection], traces: Sequence[Trace]) 
 
 def _unread(call: TracedCall) -> str:
     """Return why the logits of a call cannot be read, or ""; those that are written out can be, by known heads."""
-    return "" if call.kernel == EAGER and call.problem != MIXED else call.problem
+    return "" if call.kernel.written_out and call.problem != MIXED else call.problem
 
 
 def _refuse_queries_of_several(

@@ -287,9 +287,9 @@ class AttentionTracer(ScoreTracker):
         with torch._C.DisableTorchFunction(), self.sums.paused():
             self.sums.claim(scores)
 
-    def weights_of_mixed(self, score: Score, weights: Tensor) -> None:
+    def weights_of_mixed(self, score: Score, weights: Tensor, function: str) -> None:
         with torch._C.DisableTorchFunction(), self.sums.paused():
-            self.sums.weights(weights, cast("list[tuple[str, int]]", score.made_in))
+            self.sums.weights(weights, cast("list[tuple[str, int]]", score.made_in), function)
 
     def leave_out(self, reason: Unobservable) -> None:
         """Leave a call to the steps, of which it is told then that it was not observed."""
@@ -297,7 +297,7 @@ class AttentionTracer(ScoreTracker):
 
     def _written_out(self, call: AttentionCall) -> None:
         if call.problem:
-            call = replace(call, problem=f"its logits {call.problem} before the softmax")
+            call = replace(call, problem=f"its logits {call.problem} before the {call.kernel.weights_by}")
         # Product and softmax may be in modules of their own: what runs both is what can be observed.
         made, running = cast("list[tuple[str, int]]", call.made_in), self._running
         self._record(call, [one for one, other in zip(made, running, strict=False) if one == other][-1])

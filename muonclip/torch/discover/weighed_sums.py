@@ -173,9 +173,9 @@ class WeighedSums(TorchDispatchMode):
         for each in () if mark is None else mark.scores:
             self._scores[each].claimed = True
 
-    def weights(self, result: Tensor, made_in: Modules) -> None:
-        """Note that a result is a softmax of scores that were mixed into those of another number of heads."""
-        scores = self._new_scores(made_in, _MIXED, by="softmax")
+    def weights(self, result: Tensor, made_in: Modules, by: str) -> None:
+        """Note that a function has made a result of scores that were mixed into those of another number of heads."""
+        scores = self._new_scores(made_in, _MIXED, by=by)
         self.put(result, PROJECTED._replace(weights=scores))
 
     def found(self, module: str, what: str) -> None:

@@ -22,7 +22,8 @@ class AttentionKernel:
 
     `home`: "module:attribute" of the function that models call; "" for one that is not a function. `patch`: from the
     function there to what takes its place while models are observed; see `handlers.handled`. `if_unobserved`: what to
-    add to the error where such an attention was not observed.
+    add to the error where such an attention was not observed. `weights_by`: the function that makes weights of
+    the logits, of attention that is written out in plain functions of torch.
     """
 
     name: str
@@ -31,6 +32,12 @@ class AttentionKernel:
     on_cpu: str = _TILES
     on_cuda: str = "norm bound, then tiles"
     if_unobserved: str = ""
+    weights_by: str = ""
+
+    @property
+    def written_out(self) -> bool:
+        """Tell whether it is made of plain functions of torch."""
+        return bool(self.weights_by)
 
     def maxima_on(self, device_type: str) -> str:
         """Say how the maxima are computed on a kind of device, in a few words."""
@@ -38,7 +45,10 @@ class AttentionKernel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Save it without the patch, which is a closure; a copy is equal."""
-        return (AttentionKernel, (self.name, self.home, None, self.on_cpu, self.on_cuda, self.if_unobserved))
+        return (
+            AttentionKernel,
+            (self.name, self.home, None, self.on_cpu, self.on_cuda, self.if_unobserved, self.weights_by),
+        )
 
 
 DECLARED = AttentionKernel("declared", on_cpu="row LSE or norm bound, then exact rows")

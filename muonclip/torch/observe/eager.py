@@ -1,9 +1,10 @@
-"""Attention written out: a product of queries and keys that reaches a softmax.
+"""Attention written out: a product of queries and keys that reaches a softmax, or a sigmoid that weighs values.
 
     softmax(scale · q kᵀ + bias, masked)            logits S = scale · q_i · k_j, over the pairs that are not masked
 
-`ScoreTracker` follows the product through what happens to it before the softmax (`score_rules.py`). What it cannot
-follow is a problem of the attention that comes of it, and never a reason to lose it.
+`ScoreTracker` follows the product through what happens to it before the softmax (`score_rules.py`), and behind a
+sigmoid (`sigmoid_weights.py`). What it cannot follow before is a problem of the attention that comes of it, and never a
+reason to lose it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muonclip.torch.logits import InnermostMode, unobservable, unseen
-from muonclip.torch.observe.attention_call import AttentionCall
+from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.score import KERNEL, Score
 from muonclip.torch.observe.score_rules import (
     MIXTURES,
@@ -35,9 +36,9 @@ from muonclip.torch.observe.score_rules import (
     overwritten,
     product,
 )
+from muonclip.torch.observe.sigmoid_weights import KERNEL as OF_A_SIGMOID
+from muonclip.torch.observe.sigmoid_weights import SIGMOID, SigmoidWeights, Weights
 from muonclip.torch.observe.torch_functions import bind, writes
-
-__all__ = ["KERNEL", "ScoreTracker"]
 
 
 class _Tracked(weakref.ref[Tensor]):
@@ -56,6 +57,7 @@ class ScoreTracker(InnermostMode):
         self.on_attention = on_attention
         self._scores: dict[int, _Tracked] = {}  # by the id of their tensor, as long as that is there
         self._forget = functools.partial(_forget, self._scores)
+        self._weights = SigmoidWeights()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,6 +93,12 @@ class ScoreTracker(InnermostMode):
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Record what became of a score, or a new one."""
+        if self._weights:
+            weights = self._weights.follow(func, args, kwargs, result)
+            if weights is not None:
+                self.claim(weights.logits)
+                self._attend(weights.logits, weights.score, -1, OF_A_SIGMOID)
+                return
         if func in PRODUCTS:
             score = product(func, args, kwargs, result, self.running_modules())
             if score is not None:
@@ -106,12 +114,17 @@ class ScoreTracker(InnermostMode):
             if score.are_logits(tensor.shape):
                 self.claim(tensor)
             elif score.may_be_of_other_heads(tensor.shape):
-                self.weights_of_mixed(score, result)
+                self.weights_of_mixed(score, result, "softmax")
             self._attend(tensor, score, bind(func, args, kwargs).get("dim"))
         elif writes(func):
             arguments = bind(func, args, kwargs)
             self._overwrite(Use(func, arguments, tensor, score, tracked, arguments["input"]))
         elif isinstance(result, Tensor):
+            if func in SIGMOID:
+                if score.are_logits(tensor.shape):
+                    self._weights.enter(result, Weights(tensor.detach(), score))
+                elif score.may_be_of_other_heads(tensor.shape):
+                    self.weights_of_mixed(score, result, "sigmoid")
             if result.is_floating_point():  # else it is a mask, or indices
                 if func not in MIXTURES:
                     use = Use(func, bind(func, args, kwargs), tensor, score, tracked, result)
@@ -126,18 +139,18 @@ class ScoreTracker(InnermostMode):
                     self._track(each, part)
 
     def claim(self, scores: Tensor) -> None:
-        """Note that a softmax of a tensor is that of an attention which is reported."""
+        """Note that a tensor has the logits of an attention which is reported."""
 
-    def weights_of_mixed(self, score: Score, weights: Tensor) -> None:
-        """Note a softmax of what may be the scores of heads that were mixed into another number of heads."""
+    def weights_of_mixed(self, score: Score, weights: Tensor, function: str) -> None:
+        """Note what a function has made of what may be the scores of heads that were mixed into another number."""
 
-    def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
+    def _attend(self, tensor: Tensor, score: Score, dimension: int | None, kernel: AttentionKernel = KERNEL) -> None:
         """Report the attention of a softmax, unless another softmax has had the same pairs, as for an entropy."""
         if not score.are_logits(tensor.shape) or all(block.pairs.were_observed() for block in score.blocks):
             return
         for block in score.blocks:
             block.pairs.observed = True
-        self.on_attention(score.call(tensor, dimension))
+        self.on_attention(score.call(tensor, dimension, kernel))
 
     def _overwrite(self, use: Use) -> None:
         """Record what became of a tensor that was changed in place, and of all that have its memory."""

@@ -21,7 +21,6 @@ from muonclip.torch.logits import (
     unseen,
 )
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
-from muonclip.torch.observe.eager import KERNEL as EAGER
 from muonclip.torch.observe.handled_run import HandledRun
 from muonclip.torch.observe.score_mod import ScoreMod
 from muonclip.torch.observe.unclaimed import Unclaimed
@@ -87,7 +86,7 @@ class ObserverRun(HandledRun):
         """Make a call and take it into its statistic."""
         if not self.observer.active or not self.observer.reads:
             return call.run()
-        if call.problem and call.kernel != EAGER:
+        if call.problem and not call.kernel.written_out:
             self.observer.unclaimed.note(
                 f"QK-Clip could not observe an attention as it was called in this step: {call.problem}. Call it as in "
                 "the first step, or declare the attention and fill its MaxLogits yourself."
@@ -95,8 +94,8 @@ class ObserverRun(HandledRun):
             return call.run()
         if call.problem and not _is_readable(call):
             self.observer.unclaimed.note(
-                f"QK-Clip cannot watch an attention whose logits {call.problem} before the softmax: which of its pairs "
-                "are masked is not known. Leave it alone, QKClip(model, ignore=(name,))."
+                f"QK-Clip cannot watch an attention whose logits {call.problem} before the {call.kernel.weights_by}: "
+                "which of its pairs are masked is not known. Leave it alone, QKClip(model, ignore=(name,))."
             )
             return call.run()
         statistic, is_whole = self._next_statistic(call.with_heads_from(self.observer.head_axis))

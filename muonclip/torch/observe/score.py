@@ -24,6 +24,7 @@ KERNEL = AttentionKernel(
         " This attention is written out as a product and a softmax, which cannot be followed in code that "
         "torch.compile made: let it call scaled_dot_product_attention or muonclip.torch.attention."
     ),
+    weights_by="softmax",
 )
 
 
@@ -191,8 +192,9 @@ class Score:
         before = self.blocks[0].pairs.shape
         return self.mixed and len(shape) > 3 and sorted(shape[-2:]) == sorted(before[-2:])
 
-    def call(self, tensor: Tensor, dimension: int | None) -> AttentionCall:
-        """Return the attention that a softmax of the tensor over a dimension is."""
+    def call(self, tensor: Tensor, dimension: int | None, kernel: AttentionKernel = KERNEL) -> AttentionCall:
+        """Return the attention that a softmax of the tensor over a dimension is, or another function of its elements
+        that the kernel names."""
         logits, first = tensor.detach(), self.blocks[0]
         width = max([block.start + block.k.shape[-2] for block in self.blocks])
         problem = self.problem or (f"pass through {self.away[1]}" if self.away else "")
@@ -216,7 +218,7 @@ class Score:
                 allowed = allowed.reshape(*leading, *allowed.shape[-2:])
         entering = columns_of(logits, first) if len(self.blocks) == 1 else None
         return AttentionCall(
-            KERNEL,
+            kernel,
             _nothing,
             q,
             k,

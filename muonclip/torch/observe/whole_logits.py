@@ -16,7 +16,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.torch.logits import is_masked
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
-from muonclip.torch.observe.score import KERNEL as EAGER
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def whole_logits(call: AttentionCall, heads: int) -> Tensor | None:
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.reshape(shape)
     others = call.window, call.document_ids, call.key_document_ids, call.score_mod
-    if call.kernel == EAGER or isinstance(call.attn_mask, BlockMask) or any(each is not None for each in others):
+    if call.kernel.written_out or isinstance(call.attn_mask, BlockMask) or any(each is not None for each in others):
         return None
     q, k, mask = broadcast_heads(q, k, mask, heads)
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -20,6 +20,7 @@ from muonclip.core.attention_mask import replaces
 from muonclip.torch.observe import (
     EAGER,
     AttentionCall,
+    AttentionKernel,
     Block,
     Score,
     ScoreTracker,
@@ -160,9 +161,9 @@ class AttentionRun(ScoreTracker):
     def leave_out(self, reason: object) -> None:
         """Leave a call to the steps, of which it is told then that it was not observed."""
 
-    def _attend(self, tensor: Tensor, score: Score, dimension: int | None) -> None:
+    def _attend(self, tensor: Tensor, score: Score, dimension: int | None, kernel: AttentionKernel = EAGER) -> None:
         self._entering = tensor, score
-        super()._attend(tensor, score, dimension)
+        super()._attend(tensor, score, dimension, kernel)
 
     def _written_out(self, call: AttentionCall) -> None:
         assert self._entering is not None
@@ -182,7 +183,7 @@ class AttentionRun(ScoreTracker):
     def _sample(self, call: AttentionCall, heads: int, axis: int) -> Sample:
         axis = axis if call.q.ndim > 4 else -3
         call = call.with_heads_from(axis)
-        if call.kernel != EAGER:
+        if not call.kernel.written_out:
             with torch._C._EnableTorchFunction(), self.left():  # a score_mod is read by a mode of its own
                 return Sample.of_kernel(call, heads)
         assert self._entering is not None

@@ -233,7 +233,9 @@ class _Proof:
         if not before.is_capped and before.others is not None and after.others is not None:
             first, second = torch.cat([first, before.others], -1), torch.cat([second, after.others], -1)
             scores = torch.cat([scores, torch.zeros_like(before.others)], -1)
-        agree = self._agree(first, second, scores, before.dtype, gamma, up_to_queries=not before.is_capped)
+        agree = self._agree(
+            first, second, scores, before.dtype, gamma, up_to_queries=before.of_softmax and not before.is_capped
+        )
         return None if agree else Finding.MORE_THAN_PRODUCTS
 
     def _agree(

@@ -30,6 +30,7 @@ class Sample:
     in the shape of S, −inf at pairs that do not count, and `others`, the columns of the softmax that are not of keys;
     where a cap `is_capped`, L is what the cap got, and all that entered the softmax is in `others`. `whole`: L with
     everything that is added, if that can be observed. `by_pair`: S was multiplied by a factor of each pair.
+    `of_softmax`: what all logits of a query have in common is not seen.
     """
 
     scores: Tensor
@@ -41,6 +42,7 @@ class Sample:
     whole: Tensor | None = None
     is_capped: bool = False
     by_pair: bool = False
+    of_softmax: bool = True
 
     @classmethod
     def of_kernel(cls, call: AttentionCall, heads: int) -> Sample:
@@ -79,10 +81,11 @@ class Sample:
             logits, whole = logits.to(scores.dtype), torch.cat([entering, others], -1)
             return cls(scores, tensor.dtype, logits=logits, others=whole, is_capped=True, by_pair=call.by_pair)
         scores, logits = _scores_of(blocks, heads), whole_logits(call, heads)
+        of_softmax = call.kernel.weights_by == "softmax"
         whole = None if logits is None else some(logits).to(scores.dtype)
         logits = entering.to(scores.dtype) if whole is None else whole
         others = others.to(scores.dtype)
-        return cls(scores, tensor.dtype, logits=logits, others=others, whole=whole, by_pair=call.by_pair)
+        return cls(scores, tensor.dtype, None, None, logits, others, whole, False, call.by_pair, of_softmax)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
