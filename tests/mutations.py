@@ -1731,16 +1731,44 @@ MUTATIONS = (
     Mutation(
         "gram-form-without-restarts",  # 38
         "The Gram form never starts afresh and loses its accuracy.",
-        "restarts = gram_restarts(ns_coefficients)\n",
-        "restarts = gram_restarts(ns_coefficients)[:0]\n",
+        "restarts = checked_gram_restarts(ns_coefficients, ns_steps)\n",
+        "restarts = checked_gram_restarts(ns_coefficients, ns_steps)[:0]\n",
         tests_of("core/test_newton_schulz.py", "test_the_gram_form_is_as_accurate_in_narrow_products"),
     ),
     Mutation(
+        "gram-restarts-of-the-default-length",  # 38
+        "The Gram form restarts as for the set's default number of steps, whatever their number.",
+        "restarts = checked_gram_restarts(ns_coefficients, ns_steps)\n",
+        "restarts = checked_gram_restarts(ns_coefficients)\n",
+        tests_of("core/test_no_explosion.py", "test_a_gradient_of_low_rank_does_not_blow_up_a_weight"),
+    ),
+    Mutation(
+        "gram-restarts-too-rare",  # 38
+        "The Gram form restarts where the error on momenta allows it, not where small singular values need it.",
+        "if step and growth * a**2 > GRAM_GROWTH:",
+        "if step and growth * a**2 > 12 * GRAM_GROWTH:",
+        tests_of("core/test_no_explosion.py", "test_small_singular_values_do_not_grow_past_the_bound"),
+    ),
+    Mutation(
+        "list-known-by-its-first-step",  # 38
+        "A list of coefficients that begins like a known set is taken for it.",
+        "known.begins_with(polynomials)",
+        "known.begins_with(polynomials[:1])",
+        tests_of("core/test_coefficients.py", "test_the_gram_form_is_refused_for_polynomials_that_were_not_judged"),
+    ),
+    Mutation(
         "gram-form-of-cans-accepted",  # 38
-        "A polynomial that diverges in the Gram form is accepted for it.",
-        "if known is None or known.gram_restarts is None:",
-        "if known is None:",
+        "A polynomial that loses its accuracy in the Gram form is accepted for it.",
+        "if not any(known.gram and known",
+        "if not any(known",
         tests_of("core/test_newton_schulz.py", "test_the_gram_form_is_refused_where_it_loses_its_accuracy"),
+    ),
+    Mutation(
+        "cans-without-a-safety-factor",  # 38
+        "cans runs with its numbers as published, which send 1.001 to 2e23.",
+        "            safety=1.01,  # without it",
+        "            # without it",
+        tests_of("core/test_no_explosion.py", "test_the_bound_itself_is_near_one"),
     ),
     Mutation(
         "root-of-the-wrong-thing",  # 13

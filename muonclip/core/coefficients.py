@@ -28,8 +28,8 @@ class CoefficientSet:
     - `safety`: s ≥ 1 turns each of `steps` into `(a/s, b/s³, c/s⁵)`, which keeps the iteration from overshooting when
       rounding pushes a singular value above 1; it is not applied to the tail.
     - `default_steps`: the number of steps where none is given.
-    - `gram_restarts`: the steps (from 0) before which the Gram form restarts, chosen by its error on real momenta in
-      bf16; None where it loses too much with any restarts.
+    - `gram`: whether the Gram form may run with it: whether its error on real momenta, in bf16 and with the restarts of
+      `gram_restarts`, stays near the standard form's at every length.
     """
 
     source: str
@@ -37,7 +37,7 @@ class CoefficientSet:
     tail: Polynomial | None = None
     safety: float = 1.0
     default_steps: int = DEFAULT_NS_STEPS
-    gram_restarts: tuple[int, ...] | None = None
+    gram: bool = False
 
     def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
         """Return the first `ns_steps` polynomials (None: `default_steps`), safety factor applied.
@@ -52,6 +52,11 @@ class CoefficientSet:
             raise ValueError(f"ns_steps={count} is longer than the set, which has {len(self.steps)} steps.")
         return published + (self.tail,) * missing if self.tail else published
 
+    def begins_with(self, polynomials: tuple[Polynomial, ...]) -> bool:
+        """Tell whether these are the set's first polynomials."""
+        count = len(polynomials) if self.tail else min(len(polynomials), len(self.steps))
+        return self.polynomials(count) == polynomials
+
 
 JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
 
@@ -61,14 +66,14 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             source="K. Jordan, Muon: an optimizer for hidden layers in neural networks (2024)",
             steps=(),
             tail=JORDAN,
-            gram_restarts=(3,),
+            gram=True,
         ),
         "deepseek_v4": CoefficientSet(
             source="DeepSeek-V4: eight steps of jordan, then two that converge",
             steps=(JORDAN,) * 8,
             tail=(2.0, -1.5, 0.5),
             default_steps=10,
-            gram_restarts=(2, 4, 6),
+            gram=True,
         ),
         "you": CoefficientSet(
             source="J. You (2024), steps optimised one by one",
@@ -79,7 +84,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
                 (2.8769, -3.1427, 1.2046),
                 (2.8366, -3.0525, 1.2012),
             ),
-            gram_restarts=(1, 3),
+            gram=True,
         ),
         "polar_express": CoefficientSet(
             source="Amsel et al., The Polar Express (arXiv 2505.16932): minimax on [1e-3, 1], cushion 0.0241",
@@ -94,7 +99,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             ),
             tail=(1.875, -1.25, 0.375),
             safety=1.01,
-            gram_restarts=(1, 2, 3),
+            gram=True,
         ),
         "cans": CoefficientSet(
             source="Grishina et al., CANS: Chebyshev-accelerated Newton–Schulz (arXiv 2506.10935)",
@@ -105,27 +110,50 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
                 (3.2866, -2.4647, 0.5074),
                 (2.2737, -1.6447, 0.4162),
             ),
+            safety=1.01,  # without it 1.001 becomes 2e23, and bf16 rounds 1 to as much
         ),
     }
 )
 """The known sets by name, as `ns_coefficients` takes it; one entry each."""
 
 
-def gram_restarts(ns_coefficients: Coefficients) -> tuple[int, ...]:
-    """Return the steps (from 0) before which the Gram form restarts with these polynomials.
+GRAM_GROWTH = 150.0
+"""The most by which the Gram form may magnify, between two restarts, the rounding of R = XXᵀ."""
 
-    Raises ValueError for polynomials for which they are not known, or for which restarts do not help.
+
+def gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[int, ...] | None:
+    """Return the steps (from 0) before which the Gram form restarts; None where it may not run with these polynomials.
+
+    Rounding moves the eigenvalues of R, and makes some of those near zero negative; one step multiplies such a value by
+    a², and once it is large the form diverges. A restart comes before the step with which ∏ a² since the last one would
+    exceed `GRAM_GROWTH`: in bf16 2⁻⁸ then stays below 0.6. The polynomials alone decide, at any length.
+
+    The form may run with the polynomials of the sets that say `gram`, by name or written out. For others nobody has
+    judged its error.
     """
-    known = COEFFICIENT_SETS.get(ns_coefficients) if isinstance(ns_coefficients, str) else None
-    if not isinstance(ns_coefficients, str) and resolve_coefficients(ns_coefficients, 1) == (JORDAN,):
-        known = COEFFICIENT_SETS["jordan"]
-    if known is None or known.gram_restarts is None:
-        usable = [name for name, each in COEFFICIENT_SETS.items() if each.gram_restarts]
+    polynomials = resolve_coefficients(ns_coefficients, ns_steps)
+    if not any(known.gram and known.begins_with(polynomials) for known in COEFFICIENT_SETS.values()):
+        return None
+    restarts: list[int] = []
+    growth = 1.0
+    for step, (a, _, _) in enumerate(polynomials):
+        if step and growth * a**2 > GRAM_GROWTH:
+            restarts.append(step)
+            growth = 1.0
+        growth *= a**2
+    return tuple(restarts)
+
+
+def checked_gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[int, ...]:
+    """Return `gram_restarts`, for a Gram form that was asked for; raises ValueError where it may not run."""
+    restarts = gram_restarts(ns_coefficients, ns_steps)
+    if restarts is None:
+        usable = [name for name, known in COEFFICIENT_SETS.items() if known.gram]
         raise ValueError(
             f"the Gram form is not accurate, or not tried, with ns_coefficients={ns_coefficients!r}; it is with "
             f"{', '.join(usable)}. Use the standard form."
         )
-    return known.gram_restarts
+    return restarts
 
 
 def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[Polynomial, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from muonclip.core.coefficients import Coefficients, gram_restarts, resolve_coefficients
+from muonclip.core.coefficients import Coefficients, checked_gram_restarts, resolve_coefficients
 
 Array: TypeAlias = Any
 """An array of NumPy, PyTorch or JAX: anything with `@`, `.mT`, `*`, `+`, shape and dtype."""
@@ -77,11 +77,11 @@ def gram_newton_schulz(
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
     All of these commute and are symmetric, so `Products.update` computes every product with Z. Before the steps that
-    `CoefficientSet.gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials
-    without such a list.
+    `gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials with which the
+    form may not run.
     """
     products = products or plain_products(xp)
-    restarts = gram_restarts(ns_coefficients)
+    restarts = checked_gram_restarts(ns_coefficients, ns_steps)
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
     gram = products.gram(x)
     device = getattr(x, "device", None)  # JAX: none while it traces

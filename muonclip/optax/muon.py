@@ -14,7 +14,7 @@ import optax
 
 from muonclip.core import resolve_coefficients, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
-from muonclip.core.coefficients import Coefficients, gram_restarts
+from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.newton_schulz import NewtonSchulz
@@ -61,7 +61,7 @@ def scale_by_muon(
     resolve_coefficients(ns_coefficients, ns_steps)
     update_scale(1, 1, adjust_lr_fn)
     if ns_form == "gram":
-        gram_restarts(ns_coefficients)
+        checked_gram_restarts(ns_coefficients, ns_steps)
     if nesterov not in (True, False, "bias_corrected"):
         raise ValueError(f"nesterov={nesterov!r}; use True, False or 'bias_corrected'.")
     if isinstance(beta, int | float) and not 0 <= beta < 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from muonclip.core import resolve_coefficients, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
-from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, gram_restarts
+from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
 from muonclip.torch.update import NewtonSchulzConfig, StepOptions, choose_products, iteration_dtype
 
 Group: TypeAlias = dict[str, Any]
@@ -74,7 +74,7 @@ class MuonOptions(StepOptions):
         if self.ns_form not in (None, "standard", "gram"):
             raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the standard one.")
         if self.ns_form == "gram":
-            gram_restarts(self.ns_coefficients)
+            checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
     def momentum_dtype_of(self, parameter: Tensor) -> torch.dtype:
         """Return the dtype of a parameter's momentum."""

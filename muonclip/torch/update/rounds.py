@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor.placement_types import Placement
 
 from muonclip.core import MatrixLayout, resolve_coefficients
-from muonclip.core.coefficients import Coefficients, gram_restarts
+from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
@@ -48,7 +48,7 @@ class NewtonSchulzConfig:
     def gram_products(self, m: int, n: int) -> int:
         """Count how often XXᵀ is made from X."""
         if self.form == "gram" and m < n:
-            return 1 + len(gram_restarts(self.ns_coefficients))
+            return 1 + len(checked_gram_restarts(self.ns_coefficients, self.ns_steps))
         return len(resolve_coefficients(self.ns_coefficients, self.ns_steps))
 
 
