@@ -1729,6 +1729,20 @@ MUTATIONS = (
         tests_of("core/test_coefficients.py"),
     ),
     Mutation(
+        "polar-express-without-cushion",  # 38
+        "Polar Express is minimax on [l, u] from the first step on, and magnifies rounding errors.",
+        "_minimax(max(low, CUSHION * high), high)",
+        "_minimax(low, high)",
+        tests_of("core/test_polar_express.py", "test_equals_the_published_table"),
+    ),
+    Mutation(
+        "polar-express-centred-on-the-cushion",
+        "Polar Express is centred on the ends of the cushioned interval, where it is centred already.",
+        "centre = 2 / (_value(p, low) + _value(p, high))",
+        "centre = 2 / (_value(p, max(low, CUSHION * high)) + _value(p, high))",
+        tests_of("core/test_polar_express.py", "test_equals_the_published_table"),
+    ),
+    Mutation(
         "gram-form-without-restarts",  # 38
         "The Gram form never starts afresh and loses its accuracy.",
         "restarts = checked_gram_restarts(ns_coefficients, ns_steps)\n",

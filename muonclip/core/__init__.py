@@ -16,6 +16,7 @@ from muonclip.core.newton_schulz import (
     orthogonalize,
     plain_products,
 )
+from muonclip.core.polar_express import polar_express
 from muonclip.core.qk_clip import ClipFactors, clip_factors
 from muonclip.core.schedules import WarmupConstantCosine
 from muonclip.core.update_scale import update_scale
@@ -34,6 +35,7 @@ __all__ = [
     "normalize",
     "orthogonalize",
     "plain_products",
+    "polar_express",
     "resolve_coefficients",
     "update_scale",
 ]

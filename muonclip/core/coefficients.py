@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias, cast
 
+from muonclip.core.polar_express import polar_express
+
 Polynomial: TypeAlias = tuple[float, float, float]
 Coefficients: TypeAlias = str | Polynomial | Sequence[Polynomial]
 
@@ -59,6 +61,9 @@ class CoefficientSet:
 
 
 JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
+_POLAR_EXPRESS = polar_express(
+    lower=1e-3, steps=7
+)  # as published; the eighth and all that follow are the tail, to 4e-9
 
 COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
     {
@@ -88,17 +93,16 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
         ),
         "polar_express": CoefficientSet(
             source="Amsel et al., The Polar Express (arXiv 2505.16932): minimax on [1e-3, 1], cushion 0.0241",
-            steps=(
-                (8.28721201814563, -23.595886519098837, 17.300387312530933),
-                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-            ),
+            steps=_POLAR_EXPRESS,
             tail=(1.875, -1.25, 0.375),
             safety=1.01,
+            gram=True,
+        ),
+        "polar_express_1.02": CoefficientSet(
+            source="polar_express with a safety factor of 1.02, for small matrices in bf16",
+            steps=_POLAR_EXPRESS,
+            tail=(1.875, -1.25, 0.375),
+            safety=1.02,
             gram=True,
         ),
         "cans": CoefficientSet(
