@@ -2,11 +2,13 @@
 what cannot be is an error of the next step, and never one amid the forward."""
 
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from muonclip.torch import MaxLogits, MuonClip, QKClip, QKProjection
@@ -457,5 +459,86 @@ def test_what_a_compiled_layer_reaches_first_is_an_error_and_stays_one_graph(x):
     step(clip, model(x))
     y = model(x, 2 * x)
     with pytest.raises(RuntimeError, match=r"attention was called .* by modules that were not seen to call it"):
+        step(clip, y)
+    torch._dynamo.reset()
+
+
+# Matrices that a module holds and does not use at first
+
+
+class Bare(Attention):
+    """Attention that is written out on parameters without layers, only where there is an image."""
+
+    def __init__(self, kind):
+        super().__init__(written_out=True)
+        del self.q, self.k, self.v
+        matrices = [nn.Parameter(torch.randn(HEADS * HEAD, WIDTH)) for _ in range(3)]
+        if kind == "attributes":
+            self.wq, self.wk, self.wv = matrices
+        elif kind == "list":
+            self.listed = nn.ParameterList(matrices)
+        else:
+            self.stacked = nn.Parameter(torch.stack(matrices))
+        self.attends = False
+
+    def heads(self, x):
+        matrices = getattr(self, "stacked", getattr(self, "listed", None))
+        matrices = (self.wq, self.wk, self.wv) if matrices is None else matrices
+        return (F.linear(x, m).unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for m in matrices)
+
+    def forward(self, x):
+        return super().forward(x) if self.attends else x
+
+
+@pytest.mark.parametrize("kind", ["attributes", "list", "stacked"])
+def test_matrices_of_a_module_that_has_run_without_them(kind, x):
+    model = nn.Sequential(Attention(), nn.Sequential(Bare(kind)), nn.Linear(WIDTH, WIDTH))
+    clip = clip_of(model)
+    for _ in range(2):
+        step(clip, model(x))
+    assert list(clip.projections) == ["0"]
+    bare = model[1][0]
+    bare.attends = True
+    y = model(x)
+    expected = bare.maxima()
+    step(clip, y)
+    check(clip, "1.0", expected)
+    assert not any(
+        -3 in module._forward_pre_hooks for module in model.modules() if type(module) is not nn.ParameterList
+    )
+
+
+def test_what_is_in_use_is_not_watched_and_a_vector_need_not_be(x):
+    class Masked(Attention):
+        def __init__(self):
+            super().__init__()
+            self.mask_token, self.position = (nn.Parameter(torch.randn(1, n, WIDTH)) for n in (1, 6))
+
+        def forward(self, x):
+            return super().forward(x + self.position)
+
+    model = Masked()
+    step(clip_of(model), model(x))
+    assert not any(-3 in module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_what_a_model_compiled_as_a_whole_reaches_first_is_an_error(fullgraph, x):
+    model = Text(written_out=False)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.forward = types.MethodType(
+                lambda self, x: x + self.out(attend(*self.heads(x), written_out=False).transpose(1, 2).flatten(2)),
+                module,
+            )
+    clip = clip_of(model, example_inputs=x)
+    count = CompileCounter()
+    compiled = torch.compile(model, backend=count, fullgraph=fullgraph)
+    for _ in range(3):
+        step(clip, compiled(x))
+    assert count.frame_count == 1
+    y = compiled(x, 2 * x)
+    with pytest.raises(RuntimeError, match=r"attention was called 2 times .* by modules that were not seen to call it"):
         step(clip, y)
     torch._dynamo.reset()

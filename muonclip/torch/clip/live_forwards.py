@@ -1,9 +1,9 @@
 """The forwards of a model that is trained, from begin to end: what in them is new is watched, and searched amid them.
 
-A module that no search has reached carries hooks until it runs for the first time. Then all of its calls of attention
-are looked at, which costs nothing where there are none. For a call that nobody claims the forward is traced at once, in
-a copy with the same inputs; what that finds is observed from this call on. So nothing is missed, and nobody pays for
-what is known.
+A module that no search has reached carries hooks until it runs for the first time; one that holds matrices which no
+search has seen in use carries them for good. While it runs, all of its calls of attention are looked at, which costs
+nothing where there are none. For a call that nobody claims the forward is traced at once, in a copy with the same
+inputs; what that finds is observed from this call on. So nothing is missed, and nobody pays for what is known.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -92,6 +92,7 @@ class LiveForwards:
         self._new = Hooks(-3, hooks.before, hooks.after, with_kwargs=True)
         self._reached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._names: set[str] = set()  # of modules that were reached, some of which others may be in the place of now
+        self._idle: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with matrices that no search has seen in use
         self._children: list[dict[str, Any]] = []
         self._sum = 0
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -105,6 +106,14 @@ class LiveForwards:
         """Begin a forward that is trained, of the model or of the part with this name."""
         self._forward.begun, self._forward.untried = (args, kwargs, name), None
         of_thread.handlers.append(UnclaimedRun(self.unclaimed))
+
+    def begin_compiled(self) -> None:
+        """Count the calls that nobody claims in a forward that is compiled as a whole, where nothing is searched."""
+        of_thread.handlers.append(UnclaimedRun(self.unclaimed))
+
+    def end_compiled(self) -> None:
+        """End such a forward."""
+        drop_handlers(self.unclaimed)
 
     def leave(self, *, whole: bool) -> None:
         """Note that a module with hooks has run, or has raised; `whole`: the model."""
@@ -170,19 +179,30 @@ class LiveForwards:
 
     # Modules that no search has reached
 
-    def expect(self, reached: Iterable[str]) -> None:
-        """Watch the modules that no search has reached. `reached`: the names of those that the last one has."""
+    def expect(self, reached: Iterable[str], idle: Collection[str] | None = None) -> None:
+        """Watch the modules that no search has reached. `reached`: the names of those that the last one has; `idle`: of
+        those in which it has not seen all matrices in use, if it has looked."""
         searcher = self._searcher()
         assert searcher is not None
         modules, reached = dict(searcher.model.named_modules()), set(reached)
+        ran = {modules[name] for name in reached if name in modules}
+        if idle is not None:
+            still = {modules[name] for name in idle if name in modules}
+            still = {each for each in still if each in self._idle or each not in self._reached}
+            self._idle.difference_update(ran)
+            self._idle.update(still)
         self._names |= reached
-        self._reached.update(modules[name] for name in reached if name in modules)
+        self._reached.update(ran)
         running = set(self._forward.reached)  # whose hooks end what they have begun
-        self._new.take_off([each for each in self._new.modules if each in self._reached and each not in running])
+        self._new.take_off([each for each in self._new.modules if self._is_known(each) and each not in running])
         for module in modules.values():
-            if module not in self._reached:
+            if not self._is_known(module):
                 self._new.put_on(module)
         self._remember(modules.values())
+
+    def _is_known(self, module: nn.Module) -> bool:
+        """Tell whether a search has reached a module and seen its matrices in use."""
+        return module in self._reached and module not in self._idle
 
     def look_for_more(self) -> None:
         """Watch modules that were put into the model since it was searched. Costs a sum over the modules there are."""
@@ -233,7 +253,7 @@ class LiveForwards:
             return
         self._end_watch(watch)
         if self.unclaimed.calls == watch.calls:
-            self._new.take_off(forward.reached)
+            self._new.take_off([each for each in forward.reached if each not in self._idle])
             if forward.untried is None and self._may_make_queries(module):
                 self._rehearse_around()
         forward.reached.clear()

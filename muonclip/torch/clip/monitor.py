@@ -245,6 +245,14 @@ class AttentionMonitor:
         if module in self._observers.modules and not observed:  # its hooks came too late for this run
             enter(module, args)
 
+    def begin_compiled(self) -> None:
+        """Count what nobody claims in a forward that is compiled as a whole, where nothing can be searched."""
+        self._live.begin_compiled()
+
+    def end_compiled(self) -> None:
+        """End such a forward."""
+        self._live.end_compiled()
+
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note that a module has run, or has raised; `output` is None then."""
         if module in self._observers.modules:  # whose hooks are behind this one
@@ -316,7 +324,7 @@ class AttentionMonitor:
         for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold
         self._observe()
-        self._live.expect(self._traces[-1].reached)
+        self._live.expect(self._traces[-1].reached, self._traces[-1].idle)
 
     def _observe(self) -> None:
         """Let what each site's attention shows go to its statistics, which forget it when weights are loaded."""
@@ -407,6 +415,8 @@ class _Entry:
                     "Give inputs that the model runs with, QKClip(model, example_inputs=…), or run one forward with "
                     "gradients before you compile."
                 )
+            if module is monitor.model and torch.is_grad_enabled():
+                monitor.begin_compiled()
             return
         _begin(monitor, module, args, kwargs)
 
@@ -414,8 +424,12 @@ class _Entry:
         monitor = self.monitor()
         if monitor is None or is_experiment() or has_a_foreign_forward(module):
             return
-        if unobservable() is None and not torch.compiler.is_compiling():
+        if unobservable() is not None:
+            return
+        if not torch.compiler.is_compiling():
             monitor.end(module, args, output)
+        elif module is monitor.model:
+            monitor.end_compiled()
 
     def __deepcopy__(self, memo: object) -> _Entry:
         return _NoEntry()

@@ -5,7 +5,7 @@ In evaluation mode no layer is dropped. What is seen in the forward, `tracer.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Trace:
     `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
     `without_logits`: what mixes activations by products without a softmax. `reached`: the names of modules that ran.
+    `idle`: of those which hold a matrix of their own that no function was called with.
     """
 
     calls: list[TracedCall]
@@ -37,6 +38,7 @@ class Trace:
     unclaimed: list[Sighting] = field(default_factory=list)
     without_logits: list[Sighting] = field(default_factory=list)
     reached: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
 
 
 def trace(
@@ -55,7 +57,21 @@ def trace(
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     paths = {key: path for key, path in replica.paths.items() if key in kept}
     reached = frozenset(tracer.reached)
-    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached)
+    idle = frozenset(_idle(replica.module, prefix, tracer.used)) & reached
+    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle)
+
+
+def _idle(model: nn.Module, prefix: str, used: set[int]) -> Iterator[str]:
+    """Yield the names of modules that hold a matrix which was not used, in a list of parameters perhaps."""
+    lists = nn.ParameterList, nn.ParameterDict
+    modules = dict(model.named_modules(prefix=prefix.removesuffix(".")))
+    for name, module in modules.items():
+        holder = name
+        while isinstance(modules.get(holder), lists):
+            holder = holder.rpartition(".")[0]
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in used and sum(size > 1 for size in parameter.shape) > 1:
+                yield holder
 
 
 def _moved(values: Tensor) -> Tensor:

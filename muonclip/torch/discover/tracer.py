@@ -127,6 +127,7 @@ class AttentionTracer(ScoreTracker):
         self.graph_task = graph_task()
         self.calls: list[TracedCall] = []
         self.reached: set[str] = set()
+        self.used: set[int] = set()  # the ids of parameters that some function was called with
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
         self._made = itertools.count()  # products
@@ -211,6 +212,7 @@ class AttentionTracer(ScoreTracker):
             if not weights or len(weights) == len(tensors):
                 return None
         held = {id(weight) for weight in weights}
+        self.used |= held
         replaced = {id(t): t.detach() for t in tensors if id(t) not in held}
         block = self._blocks[-1]
         if block.products_of != {block.run}:
@@ -260,6 +262,7 @@ class AttentionTracer(ScoreTracker):
     def _mark(self, args: Any, kwargs: Any, result: Any) -> None:
         """Mark what is made of parameters alone as a weight: a part, a cast, a parametrization."""
         tensors = [value for value in _flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+        self.used.update(map(id, tensors))
         if tensors and all(map(self._is_weight, tensors)):
             for value in _flatten([result]):
                 if isinstance(value, Tensor) and id(value) not in self._own:
