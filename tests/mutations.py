@@ -1554,7 +1554,7 @@ MUTATIONS = (
     Mutation(
         "new-modules-not-watched",
         "Attention that is written out in a module that runs for the first time after the first step is missed.",
-        "            if module not in self._reached:\n                self._new.put_on(module)",
+        "            if not self._is_known(module):\n                self._new.put_on(module)",
         "            pass",
         tests_of("torch/test_new_reach.py", "test_a_tower_that_the_first_batches_did_not_reach"),
     ),
@@ -1592,6 +1592,27 @@ MUTATIONS = (
         "if forward.untried is None and self._may_make_queries(module):",
         "if False:",
         tests_of("torch/test_new_reach.py", "test_a_branch_of_a_module_that_has_run_without_it"),
+    ),
+    Mutation(
+        "matrices-that-come-into-use-are-not-watched",
+        "Attention written out on parameters that a module has held all along is missed where they come into use.",
+        "            self._idle.update(still)\n",
+        "",
+        tests_of("torch/test_new_reach.py", "test_matrices_of_a_module_that_has_run_without_them"),
+    ),
+    Mutation(
+        "compiled-model-is-not-counted",
+        "Attention that a model compiled as a whole reaches first is missed.",
+        "                monitor.begin_compiled()\n",
+        "                pass\n",
+        tests_of("torch/test_new_reach.py", "test_what_a_model_compiled_as_a_whole_reaches_first_is_an_error"),
+    ),
+    Mutation(
+        "gate-by-queries-that-is-returned",
+        "A product with the queries that the model returns passes for queries in a cache.",
+        "not exactly and index not in base.firsts",
+        "not exactly",
+        (*tests_of("torch/test_proof.py"), "-k", "GateThatIsReturned"),
     ),
     Mutation(
         "writes-to-the-copy-count-as-changes",

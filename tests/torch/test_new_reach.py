@@ -522,17 +522,23 @@ def test_what_is_in_use_is_not_watched_and_a_vector_need_not_be(x):
     assert not any(-3 in module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_what_a_model_compiled_as_a_whole_reaches_first_is_an_error(fullgraph, x):
+def compiled_text(x, vision=None):
+    """A clip and its model, compiled as a whole, which has seen no image."""
     model = Text(written_out=False)
+    model.vision = model.vision if vision is None else vision
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention):  # which keeps no record
             module.forward = types.MethodType(
                 lambda self, x: x + self.out(attend(*self.heads(x), written_out=False).transpose(1, 2).flatten(2)),
                 module,
             )
-    clip = clip_of(model, example_inputs=x)
+    return clip_of(model, example_inputs=x), model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_what_a_model_compiled_as_a_whole_reaches_first_is_an_error(fullgraph, x):
+    clip, model = compiled_text(x)
     count = CompileCounter()
     compiled = torch.compile(model, backend=count, fullgraph=fullgraph)
     for _ in range(3):
@@ -541,4 +547,18 @@ def test_what_a_model_compiled_as_a_whole_reaches_first_is_an_error(fullgraph, x
     y = compiled(x, 2 * x)
     with pytest.raises(RuntimeError, match=r"attention was called 2 times .* by modules that were not seen to call it"):
         step(clip, y)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_what_a_compiled_model_reaches_first_and_may_write_out_is_a_warning(x):
+    clip, model = compiled_text(x, vision=nn.Linear(WIDTH, WIDTH))
+    count = CompileCounter()
+    compiled = torch.compile(model, backend=count)
+    step(clip, compiled(x))
+    with pytest.warns(UserWarning, match="vision ran for the first time, in code that torch.compile made"):
+        step(clip, compiled(x, x))
+    for _ in range(2):
+        step(clip, compiled(x, x))
+    assert count.frame_count == 2
     torch._dynamo.reset()

@@ -70,6 +70,13 @@ class Gate(Kernel):
         return self.o(y * torch.sigmoid(self.q(x)))
 
 
+class GateThatIsReturned(Kernel):
+    """Which is a power of two away where the queries are."""
+
+    def out(self, x, y):
+        return y * self.q(x)
+
+
 class GateOfFlex(Gate):
     """A kernel that does not run in a trace."""
 
@@ -208,6 +215,7 @@ def unchanged(module, weights):
         (Kernel, (), set()),
         (Forgetting, (), {"gate.weight", "gate.bias"}),
         (Gate, (), {"q.weight", "q.bias"}),
+        (GateThatIsReturned, (), {"q.weight", "q.bias"}),
         (GateBehindAZero, (), {"q.weight", "q.bias", "scale"}),
         (GateOfFlex, (), {"q.weight", "q.bias"}),
         (KeysMakeValues, (), {"k.weight", "k.bias"}),

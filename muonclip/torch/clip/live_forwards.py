@@ -88,8 +88,8 @@ class LiveForwards:
         self.unclaimed = Unclaimed(self)
         self._searcher, self._observers, self._entries = weakref.ref(searcher), observers, entries
         self._forward = _Forward()
-        hooks = NewModuleHooks(self)
-        self._new = Hooks(-3, hooks.before, hooks.after, with_kwargs=True)
+        self.new_modules = NewModuleHooks(self)
+        self._new = Hooks(-3, self.new_modules.before, self.new_modules.after, with_kwargs=True)
         self._reached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._names: set[str] = set()  # of modules that were reached, some of which others may be in the place of now
         self._idle: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with matrices that no search has seen in use
@@ -293,16 +293,25 @@ class LiveForwards:
 
 
 class NewModuleHooks:
-    """Hooks on modules that no search has reached, until they run. A copy of the model has none that do anything."""
+    """Hooks on modules that no search has reached, until they run. A copy of the model has none that do anything.
+
+    `compiled`: one that ran in compiled code, where nothing is found. (That is only written there, for code would be
+    compiled anew with whatever it reads.)
+    """
 
     def __init__(self, forwards: LiveForwards | None) -> None:
         self._forwards: Callable[[], LiveForwards | None] = (
             weakref.ref(forwards) if forwards is not None else lambda: None
         )
+        self.compiled: nn.Module | None = None
 
     def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Hook before the forward; without `kwargs` where another hook of this forward has taken it off."""
-        if torch.compiler.is_compiling() or kwargs is None:
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self.compiled = module
+            return
+        if kwargs is None:
             return
         forwards = self._forwards()
         if forwards is not None and not is_experiment() and unobservable() is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -95,6 +96,7 @@ class AttentionMonitor:
         self._names: dict[nn.Module, str] = {}
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with which forwards have begun
         self._is_first_step = True
+        self._warned_of_compiled = False
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
@@ -203,10 +205,23 @@ class AttentionMonitor:
                 "its heads were neither observed nor clipped. Show the search inputs that reach it, QKClip(model, "
                 "example_inputs=…). The next forward is traced anew."
             )
+        self._warn_of_compiled()
         if self._is_first_step and (self._traced or self._parts):
             self._is_first_step = False
             self._entries.take_off([module for module in self._entries.modules if module not in self._parts])
         return ""
+
+    def _warn_of_compiled(self) -> None:
+        """Warn of the first module that no search has reached and that ran in compiled code."""
+        module = self._live.new_modules.compiled
+        name = None if self._warned_of_compiled or module is None else self.name_of(module)
+        if name is not None:
+            self._warned_of_compiled = True
+            warnings.warn(
+                f"QK-Clip: {name} ran for the first time, in code that torch.compile made, where attention that is "
+                "written out is not seen. If there is any, give example_inputs that reach it.",
+                stacklevel=2,
+            )
 
     def prove_again(self, names: Collection[str]) -> None:
         """Prove attentions anew in the next forward, which is an error where they cannot be clipped as they were."""

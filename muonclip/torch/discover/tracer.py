@@ -262,10 +262,12 @@ class AttentionTracer(ScoreTracker):
     def _mark(self, args: Any, kwargs: Any, result: Any) -> None:
         """Mark what is made of parameters alone as a weight: a part, a cast, a parametrization."""
         tensors = [value for value in _flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
-        self.used.update(map(id, tensors))
+        results = [value for value in _flatten([result]) if isinstance(value, Tensor)]
+        if results:  # else it has read a shape
+            self.used.update(map(id, tensors))
         if tensors and all(map(self._is_weight, tensors)):
-            for value in _flatten([result]):
-                if isinstance(value, Tensor) and id(value) not in self._own:
+            for value in results:
+                if id(value) not in self._own:
                     value.of_parameters_only = True  # pyright: ignore[reportAttributeAccessIssue]
 
     # Attention

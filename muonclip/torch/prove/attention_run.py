@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -54,12 +54,19 @@ class SeenCall:
 @dataclass(slots=True, eq=False)
 class Recording:
     """Hold what a run showed: its calls of attention, what caps of logits returned, the tensors that the modules around
-    attention and then the model returned, and the names of the modules that ran."""
+    attention and then the model returned, which of these came first in their module, and the names of the modules that
+    ran."""
 
     calls: list[SeenCall] = field(default_factory=list)
     caps: list[Tensor] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
+    firsts: set[int] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
+
+    def add_returned(self, tensors: Iterable[Tensor]) -> None:
+        """Add the tensors that one module has returned."""
+        self.firsts.add(len(self.returned))
+        self.returned += tensors
 
 
 class AttentionRun(ScoreTracker):
@@ -119,7 +126,7 @@ class AttentionRun(ScoreTracker):
         name, _ = self._running.pop()
         if name in self._around:
             with torch._C.DisableTorchFunction():
-                self.recording.returned += [some(each.detach()) for each in tensors_in(output)]
+                self.recording.add_returned(some(each.detach()) for each in tensors_in(output))
 
     def running_modules(self) -> object:
         return list(self._running)

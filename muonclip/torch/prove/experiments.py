@@ -59,7 +59,7 @@ def run_copy(
         with handling(run), run:
             returned = copy.run()
         recording = run.end()
-    recording.returned += [each.detach().clone() for each in tensors_in(returned)]
+    recording.add_returned(each.detach().clone() for each in tensors_in(returned))
     return recording
 
 

@@ -261,12 +261,15 @@ class _Proof:
 
     def _moved(self, outcome: Recording, *, exactly: bool = False) -> bool:
         """Tell whether something that the model returns has moved; unless `exactly`, something else than queries and
-        keys themselves, which a cache has."""
+        keys themselves, which a cache has. A cache does not come first."""
         base = self._experiments.base
         if len(base.returned) != len(outcome.returned) or len(base.calls) != len(outcome.calls):
             return True
-        pairs = zip(base.returned, outcome.returned, strict=True)
-        return any(self._experiments.differ(one, other, by_powers_of_two=not exactly) for one, other in pairs)
+        pairs = enumerate(zip(base.returned, outcome.returned, strict=True))
+        return any(
+            self._experiments.differ(one, other, by_powers_of_two=not exactly and index not in base.firsts)
+            for index, (one, other) in pairs
+        )
 
     def _gauge_moves(self, attentions: Mapping[str, QKProjection]) -> bool:
         """Tell whether the gauge, too, moves what the model returns, which may be logits that the clip has moved."""
