@@ -2173,9 +2173,30 @@ MUTATIONS = (
     Mutation(
         "one-process-rounds-elsewhere",
         "Without a wire the momentum is normalised unrounded, so one rank and two end at different bits.",
-        ".to(bucket.iteration.sent))",
-        ".to(bucket.iteration.sent if cut else direction.dtype))",
+        "torch.empty(size, dtype=bucket.iteration.sent, ",
+        "torch.empty(size, dtype=bucket.iteration.sent if cut else torch.float64, ",
         tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
+        "tiny-matrix-swallowed",
+        "The norm of a whole matrix is taken as one pass finds it, where its squares vanish or overflow.",
+        "sure = [_SURE[0] < norm < _SURE[1] for norm in norms]",
+        "sure = [True for norm in norms]",
+        tests_of("torch/test_update_pieces.py", "test_matrices_of_every_size_share_a_batch"),
+    ),
+    Mutation(
+        "everything-at-once",
+        "A processor takes all matrices of one shape from stage to stage, out of its cache.",
+        'min(PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes',
+        "workspace_bytes",
+        tests_of("torch/test_update_pieces.py", "test_a_processor_takes_few_matrices_at_once"),
+    ),
+    Mutation(
+        "half-of-a-product-not-mirrored",
+        "The block above the diagonal of a symmetric product is that below it, not turned.",
+        "result[:half, half:].copy_(below.mT)",
+        "result[:half, half:].copy_(below[:, : len(a) - half])",
+        tests_of("torch/test_update_pieces.py", "test_symmetric_products_by_halves_are_the_whole_ones"),
     ),
     Mutation(
         "replica-keeps-its-own-update",

@@ -33,6 +33,8 @@ class Products:
     """A, b, c → bA + cA²."""
     update: Callable[[Array, Array, float], Array]
     """X, B, a → aX + BX."""
+    symmetric_update: Callable[[Array, Array, float], Array] | None = None
+    """The same for symmetric X (..., m, m) that commutes with B, where that is cheaper; None: `update`."""
 
 
 def plain_products(xp: Any) -> Products:
@@ -76,11 +78,12 @@ def gram_newton_schulz(
 
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
-    All of these commute and are symmetric, so `Products.update` computes every product with Z. Before the steps that
-    `gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials with which the
-    form may not run.
+    All of these commute and are symmetric, so `Products.symmetric_update` computes every product with Z. Before the
+    steps that `gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials with
+    which the form may not run.
     """
     products = products or plain_products(xp)
+    update = products.symmetric_update or products.update
     restarts = checked_gram_restarts(ns_coefficients, ns_steps)
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
     gram = products.gram(x)
@@ -92,9 +95,9 @@ def gram_newton_schulz(
             x = q @ x
             gram, q = products.gram(x), None
         polynomial = products.polynomial(gram, b, c)
-        q = a * one + polynomial if q is None else products.update(q, polynomial, a)
+        q = a * one + polynomial if q is None else update(q, polynomial, a)
         if step + 1 < len(coefficients) and step + 1 not in restarts:
-            gram = products.update(products.update(gram, polynomial, a), polynomial, a)
+            gram = update(update(gram, polynomial, a), polynomial, a)
     return q @ x
 
 

@@ -42,12 +42,13 @@ class Muon(MatrixOptimizer):
       float64 for float64.
     - `ns_form`: "gram" iterates on small square products, faster the less square a matrix is, and a little less
       accurate; None: "standard".
-    - `products`: "plain" or "baddbmm"; None: the faster one.
+    - `products`: "plain", "baddbmm", or "halves", which makes half of each symmetric product; None: the fastest one.
     - `momentum_dtype`: of the momentum; None: the parameter's.
     - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
       such a matrix, for instance an expert that got no token, still moves by a full-size update along its decaying
       momentum, as in torch.
-    - `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32; None: 256 MiB.
+    - `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32; None: 256 MiB. A processor
+      takes 2 MiB at once of what it holds whole.
 
     Three things differ from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
     updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). Without `eps` the norm has no

@@ -17,6 +17,7 @@ from torch import Tensor
 from muonclip.core import Products, iterate, normalize
 from muonclip.core.index_ranges import length
 from muonclip.torch.mesh import Mesh, RankPosition
+from muonclip.torch.update.normalization import normalized
 from muonclip.torch.update.plan import UpdatePlan
 from muonclip.torch.update.products import choose_products
 from muonclip.torch.update.rounds import Bucket, NewtonSchulzConfig, Round
@@ -56,17 +57,17 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
         segments = [segment for segment in segments if steps[segment.parameter].gradient is not None]
         shares = [sum(segment.stop - segment.start for segment in segments)]
     inside = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in segments]
-    passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
-    directions: list[Tensor] = []
-    for each in inside:
-        direction = each.advance(max(start - passed, 0), max(stop - passed, 0))
-        directions.append((direction.mT if each.tall else direction).to(bucket.iteration.sent))
-        del direction
-        passed += each.count
-    if not directions:
+    if not inside:
         return
-    # Held by nobody else, for several rounds may wait.
-    directions = [torch.cat(directions) if len(directions) > 1 else directions[0]]
+    passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
+    size = stop - start, length(bucket.small[position]), length(bucket.long[position])
+    stack = torch.empty(size, dtype=bucket.iteration.sent, device=inside[0].device)
+    for each in inside:
+        first, last = (min(max(edge - passed, 0), each.count) for edge in (start, stop))
+        each.advance(first, last, stack[passed + first - start : passed + last - start])
+        passed += each.count
+    directions = [stack]  # held by nobody else, for several rounds may wait
+    del stack
     if cut is not None and round_.method == "owner":
         result = yield from _by_owners(directions.pop(), bucket, round_.counts[replica], position, cut)
     else:
@@ -75,20 +76,21 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
         result = yield from _to_replicas(result, shares, replica, replicas)
     done = 0
     for each in inside:
-        update = result[done : done + each.count]
-        each.apply(update.mT if each.tall else update)
+        each.apply(result[done : done + each.count])
         done += each.count
 
 
 def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGroup | None = None) -> Tensor:
     """Apply Newton–Schulz to (matrices, m, n). With `cut` every rank has some of the n columns."""
-    products = choose_products(iteration.products)
-    total = None
+    products = choose_products(iteration.products, stack.device.type)
     if cut is not None:
         products = _summed(products, cut)
         wide = stack if stack.dtype == torch.float64 else stack.float()
         total = _sum(wide.abs().sum((-2, -1), keepdim=True), cut)
-    normal = normalize(stack, products, xp=torch, eps=iteration.floor, total=total).to(iteration.dtype)
+        normal = normalize(stack, products, xp=torch, eps=iteration.floor, total=total).to(iteration.dtype)
+    else:
+        normal = normalized(stack, products, iteration.dtype, iteration.floor)
+    del stack
     steps = iteration.ns_coefficients, iteration.ns_steps
     return iterate(normal, *steps, form=iteration.form, xp=torch, products=products)
 

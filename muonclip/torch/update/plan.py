@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from muonclip.core.text_table import table
 from muonclip.torch.mesh import Mesh
+from muonclip.torch.update.cost_model import matrices_at_once
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.rounds import Bucket, Method, PlacedParameter, Round, Segment
 
@@ -157,9 +158,12 @@ def _rounds(bucket: Bucket, segments: Sequence[Segment], load: dict[int, int], w
 
 def _edges(bucket: Bucket, total: int, method: Method, owners: int, workspace_bytes: int) -> list[int]:
     """Say where, in the `total` matrices of a bucket, one round ends and the next begins."""
-    iterated = bucket.m * bucket.n * 4 // (len(bucket.small) if method == "gram" else 1)
-    size = max(1, workspace_bytes // iterated) * owners
     replicated = bucket.num_replicas > 1
+    if method == "in place" and not replicated:
+        size = matrices_at_once(bucket.m, bucket.n, bucket.iteration.device_type, workspace_bytes)
+    else:
+        iterated = bucket.m * bucket.n * 4 // (len(bucket.small) if method == "gram" else 1)
+        size = max(1, workspace_bytes // iterated) * owners
     if replicated:
         returned = max(bucket.sizes()) * bucket.iteration.dtype.itemsize
         size = max(owners, min(size, _RESULT_BUFFERS * workspace_bytes // returned))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 
 import torch
 
 from muonclip.core import Products, plain_products
+from muonclip.torch.update.symmetric_products import divides, symmetric_product, symmetric_sum
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
@@ -16,25 +18,46 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     return (x[0] @ x[0].mT)[None] if len(x) == 1 else x @ x.mT
 
 
+# The addition rides in the matrix product: fewer passes over memory, and one rounding less in bf16.
+_BADDBMM = Products(
+    sum_squares=lambda x: x.square().sum((-2, -1), keepdim=True),
+    gram=_gram,
+    polynomial=lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
+    update=lambda x, polynomial, a: torch.baddbmm(x, polynomial, x, beta=a),
+)
+
+
+def _halved_gram(x: torch.Tensor) -> torch.Tensor:
+    return symmetric_product(x, x) if divides(*x.shape[1:], x.dtype) else _gram(x)
+
+
+def _halved_polynomial(gram: torch.Tensor, b: float, c: float) -> torch.Tensor:
+    if divides(*gram.shape[1:], gram.dtype):
+        return symmetric_sum(gram, gram, gram, beta=b, alpha=c)
+    return _BADDBMM.polynomial(gram, b, c)
+
+
+def _halved_update(x: torch.Tensor, polynomial: torch.Tensor, a: float) -> torch.Tensor:
+    if divides(*x.shape[1:], x.dtype):
+        return symmetric_sum(x, polynomial, x, beta=a, alpha=1.0)
+    return _BADDBMM.update(x, polynomial, a)
+
+
 PRODUCTS: Mapping[str, Products] = MappingProxyType(
     {
         "plain": plain_products(torch),
-        # The addition rides in the matrix product: fewer passes over memory, and one rounding less in bf16.
-        "baddbmm": Products(
-            sum_squares=lambda x: x.square().sum((-2, -1), keepdim=True),
-            gram=_gram,
-            polynomial=lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
-            update=lambda x, polynomial, a: torch.baddbmm(x, polynomial, x, beta=a),
-        ),
+        "baddbmm": _BADDBMM,
+        "halves": replace(_BADDBMM, gram=_halved_gram, polynomial=_halved_polynomial, symmetric_update=_halved_update),
     }
 )
 
 
-def choose_products(name: str | None) -> Products:
-    """Return the products by name; None takes the fastest for any device. Raises ValueError for an unknown name."""
+def choose_products(name: str | None, device_type: str = "cpu") -> Products:
+    """Return the products by name; None takes the fastest of a device type. Raises ValueError for an unknown name."""
     if name is not None and name not in PRODUCTS:
-        raise ValueError(f"products={name!r} is not known; use None, {' or '.join(map(repr, PRODUCTS))}.")
-    return PRODUCTS[name or "baddbmm"]
+        *others, last = map(repr, PRODUCTS)
+        raise ValueError(f"products={name!r} is not known; use None, {', '.join(others)} or {last}.")
+    return PRODUCTS[name or ("halves" if device_type == "cpu" else "baddbmm")]
 
 
 def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:

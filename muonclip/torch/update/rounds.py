@@ -37,6 +37,10 @@ class NewtonSchulzConfig:
     device: str = "cpu"
 
     @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
     def sent(self) -> torch.dtype:
         """The dtype of what goes to an owner: the products', but for float16, in which small gradients vanish."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype

@@ -15,6 +15,7 @@ from muonclip.core.index_ranges import length
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.mesh import RankPosition
+from muonclip.torch.update.cost_model import rows_at_once
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices, row_index
 from muonclip.torch.update.rounds import PlacedParameter, Segment
@@ -56,45 +57,70 @@ class SegmentStep:
     def __init__(self, step: ParameterStep, segment: Segment, position: int, cut: dist.ProcessGroup | None) -> None:
         self.step, self.segment, self.position, self.cut = step, segment, position, cut
         self.count, self.tall = segment.stop - segment.start, segment.shards.tall
+        self.device = step.parameter.device
         self._used: Tensor | None = None
 
-    def advance(self, start: int, stop: int) -> Tensor:
-        """Let the gradient into the state; return what is orthogonalised of the matrices `start` to `stop`."""
+    def advance(self, start: int, stop: int, into: Tensor) -> None:
+        """Let the gradient into the state; write what is orthogonalised of the matrices `start` to `stop`, of
+        (stop - start, m, n) with m ≤ n."""
+        if self.tall:
+            upright = into.new_empty(len(into), into.shape[2], into.shape[1])
+            self._advance(start, stop, upright)
+            for wide, each in zip(into, upright, strict=True):  # two axes at a time: torch has a fast copy for these
+                wide.copy_(each.mT)
+        else:
+            self._advance(start, stop, into)
+
+    def _advance(self, start: int, stop: int, into: Tensor) -> None:
         step, options = self.step, self.step.options
         with self._state() as state:
             buffer = state["momentum_buffer"]
-            if step.gradient is None:
-                gradient = torch.zeros_like(buffer)
-            else:
+            gradient = None
+            if step.gradient is not None:
                 gradient = local_matrices(step.gradient, step.layout, self.segment.shards, self.position)
-                gradient = gradient[self.segment.start : self.segment.stop].to(buffer.dtype)
+                gradient = gradient[self.segment.start : self.segment.stop]
             if options.freeze_unused:
-                self._used = self._find_used(gradient)
-            if step.gradient is None:
-                return gradient[start:stop]
+                self._used = self._find_used(torch.zeros_like(buffer) if gradient is None else gradient)
+            if gradient is None:
+                into.zero_()
+                return
             used = None if self._used is None else self._used.to(buffer.dtype)
             momentum = Momentum(options.momentum, options.nesterov, used=used)
-            _store(step.rule.advance(gradient, state, momentum, _WHOLE), state)
-            share = {name: value[start:stop] for name, value in state.items()}
-            return step.rule.direction(gradient[start:stop], share, momentum, _WHOLE)
+            by_entry = (type(step.rule).advance, type(step.rule).direction) == (MuonRule.advance, MuonRule.direction)
+            for rows in _pieces(buffer) if by_entry else (slice(None),):
+                part = {name: value[:, rows] for name, value in state.items()}
+                new = gradient[:, rows].to(buffer.dtype)
+                _store(step.rule.advance(new, part, momentum, _WHOLE), part)
+                if start < stop:
+                    share = {name: value[start:stop] for name, value in part.items()}
+                    into[:, rows].copy_(step.rule.direction(new[start:stop], share, momentum, _WHOLE))
 
     def apply(self, update: Tensor) -> None:
-        """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix."""
+        """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix; U (matrices, m, n) with m ≤ n."""
         step, options = self.step, self.step.options
+        if self.tall:
+            wide, update = update, update.new_empty(len(update), update.shape[2], update.shape[1])
+            for upright, each in zip(update, wide, strict=True):
+                upright.copy_(each.mT)
         if type(step.rule).apply is not MuonRule.apply:
             update = self._apply_rule(update)
         if step.gradient is None:
             return
         scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, options.adjust_lr_fn)
         with self._editing(step.parameter) as rows:
-            kept = None if self._used is None else rows.clone()
-            rows.mul_(1 - options.lr * options.weight_decay)
-            if isinstance(options.lr, Tensor):
-                rows.sub_(update.to(rows.dtype) * (options.lr * scale))
-            else:
-                rows.add_(update, alpha=-options.lr * scale)
-            if self._used is not None and kept is not None:
-                rows.copy_(torch.where(self._used, rows, kept))
+            for part in _pieces(rows):
+                self._move(rows[:, part], update[:, part], scale)
+
+    def _move(self, weight: Tensor, update: Tensor, scale: float) -> None:
+        options = self.step.options
+        kept = None if self._used is None else weight.clone()
+        weight.mul_(1 - options.lr * options.weight_decay)
+        if isinstance(options.lr, Tensor):
+            weight.sub_(update.to(weight.dtype) * (options.lr * scale))
+        else:
+            weight.add_(update, alpha=-options.lr * scale)
+        if self._used is not None and kept is not None:
+            weight.copy_(torch.where(self._used, weight, kept))
 
     def _apply_rule(self, update: Tensor) -> Tensor:
         """Let a rule change the update. Every rank that has a part joins in its sums, with or without a gradient."""
@@ -144,6 +170,13 @@ def rescale(
                 for name, value in state.items()
             }
             _store(rule.rescale(matrices, by_row), matrices)
+
+
+def _pieces(matrices: Tensor) -> Iterator[slice]:
+    """Divide the rows of (matrices, rows, columns) into pieces that stay in the cache."""
+    rows = matrices.shape[1]
+    size = rows_at_once(len(matrices), matrices.shape[2], matrices.device.type) or rows
+    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size)))
 
 
 def _store(new: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,99 @@
+"""The update in pieces that stay in the cache, and symmetric products by halves."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from muonclip.core import MatrixLayout, orthogonalize
+from muonclip.torch import Muon
+from muonclip.torch.update.products import choose_products
+from muonclip.torch.update.symmetric_products import divides
+
+execute_module = importlib.import_module("muonclip.torch.update.execute")  # its package hands on the function
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_a_processor_takes_few_matrices_at_once(monkeypatch):
+    sizes = []
+    iterate = execute_module.iterate
+    monkeypatch.setattr(execute_module, "iterate", lambda x, *a, **k: sizes.append(len(x)) or iterate(x, *a, **k))
+    parameters = [nn.Parameter(random(128, 1024)) for _ in range(7)] + [nn.Parameter(random(8, 1024, 128))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    Muon(parameters, ns_steps=1).step()
+    assert sum(sizes) == 15
+    assert max(sizes) * 128 * 1024 * 4 <= 4 * 2**20
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("options", [dict(), dict(nesterov=False), dict(freeze_unused=True)])
+@pytest.mark.parametrize("shape", [(20, 4, 6), (20, 6, 4), (1, 31, 17)])
+def test_rows_in_pieces_are_the_rows(monkeypatch, shape, options, lr):
+    """Momentum, input and weight of a matrix that is too large for the cache are made by rows."""
+    results = []
+    for size in (10**6, 40):
+        monkeypatch.setattr("muonclip.torch.update.cost_model.PIECE_BYTES", size)
+        parameter = nn.Parameter(random(*shape))
+        optimizer = Muon([dict(params=[parameter], layout=MatrixLayout(1))], lr=lr, ns_dtype=torch.float64, **options)
+        for step in range(3):
+            parameter.grad = random(*shape, seed=step)
+            optimizer.step()
+        results.append((parameter.detach(), optimizer.state[parameter]["momentum_buffer"]))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("ns_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_matrices_of_every_size_share_a_batch(ns_dtype):
+    """Squares vanish or overflow in some of them; each moves as it does alone, by a full-size update."""
+    scales = [1.0, 1e-30, 1e30, 0.0, 1e-3, 1e-42]
+    gradients = [random(16, 24, seed=seed) * scale for seed, scale in enumerate(scales)]
+
+    def moved(*gradients):
+        parameters = [nn.Parameter(torch.zeros(16, 24)) for _ in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        Muon(parameters, lr=1.0, weight_decay=0.0, momentum=0.0, ns_dtype=ns_dtype).step()
+        return [parameter.detach() for parameter in parameters]
+
+    together = moved(*gradients)
+    for scale, gradient, update in zip(scales, gradients, together, strict=True):
+        assert torch.equal(update, moved(gradient)[0]), scale
+        if scale > 1e-40:  # below, float32 has few digits left
+            expected = -orthogonalize(gradient.double(), xp=torch)
+            assert (update - expected).norm() <= 0.05 * expected.norm(), scale
+    assert not together[3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 515, 771), (2, 512, 1024)])
+def test_symmetric_products_by_halves_are_the_whole_ones(shape, dtype):
+    halves, whole = choose_products("halves"), choose_products("baddbmm")
+    x = random(*shape, dtype=torch.float64)
+    x = x / x.norm(dim=(1, 2), keepdim=True) * 4
+    made = [(products.gram(x.to(dtype)), products) for products in (halves, whole)]
+    # Two that commute, as the iteration has them.
+    pairs = [(gram, products.polynomial(gram, -4.775, 2.0315), products) for gram, products in made]
+    updates = [
+        (products.symmetric_update or products.update)(gram, polynomial, 3.4445) for gram, polynomial, products in pairs
+    ]
+    gram = x @ x.mT
+    polynomial = -4.775 * gram + 2.0315 * gram @ gram
+    exact = gram, polynomial, 3.4445 * gram + polynomial @ gram
+    for by_halves, in_one, truth in zip(
+        (pairs[0][0], pairs[0][1], updates[0]), (pairs[1][0], pairs[1][1], updates[1]), exact, strict=True
+    ):
+        error, allowed = (by_halves - truth).norm(), (in_one - truth).norm()
+        assert error <= 1.5 * allowed + 1e-6 * truth.norm()
+
+
+def test_small_products_are_not_divided():
+    assert not divides(256, 512, torch.bfloat16)
+    assert divides(2048, 7168, torch.bfloat16)
+    assert choose_products(None, "cuda") is choose_products("baddbmm")
+    assert choose_products(None, "cpu") is choose_products("halves")
