@@ -1938,8 +1938,8 @@ MUTATIONS = (
     Mutation(
         "decay-without-the-rate",
         "Weight decay is not multiplied by the rate.",
-        "rows.mul_(1 - options.lr * options.weight_decay)",
-        "rows.mul_(1 - options.weight_decay)",
+        "weight.mul_(1 - options.lr * options.weight_decay)",
+        "weight.mul_(1 - options.weight_decay)",
         tests_of("torch/test_muon.py", "test_a_float64_trajectory_is_the_oracle_s"),
     ),
     Mutation(

@@ -31,7 +31,7 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
     factors = [1 / max(norm, floor) if is_sure else 1.0 for norm, is_sure in zip(norms, sure, strict=True)]
     result = stack if stack.dtype == dtype else torch.empty_like(stack, dtype=dtype)
     if result is stack:
-        torch._foreach_mul_(list(stack), factors)
+        torch._foreach_mul_(list(stack), factors)  # pyright: ignore[reportPrivateImportUsage]
     else:
         for each, matrix, factor in zip(result, stack, factors, strict=True):
             torch.mul(matrix, factor, out=each)

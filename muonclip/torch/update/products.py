@@ -28,17 +28,17 @@ _BADDBMM = Products(
 
 
 def _halved_gram(x: torch.Tensor) -> torch.Tensor:
-    return symmetric_product(x, x) if divides(*x.shape[1:], x.dtype) else _gram(x)
+    return symmetric_product(x, x) if divides(x) else _gram(x)
 
 
 def _halved_polynomial(gram: torch.Tensor, b: float, c: float) -> torch.Tensor:
-    if divides(*gram.shape[1:], gram.dtype):
+    if divides(gram):
         return symmetric_sum(gram, gram, gram, beta=b, alpha=c)
     return _BADDBMM.polynomial(gram, b, c)
 
 
 def _halved_update(x: torch.Tensor, polynomial: torch.Tensor, a: float) -> torch.Tensor:
-    if divides(*x.shape[1:], x.dtype):
+    if divides(x):
         return symmetric_sum(x, polynomial, x, beta=a, alpha=1.0)
     return _BADDBMM.update(x, polynomial, a)
 

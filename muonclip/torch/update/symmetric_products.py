@@ -19,9 +19,10 @@ _LEAST_WORK_OF_TILES = 8 * 10**8
 tile units (AMX) are so fast that less than 1024 × 1024 × 768 does not."""
 
 
-def divides(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Tell whether it pays to divide the symmetric product of matrices rows × columns."""
-    return rows >= _LEAST_ROWS and rows * rows * columns >= _least_work(dtype)
+def divides(a: Tensor) -> bool:
+    """Tell whether it pays to divide the symmetric product ABᵀ of matrices like this one."""
+    rows, columns = a.shape[-2:]
+    return rows >= _LEAST_ROWS and rows * rows * columns >= _least_work(a.dtype)
 
 
 def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def symmetric_sum(addend: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: f
 
 def _fill(result: Tensor, a: Tensor, b: Tensor, addend: Tensor | None, beta: float, alpha: float) -> None:
     half = len(a) // 2
-    if not divides(*a.shape, a.dtype):
+    if not divides(a):
         _multiply(result, a, b, addend, beta, alpha)
         return
     for part in (slice(half), slice(half, None)):
