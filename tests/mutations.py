@@ -966,6 +966,20 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "kernels-imported-late",
+        "A kernel whose package is imported after the clip was made is not patched.",
+        "        self._then(module.__name__)\n",
+        "",
+        tests_of("torch/test_attention_kernels.py", "test_a_kernel_imported_while_the_model_runs_is_observed"),
+    ),
+    Mutation(
+        "compiler-imported-with-the-library",
+        "Marking a function for torch's compiler imports it, with triton, when the library is imported.",
+        "_flash_is_allowed._dynamo_marked_constant = True  #",
+        "torch.compiler.assume_constant_result(_flash_is_allowed)  #",
+        tests_of("torch/test_imports.py", "test_what_is_not_used_is_not_imported"),
+    ),
+    Mutation(
         "flex-attention-by-another-way",
         "FlexAttention that is called by a reference that no patch reaches is missed.",
         "{host_sdpa: SDPA, flex_attention: FLEX}",
@@ -1617,8 +1631,8 @@ MUTATIONS = (
     Mutation(
         "writes-to-the-copy-count-as-changes",
         "What a proof writes to its copy amid a forward keeps the model's backward from running.",
-        "isinstance(parameter, DTensor) else parameter.data\n",
-        "isinstance(parameter, DTensor) else parameter.detach()\n",
+        "is_dtensor(parameter) else parameter.data\n",
+        "is_dtensor(parameter) else parameter.detach()\n",
         tests_of("torch/test_new_reach.py", "test_a_tower_that_the_first_batches_did_not_reach"),
     ),
     Mutation(
@@ -2109,7 +2123,7 @@ MUTATIONS = (
     Mutation(
         "strided-shards-in-plain-order",
         "The order of FSDP over tensor parallelism is ignored.",
-        "placement.split_factor if isinstance(placement, _StridedShard) else 1",
+        "placement.split_factor if is_strided_shard(placement) else 1",
         "1",
         tests_of("torch/test_sharded_clip.py", "test_indices_are_those_of_dtensor"),
     ),
@@ -2215,7 +2229,7 @@ MUTATIONS = (
     Mutation(
         "gradient-gathered-in-silence",  # 24
         "A gradient that would have to be gathered whole is gathered instead of refused.",
-        "if any(have != want and not isinstance(have, Partial | Replicate) for have, want in pairs):",
+        "if any(have != want and not (is_partial(have) or is_replicate(have)) for have, want in pairs):",
         "if False:",
         tests_of("torch/test_muon.py", "test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves"),
     ),

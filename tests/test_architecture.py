@@ -20,6 +20,7 @@ ENGINES = {
     "torch/observe/huggingface.py": {"transformers"},
     "torch/logits/kernels/head_maxima.py": {"triton"},
     "torch/logits/kernels/mask_levels.py": {"triton"},
+    "torch/mesh/late_types.py": {"typing_extensions"},  # for types alone
 }  # imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},

@@ -182,3 +182,58 @@ def test_a_kernel_that_no_patch_reaches_is_refused_by_name(early, monkeypatch, n
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     with pytest.raises(ValueError, match=f"the model: it calls {kernel} through a reference that QK-Clip cannot reach"):
         QKClip(early.ByNumber(number), example_inputs=torch.randn(2, 5, 6))
+
+
+LATE_MODEL = """
+from torch import nn
+import torch.nn.functional as F
+from toy_kernel_model import Layer
+
+class Late(Layer):
+    imports = False
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        if self.imports:
+            from toy_kernel_package import toy_attention
+
+            return toy_attention(q, k, v, causal=True, softmax_scale=2.0).flatten(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=2.0).transpose(1, 2).flatten(2)
+"""
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in the first forward", "in a later one"])
+def test_a_kernel_imported_while_the_model_runs_is_observed(tmp_path, monkeypatch, no_other_patches, first):
+    """Its package was not there when the clip was made, and forwards without it may have gone before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = "toy_kernel_package", "toy_kernel_model", "late_kernel_model"
+    sources = PACKAGE, MODEL.replace("from toy_kernel_package import toy_attention", ""), LATE_MODEL
+    for name, source in zip(names, sources, strict=True):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    kernel = AttentionKernel("toy attention", "toy_kernel_package:toy_attention", handled(read))
+    KERNELS.append(kernel)
+    torch.manual_seed(0)
+    try:
+        layer = importlib.import_module("late_kernel_model").Late()
+        layer.imports = first
+        clip = QKClip(layer, tau=0.5, observe="always")
+        for _ in range(2):
+            x = torch.randn(2, 8, 16)
+            q, k, _ = (t.transpose(1, 2).detach() for t in layer.heads(x))
+            forbidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+            expected = (2.0 * q @ k.mT).masked_fill(forbidden, -math.inf).amax((0, 2, 3))
+            layer(x).sum().backward()
+            clip.step()
+            torch.testing.assert_close(clip.report().layers[""].max_logits, expected, rtol=1e-5, atol=0)
+            layer.imports = True
+        package = sys.modules["toy_kernel_package"]
+        assert package.toy_attention is not package.__dict__["toy_attention"].__dict__["_qk_host"]
+        clip.remove()
+        assert package.toy_attention.__module__ == "toy_kernel_package"
+        assert not hasattr(package.toy_attention, "_qk_host")
+    finally:
+        KERNELS.remove(kernel)
+        for name in names:
+            sys.modules.pop(name, None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
@@ -16,7 +15,11 @@ from muonclip.torch.clip.monitor import AttentionMonitor
 from muonclip.torch.discover import NOTHING_FOUND, Inputs
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits, Unobservable
+from muonclip.torch.mesh import is_fsdp_module
 from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class ClipAttentions:
@@ -171,7 +174,7 @@ class ClipAttentions:
             module.reshard()
         if self._found.are_as_read(self.projections, self.version):
             return
-        self._sharded = [each for root in self._roots() for each in root.modules() if isinstance(each, FSDPModule)]
+        self._sharded = [each for root in self._roots() for each in root.modules() if is_fsdp_module(each)]
         for module in self._sharded:
             module.reshard()
         self._watch_loads()

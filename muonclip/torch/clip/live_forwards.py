@@ -20,11 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.discover import Inputs, NotTraced, is_experiment
 from muonclip.torch.logits import unobservable
+from muonclip.torch.mesh import is_compiled_module, is_dtensor
 from muonclip.torch.observe import (
     AttentionCall,
     Hooks,
@@ -336,13 +335,13 @@ def _is_alone(model: nn.Module) -> bool:
     """Tell whether no other rank trains the model, and no shard is whole amid a forward."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return False
-    return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return not any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def _is_compiled_in(module: nn.Module) -> bool:
     """Tell whether a module or one in it is compiled, so that its code would be compiled anew where it is followed."""
     compiled = (getattr(each, "_compiled_call_impl", None) is not None for each in module.modules())
-    return any(compiled) or any(isinstance(each, OptimizedModule) for each in module.modules())
+    return any(compiled) or any(is_compiled_module(each) for each in module.modules())
 
 
 _CALL = nn.Module._call_impl.__code__

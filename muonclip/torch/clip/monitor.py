@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 
 from muonclip.torch.clip.live_forwards import LiveForwards
 from muonclip.torch.discover import (
@@ -453,7 +454,7 @@ class _Entry:
         return (_NoEntry, ())
 
 
-_begin: Any = torch.compiler.disable(AttentionMonitor.begin)
+_begin: Any = _disable_dynamo(AttentionMonitor.begin)
 """A trace between two graphs is not compiled."""
 
 

@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.heads import QKProjection
-from muonclip.torch.mesh import group_of, replicas_of, running_ddp
+from muonclip.torch.mesh import group_of, is_dtensor, replicas_of, running_ddp
 
 
 class ClipRanks:
@@ -54,7 +53,7 @@ class ClipRanks:
         group = self._given
         if group is None:
             if self._meshes is None or version is None or self._meshes[0] != version:
-                self._meshes = version, frozenset(each.device_mesh for each in parameters if isinstance(each, DTensor))
+                self._meshes = version, frozenset(each.device_mesh for each in parameters if is_dtensor(each))
             meshes = self._meshes[1]
             key = dist.group.WORLD, meshes, self._replicas, bool(projections)
             if self._known is None or self._known[0] != key:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed.tensor import DTensor, Replicate
+
+from muonclip.torch.mesh import is_dtensor, is_replicate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class DenseCopies:
@@ -43,7 +47,7 @@ class DenseCopies:
 
 def is_whole(tensor: Tensor) -> bool:
     """Tell whether this rank has all of a tensor."""
-    return not isinstance(tensor, DTensor) or all(isinstance(each, Replicate) for each in tensor.placements)
+    return not is_dtensor(tensor) or all(is_replicate(each) for each in tensor.placements)
 
 
 def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:

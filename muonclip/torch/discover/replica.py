@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._library.custom_ops import CustomOpDef
-from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +28,7 @@ from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_en
 from muonclip.torch.discover.random_state import GeneratorsKept, random_state_kept
 from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
 from muonclip.torch.logits import MaxLogits, outside_modes
-from muonclip.torch.mesh import plain_class
+from muonclip.torch.mesh import is_compiled_module, is_dtensor, plain_class
 from muonclip.torch.observe import PATCHES
 
 
@@ -90,7 +88,7 @@ def replica_of(
         parameters = {id(each): _parameter_of_replica(each, copies, stand_ins, values) for each in model.parameters()}
         memo: dict[int, Any] = dict(parameters)
         for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
-            if isinstance(tensor, DTensor):
+            if is_dtensor(tensor):
                 memo[id(tensor)] = copies.dense(tensor)
         replica = _replica(model, memo)
         own_args, own_kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
@@ -179,13 +177,13 @@ def _parameter_of_replica(
 ) -> Any:
     """Make a parameter for the copy, of the memory that `values` leaves it. It knows if the model's is trained."""
     if not parameter.is_floating_point():
-        return copies.dense(parameter) if isinstance(parameter, DTensor) else parameter
+        return copies.dense(parameter) if is_dtensor(parameter) else parameter
     if id(parameter) in stand_ins:
         copied = stand_ins[id(parameter)].parameter
     else:
         # Not by `detach`: a forward may be under way, and what is written to the copy must not count as a change of
         # the tensors that its backward needs.
-        data = copies.dense(parameter) if isinstance(parameter, DTensor) else parameter.data
+        data = copies.dense(parameter) if is_dtensor(parameter) else parameter.data
         copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
     copied.is_trained = parameter.requires_grad  # pyright: ignore[reportAttributeAccessIssue]
     return copied
@@ -195,7 +193,7 @@ def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a module deeply; what cannot be copied (a lock, a process group) is shared."""
     if id(module) in memo:
         return memo[id(module)]
-    if isinstance(module, OptimizedModule):
+    if is_compiled_module(module):
         replica = memo[id(module)] = _Uncompiled(_replica(module._orig_mod, memo))
         return replica
     if isinstance(module, torch.jit.ScriptModule):

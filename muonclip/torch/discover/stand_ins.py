@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from muonclip.torch.discover.dense_copy import DenseCopies
+from muonclip.torch.mesh import is_fsdp_module
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -97,7 +97,7 @@ def _part_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, bool]:
     """Return the name of the part that a module belongs to, and whether the part is one of `fully_shard`."""
     path = name.split(".")
     around = [".".join(path[:length]) for length in range(len(path), 0, -1)]
-    sharded = next((each for each in around if isinstance(modules[each], FSDPModule)), None)
+    sharded = next((each for each in around if is_fsdp_module(modules[each])), None)
     if sharded is not None:
         return sharded, True
     return next((each for each in around[1:] if not isinstance(modules[each], _LISTS)), name), False
@@ -105,9 +105,7 @@ def _part_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, bool]:
 
 def _within(name: str, modules: dict[str, nn.Module]) -> Iterator[str]:
     """Yield the names of the modules of a part: any of them may be called from outside, by another method of it."""
-    others = [
-        each for each, module in modules.items() if isinstance(module, FSDPModule) and each.startswith(f"{name}.")
-    ]
+    others = [each for each, module in modules.items() if is_fsdp_module(module) and each.startswith(f"{name}.")]
     for each in modules:
         if each == name or (each.startswith(f"{name}.") and not any(f"{each}.".startswith(f"{o}.") for o in others)):
             yield each

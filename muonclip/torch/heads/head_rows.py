@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from muonclip.core.index_ranges import IndexRanges
-from muonclip.torch.mesh import local_indices
+from muonclip.torch.mesh import is_dtensor, is_replicate, is_shard, local_indices
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 Axes: TypeAlias = int | tuple[int, ...]
 """The axis of the rows, or several in ascending order, whose rows are counted together, the last the fastest."""
@@ -87,7 +88,7 @@ class HeadRows:
         `axis` is sharded.
         """
         axes = axes_of(axis)
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             sizes = [parameter.shape[each] for each in axes]
             parameter, held = local_rows(self.name_of(parameter), parameter, axes)
             if any(runs != ((0, size),) for runs, size in zip(held, sizes, strict=True)):
@@ -171,7 +172,7 @@ def _changes(factors: Tensor) -> Tensor:
 
 def sample_rows(parameter: Tensor, axis: Axes, columns: int) -> Tensor:
     """Return a few numbers of every row that this rank has of a weight, [rows, at most `columns`], to read."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    local = parameter.to_local() if is_dtensor(parameter) else parameter.detach()
     axes = axes_of(axis)
     count = len(axes)
     sample = local.movedim(axes, tuple(range(count)))
@@ -200,7 +201,7 @@ def local_rows(name: str, parameter: Tensor, axes: tuple[int, ...]) -> tuple[Ten
 
     `name`: for the error. Raises ValueError for placements that do not say where a row is.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return parameter, tuple(((0, parameter.shape[axis]),) for axis in axes)
     check_placements(name, parameter)
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
@@ -218,8 +219,8 @@ def local_rows(name: str, parameter: Tensor, axes: tuple[int, ...]) -> tuple[Ten
 
 def check_placements(name: str, parameter: Tensor) -> None:
     """Raise ValueError where the placements of a parameter do not say where a row is."""
-    placements: Sequence[Placement] = parameter.placements if isinstance(parameter, DTensor) else ()
-    unknown = [each for each in placements if not isinstance(each, Replicate | Shard | _StridedShard)]
+    placements: Sequence[Placement] = parameter.placements if is_dtensor(parameter) else ()
+    unknown = [each for each in placements if not (is_replicate(each) or is_shard(each))]
     if unknown:
         raise ValueError(
             f"{name} is placed as {tuple(placements)}; QK-Clip scales rows that are replicated or sharded. "

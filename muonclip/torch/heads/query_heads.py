@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.heads.head_rows import HeadRows, axes_of, check_placements
-from muonclip.torch.mesh import local_indices
+from muonclip.torch.mesh import is_dtensor, local_indices
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +34,7 @@ class QueryHeads:
     def count(self) -> int | None:
         """Return how many heads this rank has; None where the weight of the queries is not a DTensor in the forward."""
         weight = self._weight()
-        return len(self._heads(weight, 0)) if isinstance(weight, DTensor) else None
+        return len(self._heads(weight, 0)) if is_dtensor(weight) else None
 
     def first(self, count: int) -> int:
         """Return the head with which this rank's `count` heads begin.
@@ -40,7 +42,7 @@ class QueryHeads:
         Raises ValueError where these are not its heads.
         """
         weight = self._weight()
-        if not isinstance(weight, DTensor):
+        if not is_dtensor(weight):
             raise ValueError(
                 f"attention was called with {count} query heads, its MaxLogits counts {self.rows.num_heads}, and "
                 f"{self.rows.weight}, which makes the queries, is not a DTensor, which would say which heads these "

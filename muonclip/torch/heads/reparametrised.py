@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import _WeightNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils.parametrize import ParametrizationList
 
 from muonclip.core.head_parts import SIDE_OF
 from muonclip.torch.heads.head_rows import Axes, HeadRows, axes_of
 from muonclip.torch.heads.qk_projection import QKProjection
+from muonclip.torch.mesh import is_dtensor
 
 
 class NotProportional(ValueError):
@@ -137,7 +137,7 @@ def _scales_with(parametrization: ParametrizationList, axis: Axes) -> bool:
 
     The factors are powers of two, which commute with rounding, so that bits can be compared.
     """
-    if isinstance(parametrization.original, DTensor) or parametrization.original.is_meta:
+    if is_dtensor(parametrization.original) or parametrization.original.is_meta:
         return False  # which cannot be tried on one rank
     trial = copy.deepcopy(parametrization).eval()
     with torch.random.fork_rng(devices=[]):

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from muonclip.core import attention_mask as core
 from muonclip.core.attention_mask import MASKED, TWO_VALUED
+from muonclip.torch.mesh import is_dtensor
 
 _PART = {"cpu": 2**20}
 _PART_ON_DEVICE = 2**26  # values that are read at once
@@ -26,7 +26,7 @@ _PART_ON_DEVICE = 2**26  # values that are read at once
 def highest_masked(added: Tensor) -> Tensor:
     """Return the number at and below which its values forbid their pairs, [] in float32 (float64 for float64), on the
     tensor's device."""
-    if isinstance(added, DTensor):
+    if is_dtensor(added):
         added = added.to_local()
     added = added.detach() if added.is_floating_point() else added.float()
     dtype = torch.promote_types(added.dtype, torch.float32)

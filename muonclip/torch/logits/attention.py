@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.logits.host_sdpa import sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits
 from muonclip.torch.logits.sharded_attention import on_local_heads
+from muonclip.torch.mesh import is_dtensor
 
 
 def attention(
@@ -40,7 +40,7 @@ def attention(
     Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
     Raises ValueError for shapes that do not fit.
     """
-    if isinstance(q, DTensor):
+    if is_dtensor(q):
         masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)

@@ -81,6 +81,9 @@ def _is_cpu_flash(
     return choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
-@torch.compiler.assume_constant_result
 def _flash_is_allowed() -> bool:
     return torch.backends.cuda.flash_sdp_enabled()  # of the CPU's kernel, too
+
+
+_flash_is_allowed._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+# As `torch.compiler.assume_constant_result` marks it, which imports the compiler.

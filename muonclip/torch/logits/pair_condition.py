@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 _AT_ONCE = 2**22  # pairs
 
@@ -77,6 +76,8 @@ def at_pairs(function: Callable[..., Any], *of_pairs: Tensor) -> Any:
     axes = torch.broadcast_shapes(*(each.shape for each in of_pairs))
     for size in reversed(axes):
         function = _along_an_axis(function, size)
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
     with TransformGetItemToIndex():
         return function(*(each.reshape(*[1] * (len(axes) - each.ndim), *each.shape) for each in of_pairs))
 

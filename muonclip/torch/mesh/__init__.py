@@ -13,6 +13,15 @@ from muonclip.torch.mesh.dtensors import (
     local_part,
 )
 from muonclip.torch.mesh.index_ranges import local_indices
+from muonclip.torch.mesh.late_types import (
+    imported,
+    is_block_mask,
+    is_compiled_module,
+    is_dtensor,
+    is_fsdp_module,
+    is_replicate,
+    is_shard,
+)
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
@@ -30,6 +39,13 @@ __all__ = [
     "clip_grad_norm_",
     "group_of",
     "group_over",
+    "imported",
+    "is_block_mask",
+    "is_compiled_module",
+    "is_dtensor",
+    "is_fsdp_module",
+    "is_replicate",
+    "is_shard",
     "local_gradient",
     "local_indices",
     "local_part",

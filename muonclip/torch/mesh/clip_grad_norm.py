@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, local_part
+from muonclip.torch.mesh.late_types import is_dtensor
 from muonclip.torch.mesh.process_groups import group_over
 
 
@@ -34,9 +34,9 @@ def clip_grad_norm_(
         check_parameter(f"parameter {index}", parameter)
         check_gradient(f"parameter {index}", parameter)
         key: tuple[DeviceMesh | None, tuple[int, ...]] = (None, ())
-        if isinstance(parameter, DTensor):  # which says, without a gradient here, what others have to sum
+        if is_dtensor(parameter):  # which says, without a gradient here, what others have to sum
             gradient = parameter.grad
-            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            if is_dtensor(gradient) and gradient.placements != parameter.placements:
                 parameter.grad = gradient.redistribute(placements=parameter.placements)
             sharded = (dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
             key = parameter.device_mesh, tuple(sharded)

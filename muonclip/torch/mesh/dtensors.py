@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate
+
+from muonclip.torch.mesh.late_types import is_dtensor, is_fsdp1_module, is_partial, is_replicate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; writing there writes to the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
@@ -23,7 +25,7 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     shard. `check_gradient` has found nothing wrong with it.
     """
     gradient = parameter.grad
-    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+    if not is_dtensor(gradient) or not is_dtensor(parameter):
         return gradient
     if gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)
@@ -45,14 +47,14 @@ def check_state(
     if not isinstance(value, Tensor) or not value.ndim:
         return
     expected = (tuple(parameter.shape if shape is None else shape), "a plain tensor")
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         expected = (
             expected[0],
             parameter.device_mesh,
             tuple(parameter.placements if placements is None else placements),
         )
     found = (tuple(value.shape), "a plain tensor")
-    if isinstance(value, DTensor):
+    if is_dtensor(value):
         found = (found[0], value.device_mesh, tuple(value.placements))
     if found != expected:
         raise ValueError(
@@ -65,7 +67,7 @@ def check_state(
 def check_engine(model: Any) -> None:
     """Raise ValueError for engines whose parameters do not show their matrices."""
     modules: Iterable[nn.Module] = model.modules() if isinstance(model, nn.Module) else ()
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+    if any(is_fsdp1_module(module) for module in modules):
         raise ValueError(
             "the model is sharded by FullyShardedDataParallel (FSDP1), which flattens matrices. Shard it by "
             "torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -78,7 +80,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         raise ValueError(f"{name} is sharded by DeepSpeed ZeRO-3, which flattens matrices. Shard it by fully_shard.")
     if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
         raise ValueError(f"{name} is flattened by FSDP1. Shard it by torch.distributed.fsdp.fully_shard (FSDP2).")
-    if isinstance(parameter, DTensor) and any(isinstance(placement, Partial) for placement in parameter.placements):
+    if is_dtensor(parameter) and any(is_partial(placement) for placement in parameter.placements):
         raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is not a weight.")
 
 
@@ -87,14 +89,14 @@ def check_gradient(name: str, parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is None:
         return
-    if not isinstance(parameter, DTensor):
-        if isinstance(gradient, DTensor):
+    if not is_dtensor(parameter):
+        if is_dtensor(gradient):
             raise ValueError(f"{name} is a plain tensor, but its gradient is a DTensor.")
         return
-    if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
+    if not is_dtensor(gradient) or gradient.device_mesh != parameter.device_mesh:
         raise ValueError(f"{name} is a DTensor on {parameter.device_mesh}, but its gradient is not on that mesh.")
     pairs = zip(gradient.placements, parameter.placements, strict=True)
-    if any(have != want and not isinstance(have, Partial | Replicate) for have, want in pairs):
+    if any(have != want and not (is_partial(have) or is_replicate(have)) for have, want in pairs):
         raise ValueError(
             f"{name} is placed as {parameter.placements}, its gradient as {gradient.placements}. Redistribute the "
             "gradient before the step; the optimizer would have to gather it whole."

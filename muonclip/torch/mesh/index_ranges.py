@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from typing import TYPE_CHECKING
 
 from muonclip.core.index_ranges import IndexRanges, length, merged, sliced
+from muonclip.torch.mesh.late_types import is_shard, is_strided_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 def local_indices(
@@ -19,9 +22,9 @@ def local_indices(
     along the axis is whole; () where there is nothing.
     """
     cuts = tuple(
-        (ways, at, placement.split_factor if isinstance(placement, _StridedShard) else 1)
+        (ways, at, placement.split_factor if is_strided_shard(placement) else 1)
         for placement, ways, at in zip(placements, mesh_shape, coordinate, strict=True)
-        if isinstance(placement, Shard | _StridedShard) and placement.dim == tensor_dim
+        if is_shard(placement) and placement.dim == tensor_dim
     )
     return _cut(size, cuts)
 

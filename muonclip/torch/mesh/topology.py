@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from muonclip.torch.mesh.late_types import is_dtensor
 from muonclip.torch.mesh.mesh import Mesh
 from muonclip.torch.mesh.process_groups import group_over
 from muonclip.torch.mesh.wrappers import replicas_of, running_ddp, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 class RankPosition:
@@ -85,13 +87,13 @@ class Topology:
         if group is None or group.size() == 1:
             return
         for name, parameter in ddp.module.named_parameters():
-            if name not in ddp.parameters_to_ignore and not isinstance(parameter, DTensor):
+            if name not in ddp.parameters_to_ignore and not is_dtensor(parameter):
                 self._replicated[parameter] = group
         self.version += 1
 
     def position(self, parameter: Tensor) -> RankPosition:
         """Return where this rank is in the mesh of a parameter."""
-        key = parameter.device_mesh if isinstance(parameter, DTensor) else self._replicated.get(parameter)
+        key = parameter.device_mesh if is_dtensor(parameter) else self._replicated.get(parameter)
         if key is None:
             self._alone = self._alone or RankPosition()
             return self._alone
@@ -101,8 +103,10 @@ class Topology:
 
     def placements(self, parameter: Tensor) -> tuple[Placement, ...]:
         """Return how a parameter is placed on its mesh, by dimension."""
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             return tuple(parameter.placements)
+        from torch.distributed.tensor import Replicate
+
         return (Replicate(),)
 
     def positions(self) -> dict[Mesh, RankPosition]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from muonclip.torch.mesh.late_types import imported, is_compiled_module
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """Return the module inside what torch wraps around a whole model, and the DistributedDataParallel, if any."""
     replicated: DistributedDataParallel | None = None
-    while isinstance(model, DistributedDataParallel | OptimizedModule):
+    while isinstance(model, DistributedDataParallel) or is_compiled_module(model):
         if isinstance(model, DistributedDataParallel):
             replicated, model = model, model.module
         else:
@@ -34,4 +34,5 @@ def replicas_of(ddp: DistributedDataParallel | None) -> dist.ProcessGroup | None
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module; FSDP2 puts its own in front of it."""
-    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+    sharded = imported("torch.distributed.fsdp", "FSDPModule")
+    return next(each for each in type(module).__mro__ if sharded is None or not issubclass(each, sharded))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from muonclip.torch.mesh import is_block_mask
 from muonclip.torch.observe.score_mod import ScoreMod
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _TILES = "norm bound, then exact tiles"
 
@@ -120,8 +123,10 @@ class AttentionCall:
 
     def dense_mask(self) -> Tensor | None:
         """Return `attn_mask` as a tensor; bool [B or 1, H or 1, Tq, Tk] for a BlockMask."""
-        if not isinstance(self.attn_mask, BlockMask):
+        if not is_block_mask(self.attn_mask):
             return self.attn_mask
+        from torch.nn.attention.flex_attention import create_mask
+
         batch, heads = self.attn_mask.shape[:2]
         lengths = self.heads_first(self.q).shape[-2], self.heads_first(self.k).shape[-2]
         return create_mask(self.attn_mask.mask_mod, batch, heads, *lengths, device=self.q.device)

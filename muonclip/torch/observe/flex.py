@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
 from muonclip.torch.observe.score_mod import ScoreMod
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def _read(
@@ -63,6 +65,8 @@ def _read(
 
 
 def _run_with_max(host: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
     y, seen = host(**{**arguments, "return_aux": AuxRequest(max_scores=True)})
     return y, seen.max_scores.detach().amax((0, 2))
 

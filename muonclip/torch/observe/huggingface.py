@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
+from muonclip.torch.mesh import is_block_mask
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import current_handler, handling
 from muonclip.torch.observe.packed_sequences import packed_pairs
@@ -61,7 +61,7 @@ def _mask(
     implementation: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the mask as `AttentionMask` takes it; each implementation has its own way to give it."""
-    if isinstance(mask, BlockMask):
+    if is_block_mask(mask):
         return {"attn_mask": mask}
     if implementation == "eager" or (isinstance(mask, Tensor) and mask.ndim == 4):
         return {"attn_mask": None if mask is None else mask[..., : key.shape[-2]]}

@@ -8,18 +8,19 @@ that is taken back, leaves the weights that were observed.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from muonclip.torch.logits import MaxLogits
+from muonclip.torch.mesh import is_dtensor
+from muonclip.torch.observe.late_imports import LateImports
 
 
 class LoadHooks:
@@ -81,13 +82,13 @@ class _LoadsInPlace:
         self._hooks: weakref.WeakSet[LoadHooks] = weakref.WeakSet()
         self._host: Callable[..., Any] | None = None
         self._patch: Callable[..., Any] | None = None
+        self._late = LateImports(lambda _: self._put())
 
     def add(self, hooks: LoadHooks) -> None:
         with self._lock:
             self._hooks.add(hooks)
-            if self._host is None:
-                self._host = state_dict_loader._load_state_dict
-                self._patch = state_dict_loader._load_state_dict = self._telling(self._host)
+            self._late.wait_for((_LOADER,))
+            self._put()
 
     def discard(self, hooks: LoadHooks) -> None:
         self._hooks.discard(hooks)
@@ -95,10 +96,21 @@ class _LoadsInPlace:
 
     def restore_unused(self) -> None:
         with self._lock:
-            if not self._hooks and self._host is not None:
-                if state_dict_loader._load_state_dict is self._patch:
-                    state_dict_loader._load_state_dict = self._host
+            if self._hooks:
+                return
+            self._late.wait_for(())
+            if self._host is not None:
+                loader: Any = sys.modules[_LOADER]
+                if loader._load_state_dict is self._patch:
+                    loader._load_state_dict = self._host
                 self._host = self._patch = None
+
+    def _put(self) -> None:
+        with self._lock:
+            loader: Any = sys.modules.get(_LOADER)
+            if self._hooks and self._host is None and hasattr(loader, "_load_state_dict"):
+                host = self._host = loader._load_state_dict
+                self._patch = loader._load_state_dict = self._telling(host)
 
     def _telling(self, host: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(host)
@@ -114,11 +126,12 @@ class _LoadsInPlace:
         return load
 
 
+_LOADER = "torch.distributed.checkpoint.state_dict_loader"
 _loads_in_place = _LoadsInPlace()
 
 
 def _storage(tensor: Tensor) -> int:
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor
     return local.untyped_storage().data_ptr()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 
 from muonclip.torch.logits import (
     AttentionMask,
@@ -20,6 +20,7 @@ from muonclip.torch.logits import (
     statistic_dtype,
     unseen,
 )
+from muonclip.torch.mesh import is_dtensor
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 from muonclip.torch.observe.handled_run import HandledRun
 from muonclip.torch.observe.score_mod import ScoreMod
@@ -125,7 +126,7 @@ class ObserverRun(HandledRun):
             take_in(call, statistic, lse)
         except (ValueError, RuntimeError) as error:
             is_ours = not isinstance(error, torch.OutOfMemoryError) and not torch.compiler.is_compiling()
-            if not is_ours or isinstance(call.q, DTensor):
+            if not is_ours or is_dtensor(call.q):
                 raise
             self.observer.unclaimed.note(str(error))
 
@@ -211,7 +212,7 @@ def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> No
             "sequences with a mask."
         )
     q, k = call.heads_first(q.detach()), call.heads_first(k.detach())
-    if isinstance(q, DTensor):
+    if is_dtensor(q):
         q, k = local_queries_and_keys(q, k)
     if isinstance(scale, Tensor):  # which is not read, because the host would wait for it
         dtype = statistic_dtype(q, k)
@@ -233,7 +234,7 @@ def take_in(call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> No
         statistic.take(q, k, scale=scale, mask=mask, lse=lse)
 
 
-@torch.compiler.disable(reason="QK-Clip reads the score_mod of FlexAttention")
+@_disable_dynamo
 def _take_in_modified(
     score_mod: ScoreMod, statistic: MaxLogits, q: Tensor, k: Tensor, scale: float, mask: AttentionMask
 ) -> None:
@@ -260,4 +261,4 @@ def _is_readable(call: AttentionCall) -> bool:
 
 
 def _local(tensor: Any) -> Any:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor

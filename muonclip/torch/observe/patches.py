@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining.stage import PipelineStage
 from torch.nn.utils import stateless
 
 from muonclip.torch.logits import PARTS_OF_SEQUENCES, Unobservable, host_sdpa, unobserved
-from muonclip.torch.mesh import plain_class
+from muonclip.torch.mesh import imported, plain_class
 from muonclip.torch.observe.attention_call import AttentionKernel
 from muonclip.torch.observe.handlers import of_thread
 from muonclip.torch.observe.kernels import KERNELS
+from muonclip.torch.observe.late_imports import LateImports
 
 
 class _Patch(NamedTuple):
@@ -45,6 +45,7 @@ class Patches:
         self.users = 0
         self._placed: dict[tuple[int, str], tuple[Any, Any, Any]] = {}  # holder, patch, what was there; by holder, name
         self._patches: dict[int, _Patch] = {}  # by the function's id
+        self._late = LateImports(self._patch_module)
 
     def add_user(self, model: nn.Module) -> None:
         """Put the patches where `model` will look. Raises ValueError under torch's context parallelism, whose attention
@@ -53,6 +54,7 @@ class Patches:
             if (getattr(F.scaled_dot_product_attention, "__module__", None) or "").startswith("torch.distributed"):
                 raise ValueError(PARTS_OF_SEQUENCES)
             self.users += 1
+            self._late.wait_for({_PIPELINES, *(_module_of(kernel) for kernel in KERNELS)})
             self._patch_pipelines()
             self._patch_functional_calls()
             for kernel in KERNELS:
@@ -66,6 +68,7 @@ class Patches:
             self.users -= 1
             if self.users:
                 return
+            self._late.wait_for(())
             for (_, name), (holder, patch, original) in reversed(self._placed.items()):
                 if vars(holder).get(name) is not patch:
                     continue
@@ -85,10 +88,20 @@ class Patches:
         finally:
             self.remove_user()
 
+    def _patch_module(self, name: str) -> None:
+        """Patch a module that has been imported just now."""
+        with self._lock:
+            if not self.users:
+                return
+            if name == _PIPELINES:
+                self._patch_pipelines()
+            for kernel in KERNELS:
+                if _module_of(kernel) == name:
+                    self._patch_home(kernel)
+
     def _patch_home(self, kernel: AttentionKernel) -> None:
-        module, _, path = kernel.home.partition(":")
-        *owners, name = path.split(".")
-        holder: Any = sys.modules.get(module)
+        *owners, name = kernel.home.partition(":")[2].split(".")
+        holder: Any = sys.modules.get(_module_of(kernel))
         for owner in owners:
             holder = getattr(holder, owner, None)
             holder = holder if holder is None else vars(holder).get(_HOST, holder)  # not a patch that is in its place
@@ -126,10 +139,10 @@ class Patches:
 
     def _patch_pipelines(self) -> None:
         """Keep a stage's first run, with gradients, on memory that nobody has written to, from being observed."""
-        if hasattr(PipelineStage, "_compute_outputs"):
-            compute = vars(PipelineStage)["_compute_outputs"]
-            if (id(PipelineStage), "_compute_outputs") not in self._placed:
-                self._put(PipelineStage, "_compute_outputs", _unobserved(compute))
+        stage = imported(_PIPELINES, "PipelineStage")
+        compute = None if stage is None else vars(stage).get("_compute_outputs")
+        if compute is not None and (id(stage), "_compute_outputs") not in self._placed:
+            self._put(stage, "_compute_outputs", _unobserved(compute))
 
     def _patch_functional_calls(self) -> None:
         """Keep a model that is called with other parameters than its own from being observed."""
@@ -151,6 +164,10 @@ def _code_of(model: nn.Module) -> list[Any]:
     return [*kinds, *(file for file in files.values() if file is not None)]
 
 
+def _module_of(kernel: AttentionKernel) -> str:
+    return kernel.home.partition(":")[0]
+
+
 def _is_library(code: Any) -> bool:
     name = code.__module__ or "builtins"
     package = name.partition(".")[0]
@@ -159,6 +176,7 @@ def _is_library(code: Any) -> bool:
 
 _HOST = "_qk_host"  # the attribute of a patch that has the function in whose place it is
 _INHERITED = object()  # in the place of what a class does not have itself
+_PIPELINES = "torch.distributed.pipelining.stage"
 _SDPA = "torch.nn.functional:scaled_dot_product_attention"
 PATCHES = Patches()
 """Those of this process."""

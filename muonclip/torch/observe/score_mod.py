@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_level
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 from torch._functorch.autograd_function import custom_function_call
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
@@ -67,7 +68,7 @@ class ScoreMod:
     `problem`: why S is not known under it, in words that follow the attention's name, or "".
     """
 
-    @torch.compiler.disable(reason="QK-Clip reads the score_mod of FlexAttention")
+    @_disable_dynamo
     def __init__(self, function: Callable[..., Any], query: Tensor, key: Tensor) -> None:
         self.problem = ""
         self._function = function

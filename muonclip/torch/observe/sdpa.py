@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from muonclip.torch.logits import host_sdpa, sdpa_with_lse
+from muonclip.torch.mesh import is_dtensor
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
 from muonclip.torch.observe.jagged import is_jagged, packed
@@ -36,7 +36,7 @@ def _read(
         scale=scale,
         enable_gqa=enable_gqa,
     )
-    is_torchs_own = host is host_sdpa and not isinstance(query, DTensor)  # and not somebody's kernel in its place
+    is_torchs_own = host is host_sdpa and not is_dtensor(query)  # and not somebody's kernel in its place
     call = AttentionCall(
         KERNEL,
         functools.partial(host, **arguments),

@@ -11,10 +11,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from muonclip.torch.logits import is_masked
+from muonclip.torch.mesh import is_block_mask, is_dtensor
 from muonclip.torch.observe.attention_call import AttentionCall, broadcast_heads
 
 
@@ -36,7 +35,7 @@ def whole_logits(call: AttentionCall, heads: int) -> Tensor | None:
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.reshape(shape)
     others = call.window, call.document_ids, call.key_document_ids, call.score_mod
-    if call.kernel.written_out or isinstance(call.attn_mask, BlockMask) or any(each is not None for each in others):
+    if call.kernel.written_out or is_block_mask(call.attn_mask) or any(each is not None for each in others):
         return None
     q, k, mask = broadcast_heads(q, k, mask, heads)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -51,4 +50,4 @@ def whole_logits(call: AttentionCall, heads: int) -> Tensor | None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from muonclip.torch.mesh import check_gradient, check_parameter
+from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.options import Group
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
@@ -128,7 +127,7 @@ def check_gradients(groups: Iterable[Group]) -> None:
             if gradient.is_sparse:
                 name = name_of(group, index, position)
                 raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
-            if isinstance(gradient, DTensor) or isinstance(parameter, DTensor):
+            if is_dtensor(gradient) or is_dtensor(parameter):
                 check_gradient(name_of(group, index, position), parameter)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from muonclip.core import MatrixLayout
 from muonclip.core.matrix_state import MatrixState, per_row
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.heads import HeadRows, scale_heads
-from muonclip.torch.mesh import RankPosition, check_state, local_part
+from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part
 from muonclip.torch.optimizer.options import MuonOptions
 from muonclip.torch.update import PlacedParameter, rescale
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 def make_matrix_states(
@@ -82,8 +83,10 @@ def _full(declared: MatrixState, parameter: Tensor, layout: MatrixLayout, dtype:
     if not declared.is_per_row:
         return torch.full_like(parameter, value, dtype=dtype, requires_grad=False)
     shape, placements = _stored(declared, parameter, layout)
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return parameter.new_full(shape, value, dtype=dtype)
+    from torch.distributed.tensor import DTensor
+
     whole = torch.empty(shape, device="meta")
     held = declared.stored_shape(parameter.to_local().shape, layout.axes(parameter.ndim).fan_in)
     return DTensor.from_local(
@@ -102,10 +105,11 @@ def _stored(
     """Return a state's shape and how it is placed: as its parameter, but whole along axes of which it has no part."""
     fan_in = layout.axes(parameter.ndim).fan_in
     shape = declared.stored_shape(parameter.shape, fan_in)
-    placements = tuple(parameter.placements) if isinstance(parameter, DTensor) else ()
+    placements = tuple(parameter.placements) if is_dtensor(parameter) else ()
     if not declared.is_per_row:
         return shape, placements
+    from torch.distributed.tensor import Replicate
+
     return shape, tuple(
-        Replicate() if isinstance(each, Shard | _StridedShard) and each.dim % parameter.ndim in fan_in else each
-        for each in placements
+        Replicate() if is_shard(each) and each.dim % parameter.ndim in fan_in else each for each in placements
     )

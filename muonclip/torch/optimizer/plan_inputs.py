@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.distributed.tensor import DTensor
+from muonclip.torch.mesh import is_dtensor
 
 _OPTIONS = (
     "use",
@@ -30,5 +30,5 @@ def plan_inputs(groups: Sequence[Mapping[str, Any]], topology_version: int) -> l
         inputs.append(tuple(map(group.get, _OPTIONS)))
         inputs.append(tuple(map(id, parameters)))
         inputs.append([(p.requires_grad or p.grad is not None, p.dtype, p.device, p.shape) for p in parameters])
-        inputs.append([(p.device_mesh, p.placements) for p in parameters if isinstance(p, DTensor)])
+        inputs.append([(p.device_mesh, p.placements) for p in parameters if is_dtensor(p)])
     return inputs

@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
-
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from muonclip.core import MatrixLayout
 from muonclip.core.index_ranges import IndexRanges, flattened, intersection, length
-from muonclip.torch.mesh import local_indices
+from muonclip.torch.mesh import is_replicate, is_shard, local_indices
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 Coordinate: TypeAlias = tuple[int, ...]
 """Along some dimensions of a mesh, in their order."""
@@ -66,11 +67,11 @@ def matrix_shards(
     Raises ValueError for placements that are neither `Replicate` nor a shard of an axis.
     """
     for placement in placements:
-        if not isinstance(placement, Replicate | Shard | _StridedShard):
+        if not (is_replicate(placement) or is_shard(placement)):
             raise ValueError(f"is placed as {placement}; Muon's matrices are sharded or replicated.")
     axes = layout.axes(len(shape))
     batch, rows, columns = (_Side.from_placements(shape, each, placements, mesh_shape) for each in axes)
-    replicas = tuple(dim for dim, size in enumerate(mesh_shape) if size > 1 and isinstance(placements[dim], Replicate))
+    replicas = tuple(dim for dim, size in enumerate(mesh_shape) if size > 1 and is_replicate(placements[dim]))
     fan_out, fan_in = (math.prod(shape[axis] for axis in each) for each in (axes.fan_out, axes.fan_in))
     found: list[MatrixShards] = []
     for at, batches in batch.held.items():
@@ -126,7 +127,7 @@ class _Side:
         dims = tuple(
             dim
             for dim, (placement, size) in enumerate(zip(placements, mesh_shape, strict=True))
-            if size > 1 and isinstance(placement, Shard | _StridedShard) and placement.dim % len(shape) in axes
+            if size > 1 and is_shard(placement) and placement.dim % len(shape) in axes
         )
         held: dict[Coordinate, IndexRanges] = {}
         for at in coordinates(mesh_shape, dims):

@@ -10,16 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.distributed.tensor.placement_types import Placement
 
 from muonclip.core import MatrixLayout, resolve_coefficients
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 Method = Literal["in place", "owner", "gram"]
 
