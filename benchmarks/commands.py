@@ -93,7 +93,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
-COMMANDS |= dict.fromkeys(("clip-cost", "optax-speed", "scaling", "kill-trials", "ownership", "sweep"), study)
+COMMANDS |= dict.fromkeys(("clip-cost", "optax-speed", "speed", "scaling", "kill-trials", "ownership", "sweep"), study)
 
 
 def device_of(options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Framework
 from benchmarks.report.redraw import COMPARISON
 from benchmarks.studies.clip_cost_bench import MODELS, PLANS
+from benchmarks.studies.speed import PARTS
 from benchmarks.studies.sweep_architectures import ARCHITECTURES
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models.config import Attention
@@ -149,6 +150,14 @@ _CLIP_COST = {
     "--host": _flag("measure the host's time and the first step anew, in what DIR holds"),
     "--page": _of(Path, "FILE", "measure nothing; write what DIR holds into this page, between its marks"),
 }
+_SPEED = {
+    "--parts": _of(several(one_of(PARTS, "part")), "A,B", f"of {', '.join(PARTS)} (default: all)", tuple(PARTS)),
+    "--threads": _of(several(count), "N,M", "steps and first: the first of these (default: 1,2)", (1, 2)),
+    "--rounds": _of(count, "N", "timed steps of each (default: 9)", 9),
+    "--long": _flag("also what takes hours: large models and batches, and peers that compile, at the other shapes"),
+    "--quick": _flag("tiny shapes, to see that all of it works"),
+    "--page": _of(Path, "FILE", "measure nothing; write what DIR holds into this page, between its marks"),
+}
 _SCALING = {
     "--processes": _of(several(count), "N,M", "of this machine (default: 1,2,4)", (1, 2, 4)),
     "--arms": _of(several(arm), "A,B", "default: adamw,muonclip", choices("adamw", "muonclip")),
@@ -182,6 +191,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "Muon's update in JAX next to Optax's own: three minutes on two cores",
         {"--rounds": _of(count, "N", "timed calls (default: 31)", 31)}, ["--out"],
     ),
+    "speed": ("time updates and training steps next to every other Muon that is installed", _SPEED, ["--out"]),
     "scaling": (
         "time training steps on more and more processes: alone for --processes, or under torchrun", _SCALING,
         ("--preset", "--device", "--data", "--out", "--collective-timeout"),

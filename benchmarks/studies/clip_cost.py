@@ -24,11 +24,10 @@ from benchmarks.records.environment import environment
 from benchmarks.records.intervals import CONFIDENCE
 from benchmarks.studies.clip_cost_bench import DTYPES, MODELS, PLANS, QUICK, REGIMES, TAU, Bench, Plan, build
 from benchmarks.studies.host_time import FIRST_STEPS, MATRICES, QUICK_STEPS, first_steps, host_time
-from benchmarks.studies.templates import render
+from benchmarks.studies.templates import render, write_between_marks
 from benchmarks.training.timing import torch_threads
 
 Json = Mapping[str, Any]
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,13 +81,7 @@ def write_into(page: Path, written: Path) -> None:
     """Put the sections between the marks of the page. Raises UsageError without marks, or what is to be written."""
     if not written.exists():
         raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
-    sections = read_clip_cost(json.loads(written.read_text(encoding="utf-8")))
-    try:
-        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-        _, after = rest.split(END)
-    except (OSError, ValueError) as error:
-        raise UsageError("--page", f"{page} does not have the lines {BEGIN} and {END}, once each.") from error
-    page.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
+    write_between_marks(page, read_clip_cost(json.loads(written.read_text(encoding="utf-8"))))
 
 
 def _measure(models: Sequence[str], device: str, plan: Plan, out: Path) -> dict[str, Any]:

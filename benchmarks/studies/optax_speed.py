@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from optax.contrib import MuonDimensionNumbers
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.studies.templates import render
-from benchmarks.training.timing import milliseconds
+from benchmarks.training.timing import in_turn, milliseconds, seconds
 from muonclip.models import MoEConfig
 from muonclip.models import jax as moe
 from muonclip.optax import muonclip, scale_by_muon
@@ -51,6 +51,15 @@ def run(options: argparse.Namespace) -> None:
 def read_optax_speed(result: dict[str, Any]) -> str:
     """Write a Markdown table, and what made it."""
     return render("optax_speed.md", **result)
+
+
+def compare(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure raw seconds of both, and of ours a second time, at (count, m, n); on JAX's own threads."""
+    for count, m, n in shapes:
+        theirs, (ours, _), _ = _matrices(count, m, n).values()
+        candidates = {"muonclip": ours, "muonclip, again": ours, "optax.contrib.muon": theirs[0]}
+        timed = {name: lambda run=run: seconds(run) for name, run in candidates.items()}
+        yield {"name": f"{count} × {m}×{n}", "seconds": in_turn(timed, rounds, warm_up=2)}
 
 
 def _matrices(count: int, m: int, n: int) -> dict[str, tuple[Run, float]]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import jinja2
 
+from benchmarks.experiment.errors import UsageError
 from benchmarks.records.environment import made_with
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def render(name: str, **values: Any) -> str:
@@ -18,3 +21,13 @@ def render(name: str, **values: Any) -> str:
     environment.filters |= {"made_with": lambda recorded: f"Made with {made_with(recorded)}"}
     template = environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
     return template.render(values)
+
+
+def write_between_marks(page: Path, sections: str) -> None:
+    """Put the sections between the marks of the page. Raises UsageError without marks."""
+    try:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+    except (OSError, ValueError) as error:
+        raise UsageError("--page", f"{page} does not have the lines {BEGIN} and {END}, once each.") from error
+    page.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.experiment.errors import RunFailed
-from benchmarks.studies.clip_cost import BEGIN, END, read_clip_cost, target_facts, write_into
+from benchmarks.studies.clip_cost import read_clip_cost, target_facts, write_into
 from benchmarks.studies.clip_cost_bench import AGAIN, ALWAYS, MODELS, NEEDED, QUICK, REGIMES, TAU, WITHOUT, Bench
+from benchmarks.studies.templates import BEGIN, END
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
