@@ -1,4 +1,4 @@
-"""What a step cannot be faster than, measured next to it: its own matrix products, and its passes over memory.
+"""The limit of a step, measured next to it: its own matrix products, and its passes over memory.
 
 The products are those that a step asks PyTorch for, recorded with their shapes, strides and dtypes and run again with
 nothing between them. The passes are the least an update needs: read gradient, momentum and weight, write the latter two
