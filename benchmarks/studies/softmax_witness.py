@@ -2,7 +2,8 @@
 
 Operators are seen as they run, whatever Python called them: `_softmax`, and fused attention, whose logits are computed
 from its queries, keys, scale and mask. Nothing is taken from QK-Clip. Where logits come from is followed by storage: a
-product of two tensors, neither of them a parameter, reaches a softmax through operators other than products.
+product of two tensors, neither of them a parameter, reaches a softmax through operators other than products. A sigmoid
+that it reaches and whose results weigh other activations is taken for a softmax over the last axis.
 
 A model is run again with the results of all its softmaxes, and what it chooses by `topk`, as in a first run. So each
 attention gets the inputs that it had then, however the weights of queries and keys were changed, and its logits can be
@@ -166,6 +167,8 @@ class _Run(TorchDispatchMode):
             return self._softmax(func, args, kwargs, logits, args[0])
         if operator in _FUSED:
             return self._fused(func, args, kwargs)
+        if operator is _ATEN.sigmoid and self._reached.get(_storage(args[0])):
+            return self._softmax(func, (args[0], -1), kwargs, args[0], args[0])
         if operator in _PRODUCTS:
             return self._product(func, list(args), kwargs, _PRODUCTS[operator])
         result = func(*args, **kwargs)
@@ -202,8 +205,8 @@ class _Run(TorchDispatchMode):
 
     def _product(self, func: Any, args: list[Any], kwargs: Any, at: int) -> Tensor:
         factors = [_storage(each) for each in args[at : at + 2]]
-        self._weighs(factors)
         product, of_activations = self._products, not self._parameters.intersection(factors)
+        self._weighs(factors, of_activations=of_activations)
         self._products += of_activations
         if of_activations and product in self._zeroed:
             args[at] = torch.zeros_like(args[at])
@@ -229,7 +232,7 @@ class _Run(TorchDispatchMode):
         if mask is not None:
             of_mask = self._reached.get(_storage(mask), frozenset())
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        self._weighs([_storage(each) for each in (given["query"], given["key"], given["value"])])
+        self._weighs([_storage(each) for each in (given["query"], given["key"], given["value"])], of_activations=True)
         return self._softmax(func, args, kwargs, logits, None, frozenset({product}) | of_mask)
 
     def _softmax(
@@ -237,7 +240,8 @@ class _Run(TorchDispatchMode):
         products: frozenset[int] = frozenset(),
     ) -> Any:  # fmt: skip
         number = len(self.softmaxes)
-        result = func(*args, **kwargs)
+        is_sigmoid = func.overloadpacket is _ATEN.sigmoid
+        result = func(*args[: 1 if is_sigmoid else None], **kwargs)
         if self._pinned is not None and number < len(self._pinned):
             result = self._pinned[number]
         read, is_capped = logits, False
@@ -256,10 +260,11 @@ class _Run(TorchDispatchMode):
             self._weights[_storage(outputs[0])] = frozenset({number})
         return result
 
-    def _weighs(self, factors: list[int]) -> None:
-        """Note that results of softmaxes weigh something."""
+    def _weighs(self, factors: list[int], *, of_activations: bool) -> None:
+        """Note that results of softmaxes weigh something; a sigmoid in front of a parameter is a gate."""
         for number in frozenset[int]().union(*(self._weights.get(each, frozenset()) for each in factors)):
-            if not self.softmaxes[number].weighs:
+            softmax = self.softmaxes[number]
+            if not softmax.weighs and (of_activations or softmax.operator != "sigmoid"):
                 self.softmaxes[number] = replace(self.softmaxes[number], weighs=True)
 
 
