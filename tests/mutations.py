@@ -2206,6 +2206,13 @@ MUTATIONS = (
         tests_of("torch/test_update_pieces.py", "test_a_processor_takes_few_matrices_at_once"),
     ),
     Mutation(
+        "form-chosen-for-unjudged-polynomials",
+        "Any polynomials run in the Gram form where it is cheaper.",
+        'if gram_restarts(ns_coefficients, ns_steps) is None:\n        return "standard"',
+        "if False:\n        pass",
+        tests_of("torch/test_update_pieces.py", "test_the_form_is_chosen_by_the_shape_and_the_polynomials"),
+    ),
+    Mutation(
         "half-of-a-product-not-mirrored",
         "The block above the diagonal of a symmetric product is that below it, not turned.",
         "result[:half, half:].copy_(below.mT)",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts, resolve_coefficients
@@ -86,19 +87,20 @@ def gram_newton_schulz(
     update = products.symmetric_update or products.update
     restarts = checked_gram_restarts(ns_coefficients, ns_steps)
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
-    gram = products.gram(x)
     device = getattr(x, "device", None)  # JAX: none while it traces
-    one = xp.zeros_like(gram) + xp.eye(x.shape[-2], dtype=x.dtype, device=device)
-    q = None
-    for step, (a, b, c) in enumerate(coefficients):
-        if step in restarts:
-            x = q @ x
-            gram, q = products.gram(x), None
-        polynomial = products.polynomial(gram, b, c)
-        q = a * one + polynomial if q is None else update(q, polynomial, a)
-        if step + 1 < len(coefficients) and step + 1 not in restarts:
-            gram = update(update(gram, polynomial, a), polynomial, a)
-    return q @ x
+    identity = xp.eye(x.shape[-2], dtype=x.dtype, device=device)
+    for start, stop in pairwise((0, *restarts, len(coefficients))):
+        gram, q = products.gram(x), None
+        for step, (a, b, c) in enumerate(coefficients[start:stop], start + 1):
+            polynomial = products.polynomial(gram, b, c)
+            if start + 1 == stop:
+                x = products.update(x, polynomial, a)
+                continue
+            q = a * identity + polynomial if q is None else update(q, polynomial, a)
+            if step < stop:
+                gram = update(update(gram, polynomial, a), polynomial, a)
+        x = x if q is None else q @ x
+    return x
 
 
 def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total: Array = None) -> Array:

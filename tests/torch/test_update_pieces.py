@@ -5,9 +5,11 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate
 
 from muonclip.core import MatrixLayout, orthogonalize
 from muonclip.torch import Muon
+from muonclip.torch.distributed import NewtonSchulzConfig, PlacedParameter, plan
 from muonclip.torch.update.products import choose_products
 from muonclip.torch.update.symmetric_products import divides
 
@@ -97,3 +99,52 @@ def test_small_products_are_not_divided():
     assert divides(torch.empty(2048, 7168, device="meta", dtype=torch.bfloat16))
     assert choose_products(None, "cuda") is choose_products("baddbmm")
     assert choose_products(None, "cpu") is choose_products("halves")
+
+
+def on_one_rank(name, shape, config):
+    return PlacedParameter(name, shape, MatrixLayout(), config, placements=(Replicate(),))
+
+
+def form(m, n, dtype=torch.bfloat16, device="cpu", **options):
+    given = dict(ns_coefficients="jordan", ns_steps=None, form=None, device=device) | options
+    [round_] = plan([on_one_rank("w", (m, n), NewtonSchulzConfig(dtype, **given))]).rounds
+    return round_.bucket.iteration.form
+
+
+def test_the_form_is_chosen_by_the_shape_and_the_polynomials():
+    for m, n in ((512, 1792), (2048, 7168), (7168, 2048), (256, 512), (64, 512)):
+        assert form(m, n) == form(m, n, torch.float32) == "gram"
+        assert form(m, n, torch.float64) == "standard"
+        assert form(m, n, device="cuda:0") == "standard"
+        assert form(m, n, form="standard") == "standard"
+        assert form(m, n, ns_coefficients="cans") == form(m, n, ns_coefficients=(2.0, -1.5, 0.5)) == "standard"
+    for m, n in ((1024, 1024), (1792, 2048), (64, 96), (16, 20)):
+        assert form(m, n) == "standard"
+
+
+@pytest.mark.parametrize("ns_dtype", [torch.bfloat16, torch.float32])
+def test_the_chosen_form_is_as_accurate(ns_dtype):
+    """Against float64, also where singular values decay and the rank is low; both forms round as the dtype does."""
+    left, right = (random(64, 64, seed=seed, dtype=torch.float64).svd()[0] for seed in (1, 2))
+    for values in (torch.ones(64), torch.arange(1, 65) ** -2.0, (torch.arange(64) < 8) * 1.0):
+        gradient = (left * values) @ right @ random(64, 256, seed=3, dtype=torch.float64) / 16
+        errors = []
+        for ns_form in (None, "standard"):
+            parameter = nn.Parameter(torch.zeros(64, 256))
+            parameter.grad = gradient.float()
+            optimizer = Muon([parameter], lr=1.0, weight_decay=0.0, ns_form=ns_form, ns_dtype=ns_dtype)
+            optimizer.step()
+            exact = -orthogonalize(parameter.grad.double(), xp=torch)
+            errors.append(((parameter.detach() - exact).norm() / exact.norm()).item())
+        assert errors[0] <= max(2 * errors[1], 0.03)
+        assert errors[0] != errors[1]
+
+
+def test_the_plan_prints_the_form():
+    config = NewtonSchulzConfig(torch.bfloat16, "jordan", None, form=None)
+    shapes = {"a": (256, 1024), "b": (64, 64)}
+    text = str(plan([on_one_rank(name, shape, config) for name, shape in shapes.items()]))
+    assert "1 × (256×1024)  bfloat16, Gram form" in text
+    assert "1 × (64×64)     bfloat16, standard form" in text
+    operations = 3 * 4 * 256**2 * 1024 + 11 * 2 * 256**3 + 5 * 6 * 64**3
+    assert f"{operations / 1e9:.3g} GFLOP" in text

@@ -41,7 +41,7 @@ class Muon(MatrixOptimizer):
     - `ns_dtype`: of the matrix products; None: bf16 on CUDA and on processors with bf16 products, float32 elsewhere,
       float64 for float64.
     - `ns_form`: "gram" iterates on small square products, faster the less square a matrix is, and a little less
-      accurate; None: "standard".
+      accurate; None: on processors the one that multiplies less for a shape, else "standard".
     - `products`: "plain", "baddbmm", or "halves", which makes half of each symmetric product; None: the fastest one.
     - `momentum_dtype`: of the momentum; None: the parameter's.
     - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default

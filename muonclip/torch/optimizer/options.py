@@ -72,7 +72,7 @@ class MuonOptions(StepOptions):
         update_scale(1, 1, self.adjust_lr_fn)
         choose_products(self.products)
         if self.ns_form not in (None, "standard", "gram"):
-            raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the standard one.")
+            raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the cheaper one.")
         if self.ns_form == "gram":
             checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
@@ -86,7 +86,7 @@ class MuonOptions(StepOptions):
             iteration_dtype(parameter.device.type, self.momentum_dtype_of(parameter), _dtype(self.ns_dtype)),
             _hashable(self.ns_coefficients),
             self.ns_steps,
-            self.ns_form or "standard",
+            self.ns_form,
             self.eps or 0.0,
             self.products,
             str(parameter.device),

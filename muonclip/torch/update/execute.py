@@ -92,6 +92,7 @@ def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGro
         normal = normalized(stack, products, iteration.dtype, iteration.floor)
     del stack
     steps = iteration.ns_coefficients, iteration.ns_steps
+    assert iteration.form is not None, "the plan chooses it by the shape"
     return iterate(normal, *steps, form=iteration.form, xp=torch, products=products)
 
 

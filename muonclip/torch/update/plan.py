@@ -65,18 +65,21 @@ class UpdatePlan:
         return total
 
     def __str__(self) -> str:
-        groups: dict[tuple[object, ...], list[Round]] = {}
+        groups: dict[tuple[Mesh, int, int, tuple[str, str | None], Method, bool], list[Round]] = {}
         for each in self.rounds:
             bucket = each.bucket
-            key = bucket.mesh, bucket.m, bucket.n, each.method, bucket.num_replicas > 1
+            iterated = str(bucket.iteration.dtype).removeprefix("torch."), bucket.iteration.form
+            key = bucket.mesh, bucket.m, bucket.n, iterated, each.method, bucket.num_replicas > 1
             groups.setdefault(key, []).append(each)
-        rows = [("matrices", "ranks", "how", "sent per rank and step")]
-        for (mesh, m, n, _, divided), rounds in groups.items():
+        rows = [("matrices", "products", "ranks", "how", "sent per rank and step")]
+        for (mesh, m, n, (dtype, form), _, divided), rounds in groups.items():
             sent: Counter[int] = Counter()
             for by_rank in (by_rank for each in rounds for by_rank in each.sent().values()):
                 sent.update(by_rank)
             number = sum(each.count for each in rounds)
-            rows.append((f"{number} × ({m}×{n})", str(mesh), _how(rounds[0], divided=bool(divided)), _range(sent)))
+            products = f"{dtype}, {'Gram' if form == 'gram' else form} form"
+            how = _how(rounds[0], divided=divided)
+            rows.append((f"{number} × ({m}×{n})", products, str(mesh), how, _range(sent)))
         lines = [table(rows)]
         for collective, by_rank in self.sent().items():
             lines.append(f"{collective}: {_range(by_rank)} per rank, {_bytes(sum(by_rank.values()))} in all")
@@ -131,9 +134,8 @@ def _bucket(parameter: PlacedParameter, shards: MatrixShards) -> Bucket:
     m, n, small, long = shards.fan_out, shards.fan_in, shards.rows, shards.columns
     if shards.tall:
         m, n, small, long = n, m, long, small
-    return Bucket(
-        parameter.mesh, shards.fixed, shards.active, shards.replicas, m, n, small, long, parameter.iteration
-    )  # fmt: skip
+    iteration = replace(parameter.iteration, form=parameter.iteration.form_of(m, n))
+    return Bucket(parameter.mesh, shards.fixed, shards.active, shards.replicas, m, n, small, long, iteration)
 
 
 def _rounds(bucket: Bucket, segments: Sequence[Segment], load: dict[int, int], workspace_bytes: int) -> list[Round]:

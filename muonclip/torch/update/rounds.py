@@ -18,6 +18,7 @@ from muonclip.core import MatrixLayout, resolve_coefficients
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
+from muonclip.torch.update.cost_model import Form, choose_form, flops
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ Method = Literal["in place", "owner", "gram"]
 
 @dataclass(frozen=True, slots=True)
 class NewtonSchulzConfig:
-    """The iteration of matrices; those that are iterated together agree in it. `dtype` is that of the products."""
+    """The iteration of matrices; those that are iterated together agree in it.
+
+    `dtype` is that of the products. `form` None: the cheaper one for each shape, see `cost_model`.
+    """
 
     dtype: torch.dtype
     ns_coefficients: Coefficients
     ns_steps: int | None
-    form: Literal["standard", "gram"] = "standard"
+    form: Form | None = "standard"
     floor: float = 0.0
     products: str | None = None
     device: str = "cpu"
@@ -48,12 +52,19 @@ class NewtonSchulzConfig:
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def flops(self, m: int, n: int) -> int:
-        """Count the floating-point operations for one matrix m × n, m ≤ n, in the standard form."""
-        return len(resolve_coefficients(self.ns_coefficients, self.ns_steps)) * (4 * m * m * n + 2 * m**3)
+        """Count the floating-point operations for one matrix m × n, m ≤ n."""
+        return flops(m, n, self.form_of(m, n), self.ns_coefficients, self.ns_steps)
+
+    def form_of(self, m: int, n: int) -> Form:
+        """Return the form in which matrices m × n, m ≤ n, are iterated; square ones always in the standard form."""
+        if m == n:
+            return "standard"
+        polynomials = self.ns_coefficients, self.ns_steps
+        return self.form or choose_form(m, n, self.dtype, self.device_type, *polynomials)
 
     def gram_products(self, m: int, n: int) -> int:
         """Count how often XXᵀ is made from X."""
-        if self.form == "gram" and m < n:
+        if self.form_of(m, n) == "gram":
             return 1 + len(checked_gram_restarts(self.ns_coefficients, self.ns_steps))
         return len(resolve_coefficients(self.ns_coefficients, self.ns_steps))
 
@@ -183,9 +194,9 @@ class Round:
         bucket = self.bucket
         divided = len(bucket.small) if self.method == "gram" else 1
         each = bucket.iteration.flops(bucket.m, bucket.n // divided)
-        flops: dict[int, int] = {}
+        by_rank: dict[int, int] = {}
         for ranks, owned in zip(bucket.members(), self.counts, strict=True):
             if self.method == "gram":
                 owned = owned * len(ranks)
-            flops |= {rank: number * each for rank, number in zip(ranks, owned, strict=True)}
-        return flops
+            by_rank |= {rank: number * each for rank, number in zip(ranks, owned, strict=True)}
+        return by_rank
