@@ -93,7 +93,8 @@ def study(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
-COMMANDS |= dict.fromkeys(("clip-cost", "optax-speed", "speed", "scaling", "kill-trials", "ownership", "sweep"), study)
+_STUDIES = ("clip-cost", "optax-speed", "speed", "scaling", "kill-trials", "ownership", "gram-accuracy", "sweep")
+COMMANDS |= dict.fromkeys(_STUDIES, study)
 
 
 def device_of(options: argparse.Namespace) -> str:

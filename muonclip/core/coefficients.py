@@ -30,8 +30,9 @@ class CoefficientSet:
     - `safety`: s ≥ 1 turns each of `steps` into `(a/s, b/s³, c/s⁵)`, which keeps the iteration from overshooting when
       rounding pushes a singular value above 1; it is not applied to the tail.
     - `default_steps`: the number of steps where none is given.
-    - `gram`: whether the Gram form may run with it: whether its error on real momenta, in bf16 and with the restarts of
-      `gram_restarts`, stays near the standard form's at every length.
+    - `gram_steps`: the numbers of steps with which the Gram form may run: those at which its error on real momenta, in
+      bf16 and with the restarts of `gram_restarts`, stays near the standard form's, by `python -m benchmarks
+      gram-accuracy`.
     """
 
     source: str
@@ -39,7 +40,7 @@ class CoefficientSet:
     tail: Polynomial | None = None
     safety: float = 1.0
     default_steps: int = DEFAULT_NS_STEPS
-    gram: bool = False
+    gram_steps: range = range(0)
 
     def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
         """Return the first `ns_steps` polynomials (None: `default_steps`), safety factor applied.
@@ -71,14 +72,14 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
             source="K. Jordan, Muon: an optimizer for hidden layers in neural networks (2024)",
             steps=(),
             tail=JORDAN,
-            gram=True,
+            gram_steps=range(4, 6),
         ),
         "deepseek_v4": CoefficientSet(
             source="DeepSeek-V4: eight steps of jordan, then two that converge",
             steps=(JORDAN,) * 8,
             tail=(2.0, -1.5, 0.5),
             default_steps=10,
-            gram=True,
+            gram_steps=range(9, 100),
         ),
         "you": CoefficientSet(
             source="J. You (2024), steps optimised one by one",
@@ -89,21 +90,21 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
                 (2.8769, -3.1427, 1.2046),
                 (2.8366, -3.0525, 1.2012),
             ),
-            gram=True,
+            gram_steps=range(1, 6),
         ),
         "polar_express": CoefficientSet(
             source="Amsel et al., The Polar Express (arXiv 2505.16932): minimax on [1e-3, 1], cushion 0.0241",
             steps=_POLAR_EXPRESS,
             tail=(1.875, -1.25, 0.375),
             safety=1.01,
-            gram=True,
+            gram_steps=range(1, 100),
         ),
         "polar_express_1.02": CoefficientSet(
             source="polar_express with a safety factor of 1.02, for small matrices in bf16",
             steps=_POLAR_EXPRESS,
             tail=(1.875, -1.25, 0.375),
             safety=1.02,
-            gram=True,
+            gram_steps=range(1, 100),
         ),
         "cans": CoefficientSet(
             source="Grishina et al., CANS: Chebyshev-accelerated Newton–Schulz (arXiv 2506.10935)",
@@ -115,6 +116,7 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
                 (2.2737, -1.6447, 0.4162),
             ),
             safety=1.01,  # without it 1.001 becomes 2e23, and bf16 rounds 1 to as much
+            # no gram_steps: three of the five steps would be alone, which saves little
         ),
     }
 )
@@ -128,20 +130,27 @@ GRAM_GROWTH = 150.0
 def gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[int, ...] | None:
     """Return the steps (from 0) before which the Gram form restarts; None where it may not run with these polynomials.
 
-    Rounding moves the eigenvalues of R, and makes some of those near zero negative; one step multiplies such a value by
-    a², and once it is large the form diverges. A restart comes before the step with which ∏ a² since the last one would
-    exceed `GRAM_GROWTH`: in bf16 2⁻⁸ then stays below 0.6. The polynomials alone decide, at any length.
-
-    The form may run with the polynomials of the sets that say `gram`, by name or written out. For others nobody has
-    judged its error.
+    It may run with the polynomials and numbers of steps of the sets' `gram_steps`, by name or written out. For others
+    its error is too large, or nobody has judged it.
     """
     polynomials = resolve_coefficients(ns_coefficients, ns_steps)
-    if not any(known.gram and known.begins_with(polynomials) for known in COEFFICIENT_SETS.values()):
-        return None
+    for known in COEFFICIENT_SETS.values():
+        if len(polynomials) in known.gram_steps and known.begins_with(polynomials):
+            return restarts_within(GRAM_GROWTH, polynomials)
+    return None
+
+
+def restarts_within(most: float, polynomials: Sequence[Polynomial]) -> tuple[int, ...]:
+    """Return the fewest restarts with which ∏ a² is at most `most` between them, and the first step is alone.
+
+    Rounding moves the eigenvalues of R, and makes some of those near zero negative; one step multiplies such a value by
+    a², and once it is large the form diverges. Within 150, 2⁻⁸ stays below 0.6. The first step is alone because before
+    it small singular values are furthest below the rounding of R.
+    """
     restarts: list[int] = []
     growth = 1.0
     for step, (a, _, _) in enumerate(polynomials):
-        if step and growth * a**2 > GRAM_GROWTH:
+        if step == 1 or (step and growth * a**2 > most):
             restarts.append(step)
             growth = 1.0
         growth *= a**2
@@ -152,10 +161,15 @@ def checked_gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = 
     """Return `gram_restarts`, for a Gram form that was asked for; raises ValueError where it may not run."""
     restarts = gram_restarts(ns_coefficients, ns_steps)
     if restarts is None:
-        usable = [name for name, known in COEFFICIENT_SETS.items() if known.gram]
+        usable = [
+            f"{name} ({known.gram_steps.start} to {known.gram_steps.stop - 1} steps)"
+            for name, known in COEFFICIENT_SETS.items()
+            if known.gram_steps
+        ]
         raise ValueError(
-            f"the Gram form is not accurate, or not tried, with ns_coefficients={ns_coefficients!r}; it is with "
-            f"{', '.join(usable)}. Use the standard form."
+            f"the Gram form is not accurate, or not tried, with ns_coefficients={ns_coefficients!r} and "
+            f"{len(resolve_coefficients(ns_coefficients, ns_steps))} steps; it is with {', '.join(usable)}. Use the "
+            "standard form."
         )
     return restarts
 

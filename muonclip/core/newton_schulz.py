@@ -8,12 +8,12 @@ Each step applies an odd polynomial to the singular values and leaves the singul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
-from muonclip.core.coefficients import Coefficients, checked_gram_restarts, resolve_coefficients
+from muonclip.core.coefficients import Coefficients, Polynomial, checked_gram_restarts, resolve_coefficients
 
 Array: TypeAlias = Any
 """An array of NumPy, PyTorch or JAX: anything with `@`, `.mT`, `*`, `+`, shape and dtype."""
@@ -74,33 +74,39 @@ def gram_newton_schulz(
     *,
     xp: Any,
     products: Products | None = None,
+    restarts: Sequence[int] | None = None,
 ) -> Array:
     """Apply the same polynomials by m × m products: cheaper the wider x (..., m, n) is, less accurate in low precision.
 
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
     All of these commute and are symmetric, so `Products.symmetric_update` computes every product with Z. Before the
-    steps that `gram_restarts` lists, X ← QX, R ← XXᵀ, Q ← I bounds the error. Raises ValueError for polynomials with
-    which the form may not run.
+    steps of `restarts` (None: `gram_restarts`), X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between two restarts is
+    one of the standard form. Raises ValueError for polynomials with which the form may not run.
     """
     products = products or plain_products(xp)
-    update = products.symmetric_update or products.update
-    restarts = checked_gram_restarts(ns_coefficients, ns_steps)
+    restarts = checked_gram_restarts(ns_coefficients, ns_steps) if restarts is None else restarts
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
-    device = getattr(x, "device", None)  # JAX: none while it traces
-    identity = xp.eye(x.shape[-2], dtype=x.dtype, device=device)
     for start, stop in pairwise((0, *restarts, len(coefficients))):
-        gram, q = products.gram(x), None
-        for step, (a, b, c) in enumerate(coefficients[start:stop], start + 1):
-            polynomial = products.polynomial(gram, b, c)
-            if start + 1 == stop:
-                x = products.update(x, polynomial, a)
-                continue
-            q = a * identity + polynomial if q is None else update(q, polynomial, a)
-            if step < stop:
-                gram = update(update(gram, polynomial, a), polynomial, a)
-        x = x if q is None else q @ x
+        x = _between_restarts(x, coefficients[start:stop], products, xp)
     return x
+
+
+def _between_restarts(x: Array, steps: Sequence[Polynomial], products: Products, xp: Any) -> Array:
+    gram = products.gram(x)
+    a, b, c = steps[0]
+    polynomial = products.polynomial(gram, b, c)
+    if len(steps) == 1:  # a in front of X, not of I: rounded to bf16, aI + P would lose what is small in P
+        return products.update(x, polynomial, a)
+    update = products.symmetric_update or products.update
+    device = getattr(x, "device", None)  # JAX: none while it traces
+    q = a * xp.eye(x.shape[-2], dtype=x.dtype, device=device) + polynomial
+    for following, b, c in steps[1:]:
+        gram = update(update(gram, polynomial, a), polynomial, a)
+        polynomial = products.polynomial(gram, b, c)
+        a = following
+        q = update(q, polynomial, a)
+    return q @ x
 
 
 def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total: Array = None) -> Array:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
-from muonclip.core.coefficients import GRAM_GROWTH, JORDAN, checked_gram_restarts, gram_restarts
+from muonclip.core.coefficients import GRAM_GROWTH, JORDAN, checked_gram_restarts, gram_restarts, restarts_within
 
 # Output band of the singular values for inputs in [1e-3, 1], in float64.
 BANDS = {
@@ -54,31 +54,40 @@ CONVERGING = (2.0, -1.5, 0.5)
 
 
 def test_the_gram_form_restarts_by_the_polynomials_and_their_number():
-    assert gram_restarts("jordan") == gram_restarts(JORDAN) == gram_restarts([JORDAN] * 5) == (2, 4)
-    assert gram_restarts("jordan", 9) == gram_restarts(JORDAN, 9) == (2, 4, 6, 8)
-    assert gram_restarts([JORDAN] * 8 + [CONVERGING] * 2) == gram_restarts("deepseek_v4") == (2, 4, 6, 8)
-    assert gram_restarts("deepseek_v4", 15) == (2, 4, 6, 8, 11, 14)
+    assert gram_restarts("jordan") == gram_restarts(JORDAN) == gram_restarts([JORDAN] * 5) == (1, 3)
+    assert gram_restarts([JORDAN] * 8 + [CONVERGING] * 2) == gram_restarts("deepseek_v4") == (1, 3, 5, 7, 9)
+    assert gram_restarts("deepseek_v4", 15) == (1, 3, 5, 7, 9, 12)
+    assert gram_restarts("polar_express") == (1, 2, 3)
+    assert gram_restarts("polar_express", 15) == (1, 2, 3, 5, 9, 12)
 
 
-@pytest.mark.parametrize("name", [name for name, known in COEFFICIENT_SETS.items() if known.gram])
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
 def test_between_restarts_rounding_grows_only_so_far(name):
     for ns_steps in range(1, 31 if COEFFICIENT_SETS[name].tail else 6):
-        restarts = gram_restarts(name, ns_steps)
-        a = [polynomial[0] for polynomial in resolve_coefficients(name, ns_steps)]
-        segments = np.split(np.square(a), restarts)
+        polynomials = resolve_coefficients(name, ns_steps)
+        segments = np.split(np.square([a for a, _, _ in polynomials]), restarts_within(GRAM_GROWTH, polynomials))
         assert max(segment.prod() for segment in segments) <= GRAM_GROWTH
-        assert all(before.prod() * after[0] > GRAM_GROWTH for before, after in itertools.pairwise(segments))
+        assert len(segments[0]) == 1
+        assert all(one.prod() * other[0] > GRAM_GROWTH for one, other in itertools.pairwise(segments[1:]))
 
 
 @pytest.mark.parametrize(
-    "given",
-    ["cans", CONVERGING, [JORDAN, CONVERGING], [JORDAN] * 8 + [(8.0, -20.0, 14.0)], [JORDAN] * 16 + [CONVERGING]],
+    ("given", "steps"),
+    [
+        ("cans", 5),
+        ("jordan", 8),
+        ("deepseek_v4", 7),
+        (CONVERGING, 5),
+        ([JORDAN] * 4 + [CONVERGING], None),
+        ([JORDAN] * 9 + [CONVERGING], None),
+        ([JORDAN] * 8 + [(8.0, -20.0, 14.0)] * 2, None),
+    ],
     ids=str,
 )
-def test_the_gram_form_is_refused_for_polynomials_that_were_not_judged(given):
-    assert gram_restarts(given) is None
+def test_the_gram_form_is_refused_for_polynomials_that_were_not_judged(given, steps):
+    assert gram_restarts(given, steps) is None
     with pytest.raises(ValueError, match="the Gram form is not accurate, or not tried, with ns_coefficients="):
-        checked_gram_restarts(given)
+        checked_gram_restarts(given, steps)
 
 
 @pytest.mark.parametrize(

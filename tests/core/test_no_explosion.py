@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from spectra import hard_spectra, two_levels
 
+from benchmarks.studies.spectra import hard_spectra, two_levels
 from muonclip.core import COEFFICIENT_SETS, orthogonalize, resolve_coefficients
 from muonclip.core.coefficients import gram_restarts
+from muonclip.optax import scale_by_muon
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.torch import Muon
 from muonclip.torch.update.products import PRODUCTS
@@ -84,7 +85,7 @@ def test_the_bound_itself_is_near_one():
 
 @pytest.mark.parametrize(
     ("name", "ns_steps", "form"),
-    [("jordan", 8, "gram"), ("jordan", 15, "gram"), ("polar_express", 9, "gram"), ("cans", 5, "standard")],
+    [("jordan", 5, "gram"), ("deepseek_v4", 15, "gram"), ("polar_express", 15, "gram"), ("cans", 5, "standard")],
 )
 def test_a_gradient_of_low_rank_does_not_blow_up_a_weight(name, ns_steps, form):
     left, right = torch.randn(64, 8), torch.randn(8, 256)
@@ -93,6 +94,15 @@ def test_a_gradient_of_low_rank_does_not_blow_up_a_weight(name, ns_steps, form):
     options = dict(ns_coefficients=name, ns_steps=ns_steps, ns_form=form, ns_dtype=torch.bfloat16)
     Muon([weight], lr=1e-3, weight_decay=0.0, **options).step()
     assert largest(weight.detach()) <= 1e-3 * (bound(name, ns_steps) + 0.06)
+
+
+def test_a_length_at_which_the_gram_form_is_inaccurate_is_refused():
+    with pytest.raises(
+        ValueError, match=r"with ns_coefficients='jordan' and 8 steps; it is with jordan \(4 to 5 steps\)"
+    ):
+        Muon([torch.nn.Parameter(torch.zeros(4, 8))], ns_coefficients="jordan", ns_steps=8, ns_form="gram")
+    with pytest.raises(ValueError, match="ns_coefficients='jordan' and 8 steps"):
+        scale_by_muon("jordan", 8, ns_form="gram")
 
 
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
