@@ -6,8 +6,6 @@ import math
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
 
 def news(record: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a step's record that is shown."""
@@ -19,6 +17,8 @@ class Progress:
     """Counts the steps of all runs; writes to standard error where it is shown."""
 
     def __init__(self, *, total: int, done: int, shown: bool = True) -> None:
+        from tqdm import tqdm  # which commands that train nothing do without
+
         terminal = sys.stderr.isatty()
         form = "{percentage:3.0f}% |{bar:20}| {n}/{total} steps [{elapsed}, {remaining} left] {desc}"
         self._shown, self._steps, self._news = shown, dict[str, int](), dict[str, str]()

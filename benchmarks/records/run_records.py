@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from benchmarks.records import metrics
 from benchmarks.records.folders import METRICS
@@ -67,6 +66,8 @@ class RunRecords:
 
 def run_records(records: Sequence[Mapping[str, Any]]) -> RunRecords:
     """Make the tables of these records, which are of steps 1, 2, …"""
+    import pandas as pd  # which commands that read no runs do without
+
     steps = pd.DataFrame(records, index=[record["step"] for record in records]).reindex(columns=[*SCALARS])
     heads = {field: _by_head(records, field) for field in BY_HEAD}
     over = {name: heads[field].agg(how, axis=1) for field, (name, how) in BY_HEAD.items()}
@@ -78,6 +79,8 @@ def read_run(folder: Path) -> RunRecords:
 
 
 def _by_head(records: Sequence[Mapping[str, Any]], field: str) -> Frame:
+    import pandas as pd
+
     index = [record["step"] for record in records]
     first = next((record[field] for record in records if record.get(field)), {})
     columns = [(attention, head) for attention, heads in first.items() for head in range(len(heads))]
