@@ -94,7 +94,7 @@ def study(options: argparse.Namespace) -> None:
 
 COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
 _STUDIES = ("clip-cost", "optax-speed", "speed", "scaling", "kill-trials", "ownership", "gram-accuracy", "sweep")
-COMMANDS |= dict.fromkeys(_STUDIES, study)
+COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)
 
 
 def device_of(options: argparse.Namespace) -> str:

@@ -174,6 +174,7 @@ _KILL_TRIALS = {
 _SWEEP = {
     "--models": _of(several(one_of([each.name for each in ARCHITECTURES], "architecture")), "A,B", "default: all", ())
 }
+_GPU_CHECK = {"--dry-run": _flag("on a CPU: small shapes, Triton's interpreter")}
 _REPORT = {
     "folders": {"type": Path, "nargs": "+", "metavar": "DIR", "help": "the --out of a command, finished or running"},
     "--out": _of(Path, "DIR", f"the page of all folders together (default: ./{COMPARISON} where there are several)"),
@@ -196,6 +197,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "time training steps on more and more processes: alone for --processes, or under torchrun", _SCALING,
         ("--preset", "--device", "--data", "--out", "--collective-timeout"),
     ),
+    "gpu-check": ("what only a GPU can settle, most important first: eight minutes", _GPU_CHECK, ["--out"]),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),
     "ownership": ("draw which ranks hold and iterate the matrices of a layer", {}, ["--out"]),
     "gram-accuracy": (

@@ -427,6 +427,7 @@ def test_compiles_without_a_gpu_and_keeps_nan_and_float32(dtype, capability, of_
     assert "tf32" not in assembly
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="The compiled kernel needs a GPU")
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize(
