@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -14,6 +14,8 @@ from muonclip.core import MatrixLayout
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.update.matrix_shards import MatrixShards
 
+_PLAIN = MatrixLayout()
+
 
 def local_matrices(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int) -> Tensor:
     """Read (count, rows, columns), what of each of these matrices is in this tensor; a view where strides allow it."""
@@ -23,15 +25,28 @@ def local_matrices(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, p
 @contextmanager
 def editing(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int) -> Iterator[Tensor]:
     """Give `local_matrices` to write into; what is not a view is copied back at the end."""
+    stack, write_back = writable(tensor, layout, shards, position)
+    yield stack
+    if write_back is not None:
+        write_back()
+
+
+def writable(
+    tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int
+) -> tuple[Tensor, Callable[[], None] | None]:
+    """Return `local_matrices` to write into, and, where they are not a view, what copies them back."""
     by_axes, in_place = _by_axes(tensor, layout)
     heads = shards.local_rows[position]
     stack, is_view = _stack(by_axes, heads)
-    yield stack
-    if not is_view:
-        rows = stack.reshape(len(by_axes), len(heads) * length(heads[0]), by_axes.shape[-1])
-        by_axes.index_copy_(1, row_index(heads, tensor.device), rows)
-    if not in_place:
-        tensor.copy_((by_axes.mT if layout.transposed else by_axes).reshape(tensor.shape))
+
+    def write_back() -> None:
+        if not is_view:
+            rows = stack.reshape(len(by_axes), len(heads) * length(heads[0]), by_axes.shape[-1])
+            by_axes.index_copy_(1, row_index(heads, tensor.device), rows)
+        if not in_place:
+            tensor.copy_((by_axes.mT if layout.transposed else by_axes).reshape(tensor.shape))
+
+    return stack, None if is_view and in_place else write_back
 
 
 @lru_cache(maxsize=1024)
@@ -43,6 +58,8 @@ def row_index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
 
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
     """Reshape a tensor to (batch, out, in), and say whether that is a view."""
+    if tensor.ndim == 2 and layout == _PLAIN:  # as most are
+        return tensor[None], True
     ends = layout.batch_ndim, layout.batch_ndim + layout.out_ndim
     batch, first, rest = (
         math.prod(each) for each in (tensor.shape[: ends[0]], tensor.shape[slice(*ends)], tensor.shape[ends[1] :])

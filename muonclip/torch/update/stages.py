@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.mesh import RankPosition
 from muonclip.torch.update.cost_model import rows_at_once
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
-from muonclip.torch.update.matrix_views import editing, local_matrices, row_index
+from muonclip.torch.update.matrix_views import editing, local_matrices, row_index, writable
 from muonclip.torch.update.rounds import PlacedParameter, Segment
 
 MUON = MuonRule()
@@ -78,7 +78,8 @@ class SegmentStep:
             gradient = None
             if step.gradient is not None:
                 gradient = local_matrices(step.gradient, step.layout, self.segment.shards, self.position)
-                gradient = gradient[self.segment.start : self.segment.stop]
+                if self.count < len(gradient):
+                    gradient = gradient[self.segment.start : self.segment.stop]
             if options.freeze_unused:
                 self._used = self._find_used(torch.zeros_like(buffer) if gradient is None else gradient)
             if gradient is None:
@@ -87,13 +88,16 @@ class SegmentStep:
             used = None if self._used is None else self._used.to(buffer.dtype)
             momentum = Momentum(options.momentum, options.nesterov, used=used)
             by_entry = (type(step.rule).advance, type(step.rule).direction) == (MuonRule.advance, MuonRule.direction)
-            for rows in _pieces(buffer) if by_entry else (slice(None),):
-                part = {name: value[:, rows] for name, value in state.items()}
-                new = gradient[:, rows].to(buffer.dtype)
+            for rows in _pieces(buffer) if by_entry else (None,):
+                part = state if rows is None else {name: value[:, rows] for name, value in state.items()}
+                new = (gradient if rows is None else gradient[:, rows]).to(buffer.dtype)
                 _store(step.rule.advance(new, part, momentum, _WHOLE), part)
-                if start < stop:
-                    share = {name: value[start:stop] for name, value in part.items()}
-                    into[:, rows].copy_(step.rule.direction(new[start:stop], share, momentum, _WHOLE))
+                if start == stop:
+                    continue
+                if stop - start < self.count:
+                    part, new = {name: value[start:stop] for name, value in part.items()}, new[start:stop]
+                direction = step.rule.direction(new, part, momentum, _WHOLE)
+                (into if rows is None else into[:, rows]).copy_(direction)
 
     def apply(self, update: Tensor) -> None:
         """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix; U (matrices, m, n) with m ≤ n."""
@@ -109,7 +113,8 @@ class SegmentStep:
         scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, options.adjust_lr_fn)
         with self._editing(step.parameter) as rows:
             for part in _pieces(rows):
-                self._move(rows[:, part], update[:, part], scale)
+                whole = part is None
+                self._move(rows if whole else rows[:, part], update if whole else update[:, part], scale)
 
     def _move(self, weight: Tensor, update: Tensor, scale: float) -> None:
         options = self.step.options
@@ -144,14 +149,24 @@ class SegmentStep:
 
     @contextmanager
     def _state(self) -> Iterator[dict[str, Tensor]]:
-        with ExitStack() as stack:
-            names = [state.name for state in self.step.rule.states]
-            yield {name: stack.enter_context(self._editing(self.step.state[name])) for name in names}
+        opened = {each.name: self._opened(self.step.state[each.name]) for each in self.step.rule.states}
+        yield {name: matrices for name, (matrices, _) in opened.items()}
+        for _, write_back in opened.values():
+            if write_back is not None:
+                write_back()
 
     @contextmanager
     def _editing(self, tensor: Tensor) -> Iterator[Tensor]:
-        with editing(tensor, self.step.layout, self.segment.shards, self.position) as matrices:
-            yield matrices[self.segment.start : self.segment.stop]
+        matrices, write_back = self._opened(tensor)
+        yield matrices
+        if write_back is not None:
+            write_back()
+
+    def _opened(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+        """Return the matrices of this segment in a tensor, and, where they are not a view, what copies them back."""
+        matrices, write_back = writable(tensor, self.step.layout, self.segment.shards, self.position)
+        whole = self.count == len(matrices)
+        return matrices if whole else matrices[self.segment.start : self.segment.stop], write_back
 
 
 def rescale(
@@ -172,11 +187,14 @@ def rescale(
             _store(rule.rescale(matrices, by_row), matrices)
 
 
-def _pieces(matrices: Tensor) -> Iterator[slice]:
-    """Divide the rows of (matrices, rows, columns) into pieces that stay in the cache."""
-    rows = matrices.shape[1]
-    size = rows_at_once(len(matrices), matrices.shape[2], matrices.device.type) or rows
-    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size)))
+def _pieces(matrices: Tensor) -> Iterator[slice | None]:
+    """Divide the rows of (matrices, rows, columns) into pieces that stay in the cache; None: all rows at once."""
+    count, rows, columns = matrices.shape
+    size = rows_at_once(count, columns, matrices.device.type) or rows
+    if size >= rows:
+        yield None
+    else:
+        yield from (slice(start, start + size) for start in range(0, rows, size))
 
 
 def _store(new: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
