@@ -1778,6 +1778,13 @@ MUTATIONS = (
         tests_of("core/test_polar_express.py", "test_equals_the_published_table"),
     ),
     Mutation(
+        "jax-rounds-each-term",  # 38
+        "In JAX the terms of a product's sum are rounded to bf16 one by one.",
+        "wide = jnp.promote_types(addend.dtype, jnp.float32)",
+        "wide = addend.dtype",
+        tests_of("core/test_no_explosion.py", "test_jax_rounds_each_product_once"),
+    ),
+    Mutation(
         "gram-form-without-restarts",  # 38
         "The Gram form never starts afresh and loses its accuracy.",
         "pairwise((0, *restarts, len(coefficients)))",

@@ -21,11 +21,18 @@ def _gram(x: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, x, ((last, last), (batch, batch)))
 
 
+def _sum(addend: jax.Array, a: jax.Array, b: jax.Array, beta: float, alpha: float) -> jax.Array:
+    """Compute β addend + α ab, rounded once: in bf16, roundings of the terms send some small matrices to infinity."""
+    wide = jnp.promote_types(addend.dtype, jnp.float32)
+    product = jnp.matmul(a, b, preferred_element_type=wide)
+    return (beta * addend.astype(wide) + alpha * product).astype(addend.dtype)
+
+
 PRODUCTS = Products(
     sum_squares=lambda x: jnp.sum(x * x, axis=(-2, -1), keepdims=True),
     gram=_gram,
-    polynomial=lambda gram, b, c: b * gram + c * (gram @ gram),
-    update=lambda x, polynomial, a: a * x + polynomial @ x,
+    polynomial=lambda gram, b, c: _sum(gram, gram, gram, b, c),
+    update=lambda x, polynomial, a: _sum(x, polynomial, x, a, 1.0),
 )
 
 
