@@ -79,7 +79,6 @@ def replica_of(
     with ExitStack() as stack:
         for context in (outside_modes(), PATCHES.used(model), _process_state.kept(), _marked_as_experiment()):
             stack.enter_context(context)
-        stack.enter_context(GeneratorsKept())
         stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
@@ -99,6 +98,7 @@ def replica_of(
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 paths.setdefault(id(parameters[id(parameter)]), (f"{prefix}{name}".removesuffix("."), attribute))
         statistics = {key: copied for key, copied in memo.items() if isinstance(copied, MaxLogits)}
+        stack.enter_context(GeneratorsKept())  # which sees every function: the copy itself is made without it
         try:
             by_copy = {id(each.parameter): each for each in stand_ins.values()}
             yield Replica(replica, own_args, own_kwargs, paths, statistics, by_copy)
@@ -245,6 +245,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         if id(value) not in memo:
             memo[id(value)] = kind()
             memo.setdefault(id(memo), []).append(value)  # which keeps its number, as `deepcopy` does
+        return memo[id(value)]
+    if kind is dict and all(each is None or id(each) in memo for each in value.values()):  # as a module's parameters
+        if id(value) not in memo:
+            memo[id(value)] = {name: None if each is None else memo[id(each)] for name, each in value.items()}
+            memo.setdefault(id(memo), []).append(value)
         return memo[id(value)]
     memo.update((id(each), each) for each in tree_leaves(value) if isinstance(each, CustomOpDef))  # its copy is broken
     try:
