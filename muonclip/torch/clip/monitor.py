@@ -96,6 +96,7 @@ class AttentionMonitor:
         self._live = LiveForwards(self, self._observers, self._entries)
         self._names: dict[nn.Module, str] = {}
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with which forwards have begun
+        self._guess: Inputs | None = None  # with which attention was found before the first forward
         self._is_first_step = True
         self._warned_of_compiled = False
 
@@ -136,7 +137,7 @@ class AttentionMonitor:
         Raises ValueError where one is not understood, and RuntimeError where a copy of the model does not run and no
         attention is known.
         """
-        if self._wait_for_weights():
+        if self._wait_for_weights() or self._is_as_guessed(inputs):
             return
         try:
             self._take(self._ask(inputs), inputs)
@@ -153,18 +154,28 @@ class AttentionMonitor:
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
 
+    def _is_as_guessed(self, inputs: Inputs) -> bool:
+        """Tell whether inputs are like those that were guessed, and reach no module that was not traced with these, and
+        no other attention."""
+        guess, self._guess = self._guess, None
+        traced = frozenset[str]().union(*(each.reached for each in self._traces))
+        training = self.model.get_submodule(inputs.module).training
+        return guess is not None and guess.is_like(inputs) and self._is_known(inputs, training=training, within=traced)
+
     @outside_modes()
-    def _is_known(self, inputs: Inputs, *, training: bool) -> bool:
-        """Tell whether a forward would reach no attention but those that were found."""
+    def _is_known(self, inputs: Inputs, *, training: bool, within: Collection[str] | None = None) -> bool:
+        """Tell whether a forward would reach no attention but those that were found. `within`: and no modules but those
+        of these names."""
         if not self.sites:
             return False
         try:
             reached = reached_beside_known(self.model, inputs, self.sites, training=training)
         except Exception:  # whatever the model raises; tracing it says more
             return False
-        if reached is not None:
-            self._live.expect(reached)
-        return reached is not None
+        if reached is None or (within is not None and not reached.issubset(within)):
+            return False
+        self._live.expect(reached)
+        return True
 
     def search(self, inputs: Inputs, *, training: bool) -> None:
         """Find attentions in a forward that is under way, in one mode. Raises as `discover`, and NotTraced."""
@@ -184,6 +195,7 @@ class AttentionMonitor:
                     self._take(self._ask(inputs, training=True), inputs)
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
+            self._guess = inputs
             return
 
     def finish_step(self) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
@@ -58,6 +59,10 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     module: str = ""
+
+    def is_like(self, other: Inputs) -> bool:
+        """Tell whether others are given in the same way: as many, by the same names, of the same kinds."""
+        return self.module == other.module and _kinds_of(self) == _kinds_of(other)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +186,18 @@ def _read(
         if each.module not in runs:
             findings.without_logits.setdefault(each.module, each.what)
     return findings
+
+
+def _kinds_of(inputs: Inputs) -> object:
+    """Return the structure of arguments, with the dtypes and numbers of axes of tensors, and plain values."""
+    leaves, structure = tree_flatten((tuple(inputs.args), dict(inputs.kwargs)))
+    plain = bool, int, float, str, type(None)
+    return structure, [
+        (type(each), each.dtype, each.ndim)
+        if isinstance(each, Tensor)
+        else (type(each), each if isinstance(each, plain) else id(each))
+        for each in leaves
+    ]
 
 
 def _check_places(model: nn.Module, earlier: Sequence[Trace]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 import threading
 import types
@@ -270,8 +271,9 @@ class _ProcessState:
     """The changes that traced forwards make to the process, from the first one that runs to the last.
 
     Random numbers are put back, nothing is compiled, no anomaly is looked for, and checkpointing of activations keeps
-    them: it would forbid gradients by some tensors, and run parts again. Each of several threads would put back what
-    another has changed.
+    them: it would forbid gradients by some tensors, and run parts again. The garbage collector waits, which would go
+    through all objects there are because so many are made. Each of several threads would put back what another has
+    changed.
     """
 
     def __init__(self) -> None:
@@ -286,6 +288,7 @@ class _ProcessState:
                     changes.enter_context(torch.compiler.set_stance("force_eager"))
                     changes.enter_context(_without_anomalies())
                     changes.enter_context(_without_checkpoints())
+                    changes.enter_context(_without_collections())
                     self._changes = changes.pop_all()  # if none of them has raised
             self._users += 1
         try:
@@ -310,6 +313,17 @@ def _without_anomalies() -> Iterator[None]:
     finally:
         if looks:
             torch.set_anomaly_enabled(True, at_values)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager
