@@ -1608,6 +1608,13 @@ MUTATIONS = (
         tests_of("torch/test_new_reach.py", "test_a_branch_of_a_module_that_has_run_without_it"),
     ),
     Mutation(
+        "operators-beyond-the-guess-are-not-looked-at",
+        "A first forward like the guess is not traced, though it weighs by an operator that the guess did not reach.",
+        "return reach.operators_of_weights <= traced",
+        "return True",
+        tests_of("torch/test_new_reach.py", "test_what_it_weighs_unseen_is_an_error_by_name"),
+    ),
+    Mutation(
         "matrices-that-come-into-use-are-not-watched",
         "Attention written out on parameters that a module has held all along is missed where they come into use.",
         "            self._idle.update(still)\n",

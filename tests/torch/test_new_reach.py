@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from muonclip.torch import MaxLogits, MuonClip, QKClip, QKProjection
+from muonclip.torch.clip import monitor
 
 WIDTH, HEADS, HEAD = 10, 3, 4
 
@@ -562,3 +563,60 @@ def test_what_a_compiled_model_reaches_first_and_may_write_out_is_a_warning(x):
         step(clip, compiled(x, x))
     assert count.frame_count == 2
     torch._dynamo.reset()
+
+
+# A first forward that is like the inputs that were guessed
+
+
+class ByLength(Attention):
+    """More in sequences that are longer than those that are guessed: another module's attention, one that is written
+    out, or one by an exponential."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more, self.second = more, Attention()
+
+    def forward(self, x):
+        y = super().forward(x)
+        if x.shape[1] <= 8 or not self.more:
+            return y
+        if self.more == "module":
+            return self.second(y)
+        q, k, v = self.second.heads(y)
+        logits = q @ k.mT / math.sqrt(HEAD)
+        weights = logits.softmax(-1) if self.more == "written out" else (logits - logits.logsumexp(-1, True)).exp()
+        return y + self.second.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def traces(monkeypatch, model, x):
+    """A clip of a model whose attention is found ahead, and how often its first forward is traced."""
+    counted = []
+    clip = clip_of(model)
+    search = monitor.discover
+    monkeypatch.setattr(monitor, "discover", lambda *args, **options: counted.append(1) or search(*args, **options))
+    return clip, model(x), len(counted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_first_forward_like_the_guess_is_not_traced_again(training, monkeypatch, x):
+    model = ByLength("").train(training)
+    clip, y, count = traces(monkeypatch, model, torch.cat([x, x], 1))
+    assert count == 0
+    model.seen = model.seen[-1:]
+    expected = model.maxima()
+    step(clip, y)
+    check(clip, "", expected)
+
+
+@pytest.mark.parametrize("more", ["module", "written out"])
+def test_what_it_reaches_more_is_found_in_it(more, monkeypatch, x):
+    model = ByLength(more)
+    clip, y, count = traces(monkeypatch, model, torch.cat([x, x], 1))
+    assert count > 0
+    step(clip, y)
+    assert clip.report().clipped_heads > HEADS
+
+
+def test_what_it_weighs_unseen_is_an_error_by_name(monkeypatch, x):
+    with pytest.raises(ValueError, match="it weighs by exp of a product of projections"):
+        traces(monkeypatch, ByLength("exponential"), torch.cat([x, x], 1))

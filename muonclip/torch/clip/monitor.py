@@ -50,7 +50,7 @@ from muonclip.torch.observe import (
     graph_task,
     leave,
 )
-from muonclip.torch.prove import ProvenWays, reached_beside_known
+from muonclip.torch.prove import ProvenWays, Reach, reached_beside_known
 
 _MOST_TRACES = 4  # of the model in its first step, whose micro-batches may differ in what they reach
 _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] = weakref.WeakKeyDictionary()
@@ -155,27 +155,31 @@ class AttentionMonitor:
             ) from error
 
     def _is_as_guessed(self, inputs: Inputs) -> bool:
-        """Tell whether inputs are like those that were guessed, and reach no module that was not traced with these, and
-        no other attention."""
+        """Tell whether inputs are like those that were guessed, and reach no attention, nor what may be one, that these
+        have not shown."""
         guess, self._guess = self._guess, None
-        traced = frozenset[str]().union(*(each.reached for each in self._traces))
         training = self.model.get_submodule(inputs.module).training
-        return guess is not None and guess.is_like(inputs) and self._is_known(inputs, training=training, within=traced)
+        return guess is not None and guess.is_like(inputs) and self._is_known(inputs, training=training, anew=True)
 
     @outside_modes()
-    def _is_known(self, inputs: Inputs, *, training: bool, within: Collection[str] | None = None) -> bool:
-        """Tell whether a forward would reach no attention but those that were found. `within`: and no modules but those
-        of these names."""
+    def _is_known(self, inputs: Inputs, *, training: bool, anew: bool = False) -> bool:
+        """Tell whether a forward would reach no attention but those that were found. `anew`: these inputs have not been
+        traced, so that nothing may be reached either that could be attention which is not understood."""
         if not self.sites:
             return False
         try:
             reached = reached_beside_known(self.model, inputs, self.sites, training=training)
         except Exception:  # whatever the model raises; tracing it says more
             return False
-        if reached is None or (within is not None and not reached.issubset(within)):
+        if reached is None or (anew and not self._was_traced(reached)):
             return False
-        self._live.expect(reached)
+        self._live.expect(reached.modules)
         return True
+
+    def _was_traced(self, reach: Reach) -> bool:
+        """Tell whether traces have shown all by which something may be weighed."""
+        traced = frozenset[tuple[str, str]]().union(*(each.operators_of_weights for each in self._traces))
+        return reach.operators_of_weights <= traced
 
     def search(self, inputs: Inputs, *, training: bool) -> None:
         """Find attentions in a forward that is under way, in one mode. Raises as `discover`, and NotTraced."""

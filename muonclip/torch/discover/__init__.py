@@ -8,6 +8,7 @@ from muonclip.torch.discover.example_inputs import guess_inputs
 from muonclip.torch.discover.refusals import NOTHING_FOUND, Refusal, message
 from muonclip.torch.discover.replica import Replica, has_a_foreign_forward, is_experiment, replica_of
 from muonclip.torch.discover.trace import Trace
+from muonclip.torch.discover.weighed_sums import may_make_weights
 
 __all__ = [
     "NOTHING_FOUND",
@@ -22,6 +23,7 @@ __all__ = [
     "guess_inputs",
     "has_a_foreign_forward",
     "is_experiment",
+    "may_make_weights",
     "message",
     "replica_of",
 ]

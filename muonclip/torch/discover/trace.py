@@ -29,7 +29,8 @@ class Trace:
     `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
     `without_logits`: what mixes activations by products without a softmax. `reached`: the names of modules that ran.
-    `idle`: of those which hold a matrix of their own that no function was called with.
+    `idle`: of those which hold a matrix of their own that no function was called with. `operators_of_weights`: that may
+    make weights of scores, with the names of the modules they run in.
     """
 
     calls: list[TracedCall]
@@ -39,6 +40,7 @@ class Trace:
     without_logits: list[Sighting] = field(default_factory=list)
     reached: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
+    operators_of_weights: frozenset[tuple[str, str]] = frozenset()
 
 
 def trace(
@@ -57,8 +59,9 @@ def trace(
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     paths = {key: path for key, path in replica.paths.items() if key in kept}
     reached = frozenset(tracer.reached)
+    operators = frozenset(sums.operators_of_weights)
     idle = frozenset(_idle(replica.module, prefix, tracer.used)) & reached
-    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle)
+    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators)
 
 
 def _idle(model: nn.Module, prefix: str, used: set[int]) -> Iterator[str]:

@@ -136,6 +136,7 @@ class WeighedSums(TorchDispatchMode):
         self._weighed: list[tuple[str, frozenset[int]]] = []  # where, by weights of which scores
         self._seen: list[Sighting] = []
         self.without_logits: list[Sighting] = []
+        self.operators_of_weights: set[tuple[str, str]] = set()  # of what may make weights of scores: where, and which
         self.left_to_steps: set[str] = set()  # modules of which they are told that their attention was not observed
         for each in model.parameters():
             self.put(each, _OF_PARAMETERS)
@@ -237,6 +238,8 @@ class WeighedSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if may_make_weights(func):
+            self.operators_of_weights.add((self.innermost(), str(func)))
         if getattr(func, "namespace", "higher_order") not in TORCHS_OWN:
             return func(*args, **kwargs) if self.operators is None else self.operators(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -376,6 +379,14 @@ class WeighedSums(TorchDispatchMode):
         """Return the name of the innermost module that runs."""
         running = self.running()
         return running[-1][0] if running else ""
+
+
+@functools.cache
+def may_make_weights(func: Any) -> bool:
+    """Tell whether an operator may make weights of scores, or weigh by them: a function that is not linear, a scatter,
+    an attention, or anything whose inside is not seen."""
+    kinds = "nonlinear", "clamp", "scatter", "attention"
+    return getattr(func, "namespace", "higher_order") not in TORCHS_OWN or _kind_of(func)[1] in kinds
 
 
 @functools.cache

@@ -103,6 +103,7 @@ class AttentionRun(ScoreTracker):
         self._entering: tuple[Tensor, Score] | None = None
         self._capped: dict[int, tuple[Tensor, tuple[Block, ...]]] = {}  # what a cap got, by the id of the pairs
         self._at_a_softmax: SeenCall | None = None
+        self.is_in_kernel = False
         for name, each in module.named_modules():
             if isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
                 continue
@@ -160,10 +161,18 @@ class AttentionRun(ScoreTracker):
 
         def run() -> Any:
             # Not every kernel has a backward on every device; and one may call another one.
-            with self.left(), torch.no_grad(), handling(None):
-                return tree_map(_numbers_for_zeros, (call.run_in_trace or call.run)())
+            self.is_in_kernel = True
+            try:
+                with self.left(), torch.no_grad(), handling(None):
+                    return tree_map(_numbers_for_zeros, (call.run_in_trace or call.run)())
+            finally:
+                self.is_in_kernel = False
 
         return self._result_of(self._see(call, self._running[-1]), run)
+
+    def innermost(self) -> str:
+        """Return the name of the innermost module that runs."""
+        return self._running[-1][0] if self._running else ""
 
     def leave_out(self, reason: object) -> None:
         """Leave a call to the steps, of which it is told then that it was not observed."""

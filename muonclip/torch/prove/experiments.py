@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,13 @@ def run_copy(
     training: bool,
     keeps_graph: bool = False,
     keeps_results: bool = False,
+    watch: Callable[[AttentionRun], AbstractContextManager[object]] = nullcontext,
 ) -> Recording:
     """Run a copy of a model, or of the part of it that the inputs are for. Raises whatever the model raises.
 
     `heads_of`, `around`, `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare`
     changes the copy. `keeps_graph`: for a model that takes derivatives itself. `keeps_results`: as of `AttentionRun`.
+    `watch`: what is entered with the run.
     """
     module, prefix = model.get_submodule(inputs.module), prefix_of(inputs)
     with (
@@ -56,7 +58,7 @@ def run_copy(
     ):
         prepare(copy)
         run = AttentionRun(copy.module, prefix, heads_of, around, earlier, keeps_results=keeps_results)
-        with handling(run), run:
+        with handling(run), run, watch(run):
             returned = copy.run()
         recording = run.end()
     recording.add_returned(each.detach().clone() for each in tensors_in(returned))
