@@ -40,10 +40,10 @@ SETS = {
     "64 × (64×128)": matrices(64, 64, 128),
     "16 × (256×512)": matrices(16, 256, 512),
     "8 × (512×1792)": matrices(8, 512, 1792),
-    "2048×7168": matrices(1, 2048, 7168),
     "2 × 1024²": matrices(2, 1024, 1024),
     "MLA of K2/4": tuple(Weight(shape) for shape in K2_QUARTER),
     "reference MoE": reference_moe,
+    "2048×7168": matrices(1, 2048, 7168),
 }
 OTHERS = {
     "ViT-tiny, 12 layers": (*matrices(12, 576, 192), *matrices(12, 192, 192), *matrices(24, 768, 192)),
