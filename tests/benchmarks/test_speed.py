@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_an_absent_peer_is_a_row_and_no_failure(quick):
         assert row["absent"]["heavyball"] == row["absent"]["dion"] == "not installed"
         assert row["ratios"].keys().isdisjoint(row["absent"])
     assert "| not installed |" in read_speed(quick)
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_head(quick):
+    """A name with a bar in it, such as q|k|v, is one cell."""
+    quick = copy.deepcopy(quick)
+    quick["parts"]["others"]["rows"][0]["name"] = "fused q|k|v"
+    tables = re.findall(r"(?:^\|.*\n)+", read_speed(quick), re.MULTILINE)
+    assert len(tables) == 9
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
 def test_a_peer_that_fails_is_a_row(monkeypatch):
