@@ -281,7 +281,7 @@ def test_the_api_page_explains_the_defaults_of_the_signatures():
 
 def test_the_coefficient_sets_are_listed_with_their_sources():
     text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|$", text, re.MULTILINE))
     assert rows == {name: each.source for name, each in COEFFICIENT_SETS.items()}
 
 
