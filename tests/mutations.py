@@ -1622,6 +1622,15 @@ MUTATIONS = (
         tests_of("torch/test_new_reach.py", "test_matrices_of_a_module_that_has_run_without_them"),
     ),
     Mutation(
+        "gradients-of-what-has-not-run-are-not-noticed",
+        "Attention written out with the weights of layers that are not called is missed where it first runs later.",
+        "        self._trace_after_unseen()\n",
+        "",
+        tests_of(
+            "torch/test_new_reach.py", "test_weights_of_layers_that_are_not_called_are_noticed_by_their_gradients"
+        ),
+    ),
+    Mutation(
         "compiled-model-is-not-counted",
         "Attention that a model compiled as a whole reaches first is missed.",
         "                monitor.begin_compiled()\n",

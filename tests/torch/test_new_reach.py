@@ -509,6 +509,53 @@ def test_matrices_of_a_module_that_has_run_without_them(kind, x):
     )
 
 
+class OfLayers(Bare):
+    """The same with the weights of layers that it does not call."""
+
+    def __init__(self):
+        super().__init__("attributes")
+        del self.wq, self.wk, self.wv
+        self.wq, self.wk, self.wv = (nn.Linear(WIDTH, HEADS * HEAD, bias=False) for _ in range(3))
+
+    def heads(self, x):
+        layers = self.wq, self.wk, self.wv
+        return (F.linear(x, m.weight).unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for m in layers)
+
+    def forward(self, x):
+        if not self.attends:
+            return x
+        self.seen.append(x.detach().clone())
+        y = attend(*self.heads(x), written_out=True).transpose(1, 2).flatten(2)
+        return x + F.linear(y, self.out.weight, self.out.bias)
+
+
+def test_weights_of_layers_that_are_not_called_are_noticed_by_their_gradients(x):
+    model = nn.Sequential(Attention(), OfLayers())
+    clip = clip_of(model)
+    step(clip, model(x))
+    model[1].attends = True
+    with pytest.warns(
+        UserWarning, match=r"the weights of 1\.out, 1\.wk, 1\.wq, 1\.wv have gradients, though no such module"
+    ):
+        step(clip, model(x))
+    model[1].seen.clear()
+    y = model(x)
+    model[1].seen = model[1].seen[-1:]
+    expected = model[1].maxima()
+    step(clip, y)
+    check(clip, "1", expected)
+
+
+def test_zero_gradients_of_layers_that_do_not_run_are_not_noticed(x):
+    model = nn.Sequential(Attention(), OfLayers())
+    clip = clip_of(model)
+    for _ in range(2):
+        y = model(x)
+        for parameter in model[1].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step(clip, y)
+
+
 def test_what_is_in_use_is_not_watched_and_a_vector_need_not_be(x):
     class Masked(Attention):
         def __init__(self):

@@ -92,6 +92,7 @@ class LiveForwards:
         self._reached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._names: set[str] = set()  # of modules that were reached, some of which others may be in the place of now
         self._idle: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with matrices that no search has seen in use
+        self._unused: weakref.WeakSet[nn.Module] | None = None  # the same of modules that no search has reached
         self._children: list[dict[str, Any]] = []
         self._sum = 0
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -180,16 +181,18 @@ class LiveForwards:
 
     def expect(self, reached: Iterable[str], idle: Collection[str] | None = None) -> None:
         """Watch the modules that no search has reached. `reached`: the names of those that the last one has; `idle`: of
-        those in which it has not seen all matrices in use, if it has looked."""
+        all with matrices that it has not seen in use, if it has looked."""
         searcher = self._searcher()
         assert searcher is not None
         modules, reached = dict(searcher.model.named_modules()), set(reached)
         ran = {modules[name] for name in reached if name in modules}
         if idle is not None:
-            still = {modules[name] for name in idle if name in modules}
-            still = {each for each in still if each in self._idle or each not in self._reached}
+            holders = {modules[name] for name in idle if name in modules}
+            still = {each for each in holders & ran if each in self._idle or each not in self._reached}
             self._idle.difference_update(ran)
             self._idle.update(still)
+            unused = holders - ran
+            self._unused = weakref.WeakSet(unused if self._unused is None else unused & set(self._unused))
         self._names |= reached
         self._reached.update(ran)
         running = set(self._forward.reached)  # whose hooks end what they have begun
@@ -202,6 +205,14 @@ class LiveForwards:
     def _is_known(self, module: nn.Module) -> bool:
         """Tell whether a search has reached a module and seen its matrices in use."""
         return module in self._reached and module not in self._idle
+
+    def trained_unseen(self) -> list[nn.Module]:
+        """Return the modules that have not run and have gradients all the same, for the first time: what runs has used
+        their weights."""
+        found = [each for each in self._unused or () if any(map(_is_trained, each.parameters(recurse=False)))]
+        if self._unused is not None:
+            self._unused.difference_update(found)
+        return found
 
     def look_for_more(self) -> None:
         """Watch modules that were put into the model since it was searched. Costs a sum over the modules there are."""
@@ -230,6 +241,8 @@ class LiveForwards:
 
     def before_new(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Watch a module that runs for the first time in a forward that is trained."""
+        if self._unused is not None:
+            self._unused.discard(module)
         forward, searcher = self._forward, self._searcher()
         if forward.begun is None and searcher is not None and not forward.modules:
             if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or graph_task() >= 0:
@@ -336,6 +349,12 @@ def _is_alone(model: nn.Module) -> bool:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return False
     return not any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter has a gradient; on the CPU, one that is not zero, as wrappers give what is not used."""
+    gradient = parameter.grad
+    return gradient is not None and (gradient.device.type != "cpu" or bool(gradient.any()))
 
 
 def _is_compiled_in(module: nn.Module) -> bool:

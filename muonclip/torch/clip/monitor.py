@@ -223,6 +223,7 @@ class AttentionMonitor:
                 "example_inputs=…). The next forward is traced anew."
             )
         self._warn_of_compiled()
+        self._trace_after_unseen()
         if self._is_first_step and (self._traced or self._parts):
             self._is_first_step = False
             self._entries.take_off([module for module in self._entries.modules if module not in self._parts])
@@ -237,6 +238,17 @@ class AttentionMonitor:
             warnings.warn(
                 f"QK-Clip: {name} ran for the first time, in code that torch.compile made, where attention that is "
                 "written out is not seen. If there is any, give example_inputs that reach it.",
+                stacklevel=2,
+            )
+
+    def _trace_after_unseen(self) -> None:
+        """Trace the next forward where weights were used in this step that no search has seen in use."""
+        names = [name for each in self._live.trained_unseen() if (name := self.name_of(each))]
+        if names and self._live.new_modules.compiled is None:  # else they may have run there
+            self._traced.clear()
+            warnings.warn(
+                f"QK-Clip: the weights of {', '.join(sorted(names))} have gradients, though no such module has run. "
+                "Attention that is written out with them was not observed in this step; the next forward is traced.",
                 stacklevel=2,
             )
 

@@ -29,8 +29,8 @@ class Trace:
     `paths`: the names of module and attribute in the model of each parameter among their rows, by its id.
     `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
     `without_logits`: what mixes activations by products without a softmax. `reached`: the names of modules that ran.
-    `idle`: of those which hold a matrix of their own that no function was called with. `operators_of_weights`: that may
-    make weights of scores, with the names of the modules they run in.
+    `idle`: of those which hold a matrix that no function was called with, whether they ran or not.
+    `operators_of_weights`: that may make weights of scores, with the names of the modules they run in.
     """
 
     calls: list[TracedCall]
@@ -60,7 +60,7 @@ def trace(
     paths = {key: path for key, path in replica.paths.items() if key in kept}
     reached = frozenset(tracer.reached)
     operators = frozenset(sums.operators_of_weights)
-    idle = frozenset(_idle(replica.module, prefix, tracer.used)) & reached
+    idle = frozenset(_idle(replica.module, prefix, tracer.used))
     return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators)
 
 
