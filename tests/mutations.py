@@ -622,9 +622,9 @@ MUTATIONS = (
     ),
     Mutation(
         "bound-used-as-the-maximum",  # 10
-        "γ is taken from the bound of heads that were only certified.",
-        "factors = clip_factors(maxima.maximum, tau, alpha, xp=torch)",
-        "factors = clip_factors(maxima.upper_bound, tau, alpha, xp=torch)",
+        "The bound of a head that was only certified is reported as its maximum.",
+        "seen = torch.where(exact, maxima.maximum, math.nan)",
+        "seen = bound",
         tests_of(
             "torch/test_observation.py",
             "test_needed_certifies_quiet_heads_and_clips_as_always_does",
@@ -1311,7 +1311,7 @@ MUTATIONS = (
         "What adds so little that the sum is right without it, a zero adapter after one step, is not scaled.",
         "for dropped in _subsets(with_share):",
         "for dropped in reversed(list(_subsets(with_share))):",
-        tests_of("torch/test_rows_by_structure.py", "test_a_small_contribution_is_scaled_with_the_rest"),
+        tests_of("torch/test_rows_by_structure.py"),
     ),
     Mutation(
         "share-that-cancels-taken-for-a-norm",
@@ -1533,7 +1533,7 @@ MUTATIONS = (
         "The number that multiplies a product of queries and keys is not part of the scale.",
         "return score.rescaled(lambda scale: scale * factor if times else scale / factor)",
         "return score",
-        tests_of("torch/test_observation_edges.py", "test_other_ways_to_write_it"),
+        tests_of("torch/test_written_out_attention.py"),
     ),
     Mutation(
         "unknown-attention-ignored",  # 28
@@ -2061,8 +2061,7 @@ MUTATIONS = (
         "The plan of the first step is used for parameters that an engine has put in the place of those.",
         "if inputs != self._inputs:",
         "if self._inputs is None:",
-        tests_of("torch/test_engines.py", "test_parameters_replaced_after_the_optimizer_was_built_are_found")
-        + tests_of("torch/test_muonclip.py"),
+        tests_of("torch/test_plan_refresh.py", "test_a_change_is_seen_by_the_next_step"),
     ),
     Mutation(
         "steps-counted-in-the-default-dtype",  # 39
@@ -2076,7 +2075,7 @@ MUTATIONS = (
         "A matrix is orthogonalised on torch's default device, not on its own.",
         "return xp.asarray(x, dtype=dtype) if to is None else to(dtype)",
         "return xp.asarray(x, dtype=dtype)",
-        tests_of("torch/test_defaults.py", "test_rows_that_follow_no_stride_are_found_on_their_device"),
+        tests_of("torch/test_defaults.py", "test_a_matrix_is_orthogonalised_on_its_own_device"),
     ),
     # Resume (torch)
     Mutation(
@@ -2084,7 +2083,7 @@ MUTATIONS = (
         "A parameter without a gradient (an idle expert) is missing from the state dict.",
         "    return parameter.requires_grad or parameter.grad is not None",
         "    return parameter.grad is not None",
-        tests_of("torch/test_muonclip.py", "test_a_step_is_muon_and_adamw_and_then_the_clip"),
+        tests_of("torch/test_muon.py", "test_a_matrix_without_a_gradient_has_a_state"),
     ),
     Mutation(
         "momentum-cast-when-loaded",  # 19
@@ -2725,13 +2724,6 @@ MUTATIONS = (
         "            if reason.trains and any(p.grad is not None",
         "            if False and any(p.grad is not None",
         tests_of("torch/test_host_modes.py", "test_a_transform_of_the_model_itself_next_to_the_training_is_said_once"),
-    ),
-    Mutation(
-        "copied-kernel-is-another",
-        "In a copy of model and optimizer attention that is written out is not followed any more.",
-        "self.if_unobserved, self.weights_by),",
-        "self.if_unobserved),",
-        tests_of("torch/test_host_modes.py", "test_model_and_optimizer_are_copied_together"),
     ),
     # The reference model
     Mutation(

@@ -7,7 +7,7 @@ import torch
 from tiny_attention import TinyModel, UndeclaredAttention
 from torch import nn
 
-from muonclip.core import MatrixLayout
+from muonclip.core import MatrixLayout, orthogonalize
 from muonclip.torch import Muon, MuonClip, QKClip, attention
 from muonclip.torch.distributed import clip_grad_norm_
 from muonclip.torch.update.matrix_views import row_index
@@ -154,3 +154,11 @@ def test_what_was_not_observed_is_named(given):
         model.layers[1].max_logits.reset()
         with pytest.raises(RuntimeError, match=r"observed no forward of layers\.1 since"):
             clip.step()
+
+
+def test_a_matrix_is_orthogonalised_on_its_own_device():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        found = orthogonalize(x, xp=torch, dtype=torch.bfloat16)
+    assert found.device == x.device
+    torch.testing.assert_close(found, orthogonalize(x, xp=torch, dtype=torch.bfloat16))

@@ -566,3 +566,14 @@ def test_what_cannot_be_updated_shard_by_shard_is_refused_before_anything_moves(
         assert torch.equal(p, before)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_matrix_without_a_gradient_has_a_state():
+    """As an expert that gets no token in the first steps."""
+    matrices = [nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+    optimizer = Muon(matrices)
+    matrices[0].grad = torch.randn(4, 6)
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert sorted(state) == [0, 1]
+    assert not state[1]["momentum_buffer"].any()
