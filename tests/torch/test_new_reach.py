@@ -546,6 +546,23 @@ def test_weights_of_layers_that_are_not_called_are_noticed_by_their_gradients(x)
     check(clip, "1", expected)
 
 
+def test_weights_outside_of_the_part_that_was_searched_are_noticed_too(x):
+    class Parts(nn.Module):
+        """Each of which is called by itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Attention(), OfLayers()
+
+    model = Parts()
+    clip = clip_of(model)
+    step(clip, model.a(x))
+    step(clip, model.a(x), model.b(model.a(x)))
+    model.b.attends = True
+    with pytest.warns(UserWarning, match=r"the weights of b\.out, b\.wk, b\.wq, b\.wv have gradients"):
+        step(clip, model.b(model.a(x)))
+
+
 def test_zero_gradients_of_layers_that_do_not_run_are_not_noticed(x):
     model = nn.Sequential(Attention(), OfLayers())
     clip = clip_of(model)

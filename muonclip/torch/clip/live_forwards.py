@@ -92,7 +92,7 @@ class LiveForwards:
         self._reached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._names: set[str] = set()  # of modules that were reached, some of which others may be in the place of now
         self._idle: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with matrices that no search has seen in use
-        self._unused: weakref.WeakSet[nn.Module] | None = None  # the same of modules that no search has reached
+        self._accounted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have run, or whose matrices were in use
         self._children: list[dict[str, Any]] = []
         self._sum = 0
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -179,9 +179,9 @@ class LiveForwards:
 
     # Modules that no search has reached
 
-    def expect(self, reached: Iterable[str], idle: Collection[str] | None = None) -> None:
+    def expect(self, reached: Iterable[str], idle: Collection[str] | None = None, part: str = "") -> None:
         """Watch the modules that no search has reached. `reached`: the names of those that the last one has; `idle`: of
-        all with matrices that it has not seen in use, if it has looked."""
+        all with matrices that it has not seen in use, if it has looked, in the `part` of the model that it has run."""
         searcher = self._searcher()
         assert searcher is not None
         modules, reached = dict(searcher.model.named_modules()), set(reached)
@@ -191,8 +191,10 @@ class LiveForwards:
             still = {each for each in holders & ran if each in self._idle or each not in self._reached}
             self._idle.difference_update(ran)
             self._idle.update(still)
-            unused = holders - ran
-            self._unused = weakref.WeakSet(unused if self._unused is None else unused & set(self._unused))
+            inside = f"{part}." if part else ""
+            searched = {each for name, each in modules.items() if f"{name}.".startswith(inside)}
+            self._accounted.update(searched - holders)
+        self._accounted.update(ran)
         self._names |= reached
         self._reached.update(ran)
         running = set(self._forward.reached)  # whose hooks end what they have begun
@@ -209,9 +211,9 @@ class LiveForwards:
     def trained_unseen(self) -> list[nn.Module]:
         """Return the modules that have not run and have gradients all the same, for the first time: what runs has used
         their weights."""
-        found = [each for each in self._unused or () if any(map(_is_trained, each.parameters(recurse=False)))]
-        if self._unused is not None:
-            self._unused.difference_update(found)
+        waiting = [each for each in self._new.modules if each not in self._accounted]
+        found = [each for each in waiting if any(map(_is_trained, each.parameters(recurse=False)))]
+        self._accounted.update(found)
         return found
 
     def look_for_more(self) -> None:
@@ -241,8 +243,7 @@ class LiveForwards:
 
     def before_new(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Watch a module that runs for the first time in a forward that is trained."""
-        if self._unused is not None:
-            self._unused.discard(module)
+        self._accounted.add(module)
         forward, searcher = self._forward, self._searcher()
         if forward.begun is None and searcher is not None and not forward.modules:
             if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or graph_task() >= 0:

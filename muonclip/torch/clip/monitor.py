@@ -368,7 +368,7 @@ class AttentionMonitor:
         for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold
         self._observe()
-        self._live.expect(self._traces[-1].reached, self._traces[-1].idle)
+        self._live.expect(self._traces[-1].reached, self._traces[-1].idle, inputs.module)
 
     def _observe(self) -> None:
         """Let what each site's attention shows go to its statistics, which forget it when weights are loaded."""

@@ -38,8 +38,10 @@ class Use(NamedTuple):
 
 _BATCHED = functions("baddbmm", "baddbmm_")
 _PRODUCTS = functions("matmul", "bmm", "__matmul__") | _BATCHED
-_TIMES = functions("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")
-_OVER = functions("div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__")
+TIMES = functions("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")
+"""Functions that multiply."""
+OVER = functions("div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__")
+"""Functions that divide."""
 _REVERSED = functions("__rsub__", "rsub")
 _MINUS = _REVERSED | functions("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__")
 _PLUS = _MINUS | functions("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -140,7 +142,7 @@ def overwritten(use: Use, target: Score) -> Score:
 
 
 def _multiplied(use: Use) -> Score:
-    score, factor, times = use.score, use.arguments["other"], use.function in _TIMES
+    score, factor, times = use.score, use.arguments["other"], use.function in TIMES
     if factor is use.tensor:
         factor = use.arguments["input"]
         if not times or factor is use.tensor:
@@ -261,7 +263,7 @@ def _unknown(use: Use) -> Score:
 _RULES: dict[Any, Callable[[Use], Score]] = {
     function: rule
     for group, rule in (
-        (_TIMES | _OVER, _multiplied),
+        (TIMES | OVER, _multiplied),
         (_PLUS, _shifted),
         (_FILL, _filled),
         (_WHERE, _chosen),
@@ -272,7 +274,7 @@ _RULES: dict[Any, Callable[[Use], Score]] = {
     )
     for function in group
 }
-_BY_ELEMENT = (_TIMES | _OVER | _PLUS | _FILL | _WHERE) | functions(
+_BY_ELEMENT = (TIMES | OVER | _PLUS | _FILL | _WHERE) | functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "requires_grad_"
 )
 """Functions that a score is followed through while its tensor has other axes than queries and keys."""

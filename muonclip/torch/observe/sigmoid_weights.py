@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from muonclip.torch.observe.attention_call import AttentionKernel
 from muonclip.torch.observe.score import Score
+from muonclip.torch.observe.score_rules import OVER, TIMES
 from muonclip.torch.observe.torch_functions import bind, functions
 
 KERNEL = AttentionKernel(
@@ -38,8 +38,6 @@ _SAME = functions(
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "dropout", "view",
     "reshape", "unflatten", "squeeze", "unsqueeze", "flatten", "view_as", "reshape_as", "expand", "__getitem__",
 )  # fmt: skip
-_TIMES = functions("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__")
-_OVER = functions("div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,8 +120,8 @@ def _lower(arguments: Mapping[str, Any], weights: Tensor) -> Tensor:
 _RULES: dict[Any, Callable[[Mapping[str, Any], Tensor], Any]] = {
     function: rule
     for group, rule in (
-        (_SAME | _OVER | {F.dropout, F.dropout1d}, _all_stay),
-        (_TIMES, _multiplied),
+        (_SAME | OVER, _all_stay),
+        (TIMES, _multiplied),
         (functions("masked_fill", "masked_fill_"), _filled),
         (functions("where"), _chosen),
         (functions("tril", "tril_"), _lower),
