@@ -152,7 +152,7 @@ _CLIP_COST = {
 }
 _SPEED = {
     "--parts": _of(several(one_of(PARTS, "part")), "A,B", f"of {', '.join(PARTS)} (default: all)", tuple(PARTS)),
-    "--threads": _of(several(count), "N,M", "steps and first: the first of these (default: 1,2)", (1, 2)),
+    "--threads": _of(several(count), "N,M", "steps: the first of these (default: 1,2)", (1, 2)),
     "--rounds": _of(count, "N", "timed steps of each (default: 9)", 9),
     "--long": _flag("also what takes hours: large models and batches, and peers that compile, at the other shapes"),
     "--quick": _flag("tiny shapes, to see that all of it works"),

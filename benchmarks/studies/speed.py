@@ -1,9 +1,8 @@
 """The speed of MuonClip next to every other implementation that is installed: `python -m benchmarks speed`.
 
-Six parts, saved row by row and measured anew by name: `sets` and `others`, updates of frozen shapes; `compiled`, the
+Five parts, saved row by row and measured anew by name: `sets` and `others`, updates of frozen shapes; `compiled`, the
 sets once more, with the peers that compile, which takes them minutes per set; `steps`, whole training steps; `jax`,
-next to `optax.contrib.muon`; `first`, the first step's search for attentions. The page is written from the JSON file,
-between two marks; none of its numbers is typed.
+next to `optax.contrib.muon`. The page is written from the JSON file, between two marks; none of its numbers is typed.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from benchmarks.experiment.errors import UsageError
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.studies import speed_sets, speed_steps, speed_updates
-from benchmarks.studies.host_time import FIRST_STEPS, QUICK_STEPS, first_steps
 from benchmarks.studies.speed_peers import PEERS, versions
 from benchmarks.studies.templates import render, write_between_marks
-from benchmarks.training.timing import torch_threads
 
 Rows = Iterator[dict[str, Any]]
 FILE = "cpu.json"
@@ -108,11 +105,6 @@ def _jax(options: argparse.Namespace) -> Rows:
     return compare(((2, 4, 6),) if options.quick else (*SHAPES["cpu"], (2, 1024, 1024)), options.rounds)
 
 
-def _first(options: argparse.Namespace) -> Rows:
-    with torch_threads(1):
-        yield from first_steps(QUICK_STEPS if options.quick else FIRST_STEPS, min(options.rounds, 5))
-
-
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -123,5 +115,4 @@ PARTS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "others": _others,
     "steps": _steps,
     "jax": _jax,
-    "first": _first,
 }

@@ -56,7 +56,7 @@ def test_every_row_of_a_table_has_the_cells_of_its_head(quick):
     quick = copy.deepcopy(quick)
     quick["parts"]["others"]["rows"][0]["name"] = "fused q|k|v"
     tables = re.findall(r"(?:^\|.*\n)+", read_speed(quick), re.MULTILINE)
-    assert len(tables) == 9
+    assert len(tables) == 8
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
@@ -162,10 +162,10 @@ def test_training_steps_of_all_arms_move_every_weight(quick):
 
 def test_parts_are_measured_one_by_one(quick, tmp_path, capsys):
     (tmp_path / "cpu.json").write_text(json.dumps(quick))
-    assert main(["speed", "--quick", "--rounds", "2", "--parts", "first", "--out", str(tmp_path)]) == 0
+    assert main(["speed", "--quick", "--rounds", "2", "--parts", "jax", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text())
     assert result["parts"]["sets"] == quick["parts"]["sets"]
-    assert result["parts"]["first"]["environment"]["rounds"] == 2
+    assert result["parts"]["jax"]["environment"]["rounds"] == 2
     assert capsys.readouterr().out.strip() == read_speed(result).strip()
 
 
