@@ -2052,8 +2052,8 @@ MUTATIONS = (
     Mutation(
         "capturable-noticed-after-the-update",  # 29
         "The parameters are checked when the plan of the update is made, and the plan when the update is over.",
-        "if inputs != self._inputs:\n            check_parameters(self.param_groups)\n            self._plan_update()",
-        "if inputs != self._inputs:\n            self._plan_update()",
+        "            check_parameters(self.param_groups)\n            check_states(",
+        "            check_states(",
         tests_of("torch/test_muonclip.py", "test_capturable_is_refused_on_the_cpu_before_anything_moves"),
     ),
     Mutation(
@@ -2102,23 +2102,74 @@ MUTATIONS = (
     Mutation(
         "checkpoint-of-the-other-half-accepted",
         "A group of AdamW takes the state of a Muon group.",
-        'if _use_of(theirs) != ours["use"]:',
+        'if use != ours["use"]:',
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_with_other_groups_is_refused"),
     ),
     Mutation(
         "checkpoint-of-another-group-accepted-by-position",
         "A parameter that was sorted otherwise when it was saved takes the state of the one at its position.",
-        "if other != index:",
+        "if places[index] != other:",
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name"),
     ),
     Mutation(
         "state-of-the-other-half-accepted-by-name",
         "torch.distributed.checkpoint gives a parameter the state that the other half of the optimizer saved for it.",
-        "if state and not isinstance(state.get(needed), Tensor):",
+        'if not isinstance(saved.get(part), Tensor | (int | float if part == "step" else Tensor)):',
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name"),
+    ),
+    Mutation(
+        "checkpoint-read-in-the-order-it-has",
+        "Parameters in another order than saved take each other's states where their shapes are the same.",
+        'keys = [saved[places[index]]["params"][theirs[_plain(name)][1]] for name in group["param_names"]]',
+        'keys = list(saved[places[index]]["params"])',
+        tests_of("torch/test_all_or_nothing.py", "test_groups_and_parameters_in_another_order_are_found_by_name"),
+    ),
+    Mutation(
+        "wrappers-part-of-the-name",
+        "What DistributedDataParallel puts before a name makes it another, so that the order as saved is taken.",
+        "if part not in _WRAPPERS)",
+        "if part)",
+        tests_of("torch/test_all_or_nothing.py", "test_groups_and_parameters_in_another_order_are_found_by_name"),
+    ),
+    Mutation(
+        "options-of-a-checkpoint-not-checked",
+        "A checkpoint brings a rate of NaN or a momentum of 2.",
+        "options.append(defaults(use).updated(theirs))",
+        "options.append(defaults(use).from_mapping({**defaults(use).as_group(), **theirs}))",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_an_option_that_does_not_fit_is_refused_by_the_step_and_by_the_load"
+        ),
+    ),
+    Mutation(
+        "options-of-a-group-not-checked-by-the-step",
+        "A rate that became NaN reaches all weights.",
+        "if new == known:",
+        "if known is not None:",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_an_option_that_does_not_fit_is_refused_by_the_step_and_by_the_load"
+        ),
+    ),
+    Mutation(
+        "states-of-a-cast-model-not-checked",
+        "A model that was cast after its first step fails in the middle of the next one.",
+        "check_states(self.param_groups, self._layouts, self.state, self.rule)",
+        "pass",
+        tests_of(
+            "torch/test_all_or_nothing.py",
+            "test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_moves",
+        ),
+    ),
+    Mutation(
+        "later-formats-are-read",
+        "A checkpoint of a later release is loaded as if it were of this one.",
+        "if not isinstance(version, int) or version > FORMAT:",
+        "if False:",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced"
+        ),
     ),
     Mutation(
         "state-of-another-mesh-accepted",

@@ -341,7 +341,7 @@ def test_a_state_says_whether_its_eps_was_given(eps_given, floor):
     ]  # fmt: skip
     optimizer = Muon([p], eps=None if floor else 1e-3)
     optimizer.load_state_dict(saved)
-    assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+    assert optimizer.state_dict()["param_groups"] == [dict(saved["param_groups"][0], format=1)]
     assert (move(optimizer, p, 1e-12).norm() < 0.1) == floor
 
 

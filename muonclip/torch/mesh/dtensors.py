@@ -35,7 +35,7 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
 def check_state(
     name: str,
     part: str,
-    value: Any,
+    value: Tensor,
     parameter: Tensor,
     shape: Sequence[int] | None = None,
     placements: Sequence[Placement] | None = None,
@@ -44,8 +44,6 @@ def check_state(
 
     `shape`, `placements`: what is expected in place of the parameter's.
     """
-    if not isinstance(value, Tensor) or not value.ndim:
-        return
     expected = (tuple(parameter.shape if shape is None else shape), "a plain tensor")
     if is_dtensor(parameter):
         expected = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.optim.adamw import adamw as adamw_functional
 
 from muonclip.torch.mesh import local_gradient, local_part
 from muonclip.torch.optimizer.options import AdamWOptions
+
+ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOptions) -> None:
@@ -22,15 +25,10 @@ def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOpt
         state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def widen_step_count(state: dict[str, Any]) -> None:
-    """Make a loaded count of steps float32, where it is narrower and would stop (bfloat16: at 256)."""
-    step = state.get("step")
-    if isinstance(step, Tensor) and step.dtype in (torch.bfloat16, torch.float16):
-        state["step"] = step.float()
-
-
-def adamw_update(parameters: Iterable[Tensor], options: AdamWOptions, state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Update those parameters of a group that have a gradient."""
+def adamw_step(
+    parameters: Iterable[Tensor], options: AdamWOptions, state: Mapping[Tensor, dict[str, Any]]
+) -> Callable[[], None]:
+    """Return what updates those parameters of a group that have a gradient; nothing is changed before it is called."""
     lists: dict[str, list[Tensor]] = {name: [] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")}
     for parameter in parameters:
         gradient = local_gradient(parameter)
@@ -44,7 +42,8 @@ def adamw_update(parameters: Iterable[Tensor], options: AdamWOptions, state: Map
         lists["exp_avg_sqs"].append(local_part(own["exp_avg_sq"]))
         lists["steps"].append(own["step"])
     beta1, beta2 = options.betas
-    adamw_functional(
+    return partial(
+        adamw_functional,
         lists["params"],
         lists["grads"],
         lists["exp_avgs"],

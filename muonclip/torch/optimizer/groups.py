@@ -1,4 +1,4 @@
-"""Parameter groups made from what a user passes, their parameters checked, and compared with those of a checkpoint."""
+"""Parameter groups made from what a user passes, and the check of their parameters and gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from muonclip.core import MatrixLayout
+from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
+from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.options import Group
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
@@ -60,48 +63,6 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
     return groups
 
 
-def check_loadable(saved: Sequence[Group], own: Sequence[Group]) -> None:
-    """Raise ValueError where groups of a checkpoint hold other parameters than the optimizer's, as far as they say."""
-    for index, (theirs, ours) in enumerate(zip(saved, own, strict=False)):
-        if _use_of(theirs) != ours["use"]:
-            raise ValueError(
-                f"group {index} of the checkpoint is for {_use_of(theirs)!r}, of the optimizer for {ours['use']!r}; "
-                "build the optimizer with the groups it was saved with."
-            )
-    here = {name: index for index, group in enumerate(own) for name in group.get("param_names", ())}
-    for index, group in enumerate(saved):
-        if any(isinstance(key, str) for key in group["params"]):
-            continue  # torch.distributed.checkpoint has already given each parameter what was saved under its name
-        for name in group.get("param_names", ()):
-            other = here.get(name, index)
-            if other != index:
-                raise ValueError(
-                    f"{name!r} is in group {index} of the checkpoint, for {_use_of(group)!r}, and in group {other} of "
-                    f"the optimizer, for {own[other]['use']!r}. {_OTHER_GROUPS}"
-                )
-
-
-def check_state_of(use: str, name: str, state: Mapping[str, Any]) -> None:
-    """Raise ValueError where a parameter has a state in a checkpoint, but not that of the rule that updates it here."""
-    needed = {"muon": "momentum_buffer", "adamw": "exp_avg"}[use]
-    if state and not isinstance(state.get(needed), Tensor):
-        raise ValueError(
-            f"{name!r} has no {needed} in the checkpoint, which the optimizer needs to update it for {use!r}. "
-            f"{_OTHER_GROUPS}"
-        )
-
-
-_OTHER_GROUPS = (
-    "Nothing was loaded. Build the optimizer with the groups of the checkpoint, "
-    "MuonClip([dict(params=[(name, parameter), …], use='muon'), dict(params=…, use='adamw'), …], …), to go on as "
-    "before, or load the weights alone and start its state anew."
-)
-
-
-def _use_of(saved: Group) -> str:
-    return saved.get("use", "adamw" if "betas" in saved else "muon")
-
-
 def check_parameters(groups: Iterable[Group]) -> None:
     """Raise ValueError, naming it, for a parameter that the optimizer cannot take."""
     for index, group in enumerate(groups):
@@ -129,6 +90,47 @@ def check_gradients(groups: Iterable[Group]) -> None:
                 raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
             if is_dtensor(gradient) or is_dtensor(parameter):
                 check_gradient(name_of(group, index, position), parameter)
+
+
+def check_states(
+    groups: Sequence[Group],
+    layouts: Sequence[Sequence[MatrixLayout | None]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    rule: MuonRule,
+) -> None:
+    """Raise ValueError, naming the parameter, for a gradient or a state that does not fit its parameter any more.
+
+    So it is where a model was cast, moved or resized after its states were made.
+    """
+    for index, group in enumerate(groups):
+        is_muon = group["use"] == "muon"
+        for position, parameter in enumerate(group["params"]):
+            layout, own = layouts[index][position], state.get(parameter) or {}
+            held: dict[str, Any] = {"grad": parameter.grad} if parameter.grad is not None else {}
+            if is_muon and layout is not None:
+                held |= {each.name: own[each.name] for each in rule.states if each.name in own}
+            elif own:
+                held |= {name: own.get(name) for name in ADAMW_STATES if name != "step"}
+            for part, value in held.items():
+                expected = _expected(part, parameter, layout, rule)
+                found = (tuple(value.shape), value.device, value.dtype) if isinstance(value, Tensor) else (None,) * 3
+                fits = found[2] is not None and found[2].is_floating_point if is_muon else found[2] == parameter.dtype
+                if found[:2] == (expected, parameter.device) and fits:
+                    continue
+                name = name_of(group, index, position)
+                seen = f"{found[2]} {found[0]} on {found[1]}" if found[2] else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"{name} is {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}, but its {part} is "
+                    f"{seen}. If the model was cast or moved, optimizer.load_state_dict(optimizer.state_dict()) makes "
+                    f"the state follow; else optimizer.state.pop(parameter) begins it anew. Nothing was changed."
+                )
+
+
+def _expected(part: str, parameter: Tensor, layout: MatrixLayout | None, rule: MuonRule) -> tuple[int, ...]:
+    declared = next((each for each in rule.states if each.name == part), None)
+    if declared is None or layout is None:
+        return tuple(parameter.shape)
+    return declared.stored_shape(parameter.shape, layout.axes(parameter.ndim).fan_in)
 
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}

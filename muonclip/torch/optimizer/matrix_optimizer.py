@@ -6,6 +6,7 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -14,12 +15,19 @@ from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh import Topology, check_state, local_gradient, local_part
-from muonclip.torch.optimizer.adamw import adamw_update, make_adamw_state, widen_step_count
-from muonclip.torch.optimizer.filled_parameters import ON_META
-from muonclip.torch.optimizer.groups import check_gradients, check_loadable, check_parameters, check_state_of, name_of
+from muonclip.torch.mesh import Topology, local_gradient, local_part
+from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
+from muonclip.torch.optimizer.groups import check_gradients, check_parameters, check_states, name_of
 from muonclip.torch.optimizer.layouts import layouts_of
-from muonclip.torch.optimizer.matrix_state import check_matrix_states, make_matrix_states, restored_states
+from muonclip.torch.optimizer.loading import (
+    FORMAT,
+    check_saved_state,
+    checked_options,
+    in_own_order,
+    saved_parameters,
+    with_tensor_counts,
+)
+from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.update import MUON, ParameterStep, PlacedParameter, UpdatePlan, execute
@@ -70,7 +78,7 @@ class MatrixOptimizer(Optimizer):
         layouts: list[MatrixLayout | None] = [None] * len(group["params"])
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
-        group |= self._defaults(use).updated(group).as_group()
+        group |= self._defaults(use).updated(group).as_group() | {"format": FORMAT}
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
         super().add_param_group(group)
@@ -79,32 +87,32 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as any optimizer does; `torch.optim.Muon`'s is accepted, and keeps torch's floor.
 
-        States keep their precision: torch would cast a float32 buffer to the dtype of a bf16 parameter.
+        Parameters are found by name where both sides have names, whatever their order. States keep their precision:
+        torch would cast a float32 buffer to the dtype of a bf16 parameter. Raises ValueError, and loads nothing, for
+        groups, options and states that this optimizer would not have.
         """
-        check_loadable(state_dict["param_groups"], self.param_groups)
-        for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-            for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
-                name, state = name_of(group, index, position), state_dict["state"].get(key, {})
-                layout = self._layouts[index][position]
-                check_state_of(group["use"], name, state)
-                if parameter.is_meta and state:
-                    raise ValueError(f"{name} is {ON_META}")
-                if layout is None:
-                    for part, value in state.items():
-                        check_state(name, part, value, parameter)
-                else:
-                    check_matrix_states(name, state, self.rule, parameter, layout)
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            if group["use"] == "muon":
-                options = MuonOptions.from_mapping(group)
-                for key, parameter in zip(saved["params"], group["params"], strict=True):
-                    self.state[parameter].update(
-                        restored_states(state_dict["state"].get(key, {}), self.rule, parameter, options)
-                    )
-            else:
-                for parameter in group["params"]:
-                    widen_step_count(self.state.get(parameter, {}))
+        restored: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            ready = in_own_order(given, self.param_groups)
+            saved = list(saved_parameters(ready, self.param_groups, self._layouts))
+            for each in saved:
+                check_saved_state(each, self.rule)
+            options = checked_options(ready["param_groups"], self._defaults)
+            for each in saved:
+                own = options[each.group]
+                if isinstance(own, MuonOptions):
+                    states = restored_states(each.state, self.rule, each.parameter, own)
+                    restored.append((each.parameter, dict(states)))
+            return with_tensor_counts(ready)
+
+        hook = self.register_load_state_dict_pre_hook(prepare)  # the last: those of others may bring a state into shape
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for parameter, states in restored:
+            self.state[parameter].update(states)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_muon", "_adamw", "_workspace_bytes", "_layouts")
@@ -120,6 +128,7 @@ class MatrixOptimizer(Optimizer):
                 group.setdefault("eps_given", True)
             for name, value in self._defaults(use).as_group().items():
                 group.setdefault(name, value)
+            group["format"] = FORMAT
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -151,25 +160,26 @@ class MatrixOptimizer(Optimizer):
         raise ValueError(f"use={use!r} in a parameter group; it is one of {known}.")
 
     def _update(self) -> None:
+        """Update all parameters. What can be wrong raises before the first of them changes."""
         assert self._update_plan is not None
         if not self._has_state:
             self._make_state()
             self._has_state = True
-        muon = {
-            index: MuonOptions.from_mapping(group)
-            for index, group in enumerate(self.param_groups)
-            if group["use"] == "muon"
-        }
         steps: list[ParameterStep] = []
         for parameter, layout, index, _ in self._matrices:
-            state, options = self.state[parameter], muon[index]
+            state, options = self.state[parameter], self._options[index]
+            assert isinstance(options, MuonOptions)
             make_matrix_states(state, self.rule, parameter, layout, options)
             held = {each.name: local_part(state[each.name]) for each in self.rule.states}
             gradient = local_gradient(parameter)
             steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, self.rule))
-        for group in self.param_groups:
-            if group["use"] == "adamw":
-                adamw_update(group["params"], AdamWOptions.from_mapping(group), self.state)
+        adamw = [
+            adamw_step(group["params"], options, self.state)
+            for group, options in zip(self.param_groups, self._options, strict=True)
+            if isinstance(options, AdamWOptions)
+        ]
+        for move in adamw:
+            move()
         execute(self._update_plan, steps, self._topology.positions())
 
     @torch.no_grad()
@@ -185,12 +195,27 @@ class MatrixOptimizer(Optimizer):
                     make_matrix_states(self.state[parameter], self.rule, parameter, layout, options)
 
     def _refresh_plan(self) -> None:
-        """Check the parameters and plan their update anew, if what these depend on has changed."""
+        """Check options and parameters, and plan the update anew, if what these depend on has changed."""
+        self._check_options()
         inputs = plan_inputs(self.param_groups, self._topology.version)
         if inputs != self._inputs:
             check_parameters(self.param_groups)
+            check_states(self.param_groups, self._layouts, self.state, self.rule)
             self._plan_update()
             self._inputs, self._has_state = inputs, False
+
+    def _check_options(self) -> None:
+        """Read the options of the groups, which schedulers and users set; raise for those that do not fit."""
+        options = [self._defaults(group["use"]).from_mapping(group) for group in self.param_groups]
+        for index, (new, known) in enumerate(zip(options, self._options or [None] * len(options), strict=False)):
+            if new == known:
+                continue
+            waits = isinstance(new.lr, Tensor) and new.lr.device.type != "cpu"  # to read it would drain the queue
+            try:
+                (replace(new, lr=0.0) if waits else new).check()
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param_groups[{index}]: {error}") from None
+        self._options = options
 
     def _plan_update(self) -> None:
         """Decide who iterates which matrix."""
@@ -217,6 +242,7 @@ class MatrixOptimizer(Optimizer):
         self._matrices: list[Matrix] = []
         self._inputs: list[object] | None = None
         self._has_state = False  # as far as the plan knows
+        self._options: list[MuonOptions | AdamWOptions] = []  # of the groups, as they were checked
 
     def _find_matrices(self) -> Iterator[Matrix]:
         """Yield Muon's parameters that may move."""

@@ -73,6 +73,8 @@ class MuonOptions(StepOptions):
         choose_products(self.products)
         if self.ns_form not in (None, "standard", "gram"):
             raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the cheaper one.")
+        _check_dtype("ns_dtype", self.ns_dtype)
+        _check_dtype("momentum_dtype", self.momentum_dtype)
         if self.ns_form == "gram":
             checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
@@ -172,6 +174,15 @@ def _is_triple(coefficients: Coefficients) -> bool:
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _check_dtype(name: str, dtype: object) -> None:
+    """Raise ValueError unless it is a real floating dtype, its name, or None."""
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if known is not None and isinstance(known, torch.dtype) and known.is_floating_point and known.itemsize > 1:
+        return
+    if dtype is not None:
+        raise ValueError(f"{name}={dtype!r} is not a floating dtype; give torch.float32, torch.bfloat16, … or None.")
 
 
 def _hashable(coefficients: Any) -> Any:

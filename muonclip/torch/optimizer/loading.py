@@ -1,0 +1,242 @@
+"""The check of a checkpoint before anything of it is taken: parameters are found by name, options and states judged.
+
+`param_groups[…]["format"]` is the version of what is saved. A release reads its own and all earlier ones; a later one
+is refused. A group without it is of another optimizer, `torch.optim.Muon` for instance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muonclip.core import MatrixLayout
+from muonclip.core.update_rule import MuonRule
+from muonclip.torch.mesh import check_state
+from muonclip.torch.optimizer.adamw import ADAMW_STATES
+from muonclip.torch.optimizer.filled_parameters import ON_META
+from muonclip.torch.optimizer.groups import name_of
+from muonclip.torch.optimizer.matrix_state import check_matrix_states
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+
+FORMAT = 1
+"""The version of what this release saves; it grows where an earlier release would read it wrongly."""
+
+
+class SavedParameter(NamedTuple):
+    """A parameter by its name, the use and the index of its group, and what a checkpoint holds for it."""
+
+    name: str
+    use: str
+    group: int
+    state: Any
+    parameter: Tensor
+    layout: MatrixLayout | None
+
+
+def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[str, Any]:
+    """Return a saved state with groups and parameters in the order of an optimizer's, found by name.
+
+    Without names on both sides, or where none is the same (a model that was renamed), the order is as saved. Raises
+    ValueError for what is not the state of an optimizer, for a later format, and for parameters that the groups divide
+    otherwise.
+    """
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list | tuple) or not isinstance(state_dict.get("state"), Mapping):
+        raise ValueError(
+            f"this is not the state of an optimizer: it holds {_listed(state_dict)}, and should hold 'state' and "
+            "'param_groups', as optimizer.state_dict() does. Nothing was loaded."
+        )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"group {index} of the checkpoint has no list of params. Nothing was loaded.")
+    ordered = _by_name(groups, own)
+    for index, (theirs, ours) in enumerate(zip(ordered, own, strict=False)):
+        use = use_of(theirs)
+        if use != ours["use"]:
+            raise ValueError(
+                f"group {index} of the checkpoint is for {use!r}, of the optimizer for {ours['use']!r}; "
+                "build the optimizer with the groups it was saved with."
+            )
+        version = theirs.get("format", FORMAT)
+        if not isinstance(version, int) or version > FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {version!r}, of a later release; this one reads formats up to {FORMAT}. "
+                "Nothing was loaded. Install a release that is as new as the one that saved it."
+            )
+    return {**state_dict, "param_groups": ordered}
+
+
+def checked_options(
+    saved: Sequence[Group], defaults: Callable[[str], MuonOptions | AdamWOptions]
+) -> list[MuonOptions | AdamWOptions]:
+    """Return the options of a checkpoint's groups, `defaults` of their use where a group says nothing.
+
+    Raises ValueError for what it would not be made with.
+    """
+    options: list[MuonOptions | AdamWOptions] = []
+    for index, theirs in enumerate(saved):
+        use = use_of(theirs)
+        missing = [name for name in _NEEDED[use] if name not in theirs]
+        if missing:
+            raise ValueError(f"group {index} of the checkpoint has no {missing[0]!r}. Nothing was loaded.")
+        try:
+            options.append(defaults(use).updated(theirs))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"group {index} of the checkpoint: {error} Nothing was loaded.") from None
+    return options
+
+
+def saved_parameters(
+    state_dict: Mapping[str, Any], own: Sequence[Group], layouts: Sequence[Sequence[MatrixLayout | None]]
+) -> Iterator[SavedParameter]:
+    """Yield an optimizer's parameters, each with what was saved for it."""
+    for index, (saved, group) in enumerate(zip(state_dict["param_groups"], own, strict=False)):
+        for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
+            state, name = state_dict["state"].get(key, {}), name_of(group, index, position)
+            yield SavedParameter(name, group["use"], index, state, parameter, layouts[index][position])
+
+
+def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
+    """Raise ValueError for a state that is not as the optimizer would have made it."""
+    name, use, saved, parameter = each.name, each.use, each.state, each.parameter
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{name!r} has a {type(saved).__name__} for its state in the checkpoint. Nothing was loaded.")
+    if not saved:
+        return
+    if parameter.is_meta:
+        raise ValueError(f"{name} is {ON_META}")
+    for part in (_MOMENTUM,) if use == "muon" else ADAMW_STATES:
+        if not isinstance(saved.get(part), Tensor | (int | float if part == "step" else Tensor)):
+            raise ValueError(
+                f"{name!r} has no {part} in the checkpoint, which the optimizer needs to update it for {use!r}. "
+                f"{_OTHER_GROUPS}"
+            )
+    known = [state.name for state in rule.states] if use == "muon" else ADAMW_STATES
+    for part, value in saved.items():
+        if part == "step" and use == "adamw":
+            _check_count(name, value)
+        elif part not in known and use == "adamw":  # a variant of Muon may keep more
+            raise ValueError(
+                f"{name!r} has {part!r} in the checkpoint, and AdamW keeps only {', '.join(known)}. {_OTHER_GROUPS}"
+            )
+        elif part in known and not (isinstance(value, Tensor) and value.is_floating_point()):
+            kind = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{part} of {name!r} in the checkpoint is {kind}. Nothing was loaded.")
+    if use == "muon":
+        if each.layout is not None:
+            check_matrix_states(name, saved, rule, parameter, each.layout)
+    else:
+        for part in ADAMW_STATES:
+            if part != "step":
+                check_state(name, part, saved[part], parameter)
+
+
+def with_tensor_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state whose counts of steps are float32 tensors of its own.
+
+    Old ones are numbers; in bfloat16 a count would stop at 256.
+    """
+    state = {
+        key: {**saved, "step": torch.as_tensor(saved["step"]).detach().to(torch.float32, copy=True).reshape(())}
+        if isinstance(saved, Mapping) and "step" in saved
+        else saved
+        for key, saved in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def use_of(saved: Group) -> str:
+    """Tell for which half a group was saved; torch's own optimizers do not say it."""
+    return saved.get("use", "adamw" if "betas" in saved else "muon")
+
+
+_MOMENTUM = "momentum_buffer"
+
+_NEEDED = {
+    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+}
+"""The options that torch's own optimizers save, too; others have their default where they are not saved."""
+
+_OTHER_GROUPS = (
+    "Nothing was loaded. Build the optimizer with the groups of the checkpoint, "
+    "MuonClip([dict(params=[(name, parameter), …], use='muon'), dict(params=…, use='adamw'), …], …), to go on as "
+    "before, or load the weights alone and start its state anew."
+)
+
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
+    theirs, ours = _names(saved), _names(own)
+    if theirs is None or ours is None:
+        return list(saved)
+    if not theirs.keys() & ours.keys():  # a model that was renamed
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            return list(saved)  # which torch refuses
+        pairs = zip(saved, own, strict=True)
+        return [{**group, "param_names": list(now.get("param_names", ()))} for group, now in pairs]
+    if any(isinstance(key, str) for group in saved for key in group["params"]):
+        return list(saved)  # torch.distributed.checkpoint has given each parameter what was saved under its name
+    for name in (*ours, *theirs):
+        if name not in theirs or name not in ours:
+            raise ValueError(
+                f"{name!r} is in the {'optimizer' if name in ours else 'checkpoint'}, and not in the "
+                f"{'checkpoint' if name in ours else 'optimizer'}. Nothing was loaded. To go on with layers that were "
+                "added or removed, take the state by name: see 'Stages of a run' in the documentation."
+            )
+    places: dict[int, int] = {}  # which group of the checkpoint holds most of each of the optimizer's
+    for index, group in enumerate(own):
+        counts = Counter(theirs[_plain(name)][0] for name in group.get("param_names", ()))
+        if counts:
+            left = [other for other in counts if other not in places.values()]
+            places[index] = max(left, key=lambda other: (counts[other], other == index), default=-1)
+    for name, (other, _) in theirs.items():
+        index = ours[name][0]
+        if places[index] != other:
+            raise ValueError(
+                f"{name!r} is in group {other} of the checkpoint, for {use_of(saved[other])!r}, and in group {index} "
+                f"of the optimizer, for {own[index]['use']!r}. {_OTHER_GROUPS}"
+            )
+    empty = iter([group for group in saved if not group["params"]])
+    ordered: list[Group] = []
+    for index, group in enumerate(own):
+        if index not in places:
+            ordered += [each for each in [next(empty, None)] if each is not None]
+            continue
+        keys = [saved[places[index]]["params"][theirs[_plain(name)][1]] for name in group["param_names"]]
+        ordered.append({**saved[places[index]], "params": keys, "param_names": list(group["param_names"])})
+    return ordered
+
+
+def _names(groups: Sequence[Group]) -> dict[str, tuple[int, int]] | None:
+    """Return group and position by name; None where not every parameter has a name of its own."""
+    places: dict[str, tuple[int, int]] = {}
+    for index, group in enumerate(groups):
+        names = group.get("param_names", ())
+        if len(names) != len(group["params"]):
+            return None
+        places |= {_plain(name): (index, position) for position, name in enumerate(names)}
+    return places if len(places) == sum(len(group["params"]) for group in groups) else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without what wrappers put into it (DistributedDataParallel, torch.compile)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _check_count(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"step of {name!r} in the checkpoint has shape {tuple(value.shape)}. Nothing was loaded.")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"step of {name!r} in the checkpoint is {float(value)}. Nothing was loaded.")
+
+
+def _listed(state_dict: Mapping[str, Any]) -> str:
+    keys = [repr(key) for key in state_dict]
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "") if keys else "nothing"

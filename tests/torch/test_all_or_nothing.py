@@ -1,0 +1,269 @@
+"""A step and a load happen wholly or not at all: after an error weights, states and groups are what they were."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_attention import TinyModel
+from torch import nn
+
+from muonclip.torch import Muon, MuonClip
+
+
+def tokens(seed):
+    return torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(steps=2, **options):
+    torch.manual_seed(0)
+    model = TinyModel()
+    optimizer = MuonClip(model, **{"lr": 0.01, "tau": 0.5, **options})
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def train(model, optimizer, seeds):
+    for seed in seeds:
+        model.loss(tokens(seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(model, optimizer):
+    """A copy of the weights, the states by name, and the groups."""
+    states = {name: dict(optimizer.state.get(p, {})) for name, p in model.named_parameters()}
+    groups = [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups]
+    return copy.deepcopy((dict(model.named_parameters()), states, groups))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+class Unchanged:
+    """Asserts that what is done inside raises this error, and changes nothing."""
+
+    def __init__(self, model, optimizer, match, error=ValueError):
+        self.model, self.optimizer, self.raises = model, optimizer, pytest.raises(error, match=match)
+
+    def __enter__(self):
+        self.before = everything(self.model, self.optimizer)
+        return self.raises.__enter__()
+
+    def __exit__(self, *error):
+        raised = self.raises.__exit__(*error)
+        assert same(everything(self.model, self.optimizer), self.before)
+        return raised
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_moves(dtype):
+    model, optimizer = trained()
+    model.to(dtype)
+    model.loss(tokens(2)).backward()
+    with Unchanged(model, optimizer, rf"embed.weight is {dtype} .* exp_avg is torch.float32 .*load_state_dict"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # as the error says
+    optimizer.zero_grad()
+    train(model, optimizer, [2])
+    assert {value.dtype for name, value in optimizer.state[model.embed.weight].items() if name != "step"} == {dtype}
+    assert optimizer.state[model.layers[0].q.weight]["momentum_buffer"].dtype == dtype
+
+
+OPTIONS = [  # of a group or of a checkpoint: what does not fit, and what is said
+    ("muon", "momentum_dtype", "int32", "momentum_dtype='int32' is not a floating dtype"),
+    ("muon", "momentum_dtype", "complex64", "momentum_dtype='complex64' is not a floating dtype"),
+    ("muon", "momentum_dtype", "float31", "momentum_dtype='float31' is not a floating dtype"),
+    ("muon", "ns_dtype", 3, "ns_dtype=3 is not a floating dtype"),
+    ("muon", "ns_dtype", "int8", "ns_dtype='int8' is not a floating dtype"),
+    ("muon", "adjust_lr_fn", "foo", "adjust_lr_fn='foo'; use"),
+    ("muon", "ns_form", "Gram", "ns_form='Gram'; use"),
+    ("muon", "ns_steps", -3, ".*ns_steps=-3 must be"),
+    ("muon", "ns_coefficients", "foo", "ns_coefficients='foo' is not"),
+    ("muon", "products", "fast", "products='fast' is not known"),
+    ("muon", "momentum", 2.0, r"momentum=2.0 must be in \[0, 1\)"),
+    ("muon", "lr", math.nan, "lr=nan must be"),
+    ("muon", "lr", torch.tensor(math.inf), "lr=inf must be"),
+    ("adamw", "lr", -1.0, "lr=-1.0 must be"),
+    ("adamw", "weight_decay", math.nan, "weight_decay=nan must be"),
+    ("adamw", "betas", (2.0, 3.0), r"betas=\(2.0, 3.0\) must be"),
+    ("adamw", "eps", math.nan, "eps=nan must be"),
+]
+
+
+@pytest.mark.parametrize(("use", "option", "value", "said"), OPTIONS)
+def test_an_option_that_does_not_fit_is_refused_by_the_step_and_by_the_load(use, option, value, said):
+    model, optimizer = trained()
+    index = next(i for i, group in enumerate(optimizer.param_groups) if group["use"] == use)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][index][option] = value
+    with Unchanged(model, optimizer, rf"group {index} of the checkpoint: {said}.*Nothing was loaded"):
+        optimizer.load_state_dict(state)
+    model.loss(tokens(2)).backward()
+    right = optimizer.param_groups[index][option]
+    optimizer.param_groups[index][option] = value
+    with Unchanged(model, optimizer, rf"param_groups\[{index}\]: {said}"):
+        optimizer.step()
+    optimizer.param_groups[index][option] = right
+    optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["momentum_dtype", "ns_dtype"])
+@pytest.mark.parametrize("value", [torch.int32, torch.complex64, torch.float8_e4m3fn, 3, "float31", "nn"])
+def test_a_dtype_that_holds_no_floating_numbers_is_refused_at_construction(option, value):
+    with pytest.raises(ValueError, match=rf"{option}=.* is not a floating dtype"):
+        Muon([nn.Parameter(torch.ones(2, 3))], **{option: value})
+
+
+def of(part, change):
+    """Change every state of a checkpoint that has this part."""
+
+    def apply(saved):
+        for state in saved["state"].values():
+            if part in state:
+                change(state)
+
+    return apply
+
+
+STATES = {  # what is wrong in a checkpoint, and what is said
+    "no buffer": (of("momentum_buffer", lambda s: s.clear() or s.update(mom=torch.ones(1))), "has no momentum_buffer"),
+    "None": (of("momentum_buffer", lambda s: s.update(momentum_buffer=None)), "has no momentum_buffer"),
+    "whole numbers": (of("momentum_buffer", lambda s: s.update(momentum_buffer=s["momentum_buffer"].int())), "int32"),
+    "one number": (of("momentum_buffer", lambda s: s.update(momentum_buffer=torch.zeros(()))), r"is \(\(\), 'a plain"),
+    "no square": (of("exp_avg", lambda s: s.pop("exp_avg_sq")), "has no exp_avg_sq"),
+    "square of one number": (of("exp_avg", lambda s: s.update(exp_avg_sq=torch.zeros(()))), r"exp_avg_sq of .*\(\(\)"),
+    "no count": (of("exp_avg", lambda s: s.pop("step")), "has no step"),
+    "None for a count": (of("exp_avg", lambda s: s.update(step=None)), "has no step"),
+    "negative count": (of("exp_avg", lambda s: s.update(step=torch.tensor(-3.0))), r"step of .* is -3\.0"),
+    "count NaN": (of("exp_avg", lambda s: s.update(step=math.nan)), "step of .* is nan"),
+    "counts": (of("exp_avg", lambda s: s.update(step=torch.ones(3))), r"step of .* has shape \(3,\)"),
+    "AMSGrad": (of("exp_avg", lambda s: s.update(max_exp_avg_sq=s["exp_avg"])), "has 'max_exp_avg_sq'.*AdamW keeps"),
+    "no mapping": (lambda saved: saved["state"].update({0: [1]}), "has a list for its state"),
+    "no state": (lambda saved: saved.pop("state"), "is not the state of an optimizer: it holds 'param_groups', and"),
+    "empty": (lambda saved: saved.clear(), "it holds nothing"),
+    "no params": (lambda saved: saved["param_groups"][1].pop("params"), "group 1 of the checkpoint has no list of"),
+    "no rate": (lambda saved: saved["param_groups"][0].pop("lr"), "group 0 of the checkpoint has no 'lr'"),
+    "no betas": (lambda saved: saved["param_groups"][1].pop("betas"), "group 1 of the checkpoint has no 'betas'"),
+    "later": (lambda saved: saved["param_groups"][0].update(format=2), "format 2, of a later release"),
+    "text for a format": (lambda saved: saved["param_groups"][0].update(format="1"), "format '1', of a later release"),
+}
+
+
+@pytest.mark.parametrize("wrong", STATES)
+def test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced(wrong):
+    change, said = STATES[wrong]
+    model, optimizer = trained()
+    saved = copy.deepcopy(trained(steps=1)[1].state_dict())
+    change(saved)
+    with Unchanged(model, optimizer, said):
+        optimizer.load_state_dict(saved)
+    train(model, optimizer, [2])
+
+
+def test_a_whole_checkpoint_and_a_model_s_state_are_refused():
+    model, optimizer = trained()
+    with Unchanged(model, optimizer, "it holds 'model', 'optimizer', and should hold"):
+        optimizer.load_state_dict({"model": {}, "optimizer": optimizer.state_dict()})
+    with Unchanged(model, optimizer, r"it holds 'embed\.weight', .*, …, and should hold"):
+        optimizer.load_state_dict(model.state_dict())
+
+
+def test_the_hooks_of_others_may_bring_a_state_into_shape_before_it_is_checked():
+    _, saved = trained()
+    _, optimizer = trained(steps=0)
+    wrapped = {"mine": saved.state_dict()}
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state["mine"])
+    optimizer.load_state_dict(wrapped)
+    assert same(optimizer.state_dict()["state"], saved.state_dict()["state"])
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_a_count_of_steps_that_is_a_number_is_loaded_as_torch_once_saved_it():
+    model, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    of("exp_avg", lambda s: s.update(step=2))(saved)
+    other, resumed = trained(steps=0)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    for each in ((model, optimizer), (other, resumed)):
+        train(*each, [2])
+    assert same(everything(model, optimizer)[:2], everything(other, resumed)[:2])
+    assert saved["state"][len(optimizer.param_groups[0]["params"])]["step"] == 2
+
+
+def square_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))  # all of a shape: by position every state would fit
+
+
+def of_layers(model, order, prefix=""):
+    named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
+    matrices, vectors = ([item for item in named if item[1].ndim == ndim] for ndim in (2, 1))
+    groups = [
+        dict(params=[matrices[i] for i in order], use="muon"),
+        dict(params=[vectors[0]], use="adamw"),
+        dict(params=vectors[1:], use="adamw", lr=0.02),
+    ]
+    return MuonClip([groups[i] for i in (order if len(order) == 3 else (0, 1, 2))], lr=0.01, qk_clip=None)
+
+
+def advance(model, optimizer, seed):
+    model(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.module."])
+def test_groups_and_parameters_in_another_order_are_found_by_name(order, wrapped):
+    model = square_layers()
+    optimizer = of_layers(model, (0, 1, 2), wrapped)
+    advance(model, optimizer, 0)
+    other = copy.deepcopy(model)
+    resumed = of_layers(other, order)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {group["lr"]: len(group["params"]) for group in resumed.param_groups if group["use"] == "adamw"} == {
+        0.01: 1,
+        0.02: 2,
+    }
+    for each in ((model, optimizer), (other, resumed)):
+        advance(*each, 1)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_layer_that_only_one_side_has_is_refused_by_name():
+    model = square_layers()
+    saved = of_layers(model, (0, 1, 2)).state_dict()
+    advance(model, of_layers(model, (0, 1, 2)), 0)
+    shorter = of_layers(model, (0, 1))
+    with Unchanged(model, shorter, r"'2\.weight' is in the checkpoint, and not in the optimizer"):
+        shorter.load_state_dict(saved)
+    longer = of_layers(model, (0, 1, 2))
+    with Unchanged(model, longer, r"'2\.weight' is in the optimizer, and not in the checkpoint"):
+        longer.load_state_dict(of_layers(model, (0, 1)).state_dict())
+
+
+def test_a_model_that_was_renamed_is_loaded_by_position():
+    model = square_layers()
+    optimizer = of_layers(model, (0, 1, 2), "old.")
+    advance(model, optimizer, 0)
+    renamed = of_layers(model, (0, 1, 2), "new.")
+    renamed.load_state_dict(optimizer.state_dict())
+    assert same(renamed.state_dict()["state"], optimizer.state_dict()["state"])
+    assert renamed.param_groups[0]["param_names"][0] == "new.0.weight"
+
+
+def test_a_renamed_model_with_fewer_groups_is_refused():
+    model = square_layers()
+    saved = of_layers(model, (0, 1, 2), "old.").state_dict()
+    fewer = MuonClip([dict(params=[("0.weight", model[0].weight)], use="muon")], qk_clip=None)
+    with Unchanged(model, fewer, "different number of parameter groups"):
+        fewer.load_state_dict(saved)
