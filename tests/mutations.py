@@ -422,6 +422,27 @@ MUTATIONS = (
         tests_of("torch/test_reparametrised.py", "test_a_replaced_projection_is_an_error_by_name"),
     ),
     Mutation(
+        "tied-before-the-first-forward",
+        "What was found before the first forward is kept though weights were tied, added to or replaced since.",
+        "if replaced or self._names_at_guess != parameter_names(self.model):",
+        "if False:",
+        tests_of("torch/test_reparametrised.py", "test_what_changes_the_queries_before_the_first_forward_is_refused"),
+    ),
+    Mutation(
+        "given-projections-scale-twice",
+        "A weight that two given projections scale gets the factors of both.",
+        "if owners.setdefault(row, name) != name:",
+        "if False:",
+        tests_of("torch/test_reparametrised.py", "test_given_projections_that_scale_one_weight_twice_are_refused"),
+    ),
+    Mutation(
+        "judged-by-an-empty-batch",
+        "A declaration is judged by a batch of nothing, whose logits do not move with the rows.",
+        "if first is None or first.numel():",
+        "if True:",
+        tests_of("torch/test_observation.py", "test_an_empty_batch_shows_nothing_and_the_next_one_is_clipped"),
+    ),
+    Mutation(
         "weights-tied-later-scaled-twice",
         "A weight that was tied to another one since it was found is scaled for both.",
         "            if gained:\n",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from dense_probe import probing
 from model_zoo import ZOO
+from tiny_attention import TinyAttention, UndeclaredAttention
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.utils.checkpoint import checkpoint
@@ -767,3 +768,20 @@ def test_declare_is_for_models():
     clip = QKClip(model_and_input()[0])
     with pytest.raises(ValueError, match="go with a model, but QKClip was given projections"):
         QKClip(clip.projections, declare={"layers.0": clip.projections["layers.0"]})
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 2), (2, 0, 2), (0, 0, 2)])
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_empty_batch_shows_nothing_and_the_next_one_is_clipped(sizes, declared):
+    """As the first one, too: what a search sees of an empty batch is that logits do not move."""
+    torch.manual_seed(0)
+    part = TinyAttention() if declared else UndeclaredAttention()
+    clip = QKClip(part, tau=1e-3)
+    for size in sizes:
+        with torch.no_grad():
+            part.q.weight.mul_(99)
+        part(torch.randn(size, 6, WIDTH)).sum().backward()
+        weight = part.q.weight.detach().clone()
+        clip.step()
+        assert torch.equal(part.q.weight, weight) == (size == 0)
+    assert clip.report().clipped_heads == HEADS

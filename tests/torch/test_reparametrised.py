@@ -242,6 +242,75 @@ def test_weights_tied_later_are_an_error_by_name(other):
         training.step()
 
 
+def before_the_first_forward(change):
+    """A model in which the attentions were found with guessed inputs, and which was changed before it ran."""
+    torch.manual_seed(0)
+    model = nn.Sequential(UndeclaredAttention(), UndeclaredAttention())
+    clip = QKClip(model, tau=TAU)
+    assert list(clip.projections) == ["0", "1"]
+    change(model)
+    return model, clip
+
+
+def tie(model):
+    model[1].q.weight = model[0].q.weight
+
+
+def share(model):
+    model[1].q = model[0].q
+
+
+class Added(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.added = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.added(x)
+
+
+def add(model):
+    model[1].q = Added(model[1].q)
+
+
+@pytest.mark.parametrize("change", [tie, share, add])
+def test_what_changes_the_queries_before_the_first_forward_is_refused(change):
+    """Weights that were tied got the factors of both attentions; those that were added to, too small ones."""
+    model, _ = before_the_first_forward(change)
+    with pytest.raises(ValueError, match=r"queries also meet the keys of 0|1\.q\.weight is not in the model any more"):
+        model(torch.randn(2, 8, WIDTH)).sum().backward()
+
+
+def test_a_projection_that_is_replaced_before_the_first_forward_is_clipped():
+    model, clip = before_the_first_forward(lambda model: setattr(model[1], "q", nn.Linear(WIDTH, HEADS * HEAD)))
+    with torch.no_grad():
+        model[1].q.weight.mul_(9)
+    x = torch.randn(2, 8, WIDTH)
+    model(x).sum().backward()
+    before = model[1].maxima(model[0](x))
+    assert before.max() > TAU
+    inner = model[0](x).detach()
+    clip.step()
+    np.testing.assert_allclose(model[1].maxima(inner), np.minimum(before, TAU), rtol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_given_projections_that_scale_one_weight_twice_are_refused(when):
+    torch.manual_seed(0)
+    model = TinyModel()
+    layers = model.layers
+    if when == "before":
+        layers[1].q.weight = layers[0].q.weight
+    clip = QKClip([layer.qk_projection() for layer in layers], tau=1e-3)
+    if when == "after":
+        layers[1].q.weight = layers[0].q.weight
+    model.loss(torch.randint(13, (2, 6))).backward()
+    before = layers[0].q.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"weight is scaled for 0 and for 1, and would get the factors of both"):
+        clip.step()
+    assert torch.equal(layers[0].q.weight, before)
+
+
 def test_weights_untied_later_are_an_error_by_name():
     torch.manual_seed(0)
     model, x = Model().double(), torch.randn(2, 8, WIDTH, dtype=torch.float64)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from muonclip.torch.heads import NotProportional, QKProjection, entry, followed, places, registered
+from muonclip.torch.heads import HeadRows, NotProportional, QKProjection, entry, followed, places, registered
 
 _Home = tuple[nn.Module, str]
 """A module, and the name under which it has a parameter."""
@@ -58,6 +58,7 @@ class FoundWeights:
         if self._projections is not None and self._version == version:
             self._check_ways(modules, sites)
             self._check_homes(tied, modules)
+        _check_that_one_scales(projections, modules)
         self._version, self._tied = version, tied
         self._ways = self._find_ways(projections, modules, sites)
         self._projections = list(projections.values())
@@ -170,6 +171,28 @@ class FoundWeights:
                         f"QK-Clip: {step.name} was replaced since {attention or 'the attention'} was found: its heads "
                         f"are made of other weights now. {_WHAT_TO_DO}"
                     )
+
+
+def _check_that_one_scales(projections: Mapping[str, QKProjection], modules: Mapping[nn.Module, str]) -> None:
+    """Raise RuntimeError where two attentions would scale the same rows of a trained weight, each by its own factor."""
+    uses: dict[int, dict[str, list[HeadRows]]] = {}
+    for name, projection in projections.items():
+        for rows in projection.scaled_parts():
+            weight = registered(rows.module, rows.weight)
+            if weight is not None and weight.requires_grad:
+                uses.setdefault(id(weight), {}).setdefault(name, []).append(rows)
+    for by_attention in uses.values():
+        owners: dict[int, str] = {}
+        for name, parts in by_attention.items() if len(by_attention) > 1 else ():
+            for rows in parts:
+                for row in rows.rows("cpu").flatten().tolist():
+                    if owners.setdefault(row, name) != name:
+                        weight = _name((rows.module, rows.weight), modules)
+                        raise RuntimeError(
+                            f"QK-Clip: {weight} is scaled for {owners[row]} and for {name}, and would get the factors "
+                            "of both. Untie it, or declare the two as one attention, a QKProjection whose MaxLogits "
+                            "both fill."
+                        )
 
 
 class _Step:

@@ -35,6 +35,7 @@ from muonclip.torch.discover import (
     has_a_foreign_forward,
     is_experiment,
     message,
+    parameter_names,
 )
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import Unobservable, outside_modes, unobservable
@@ -97,6 +98,7 @@ class AttentionMonitor:
         self._names: dict[nn.Module, str] = {}
         self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # with which forwards have begun
         self._guess: Inputs | None = None  # with which attention was found before the first forward
+        self._names_at_guess: dict[str, str] = {}  # of its parameters, see parameter_names
         self._is_first_step = True
         self._warned_of_compiled = False
 
@@ -156,8 +158,12 @@ class AttentionMonitor:
 
     def _is_as_guessed(self, inputs: Inputs) -> bool:
         """Tell whether inputs are like those that were guessed, and reach no attention, nor what may be one, that these
-        have not shown."""
+        have not shown; and whether the model's parameters are still those, tied as they were."""
         guess, self._guess = self._guess, None
+        modules = set(self.model.modules())
+        replaced = any(each not in modules for found in self.projections.values() for each in found.qk_modules())
+        if replaced or self._names_at_guess != parameter_names(self.model):
+            return False
         training = self.model.get_submodule(inputs.module).training
         return guess is not None and guess.is_like(inputs) and self._is_known(inputs, training=training, anew=True)
 
@@ -199,7 +205,7 @@ class AttentionMonitor:
                     self._take(self._ask(inputs, training=True), inputs)
             if not self.projections:
                 raise ValueError(NOTHING_FOUND)
-            self._guess = inputs
+            self._guess, self._names_at_guess = inputs, parameter_names(self.model)
             return
 
     def finish_step(self) -> str:
@@ -281,7 +287,7 @@ class AttentionMonitor:
             return
         self._traced[name] = self._traced.get(name, 0) + 1
         observed = module in self._observers.modules
-        search = functools.partial(self.discover, Inputs(args, kwargs, name))
+        search = functools.partial(self.discover, Inputs(args, kwargs, name).filled())
         if self._is_first_step:
             search()
         else:  # what is wrong is said by the step

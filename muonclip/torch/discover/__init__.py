@@ -5,6 +5,7 @@ Nothing here scales a weight or fills a statistic; how a call to an attention ke
 
 from muonclip.torch.discover.discovery import Discovery, Inputs, NotTraced, Site, discover
 from muonclip.torch.discover.example_inputs import guess_inputs
+from muonclip.torch.discover.parameter_paths import parameter_names
 from muonclip.torch.discover.refusals import NOTHING_FOUND, Refusal, message
 from muonclip.torch.discover.replica import Replica, has_a_foreign_forward, is_experiment, replica_of
 from muonclip.torch.discover.trace import Trace
@@ -25,5 +26,6 @@ __all__ = [
     "is_experiment",
     "may_make_weights",
     "message",
+    "parameter_names",
     "replica_of",
 ]

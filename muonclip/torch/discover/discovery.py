@@ -6,12 +6,14 @@ No name of a module, class or parameter decides anything here; names only say wh
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
@@ -63,6 +65,17 @@ class Inputs:
     def is_like(self, other: Inputs) -> bool:
         """Tell whether others are given in the same way: as many, by the same names, of the same kinds."""
         return self.module == other.module and _kinds_of(self) == _kinds_of(other)
+
+    def filled(self) -> Inputs:
+        """Return inputs that show attention, in the place of an empty batch, in which nothing is computed: the same
+        kinds of tensors, with two entries along each axis that has none."""
+        leaves, structure = tree_flatten((tuple(self.args), dict(self.kwargs)))
+        first = next((each for each in leaves if isinstance(each, Tensor)), None)
+        if first is None or first.numel():
+            return self
+        full = [_filled(each) if isinstance(each, Tensor) and not each.numel() else each for each in leaves]
+        args, kwargs = tree_unflatten(full, structure)
+        return Inputs(args, kwargs, self.module)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,6 +211,14 @@ def _kinds_of(inputs: Inputs) -> object:
         else (type(each), each if isinstance(each, plain) else id(each))
         for each in leaves
     ]
+
+
+def _filled(empty: Tensor) -> Tensor:
+    shape = [size or 2 for size in empty.shape]
+    if empty.is_floating_point():
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+        return noise.to(empty)
+    return torch.arange(math.prod(shape), device=empty.device).remainder(2).reshape(shape).to(empty.dtype)
 
 
 def _check_places(model: nn.Module, earlier: Sequence[Trace]) -> None:

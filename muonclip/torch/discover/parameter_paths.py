@@ -1,4 +1,4 @@
-"""The names of the parameters of traced copies in the model."""
+"""Parameters are named as the model names them, those of traced copies too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from torch import nn
 
 from muonclip.torch.discover.attribution import feeds
 from muonclip.torch.discover.head_colours import Rows
+
+
+def parameter_names(model: nn.Module) -> dict[str, str]:
+    """Return all names of parameters, each with the first name of its parameter, which tied ones share."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
 
 class ParameterPaths:
