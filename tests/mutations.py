@@ -2428,8 +2428,8 @@ MUTATIONS = (
     Mutation(
         "optax-clips-the-old-weights",
         "The parameters are scaled and the update is not.",
-        "factor * (old + update.astype(wide)) - old, update)",
-        "factor * old - old + update.astype(wide), update)",
+        "target = factor * (old + update.astype(wide))",
+        "target = factor * old + update.astype(wide)",
         tests_of("optax/test_qk_clip.py", "test_it_corrects_the_sum_of_parameters_and_updates"),
     ),
     Mutation(
@@ -2460,6 +2460,27 @@ MUTATIONS = (
         "for name in (kernel, *others)",
         "for name in (kernel,)",
         tests_of("optax/test_qk_clip.py", "test_every_head_ends_at_min_of_maximum_and_tau"),
+    ),
+    Mutation(
+        "optax-strong-clip-of-bf16-at-once",
+        "A factor below ½ is applied to bf16 weights in one step, whose rounding it does not survive.",
+        "if not wide_updates:",
+        "if False:",
+        tests_of("optax/test_qk_clip.py", "test_a_strong_clip_of_narrow_weights_takes_as_many_steps_as_halves"),
+    ),
+    Mutation(
+        "optax-tau-below-zero-scales",
+        "A traced τ that is not positive multiplies queries.",
+        "jnp.logical_and(now > 0, jnp",
+        "jnp.logical_and(True, jnp",
+        tests_of("optax/test_qk_clip.py", "test_a_traced_setting_that_cannot_be_used_scales_nothing_and_is_counted"),
+    ),
+    Mutation(
+        "optax-accumulated-maxima-broadcast",
+        "Accumulation takes maxima of any shape that broadcasts.",
+        "            check_shape(name_of(path), maximum, so_far.shape)\n",
+        "            pass\n",
+        tests_of("optax/test_accumulation.py", "test_maxima_of_another_shape_are_refused_before_they_are_broadcast"),
     ),
     Mutation(
         "optax-nonfinite-maximum-scales",

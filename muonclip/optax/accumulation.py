@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muonclip.optax.qk_clip import QKClipState, check_max_logits
+from muonclip.optax.paths import name_of
+from muonclip.optax.qk_clip import QKClipState, check_max_logits, check_shape, is_narrow
 
 
 class AccumulateState(NamedTuple):
@@ -67,14 +68,25 @@ def accumulate(
         wanted, given = jax.tree.structure(state.max_logits), jax.tree.structure(max_logits)
         if wanted != given:
             raise ValueError(f"max_logits has the structure {given}; qk_projections has {wanted}.")
+        for (path, maximum), so_far in zip(
+            jax.tree_util.tree_flatten_with_path(max_logits)[0], jax.tree.leaves(state.max_logits), strict=True
+        ):
+            check_shape(name_of(path), maximum, so_far.shape)
         seen = state.micro_step + 1
         gradients = jax.tree.map(lambda mean, g: mean + (g.astype(mean.dtype) - mean) / seen, state.gradients, updates)
         maxima = jax.tree.map(lambda old, new: jnp.maximum(old, new).astype(old.dtype), state.max_logits, max_logits)
 
-        def emit(_: None) -> tuple[optax.Updates, AccumulateState]:
+        def step() -> tuple[optax.Updates, optax.OptState]:
             mean = jax.tree.map(lambda g, like: g.astype(like.dtype), gradients, updates)
-            new, inner_state = inner.update(mean, state.inner_state, params, max_logits=maxima, **extra_args)
-            return jax.tree.map(lambda u, like: u.astype(like.dtype), new, updates), AccumulateState(
+            return inner.update(mean, state.inner_state, params, max_logits=maxima, **extra_args)
+
+        # A clip with `wide_updates` answers narrow gradients in float32.
+        narrow = any(map(is_narrow, jax.tree.leaves(updates)))
+        emitted = jax.eval_shape(step)[0] if narrow else updates
+
+        def emit(_: None) -> tuple[optax.Updates, AccumulateState]:
+            new, inner_state = step()
+            return jax.tree.map(lambda u, like: u.astype(like.dtype), new, emitted), AccumulateState(
                 micro_step=jnp.zeros_like(state.micro_step),
                 step=jnp.asarray(optax.safe_increment(state.step)),
                 gradients=jax.tree.map(jnp.zeros_like, gradients),
@@ -83,9 +95,8 @@ def accumulate(
             )
 
         def wait(_: None) -> tuple[optax.Updates, AccumulateState]:
-            return jax.tree.map(jnp.zeros_like, updates), state._replace(
-                micro_step=seen, gradients=gradients, max_logits=maxima
-            )
+            still = jax.tree.map(lambda u, like: jnp.zeros_like(u, dtype=like.dtype), updates, emitted)
+            return still, state._replace(micro_step=seen, gradients=gradients, max_logits=maxima)
 
         due = seen >= (every(state.step) if callable(every) else every)
         return jax.lax.cond(due, emit, wait, None)

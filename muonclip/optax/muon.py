@@ -100,6 +100,7 @@ def muonclip(
     muon_weight_dimension_numbers: Any = None,
     adamw: Mapping[str, Any] | None = None,
     shardings: Any = None,
+    wide_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain Muon for the hidden matrices, AdamW for the rest, then QK-Clip.
 
@@ -150,4 +151,8 @@ def muonclip(
         optax.scale_by_learning_rate(learning_rate),
     )
     update = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
-    return update if qk_projections is None else optax.chain(update, qk_clip(qk_projections, tau, alpha))
+    return (
+        update
+        if qk_projections is None
+        else optax.chain(update, qk_clip(qk_projections, tau, alpha, wide_updates=wide_updates))
+    )

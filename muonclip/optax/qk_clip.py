@@ -20,8 +20,8 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muonclip.core import clip_factors
-from muonclip.core.head_parts import FACTOR_OF, HeadPart, check_parts, grouped_parts, latent_parts
+from muonclip.core import ClipFactors, clip_factors
+from muonclip.core.head_parts import FACTOR_OF, Factor, HeadPart, check_parts, grouped_parts, latent_parts
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
@@ -124,29 +124,45 @@ class QKClipState(NamedTuple):
     """The state of `qk_clip`: what the last step scaled, and how often it could not."""
 
     nonfinite: jax.Array
-    """int32 scalar: how many maxima, of all steps, were NaN or +inf and so left their head as it was."""
+    """int32 scalar: how many maxima, of all steps, were NaN or +inf, or came with a τ that is not above 0 or an α
+    outside [0, 1], and so left their head as it was."""
     gamma: Any
-    """float32, shaped as the maxima: the factors of the last step; 1 where a head was not clipped."""
+    """float32, shaped as the maxima: what the last step applied; 1 where a head was not clipped."""
+    unfinished: jax.Array
+    """int32 scalar: how many heads of the last step needed a smaller factor than the dtype of their weights allows in
+    one step; the rest comes at the next ones."""
+    step: jax.Array
+    """int32 scalar: steps taken, for a τ that is a schedule."""
 
 
-def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -> optax.GradientTransformationExtraArgs:
+def qk_clip(
+    qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5, *, wide_updates: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Rescale queries and keys of heads whose maximum attention logit exceeded τ; the last link of a chain.
 
         tx.update(grads, state, params, max_logits=…)
 
     `qk_projections`: a tree with a `QKProjection` for each attention; `max_logits` is a tree of the same structure.
-    `tau`: the largest logit a head may keep. `alpha`: the query's share of γ where query and key are private to the
-    head.
+    `tau`: the largest logit a head may keep, a number or a schedule, as a rate is. `alpha`: the query's share of γ
+    where query and key are private to the head.
 
     For a head above τ `optax.apply_updates` then ends at its updated weights times their factor, up to rounding in the
     parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of quiet heads
     (S ≤ τ, −inf included) are handed on bit for bit, selected by γ < 1 in float32.
 
+    Updates have the dtype in which they come. Of a weight narrower than float32 (bfloat16, float16) a step applies a
+    factor of ½ at most, since then t − w, where t is factor · (weight + update) rounded to the weight's dtype, is a
+    number of that dtype; the rest comes at the next steps (`unfinished`). `wide_updates` gives updates of such weights
+    in float32, with all of the factor, for a host that adds them in float32 and casts back (`optax.apply_updates` does,
+    `equinox.apply_updates` does not).
+
     A NaN or +inf maximum raises ValueError where it can be seen (outside jit) and else is counted in `nonfinite`; its
-    head keeps its update. Raises TypeError without `max_logits`, ValueError without `params`, for a `max_logits` of
-    another structure or shape, for paths that do not exist, for τ ≤ 0 and for α outside [0, 1].
+    head keeps its update. So is a traced τ that is not above 0, or α outside [0, 1]. Raises TypeError without
+    `max_logits`, ValueError without `params`, for a `max_logits` of another structure or shape, for paths that do not
+    exist, for τ ≤ 0 and for α outside [0, 1].
     """
-    _check_if_concrete(tau, check_tau)
+    if not callable(tau):
+        _check_if_concrete(tau, check_tau)
     _check_if_concrete(alpha, check_alpha)
     projections, treedef = _flatten(qk_projections)
 
@@ -156,7 +172,8 @@ def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -
         if leaves:  # none where Optax asks for the structure of the state alone
             _scalings(projections, leaves)
         gamma = [jnp.ones(_shape(projection, shapes), jnp.float32) for _, projection in projections]
-        return QKClipState(jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, gamma))
+        zero = jnp.zeros((), jnp.int32)
+        return QKClipState(zero, jax.tree.unflatten(treedef, gamma), zero, zero)
 
     def update(
         updates: optax.Updates,
@@ -178,39 +195,79 @@ def qk_clip(qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5) -
         leaves = named_leaves(params)
         check_max_logits(max_logits)
         maxima = _maxima(projections, treedef, max_logits, shapes_of(leaves))
-        loud, nonfinite = zip(*map(_finite, maxima), strict=True) if maxima else ((), ())
-        factors = [clip_factors(maximum, _as(tau, maximum), _as(alpha, maximum), xp=jnp) for maximum in loud]
         scalings = _scalings(projections, leaves)
+        now: Any = tau(state.step) if callable(tau) else tau
+        usable = jnp.logical_and(now > 0, jnp.logical_and(alpha >= 0, alpha <= 1))
+        now, share = (_where(usable, number, default) for number, default in ((now, 100.0), (alpha, 0.5)))
+        floors = [jnp.zeros((), jnp.float32)] * len(projections)
+        if not wide_updates:
+            for number, side, rows in scalings:
+                if is_narrow(leaves[rows.name]):
+                    floors[number] = jnp.maximum(floors[number], _smallest_gamma(side, share))
+        factors: list[ClipFactors] = []
+        nonfinite, unfinished = state.nonfinite, jnp.zeros_like(state.nonfinite)
+        for maximum, floor in zip(maxima, floors, strict=True):
+            finite, bad = _finite(maximum, usable)
+            limit = _as(now, maximum) / floor.astype(maximum.dtype)  # inf without a floor
+            nonfinite += jnp.sum(bad, dtype=jnp.int32)
+            unfinished += jnp.sum(finite > limit, dtype=jnp.int32)
+            factors.append(clip_factors(jnp.minimum(finite, limit), _as(now, maximum), _as(share, maximum), xp=jnp))
         spread: dict[str, jax.Array] = {}
         for number, side, rows in scalings:
             own = rows.spread(getattr(factors[number], side))
             spread[rows.name] = own if rows.name not in spread else spread[rows.name] * own
-        clipped = map_named(lambda name, update, weight: _clipped(update, weight, spread.get(name)), updates, params)
+        clipped = map_named(
+            lambda name, update, weight: _clipped(update, weight, spread.get(name), wide_updates), updates, params
+        )
         scaled = {number for number, _, _ in scalings}
         gamma = [
             factors[number].gamma.astype(jnp.float32) if number in scaled else jnp.ones_like(old)
             for number, old in enumerate(jax.tree.leaves(state.gamma))
         ]
-        count = sum((jnp.sum(each, dtype=jnp.int32) for each in nonfinite), state.nonfinite)
-        return clipped, QKClipState(count, jax.tree.unflatten(treedef, gamma))
+        return clipped, QKClipState(
+            nonfinite, jax.tree.unflatten(treedef, gamma), unfinished, jnp.asarray(optax.safe_increment(state.step))
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None) -> jax.Array:
+def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None, wide_updates: bool) -> jax.Array:
     """Return the update that ends at factor · (weight + update)."""
     if factor is None:
         return update
     wide = jnp.promote_types(weight.dtype, jnp.float32)
     factor, old = factor.astype(wide), weight.astype(wide)
     loud = (factor < 1) | jnp.zeros_like(update, bool)  # sharded as the update, which a select wants
-    return jnp.where(loud, factor * (old + update.astype(wide)) - old, update).astype(update.dtype)
+    target = factor * (old + update.astype(wide))
+    if not is_narrow(weight):
+        return jnp.where(loud, target - old, update).astype(update.dtype)
+    if wide_updates:
+        return jnp.where(loud, target - old, update.astype(wide))
+    # The barrier keeps XLA from leaving the rounding out.
+    target = jax.lax.optimization_barrier(target.astype(weight.dtype)).astype(wide)
+    return jnp.where(loud, (target - old).astype(update.dtype), update)
 
 
-def _finite(maximum: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the maxima with −inf in place of NaN and +inf, and where those were."""
-    bad = jnp.isnan(maximum) | (maximum == jnp.inf)
+def is_narrow(weight: jax.Array) -> bool:
+    """Tell whether the difference of two weights may have more digits than their dtype."""
+    return jnp.issubdtype(weight.dtype, jnp.floating) and jnp.finfo(weight.dtype).bits < 32
+
+
+def _smallest_gamma(side: Factor, alpha: Any) -> jax.Array:
+    """Return the γ with which the factor of this side is ½."""
+    share = {"query": alpha, "key": 1 - alpha, "gamma": 1.0}[side]
+    return 0.5 ** (1 / jnp.maximum(jnp.asarray(share, jnp.float32), 1e-30))
+
+
+def _finite(maximum: jax.Array, usable: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the maxima with −inf in place of what is not to be used, and where that was."""
+    bad = jnp.isnan(maximum) | (maximum == jnp.inf) | jnp.logical_not(usable)
     return jnp.where(bad, -jnp.inf, maximum), bad
+
+
+def _where(usable: jax.Array, number: Any, default: float) -> Any:
+    """Return τ or α, or the default where they are arrays that are not to be used."""
+    return jnp.where(usable, number, default) if isinstance(number, jax.Array) else number
 
 
 def _flatten(qk_projections: QKProjections) -> tuple[list[tuple[str, QKProjection]], Any]:
@@ -238,14 +295,16 @@ def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> t
 
 def _scalings(
     projections: list[tuple[str, QKProjection]], leaves: Mapping[str, Any]
-) -> list[tuple[int, str, RowsOfArray]]:
+) -> list[tuple[int, Factor, RowsOfArray]]:
     """Return (number of the attention, which of its factors, rows) for everything that may be scaled."""
-    found: list[tuple[int, str, RowsOfArray]] = []
+    found: list[tuple[int, Factor, RowsOfArray]] = []
     shapes = shapes_of(leaves)
     for number, (name, projection) in enumerate(projections):
         if projection.reason:
             continue
-        sides = [(factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()]
+        sides: list[tuple[Factor, tuple[HeadRows, ...]]] = [
+            (factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()
+        ]
         paths = [rows.path for rows in projection.parts()]
         own = {leaf: is_masked_node(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
         if any(own.values()):
@@ -253,7 +312,8 @@ def _scalings(
                 masked = ", ".join(leaf for leaf, is_it in own.items() if is_it)
                 raise ValueError(f"{name}: {masked} is masked and the rest of this attention is not.")
             continue
-        found += [(number, side, array) for side, parts in sides for rows in parts for array in rows.arrays(shapes)]
+        for side, parts in sides:
+            found += [(number, side, array) for rows in parts for array in rows.arrays(shapes)]
     by_array: dict[str, list[RowsOfArray]] = {}
     for _, _, rows in found:
         by_array.setdefault(rows.name, []).append(rows)
@@ -281,13 +341,19 @@ def _maxima(
     for (name, projection), maximum in zip(projections, given, strict=True):
         maximum, wanted = jnp.asarray(maximum), _shape(projection, shapes)
         of_masked_stack = len(wanted) == 1 and any(rows.layer_axis is not None for rows in projection.parts())
-        if maximum.shape != wanted and not of_masked_stack:
-            raise ValueError(f"max_logits of {name or 'the attention'} has shape {maximum.shape}, not {wanted}.")
+        if not of_masked_stack:
+            check_shape(name, maximum, wanted)
         sharding = jax.typeof(maximum).sharding
         if any(sharding.spec):  # heads of an explicit mesh: every device takes all
             maximum = jax.sharding.reshard(maximum, NamedSharding(sharding.mesh, PartitionSpec()))
         maxima.append(maximum.astype(jnp.promote_types(maximum.dtype, jnp.float32)))
     return maxima
+
+
+def check_shape(name: str, maximum: Any, wanted: tuple[int, ...]) -> None:
+    """Raise ValueError for maxima of another shape than [heads] or [layers, heads]."""
+    if jnp.shape(maximum) != wanted:
+        raise ValueError(f"max_logits of {name or 'the attention'} has shape {jnp.shape(maximum)}, not {wanted}.")
 
 
 def check_max_logits(max_logits: Any) -> None:

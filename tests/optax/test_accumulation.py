@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny_jax as tiny
 
-from muonclip.optax import accumulate, muonclip
+from muonclip.optax import QKProjection, accumulate, muonclip, qk_clip
 from muonclip.optax.accumulation import AccumulateState
 
 EVERY, STEPS = 4, 3
@@ -205,3 +205,12 @@ def test_errors_name_what_is_missing():
         accumulate(optax.adam(1e-3), EVERY).init(params)
     with pytest.raises(ValueError, match=r"this one has 2\. Clip all attentions in one"):
         accumulate(optax.chain(tiny.optimizer(), tiny.optimizer()), EVERY).init(params)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (2, 4), (3, 2)])
+def test_maxima_of_another_shape_are_refused_before_they_are_broadcast(shape):
+    projection = QKProjection.mha(q="q", k="k", num_heads=3, layer_axis=0)
+    params = {name: jnp.ones((2, 5, 3, 4)) for name in "qk"}
+    tx = accumulate(qk_clip({"a": projection}), 2)
+    with pytest.raises(ValueError, match=r"max_logits of a has shape \(.*\), not \(2, 3\)"):
+        tx.update(params, tx.init(params), params, max_logits={"a": jnp.ones(shape)})

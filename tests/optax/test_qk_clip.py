@@ -207,11 +207,86 @@ def test_it_is_exact_to_the_rounding_of_the_parameters(dtype, rtol):
     params = params_of(dtype)
     zeros = jax.tree.map(jnp.zeros_like, params)
     loud = np.random.default_rng(0).uniform(100, 1000, H).astype(np.float32)
-    after, _ = clip(MHA, params, zeros, {"attn": jnp.asarray(loud)})
+    after, state = clip(MHA, params, zeros, {"attn": jnp.asarray(loud)})
+    smallest = 0 if dtype == jnp.float32 else 0.25  # ½ of the queries and ½ of the keys
+    np.testing.assert_allclose(state.gamma["attn"], np.maximum(100 / loud, smallest), rtol=1e-6)
     for name in "qk":
         assert after[name].dtype == dtype
-        exact = np.asarray(params[name], np.float64) * np.sqrt(100 / loud.astype(np.float64))[:, None]
+        exact = np.asarray(params[name], np.float64) * np.sqrt(np.asarray(state.gamma["attn"], np.float64))[:, None]
         np.testing.assert_allclose(np.asarray(after[name], np.float64), exact, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+def test_a_strong_clip_of_narrow_weights_takes_as_many_steps_as_halves(dtype, kind):
+    """Each step is the rounding of factor · (w + u), to the last bit, and the state says how much was applied."""
+    kv = {"mha": H, "gqa": G}[kind]
+    params = {"q": jnp.asarray(normal(0, D, H, W), dtype), "k": jnp.asarray(normal(1, D, kv, W), dtype)}
+    tx = qk_clip(QKProjection.gqa(q="q", k="k", num_heads=H, num_kv_heads=kv))
+    loud = jnp.asarray([50.0, 120.0, 390.0, 1000.0, 1e5, -np.inf], jnp.float32)
+    updates = jax.tree.map(lambda p: (p.astype(jnp.float32) * 2**-7).astype(dtype), params)
+    state, step = tx.init(params), jax.jit(tx.update)
+    applied, seen = np.ones(H), []
+    while not seen or seen[-1]:
+        given, state = step(updates, state, params, max_logits=loud * applied)
+        gamma = np.asarray(state.gamma, np.float64)
+        factor = np.sqrt(gamma) if kind == "mha" else gamma
+        moved = params["q"].astype(jnp.float32) + updates["q"].astype(jnp.float32)
+        expected = np.asarray((jnp.asarray(factor, jnp.float32)[:, None] * moved).astype(dtype), np.float32)
+        params = optax.apply_updates(params, given)
+        off = np.abs(np.asarray(params["q"], np.float32)[:, 1:5] / expected[:, 1:5] - 1)
+        assert given["q"].dtype == dtype
+        assert off.max() <= 2 * float(jnp.finfo(dtype).eps), "a factor that differs by 1e-7 may round elsewhere"
+        assert off.mean() < 1e-6
+        applied, seen = applied * gamma, [*seen, int(state.unfinished)]
+        updates = jax.tree.map(jnp.zeros_like, updates)
+    np.testing.assert_allclose(applied, np.minimum(1, 100 / np.asarray(loud).clip(100)), rtol=1e-6)
+    assert seen == ([2, 1, 1, 1, 0] if kind == "mha" else [3, 2, 2, 1, 1, 1, 1, 1, 1, 0])
+
+
+def test_wide_updates_of_narrow_weights_carry_all_of_the_factor():
+    params = params_of(jnp.bfloat16)
+    tx = accumulate(qk_clip(MHA, wide_updates=True), 1)
+    loud = {"attn": jnp.full(H, 1e6)}
+    given, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=loud)
+    after = optax.apply_updates(params, given)
+    assert (given["q"].dtype, after["q"].dtype, given["v"].dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(state.inner_state.gamma["attn"], 1e-4, rtol=1e-6)
+    assert state.inner_state.unfinished == 0
+    np.testing.assert_allclose(*(np.asarray(a, np.float64) for a in (after["q"], 0.01 * params["q"])), rtol=8e-3)
+
+
+@pytest.mark.parametrize(
+    ("tau", "alpha"),
+    [(-5.0, 0.5), (0.0, 0.5), (np.nan, 0.5), (-np.inf, 0.5), (100.0, np.nan), (100.0, -0.1), (100.0, 1.5)],
+)
+def test_a_traced_setting_that_cannot_be_used_scales_nothing_and_is_counted(tau, alpha):
+    params = params_of()
+    updates = jax.tree.map(lambda p: 0.01 * p, params)
+    loud = {"attn": jnp.asarray([1.0, 400.0, -jnp.inf, 200.0, 100.0, jnp.nan])}
+
+    @jax.jit
+    def step(tau, alpha):
+        tx = qk_clip(MHA, tau, alpha)
+        return tx.update(updates, tx.init(params), params, max_logits=loud)
+
+    given, state = step(tau, alpha)
+    assert all(np.array_equal(given[name], updates[name]) for name in params)
+    np.testing.assert_array_equal(state.gamma["attn"], 1)
+    assert state.nonfinite == H
+    _, state = step(100.0, 0.5)
+    np.testing.assert_allclose(state.gamma["attn"], [1, 0.25, 1, 0.5, 1, 1])
+    assert state.nonfinite == 1
+
+
+def test_tau_may_be_a_schedule_as_the_rate_is():
+    params, loud = params_of(), {"attn": jnp.full(H, 400.0)}
+    tx = qk_clip(MHA, optax.linear_schedule(400.0, 100.0, 3))
+    state, step, gammas = tx.init(params), jax.jit(tx.update), []
+    for _ in range(5):
+        _, state = step(jax.tree.map(jnp.zeros_like, params), state, params, max_logits=loud)
+        gammas.append(float(state.gamma["attn"][0]))
+    np.testing.assert_allclose(gammas, [1, 0.75, 0.5, 0.25, 0.25], rtol=1e-6)
 
 
 def test_a_reason_only_observes():
