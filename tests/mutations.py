@@ -494,8 +494,8 @@ MUTATIONS = (
     Mutation(
         "observation-not-forgotten",  # 37
         "A step leaves its maxima for the next one.",
-        "skip_quiet=may_wait)\n        self.reset()",
-        "skip_quiet=may_wait)",
+        "            self.reset()  # interrupted, too",
+        "            pass  # interrupted, too",
         tests_of("torch/test_qk_clip.py", "test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step"),
     ),
     Mutation(
@@ -2140,6 +2140,13 @@ MUTATIONS = (
         'if not isinstance(saved.get(part), Tensor | (int | float if part == "step" else Tensor)):',
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_that_sorted_a_parameter_otherwise_is_refused_by_name"),
+    ),
+    Mutation(
+        "interrupted-clip-scales-twice",
+        "What was observed is kept when the clip is interrupted, so that scaled heads get their factor once more.",
+        "        finally:\n            self.reset()",
+        "        finally:\n            pass\n        self.reset()",
+        tests_of("torch/test_stages.py", "test_a_clip_that_is_interrupted_gives_no_head_its_factor_twice"),
     ),
     Mutation(
         "checkpoint-read-in-the-order-it-has",

@@ -201,13 +201,15 @@ class QKClip:
         self._steps.add(clipped)
         may_wait = _may_wait_for(device)
         may_clip = not may_wait or bool(clipped)
-        self._returned.clip(
-            self.projections, factors, clip_frozen=self.clip_frozen, may_clip=may_clip, may_wait=may_wait
-        )
-        if may_clip:
-            copies = SecondCopies(OPTIMIZER_STEPS.optimizers(), self.master_of)
-            scale(self.projections, factors, copies.of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
-        self.reset()
+        try:
+            self._returned.clip(
+                self.projections, factors, clip_frozen=self.clip_frozen, may_clip=may_clip, may_wait=may_wait
+            )
+            if may_clip:
+                copies = SecondCopies(OPTIMIZER_STEPS.optimizers(), self.master_of)
+                scale(self.projections, factors, copies.of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
+        finally:
+            self.reset()  # interrupted, too: heads that are scaled must not get these factors a second time
         self.attentions.leave()
         self._returned.give(self.attentions.names_of, wait=may_wait)
 
