@@ -89,6 +89,21 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    # QK-Clip: a model without attention
+    Mutation(
+        "nothing-to-clip-by-products",
+        "A model that mixes tokens by products without a softmax counts as one that has nothing to clip.",
+        "not (self.projections or self.required or self.without_logits)",
+        "not (self.projections or self.required)",
+        tests_of("torch/test_nothing_to_clip.py"),
+    ),
+    Mutation(
+        "stage-without-attention-compares-nothing",
+        "A stage without attention does not take part where the others compare theirs: they wait for ever.",
+        "if not projections and searched_on is None:",
+        "if not projections:",
+        tests_of("torch/test_ranks_alike.py"),
+    ),
     # QK-Clip: the factors (core)
     Mutation(
         "negative-maximum-divided",  # 1

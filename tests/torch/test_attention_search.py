@@ -809,7 +809,7 @@ def test_a_fused_weight_found_late_is_updated_as_its_matrices_too():
 
 def test_no_attention_and_no_forward_are_errors():
     with pytest.raises(ValueError, match="no attention was found"):
-        MuonClip(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)))
+        MuonClip(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)), qk_clip="required")
 
     class NeverCalled(nn.Module):
         def __init__(self):

@@ -41,6 +41,17 @@ def test_ddp_is_found_after_forwards_outside_of_it():
     assert not model._forward_pre_hooks
 
 
+def test_a_stage_without_attention_takes_part_where_stages_compare_theirs(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(dist, "all_gather", lambda each, own: gathered.append(own))
+    with pytest.warns(UserWarning, match="nothing to clip"):
+        optimizer = MuonClip(nn.Embedding(5, 4))
+    for _ in range(2):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(5, 4)
+        optimizer.qk_clip.before_update()
+    assert len(gathered) == 1  # and not again at each step
+
+
 @pytest.mark.parametrize("missing", [(), (0,), (1,), (0, 1, 2)])
 def test_the_norm_of_gradients_takes_the_same_sums_on_every_rank(missing, monkeypatch):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))

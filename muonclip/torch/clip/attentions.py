@@ -56,6 +56,11 @@ class ClipAttentions:
         return "" if self._monitor is None else self._monitor.to_come
 
     @property
+    def has_nothing(self) -> bool:
+        """True where a search has seen nothing to clip and nothing is required."""
+        return self._monitor is not None and self._monitor.has_nothing
+
+    @property
     def ignored(self) -> Collection[str]:
         """The names of the modules whose attention is left alone."""
         return () if self._monitor is None else self._monitor.ignored
@@ -140,7 +145,8 @@ class ClipAttentions:
             if self._monitor.removed:
                 raise RuntimeError(f"QK-Clip observes nothing any more: {self._monitor.removed}.")
             unknown = self._monitor.finish_step()
-        if not self.projections:
+            self._monitor.warn_of_nothing()
+        if not self.projections and not self.has_nothing:
             if self.to_come == NOTHING_FOUND:
                 raise RuntimeError(NOTHING_FOUND)
             left_out = None if self._monitor is None else self._monitor.left_out
@@ -234,11 +240,12 @@ def attentions_of_model(
     threshold: float,
     clip_gains: bool,
     ignore: Collection[str] = (),
+    required: bool = True,
 ) -> ClipAttentions:
     """Make the attentions that a model declares, those declared for it, and those found in it.
 
     They are found now, or at the first forward. `ignore`: names or patterns of modules to leave alone. Raises
-    ValueError for a declaration or a name without its module and where no attention is found in `example_inputs`.
+    ValueError for a declaration or a name without its module and where no attention is found, if it is `required`.
     """
     projections = declared_qk_projections(model)
     for name, projection in declare.items():
@@ -250,7 +257,9 @@ def attentions_of_model(
     both = [name for name in ignored if name in projections]
     if both:
         raise ValueError(f"{both[0] or 'the model'} is declared, and named by ignore, too. Leave one of them out.")
-    monitor = AttentionMonitor(model, projections, on_forward, clip_gains=clip_gains, ignored=ignored)
+    monitor = AttentionMonitor(
+        model, projections, on_forward, clip_gains=clip_gains, ignored=ignored, required=required
+    )
     attentions = ClipAttentions(projections, model, monitor)
     attentions.set_threshold(threshold)
     monitor.start()
@@ -261,6 +270,7 @@ def attentions_of_model(
             monitor.discover(Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}))
         if monitor.to_come == NOTHING_FOUND:
             raise ValueError(NOTHING_FOUND)
+        monitor.warn_of_nothing()
     elif not declared:
         monitor.discover_ahead()
     return attentions

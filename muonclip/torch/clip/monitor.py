@@ -25,6 +25,7 @@ from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage
 from muonclip.torch.clip.live_forwards import LiveForwards
 from muonclip.torch.discover import (
     NOTHING_FOUND,
+    NOTHING_TO_CLIP,
     Discovery,
     Inputs,
     NotTraced,
@@ -61,8 +62,9 @@ class AttentionMonitor:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     observed. `on_forward` is called inside each forward with gradients, which sets `ran`. `to_come`: why nothing was
     found yet, or "". `version` counts findings. `ignored`: modules whose attention is left alone. `without_logits`:
-    modules that mix activations without a softmax of queries and keys, and by what. Nothing happens to the model
-    before `start`."""
+    modules that mix activations without a softmax of queries and keys, and by what. `required`: no attention is an
+    error; else `has_nothing` says that a search has seen none, and nothing that mixes activations by products.
+    Nothing happens to the model before `start`."""
 
     def __init__(
         self,
@@ -72,7 +74,9 @@ class AttentionMonitor:
         *,
         clip_gains: bool,
         ignored: Collection[str] = (),
+        required: bool = True,
     ) -> None:
+        self.required, self.has_nothing = required, False
         self.model, self.projections, self.on_forward, self.clip_gains = model, projections, on_forward, clip_gains
         self.ignored = tuple(ignored)
         self.without_logits: dict[str, str] = {}
@@ -100,7 +104,7 @@ class AttentionMonitor:
         self._guess: Inputs | None = None  # with which attention was found before the first forward
         self._names_at_guess: dict[str, str] = {}  # of its parameters, see parameter_names
         self._is_first_step = True
-        self._warned_of_compiled = False
+        self._warned_of_compiled = self._warned_of_nothing = False
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
@@ -203,10 +207,17 @@ class AttentionMonitor:
             if not self.projections:
                 with suppress(NotTraced):  # what runs in training alone
                     self._take(self._ask(inputs, training=True), inputs)
-            if not self.projections:
+            if self.to_come == NOTHING_FOUND:
                 raise ValueError(NOTHING_FOUND)
             self._guess, self._names_at_guess = inputs, parameter_names(self.model)
+            self.warn_of_nothing()
             return
+
+    def warn_of_nothing(self) -> None:
+        """Warn once where a search has seen nothing to clip."""
+        if self.has_nothing and not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            warnings.warn(NOTHING_TO_CLIP, stacklevel=2)
 
     def finish_step(self) -> str:
         """End the forwards of a step. Returns what is wrong where attention ran that is not known, or ""."""
@@ -370,7 +381,8 @@ class AttentionMonitor:
         self.projections.clear()
         self.projections.update(found)
         self.sites = sites
-        self.to_come = "" if self.projections else NOTHING_FOUND
+        self.has_nothing = not (self.projections or self.required or self.without_logits)
+        self.to_come = "" if self.projections or self.has_nothing else NOTHING_FOUND
         for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold
         self._observe()
@@ -422,7 +434,7 @@ class AttentionMonitor:
 
 _SAVED = (
     *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
-    *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
+    *("to_come", "required", "has_nothing", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )
 
 

@@ -59,6 +59,8 @@ class QKClip:
     - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
       the attentions are found now, which `torch.compile` needs.
     - `clip_gains`: after a QK-norm with a gain per head, scale the gain.
+    - `required`: no attention is an error. False trains a model in which a search sees none, and nothing that mixes
+      activations by products of two projections, with one warning.
     - `master_of`: for engines that keep a second copy of the weights where the clip cannot find it, parameter → copy
       or None; both are scaled. Those in the state of an optimizer are known by their names.
     - `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the ranks of the largest
@@ -85,6 +87,7 @@ class QKClip:
         declare: Mapping[str, QKProjection] | None = None,
         example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         clip_gains: bool = False,
+        required: bool = True,
         master_of: Callable[[Tensor], Tensor | None] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -111,7 +114,7 @@ class QKClip:
             self._ranks = ClipRanks(process_group, replicas_of(replicated))
             self.attentions = attentions_of_model(
                 model, declare or {}, example_inputs, self._ranks.find_replicas,
-                threshold=self._threshold(), clip_gains=clip_gains, ignore=ignore,
+                threshold=self._threshold(), clip_gains=clip_gains, ignore=ignore, required=required,
             )  # fmt: skip
             return
         if declare or ignore or example_inputs is not None:
@@ -245,6 +248,11 @@ class QKClip:
         self._raise_deferred(wait=self._deferred.names not in ((), names), on_all_ranks=group is not None)
         unknown = self.attentions.unknown_calls()
         self._left_out = self.attentions.take_left_out()
+        if self.attentions.has_nothing:
+            if unknown:
+                raise RuntimeError(unknown)
+            self.reset()
+            return {}
         # All heads of all attentions in one vector: many small layers would cost many small operations.
         maxima = JointMaxima.from_states(self.attentions.states(), device)
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
@@ -282,7 +290,11 @@ class QKClip:
 
     def _group(self) -> dist.ProcessGroup | None:
         """Return the group of the ranks that clip together; None for this one alone."""
-        return self._ranks.group(self.attentions.parameters(), self.projections, self.attentions.placement_version)
+        attentions = self.attentions
+        searched_on = attentions.device if attentions.has_nothing else None
+        return self._ranks.group(
+            attentions.parameters(), self.projections, attentions.placement_version, searched_on=searched_on
+        )
 
     def _notes(self, before_update: bool) -> Tensor:
         ran = self.attentions.ran if before_update else any(p.grad is not None for p in self.attentions.parameters())

@@ -39,14 +39,20 @@ class ClipRanks:
         self._replicas = replicas_of(running_ddp()) or self._replicas
 
     def group(
-        self, parameters: Iterable[Tensor], projections: Mapping[str, QKProjection], version: int | None = None
+        self,
+        parameters: Iterable[Tensor],
+        projections: Mapping[str, QKProjection],
+        version: int | None = None,
+        *,
+        searched_on: torch.device | None = None,
     ) -> dist.ProcessGroup | None:
         """Return the group of the ranks that share these parameters; None where this rank is alone.
 
         All of the ranks must call it at the same time: a group may have to be made, and where nothing else says which
         ranks these are, all of the job compare their attentions once. `version`: of the parameters, which are not read
-        again where it is the last one's. Raises ValueError where the meshes of the parameters do not say which ranks
-        these are.
+        again where it is the last one's. `searched_on`: the device of a model, or a stage of a pipeline, that was
+        searched and has no attention, which it compares with what the others have. Raises ValueError where the meshes
+        of the parameters do not say which ranks these are.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return None
@@ -55,16 +61,18 @@ class ClipRanks:
             if self._meshes is None or version is None or self._meshes[0] != version:
                 self._meshes = version, frozenset(each.device_mesh for each in parameters if is_dtensor(each))
             meshes = self._meshes[1]
-            key = dist.group.WORLD, meshes, self._replicas, bool(projections)
+            key = dist.group.WORLD, meshes, self._replicas, bool(projections), searched_on
             if self._known is None or self._known[0] != key:
-                self._known = key, self._find(meshes, projections)
+                self._known = key, self._find(meshes, projections, searched_on)
             group = self._known[1]
         return None if group is None or group.size() == 1 else group
 
-    def _find(self, meshes: Iterable[DeviceMesh], projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
+    def _find(
+        self, meshes: Iterable[DeviceMesh], projections: Mapping[str, QKProjection], searched_on: torch.device | None
+    ) -> dist.ProcessGroup | None:
         sets = {frozenset(mesh.mesh.flatten().tolist()) for mesh in meshes}
         if not sets:
-            return self._replicas or _ranks_with_the_same(projections)
+            return self._replicas or _ranks_with_the_same(projections, searched_on)
         if self._replicas is not None:
             sets.add(frozenset(dist.get_process_group_ranks(self._replicas)))
         largest = max(sets, key=len)
@@ -82,12 +90,14 @@ class ClipRanks:
         return (ClipRanks, ())  # groups end with their processes
 
 
-def _ranks_with_the_same(projections: Mapping[str, QKProjection]) -> dist.ProcessGroup | None:
+def _ranks_with_the_same(
+    projections: Mapping[str, QKProjection], searched_on: torch.device | None
+) -> dist.ProcessGroup | None:
     """Make the group of the ranks with the same attentions and weights; all ranks of the job must call it."""
-    if not projections:
+    if not projections and searched_on is None:
         return dist.group.WORLD
     weights = (weight for projection in projections.values() for weight in projection.qk_parameters())
-    device = next((weight.device for weight in weights), torch.device("cpu"))
+    device = next((weight.device for weight in weights), searched_on or torch.device("cpu"))
     own = torch.tensor([_fingerprint(projections)], dtype=torch.int64, device="cpu").to(device)
     each = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(each, own)

@@ -90,3 +90,10 @@ NOTHING_FOUND = (
     "and add a method `qk_projection()` that returns `QKProjection.mha(q=self.q_proj, k=self.k_proj, num_heads=…, "
     "max_logits=self.max_logits)` (or .gqa, .mla); or switch the clip off with qk_clip=None."
 )
+
+NOTHING_TO_CLIP = (
+    "QK-Clip: nothing to clip. A search has seen no attention in the model, and nothing that mixes activations by "
+    "products of two projections, so it trains without a clip. If there is attention that the search did not reach, "
+    "give inputs that reach it, qk_clip=QKClip(model, example_inputs=…). qk_clip=None says that there is none, "
+    'qk_clip="required" makes this an error.'
+)

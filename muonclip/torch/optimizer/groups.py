@@ -36,8 +36,7 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
     """Make groups of what a user passed, groups or named parameters; what says no `use` is divided by names."""
     groups: list[Group] = []
     given = list(params)
-    if given and not isinstance(given[0], dict):
-        given = [{"params": given}]
+    given = [{"params": given}] if given and not isinstance(given[0], dict) else [*map(_with_names, given)]
     for group in given:
         if "use" in group:
             groups.append(dict(group))
@@ -61,6 +60,20 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
         for group in groups:  # torch wants names for all or for none
             group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
     return groups
+
+
+def _with_names(group: Group) -> Group:
+    """Name the parameters of a group by its `param_names`, as torch's optimizers keep them."""
+    params, names = group.get("params"), group.get("param_names")
+    if names is None or params is None:
+        return group
+    given = [params] if isinstance(params, Tensor) else list(params)
+    if any(isinstance(item, tuple) for item in given):
+        raise ValueError("a parameter group has names in params and in param_names. Leave one of them out.")
+    if len(names) != len(given):
+        raise ValueError(f"param_names lists {len(names)} names for the {len(given)} parameters of its group.")
+    others = {key: value for key, value in group.items() if key != "param_names"}
+    return {**others, "params": list(zip(names, given, strict=True))}
 
 
 def check_parameters(groups: Iterable[Group]) -> None:

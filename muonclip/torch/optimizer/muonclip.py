@@ -93,8 +93,9 @@ class MuonClip(MatrixOptimizer):
       `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
     - `per_head`: every head of q, k (and v) is a matrix of its own.
     - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step.
-    - `qk_clip`: "auto" finds the attentions of the module; a `QKClip` is used as it is (its own tau); None switches the
-      clip off.
+    - `qk_clip`: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
+      by products, the model trains with one warning, and "required" makes that an error. A `QKClip` is used as it is
+      (its own tau); None switches the clip off.
     - `adamw`: options of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none
       on norms and biases), `fused`.
     - `capturable`: for CUDA graphs, as in torch.
@@ -123,7 +124,7 @@ class MuonClip(MatrixOptimizer):
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: bool = False,
         tau: float = 100.0,
-        qk_clip: QKClip | Literal["auto"] | None = "auto",
+        qk_clip: QKClip | Literal["auto", "required"] | None = "auto",
         adamw: Mapping[str, Any] | None = None,
         ns_dtype: torch.dtype | None = None,
         ns_form: Literal["standard", "gram"] | None = None,
@@ -155,8 +156,6 @@ class MuonClip(MatrixOptimizer):
         else:
             groups = given_groups(model)
         super().__init__(groups, muon, adamw_options, workspace_bytes)
-        if not any(group["use"] == "muon" and group["params"] for group in self.param_groups):
-            raise ValueError(f"MuonClip found no matrix to give to Muon:\n{self.plan}")
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
             if any(parameter.is_meta for parameter in model.parameters()):
@@ -272,11 +271,11 @@ class MuonClip(MatrixOptimizer):
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:
     if qk_clip is None or isinstance(qk_clip, QKClip):
         return qk_clip
-    if qk_clip != "auto":
-        raise ValueError(f"qk_clip={qk_clip!r}; use 'auto', a QKClip, or None.")
+    if qk_clip not in ("auto", "required"):
+        raise ValueError(f"qk_clip={qk_clip!r}; use 'auto', 'required', a QKClip, or None.")
     if not isinstance(model, nn.Module):
         raise ValueError(
             "MuonClip was given parameters, from which the attention cannot be found. Pass the model itself, "
             "MuonClip(model, …), or give qk_clip=QKClip(model), or switch the clip off with qk_clip=None."
         )
-    return QKClip(model, tau)
+    return QKClip(model, tau, required=qk_clip == "required")

@@ -61,6 +61,8 @@ class Plan:
         found = table(attentions) if self.attentions else ""
         if clip is None:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
+        elif clip.attentions.has_nothing:
+            found += "QK-Clip: nothing to clip (a search has seen no attention)"
         elif clip.attentions.to_come:
             found += ("\n" if found else "") + f"attention to be found and checked: {clip.attentions.to_come}"
         if clip is not None:
