@@ -96,15 +96,19 @@ def _begin(experiment: Experiment, corpus: Corpus, folder: Path, execution: Exec
     folder.mkdir(exist_ok=True)
     config = folder / CONFIG
     if config.exists():
-        recorded = json.loads(config.read_text())
-        decided = Precision(**recorded["config"]["precision"])
+        try:
+            recorded = json.loads(config.read_bytes())
+            decided, made = Precision(**recorded["config"]["precision"]), recorded["environment"]
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{config} is damaged, or of another version ({error!r}). Restore it, or choose another folder."
+            raise UsageError("--out", message) from error
         if execution.precision != "auto":
             decided, _ = precision.choose(experiment, corpus, execution.precision)
         experiment = replace(experiment, precision=decided)
         if lines := differences(recorded["config"], experiment.to_json()):
             message = f"{folder} holds runs with other options; choose another folder, or remove it to start again:"
             raise UsageError("--out", "\n  ".join([message, *lines]))
-        return experiment, recorded["environment"]
+        return experiment, made
     decided, measured = precision.choose(experiment, corpus, execution.precision)
     experiment = replace(experiment, precision=decided)
     made = environment(experiment.device, experiment.framework) | {"precision_probe": measured}

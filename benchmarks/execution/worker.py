@@ -18,13 +18,15 @@ import torch
 
 from benchmarks.execution.progress import news
 from benchmarks.experiment.data import open_corpus
+from benchmarks.experiment.errors import DamagedFile
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records.folders import CONFIG, run_folder
 from benchmarks.training.run import Run, Schedule
 
 
 def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
-    """Train one run; return its exit status: 0 the run is finished, 1 it was told to stop."""
+    """Train one run; return its exit status: 0 the run is finished, 1 it was told to stop, 2 its
+    checkpoint is damaged."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -32,7 +34,11 @@ def main(folder: Path, arm: str, seed: int, checkpoints: Schedule) -> int:
     experiment = Experiment.from_json(json.loads((folder / CONFIG).read_text())["config"])
     torch.set_num_threads(experiment.threads)
     corpus = open_corpus(None if experiment.data.path is None else Path(experiment.data.path))
-    run = Run(experiment, corpus, run_folder(folder, arm, seed), experiment.arm(arm), seed)
+    try:
+        run = Run(experiment, corpus, run_folder(folder, arm, seed), experiment.arm(arm), seed)
+    except DamagedFile as error:
+        print(error, file=sys.stderr)  # which the command shows
+        return 2
     _tell({"step": run.done})
     run.train(lambda record: _tell(news(record)), stop.is_set, checkpoints)
     return 0 if run.finished else 1

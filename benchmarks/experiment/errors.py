@@ -17,3 +17,10 @@ class UsageError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run ended with an error, or not as it should have; the message says how. Exit status 1."""
+
+
+class DamagedFile(RunFailed):
+    """A file that a command has written cannot be read any more; the message names it and says what to do."""
+
+    def __init__(self, file: object, why: object, what_to_do: str) -> None:
+        super().__init__(f"{file} is damaged ({why}). {what_to_do}")

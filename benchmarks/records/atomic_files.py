@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from benchmarks.experiment.errors import DamagedFile
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -19,8 +22,28 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: str) -> dict[str, Any] | None:
-    """Return the saved state, or None where there is none. Only tensors and plain values are read (`weights_only`)."""
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+    """Return the saved state, or None where there is none. Only tensors and plain values are read (`weights_only`).
+
+    Raises DamagedFile for what is not a whole state.
+    """
+    if not path.exists():
+        return None
+    again = f"Restore it, or remove it: then the run in {path.parent} begins anew with its first step."
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise DamagedFile(path, _first_line(error), again) from error
+    if not isinstance(state, dict) or "done" not in state:
+        raise DamagedFile(path, "it holds no state of a run", again)
+    return state
+
+
+def read_json(path: Path, what_to_do: str = "Restore it, or remove it and run the command that made it.") -> Any:
+    """Return what `write_json` has written. Raises DamagedFile for what is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(path, _first_line(error), what_to_do) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,3 +73,8 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

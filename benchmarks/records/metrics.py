@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiment.errors import DamagedFile
+
 
 class MetricsLog:
     """Appends records; `begin(step)` drops every line after the step that a checkpoint goes back to."""
@@ -56,9 +58,20 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read all records, numbers as numbers."""
+    """Read all records, numbers as numbers. Raises DamagedFile, naming the line, for one that is not a record."""
+    records: list[dict[str, Any]] = []
     with path.open("rb") as stream:
-        return [from_json(json.loads(line)) for line in stream]
+        for number, line in enumerate(stream, 1):
+            if _step_of(line) != number:
+                raise damaged(f"{path}, line {number},", f"it is not the record of step {number}", path)
+            records.append(from_json(json.loads(line)))
+    return records
+
+
+def damaged(where: object, why: str, path: Path) -> DamagedFile:
+    """Return the error for records that are not what a run has written."""
+    again = f"Restore it, or remove {path.parent} and start the command again: it makes that run anew."
+    return DamagedFile(where, why, again)
 
 
 def to_json(value: Any) -> Any:
@@ -81,5 +94,5 @@ def _step_of(line: bytes) -> int | None:
     """Return the step of a complete line."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -7,14 +7,14 @@ import math
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from benchmarks.experiment.arms import Arm
-from benchmarks.experiment.errors import UsageError
+from benchmarks.experiment.errors import DamagedFile, UsageError
 from benchmarks.experiment.experiment import Experiment
-from benchmarks.records import metrics
-from benchmarks.records.folders import CONFIG, RESULT, Result, run_folder
-from benchmarks.records.run_records import RunRecords, read_run
+from benchmarks.records import atomic_files, metrics
+from benchmarks.records.folders import CONFIG, METRICS, RESULT, Result, run_folder
+from benchmarks.records.run_records import RunRecords, run_records
 
 
 class RunSummary(TypedDict):
@@ -83,8 +83,11 @@ def collect(experiment: Experiment, folder: Path, environment: dict[str, Any]) -
         for seed in experiment.seeds:
             run = run_folder(folder, arm.name, seed)
             if (run / RESULT).exists():
-                records = read_run(run)
-                ended: Result = metrics.from_json(json.loads((run / RESULT).read_text()))
+                ended, path = _read_result(run / RESULT), run / METRICS
+                found = metrics.read(path) if path.exists() else []
+                if not found or len(found) != ended["steps"]:
+                    raise metrics.damaged(path, f"it has {len(found)} records of {ended['steps']} steps", path)
+                records = run_records(found)
                 results.records.setdefault(arm.name, {})[seed] = records
                 results.summaries.setdefault(arm.name, {})[seed] = summarise(experiment, arm, records, ended)
     return results
@@ -139,8 +142,17 @@ def bits(nats: Any) -> Any:
 def _read(folder: Path) -> Results:
     path = folder / CONFIG
     try:
-        recorded = json.loads(path.read_text())
-        experiment = Experiment.from_json(recorded["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        recorded = json.loads(path.read_bytes())
+        experiment, environment = Experiment.from_json(recorded["config"]), recorded["environment"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError("DIR", f"{path} is not a configuration that this version wrote ({error}).") from error
-    return collect(experiment, folder, recorded["environment"])
+    return collect(experiment, folder, environment)
+
+
+def _read_result(path: Path) -> Result:
+    """Read how a run has ended. Raises DamagedFile for what is not a result."""
+    again = f"Restore it, or remove it and start the command again: it goes on from the checkpoint in {path.parent}."
+    result = metrics.from_json(atomic_files.read_json(path, again))
+    if not isinstance(result, dict) or not Result.__required_keys__ <= result.keys():
+        raise DamagedFile(path, "it is not the result of a run", again)
+    return cast("Result", result)
