@@ -16,7 +16,7 @@ from torch import nn
 from muonclip.core import COEFFICIENT_SETS, MatrixLayout, orthogonalize, resolve_coefficients, update_scale
 from muonclip.torch import Muon, MuonClip
 from muonclip.torch.optimizer.options import MuonOptions
-from muonclip.torch.update import products as products_module
+from muonclip.torch.update import cost_model
 
 execute_module = importlib.import_module("muonclip.torch.update.execute")  # its package hands on the function
 
@@ -163,11 +163,11 @@ def test_the_heavy_ball_of_the_paper_gives_the_same_update_as_torch_s_average():
 @pytest.mark.parametrize(("capabilities", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)])
 def test_products_are_in_bf16_where_the_device_is_faster_at_it(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    products_module._multiplies_bf16_faster.cache_clear()
-    assert products_module.iteration_dtype("cpu", torch.float32, None) == dtype
-    assert products_module.iteration_dtype("cpu", torch.float64, None) == torch.float64
-    assert products_module.iteration_dtype("cpu", torch.float32, torch.float16) == torch.float16
-    products_module._multiplies_bf16_faster.cache_clear()
+    cost_model._multiplies_bf16_faster.cache_clear()
+    assert cost_model.iteration_dtype("cpu", torch.float32, None) == dtype
+    assert cost_model.iteration_dtype("cpu", torch.float64, None) == torch.float64
+    assert cost_model.iteration_dtype("cpu", torch.float32, torch.float16) == torch.float16
+    cost_model._multiplies_bf16_faster.cache_clear()
 
 
 @given(st.permutations(range(5)), st.integers(1, 4000))

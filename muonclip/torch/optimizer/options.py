@@ -92,6 +92,7 @@ class MuonOptions(StepOptions):
             self.eps or 0.0,
             self.products,
             str(parameter.device),
+            is_asked=self.ns_dtype is not None,
         )
 
 

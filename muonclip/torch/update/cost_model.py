@@ -6,7 +6,7 @@ the form that multiplies least.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -19,6 +19,9 @@ Form = Literal["standard", "gram"]
 
 PIECE_BYTES = 2 * 2**20
 """What is taken at once on a processor, counted in float32: half of it is the input of bf16 products."""
+
+_MOST_WORK_IN_FLOAT32 = 2**15
+"""Multiplications of a product up to which float32 takes less time than bf16, however many there are: 16 × 16 × 128."""
 
 
 @lru_cache(maxsize=1024)
@@ -51,6 +54,23 @@ def flops(m: int, n: int, form: Form, ns_coefficients: Coefficients, ns_steps: i
     return (len(edges) - 1) * 4 * m * m * n + squares * 2 * m**3
 
 
+def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the products on matrices of `dtype`, but for small ones, see `multiplies_small_in_float32`.
+
+    It is bf16 where the device multiplies that faster, float32 elsewhere; float64 stays; `ns_dtype` overrides.
+    """
+    if ns_dtype is not None:
+        return ns_dtype
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if _multiplies_bf16_faster(device_type) else torch.float32
+
+
+def multiplies_small_in_float32(m: int, n: int, device_type: str) -> bool:
+    """Tell whether matrices m × n are so small that a processor starts a product in bf16 later than float32 ends it."""
+    return device_type == "cpu" and min(m, n) * m * n <= _MOST_WORK_IN_FLOAT32
+
+
 def matrices_at_once(m: int, n: int, device_type: str, workspace_bytes: int) -> int:
     """Count the matrices m × n that one rank takes from the momentum to the weight at once."""
     most = min(PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes
@@ -60,3 +80,14 @@ def matrices_at_once(m: int, n: int, device_type: str, workspace_bytes: int) -> 
 def rows_at_once(count: int, columns: int, device_type: str) -> int | None:
     """Count the rows of `count` matrices that are changed element by element at once; None: all."""
     return max(1, PIECE_BYTES // (4 * count * columns)) if device_type == "cpu" and count * columns else None
+
+
+@cache
+def _multiplies_bf16_faster(device_type: str) -> bool:
+    """CUDA from Ampere on, and processors with bf16 dot products (AVX512-BF16, AMX)."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    instructions = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

@@ -7,6 +7,7 @@ one round overlaps with the iteration of the one before. One process alone does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from muonclip.core import Products, iterate, normalize
 from muonclip.core.index_ranges import length
 from muonclip.torch.mesh import Mesh, RankPosition
 from muonclip.torch.update.normalization import normalized
+from muonclip.torch.update.plain_segments import together
 from muonclip.torch.update.plan import UpdatePlan
 from muonclip.torch.update.products import choose_products
 from muonclip.torch.update.rounds import Bucket, NewtonSchulzConfig, Round
@@ -51,17 +53,19 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
     bucket = round_.bucket
     position, replica = here.index(bucket.active), here.index(bucket.replicas)
     cut, replicas = here.group(bucket.active), here.group(bucket.replicas)
+    alone = cut is None and replicas is None
     shares = [sum(owned) for owned in round_.counts]
-    segments = round_.segments
-    if cut is None and replicas is None:
-        segments = [segment for segment in segments if steps[segment.parameter].gradient is not None]
-        shares = [sum(segment.stop - segment.start for segment in segments)]
-    inside = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in segments]
-    if not inside:
+    segments = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in round_.segments]
+    if alone:
+        segments = [segment for segment in segments if segment.step.gradient is not None]
+        shares = [sum(segment.count for segment in segments)]
+    if not segments:
         return
+    inside = list(together(segments)) if alone else segments
     passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
     size = stop - start, length(bucket.small[position]), length(bucket.long[position])
-    stack = torch.empty(size, dtype=bucket.iteration.sent, device=inside[0].device)
+    waiting = bucket.iteration.staged(math.prod(size)) if alone else bucket.iteration.sent
+    stack = torch.empty(size, dtype=waiting, device=segments[0].device)
     for each in inside:
         first, last = (min(max(edge - passed, 0), each.count) for edge in (start, stop))
         each.advance(first, last, stack[passed + first - start : passed + last - start])

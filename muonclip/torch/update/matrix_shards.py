@@ -47,6 +47,8 @@ class MatrixShards:
     columns: tuple[IndexRanges, ...]
     local_rows: tuple[tuple[IndexRanges, ...], ...]
     """By position and head: where those rows are along the out axis of the local tensor."""
+    as_stored: bool
+    """Whether the local tensor is one matrix, or a stack of matrices along its first axis."""
 
     @property
     def count(self) -> int:
@@ -100,6 +102,7 @@ def matrix_shards(
                         rows=tuple(cut.rows[number] for number in at_rows),
                         columns=tuple(held_columns[_number(mesh_shape, columns.dims, each)] for each in positions),
                         local_rows=tuple(tuple(head[number] for head in local_rows.values()) for number in at_rows),
+                        as_stored=layout == MatrixLayout(batch_ndim=len(shape) - 2) and len(shape) <= 3,
                     )
                 )
     return tuple(found)

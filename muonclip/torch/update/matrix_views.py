@@ -14,11 +14,11 @@ from muonclip.core import MatrixLayout
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.update.matrix_shards import MatrixShards
 
-_PLAIN = MatrixLayout()
-
 
 def local_matrices(tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int) -> Tensor:
     """Read (count, rows, columns), what of each of these matrices is in this tensor; a view where strides allow it."""
+    if shards.as_stored:
+        return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
     return _stack(_by_axes(tensor, layout)[0], shards.local_rows[position])[0]
 
 
@@ -35,6 +35,8 @@ def writable(
     tensor: Tensor, layout: MatrixLayout, shards: MatrixShards, position: int
 ) -> tuple[Tensor, Callable[[], None] | None]:
     """Return `local_matrices` to write into, and, where they are not a view, what copies them back."""
+    if shards.as_stored:
+        return local_matrices(tensor, layout, shards, position), None
     by_axes, in_place = _by_axes(tensor, layout)
     heads = shards.local_rows[position]
     stack, is_view = _stack(by_axes, heads)
@@ -58,8 +60,6 @@ def row_index(heads: tuple[IndexRanges, ...], device: torch.device) -> Tensor:
 
 def _by_axes(tensor: Tensor, layout: MatrixLayout) -> tuple[Tensor, bool]:
     """Reshape a tensor to (batch, out, in), and say whether that is a view."""
-    if tensor.ndim == 2 and layout == _PLAIN:  # as most are
-        return tensor[None], True
     ends = layout.batch_ndim, layout.batch_ndim + layout.out_ndim
     batch, first, rest = (
         math.prod(each) for each in (tensor.shape[: ends[0]], tensor.shape[slice(*ends)], tensor.shape[ends[1] :])

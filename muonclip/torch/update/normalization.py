@@ -15,13 +15,18 @@ _SURE = 1e-10, 1e18
 """Norms between these are right in float32: squares that underflow there are too small to count."""
 
 
+_LONGEST_LINE = 2**16
+"""Elements of which one sum of squares in float32 is still right to 1e-5; longer matrices are summed row by row."""
+
+
 def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: float) -> Tensor:
     """Return x / max(‖x‖_F, floor) for each matrix of (matrices, m, n) in a dtype; may write into the stack."""
     if stack.device.type != "cpu" or type(stack) is not Tensor or not stack.numel():
         return normalize(stack, products, xp=torch, eps=floor).to(dtype)
     wide = torch.float64 if stack.dtype == torch.float64 else torch.float32
-    rows = torch.linalg.vector_norm(stack, dim=-1, dtype=wide)
-    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).tolist()
+    lines = stack.flatten(1) if stack[0].numel() <= _LONGEST_LINE else stack
+    parts = torch.linalg.vector_norm(lines, dim=-1, dtype=wide).reshape(len(stack), -1)
+    norms = torch.linalg.vector_norm(parts, dim=-1, dtype=torch.float64).tolist()
     sure = [_SURE[0] < norm < _SURE[1] for norm in norms]
     careful = {
         index: normalize(stack[index : index + 1], products, xp=torch, eps=floor).to(dtype)
@@ -29,10 +34,13 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
         if not is_sure
     }
     factors = [1 / max(norm, floor) if is_sure else 1.0 for norm, is_sure in zip(norms, sure, strict=True)]
-    result = stack if stack.dtype == dtype else torch.empty_like(stack, dtype=dtype)
-    if result is stack:
+    if len(stack) > 1 and stack.dtype == wide:
+        result = stack.mul_(torch.tensor(factors, dtype=wide)[:, None, None]).to(dtype)
+    elif stack.dtype == dtype:  # by scalars, which are not rounded to the stack's dtype
+        result = stack
         torch._foreach_mul_(list(stack), factors)  # pyright: ignore[reportPrivateImportUsage]
     else:
+        result = torch.empty_like(stack, dtype=dtype)
         for each, matrix, factor in zip(result, stack, factors, strict=True):
             torch.mul(matrix, factor, out=each)
     for index, matrix in careful.items():

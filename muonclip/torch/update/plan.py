@@ -134,7 +134,8 @@ def _bucket(parameter: PlacedParameter, shards: MatrixShards) -> Bucket:
     m, n, small, long = shards.fan_out, shards.fan_in, shards.rows, shards.columns
     if shards.tall:
         m, n, small, long = n, m, long, small
-    iteration = replace(parameter.iteration, form=parameter.iteration.form_of(m, n))
+    asked = parameter.iteration
+    iteration = replace(asked, dtype=asked.dtype_of(m, n), form=asked.form_of(m, n), is_asked=True)
     return Bucket(parameter.mesh, shards.fixed, shards.active, shards.replicas, m, n, small, long, iteration)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -58,26 +57,3 @@ def choose_products(name: str | None, device_type: str = "cpu") -> Products:
         *others, last = map(repr, PRODUCTS)
         raise ValueError(f"products={name!r} is not known; use None, {', '.join(others)} or {last}.")
     return PRODUCTS[name or ("halves" if device_type == "cpu" else "baddbmm")]
-
-
-def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of the products on matrices of `dtype`.
-
-    It is bf16 where the device multiplies that faster, float32 elsewhere; float64 stays; `ns_dtype` overrides.
-    """
-    if ns_dtype is not None:
-        return ns_dtype
-    if dtype == torch.float64:
-        return torch.float64
-    return torch.bfloat16 if _multiplies_bf16_faster(device_type) else torch.float32
-
-
-@cache
-def _multiplies_bf16_faster(device_type: str) -> bool:
-    """CUDA from Ampere on, and processors with bf16 dot products (AVX512-BF16, AMX)."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    instructions = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

@@ -18,7 +18,7 @@ from muonclip.core import MatrixLayout, resolve_coefficients
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
-from muonclip.torch.update.cost_model import Form, choose_form, flops
+from muonclip.torch.update.cost_model import PIECE_BYTES, Form, choose_form, flops, multiplies_small_in_float32
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ Method = Literal["in place", "owner", "gram"]
 class NewtonSchulzConfig:
     """The iteration of matrices; those that are iterated together agree in it.
 
-    `dtype` is that of the products. `form` None: the cheaper one for each shape, see `cost_model`.
+    `dtype` is that of the products; unless it `is_asked` for, float32 replaces bf16 in small matrices. `form` None: the
+    cheaper one for each shape. See `cost_model`.
     """
 
     dtype: torch.dtype
@@ -41,6 +42,7 @@ class NewtonSchulzConfig:
     floor: float = 0.0
     products: str | None = None
     device: str = "cpu"
+    is_asked: bool = True
 
     @property
     def device_type(self) -> str:
@@ -51,6 +53,11 @@ class NewtonSchulzConfig:
         """The dtype of what goes to an owner: the products', but for float16, in which small gradients vanish."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
+    def staged(self, elements: int) -> torch.dtype:
+        """The dtype in which matrices that stay here wait to be normalised: wide, unless they would leave the cache."""
+        fits = self.device_type == "cpu" and 4 * elements <= PIECE_BYTES
+        return torch.promote_types(self.sent, torch.float32) if fits else self.sent
+
     def flops(self, m: int, n: int) -> int:
         """Count the floating-point operations for one matrix m × n, m ≤ n."""
         return flops(m, n, self.form_of(m, n), self.ns_coefficients, self.ns_steps)
@@ -60,7 +67,12 @@ class NewtonSchulzConfig:
         if m == n:
             return "standard"
         polynomials = self.ns_coefficients, self.ns_steps
-        return self.form or choose_form(m, n, self.dtype, self.device_type, *polynomials)
+        return self.form or choose_form(m, n, self.dtype_of(m, n), self.device_type, *polynomials)
+
+    def dtype_of(self, m: int, n: int) -> torch.dtype:
+        """Return the dtype of the products of matrices m × n."""
+        small = self.dtype == torch.bfloat16 and multiplies_small_in_float32(m, n, self.device_type)
+        return torch.float32 if small and not self.is_asked else self.dtype
 
     def gram_products(self, m: int, n: int) -> int:
         """Count how often XXᵀ is made from X."""

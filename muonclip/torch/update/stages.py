@@ -75,11 +75,7 @@ class SegmentStep:
         step, options = self.step, self.step.options
         with self._state() as state:
             buffer = state["momentum_buffer"]
-            gradient = None
-            if step.gradient is not None:
-                gradient = local_matrices(step.gradient, step.layout, self.segment.shards, self.position)
-                if self.count < len(gradient):
-                    gradient = gradient[self.segment.start : self.segment.stop]
+            gradient = self.gradient()
             if options.freeze_unused:
                 self._used = self._find_used(torch.zeros_like(buffer) if gradient is None else gradient)
             if gradient is None:
@@ -87,21 +83,20 @@ class SegmentStep:
                 return
             used = None if self._used is None else self._used.to(buffer.dtype)
             momentum = Momentum(options.momentum, options.nesterov, used=used)
-            by_entry = (type(step.rule).advance, type(step.rule).direction) == (MuonRule.advance, MuonRule.direction)
-            for rows in _pieces(buffer) if by_entry else (None,):
+            for rows in _pieces(buffer) if is_by_entry(step.rule) else (None,):
                 part = state if rows is None else {name: value[:, rows] for name, value in state.items()}
                 new = (gradient if rows is None else gradient[:, rows]).to(buffer.dtype)
-                _store(step.rule.advance(new, part, momentum, _WHOLE), part)
+                _store(step.rule.advance(new, part, momentum, WHOLE), part)
                 if start == stop:
                     continue
                 if stop - start < self.count:
                     part, new = {name: value[start:stop] for name, value in part.items()}, new[start:stop]
-                direction = step.rule.direction(new, part, momentum, _WHOLE)
+                direction = step.rule.direction(new, part, momentum, WHOLE)
                 (into if rows is None else into[:, rows]).copy_(direction)
 
     def apply(self, update: Tensor) -> None:
         """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix; U (matrices, m, n) with m ≤ n."""
-        step, options = self.step, self.step.options
+        step = self.step
         if self.tall:
             wide, update = update, update.new_empty(len(update), update.shape[2], update.shape[1])
             for upright, each in zip(update, wide, strict=True):
@@ -110,11 +105,16 @@ class SegmentStep:
             update = self._apply_rule(update)
         if step.gradient is None:
             return
-        scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, options.adjust_lr_fn)
         with self._editing(step.parameter) as rows:
             for part in _pieces(rows):
                 whole = part is None
-                self._move(rows if whole else rows[:, part], update if whole else update[:, part], scale)
+                self._move(rows if whole else rows[:, part], update if whole else update[:, part], self.scale)
+
+    @property
+    def scale(self) -> float:
+        """Return what orthogonalised matrices of this shape are multiplied by."""
+        shards = self.segment.shards
+        return update_scale(shards.fan_out, shards.fan_in, self.step.options.adjust_lr_fn)
 
     def _move(self, weight: Tensor, update: Tensor, scale: float) -> None:
         options = self.step.options
@@ -138,6 +138,13 @@ class SegmentStep:
                 _store(new, state)
         return update
 
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of these matrices (matrices, rows, columns)."""
+        if self.step.gradient is None:
+            return None
+        whole = local_matrices(self.step.gradient, self.step.layout, self.segment.shards, self.position)
+        return whole if self.count == len(whole) else whole[self.segment.start : self.segment.stop]
+
     def _find_used(self, gradient: Tensor) -> Tensor:
         """Find the matrices of which some rank has a gradient other than zero: bool (count, 1, 1)."""
         used = (gradient != 0).any(-1, keepdim=True).any(-2, keepdim=True)
@@ -149,7 +156,7 @@ class SegmentStep:
 
     @contextmanager
     def _state(self) -> Iterator[dict[str, Tensor]]:
-        opened = {each.name: self._opened(self.step.state[each.name]) for each in self.step.rule.states}
+        opened = {each.name: self.opened(self.step.state[each.name]) for each in self.step.rule.states}
         yield {name: matrices for name, (matrices, _) in opened.items()}
         for _, write_back in opened.values():
             if write_back is not None:
@@ -157,16 +164,21 @@ class SegmentStep:
 
     @contextmanager
     def _editing(self, tensor: Tensor) -> Iterator[Tensor]:
-        matrices, write_back = self._opened(tensor)
+        matrices, write_back = self.opened(tensor)
         yield matrices
         if write_back is not None:
             write_back()
 
-    def _opened(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+    def opened(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         """Return the matrices of this segment in a tensor, and, where they are not a view, what copies them back."""
         matrices, write_back = writable(tensor, self.step.layout, self.segment.shards, self.position)
         whole = self.count == len(matrices)
         return matrices if whole else matrices[self.segment.start : self.segment.stop], write_back
+
+
+def is_by_entry(rule: MuonRule) -> bool:
+    """Tell whether a rule lets the gradient in entry by entry, so that any part of a matrix can be taken alone."""
+    return (type(rule).advance, type(rule).direction) == (MuonRule.advance, MuonRule.direction)
 
 
 def rescale(
@@ -206,7 +218,7 @@ def _store(new: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
 def _operations(shards: MatrixShards, position: int, cut: dist.ProcessGroup | None) -> MatrixOperations:
     """Make the operations on this rank's part of matrices that are cut over the ranks of a group."""
     if cut is None:
-        return _WHOLE
+        return WHOLE
     are_whole = all(length(columns) == shards.fan_in for columns in shards.columns)
 
     def mean_columns(x: Tensor) -> Tensor:
@@ -229,7 +241,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-_WHOLE = MatrixOperations(
+WHOLE = MatrixOperations(
     lerp=torch.lerp,
     average=Tensor.lerp_,
     wide=_wide,
