@@ -1846,8 +1846,8 @@ MUTATIONS = (
     Mutation(
         "gram-restarts-of-the-default-length",  # 38
         "The Gram form restarts as for the set's default number of steps, whatever their number.",
-        "restarts = checked_gram_restarts(ns_coefficients, ns_steps) if",
-        "restarts = checked_gram_restarts(ns_coefficients) if",
+        "restarts = checked_gram_restarts(ns_coefficients, ns_steps, wide=wide) if",
+        "restarts = checked_gram_restarts(ns_coefficients, wide=wide) if",
         tests_of("core/test_no_explosion.py", "test_a_gradient_of_low_rank_does_not_blow_up_a_weight"),
     ),
     Mutation(
@@ -1856,6 +1856,20 @@ MUTATIONS = (
         "GRAM_GROWTH = 150.0",
         "GRAM_GROWTH = 1800.0",
         tests_of("benchmarks/test_gram_accuracy.py", "test_the_restarts_keep_the_rule"),
+    ),
+    Mutation(
+        "gram-restarts-too-rare-in-float32",
+        "The Gram form in float32 restarts less often than its error on momenta allows.",
+        "GRAM_GROWTH_WIDE = 1e5",
+        "GRAM_GROWTH_WIDE = 1e7",
+        tests_of("benchmarks/test_gram_accuracy.py", "test_the_restarts_keep_the_rule"),
+    ),
+    Mutation(
+        "gram-restarts-of-float32-in-bf16",
+        "The Gram form in bf16 restarts as seldom as float32 may.",
+        "wide = xp.finfo(x.dtype).eps < 1e-4",
+        "wide = True",
+        tests_of("core/test_no_explosion.py", "test_small_matrices_stay_within_the_polynomials_bound"),
     ),
     Mutation(
         "gram-form-with-two-steps-first",  # 38
@@ -2341,6 +2355,27 @@ MUTATIONS = (
         'min(PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes',
         "workspace_bytes",
         tests_of("torch/test_update_pieces.py", "test_a_processor_takes_few_matrices_at_once"),
+    ),
+    Mutation(
+        "neighbours-options-taken",
+        "Matrices that step together have the decay of the first one's group.",
+        "ours.step.options is theirs.step.options",
+        "True",
+        tests_of("torch/test_update_pieces.py", "test_matrices_that_step_together_move_as_they_do_alone"),
+    ),
+    Mutation(
+        "factor-rounded-to-bf16",
+        "Weights in bf16 that step together decay by a factor rounded to bf16.",
+        "if weights[0].dtype in (torch.float32, torch.float64):",
+        "if True:",
+        tests_of("torch/test_update_pieces.py", "test_matrices_that_step_together_move_as_they_do_alone"),
+    ),
+    Mutation(
+        "copies-updated-for-views",
+        "Matrices that are no views of their parameter step together as copies, and are not written back.",
+        "if any(write_back is not None for _, write_back in opened):",
+        "if False:",
+        tests_of("torch/test_update_pieces.py", "test_matrices_that_step_together_move_as_they_do_alone"),
     ),
     Mutation(
         "form-chosen-for-unjudged-polynomials",

@@ -124,42 +124,50 @@ COEFFICIENT_SETS: Mapping[str, CoefficientSet] = MappingProxyType(
 
 
 GRAM_GROWTH = 150.0
-"""The most by which the Gram form may magnify, between two restarts, the rounding of R = XXᵀ."""
+"""The most by which the Gram form may magnify, between two restarts, the rounding of R = XXᵀ to bf16 or float16."""
+
+GRAM_GROWTH_WIDE = 1e5
+"""The same in float32: its rounding times this is as small as that of the standard form in bf16."""
 
 
-def gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[int, ...] | None:
+def gram_restarts(
+    ns_coefficients: Coefficients, ns_steps: int | None = None, *, wide: bool = False
+) -> tuple[int, ...] | None:
     """Return the steps (from 0) before which the Gram form restarts; None where it may not run with these polynomials.
 
-    It may run with the polynomials and numbers of steps of the sets' `gram_steps`, by name or written out. For others
+    `wide`: with products in float32 or float64, which restart less often. It may run with the polynomials and numbers
+    of steps of the sets' `gram_steps`, by name or written out. For others
     its error is too large, or nobody has judged it.
     """
     polynomials = resolve_coefficients(ns_coefficients, ns_steps)
     for known in COEFFICIENT_SETS.values():
         if len(polynomials) in known.gram_steps and known.begins_with(polynomials):
-            return restarts_within(GRAM_GROWTH, polynomials)
+            return restarts_within(GRAM_GROWTH_WIDE if wide else GRAM_GROWTH, polynomials, first_alone=not wide)
     return None
 
 
-def restarts_within(most: float, polynomials: Sequence[Polynomial]) -> tuple[int, ...]:
+def restarts_within(most: float, polynomials: Sequence[Polynomial], *, first_alone: bool = True) -> tuple[int, ...]:
     """Return the fewest restarts with which ∏ a² is at most `most` between them, and the first step is alone.
 
     Rounding moves the eigenvalues of R, and makes some of those near zero negative; one step multiplies such a value by
-    a², and once it is large the form diverges. Within 150, 2⁻⁸ stays below 0.6. The first step is alone because before
-    it small singular values are furthest below the rounding of R.
+    a², and once it is large the form diverges. Within 150, 2⁻⁸ stays below 0.6. In narrow dtypes the first step is
+    alone, because before it small singular values are furthest below the rounding of R.
     """
     restarts: list[int] = []
     growth = 1.0
     for step, (a, _, _) in enumerate(polynomials):
-        if step == 1 or (step and growth * a**2 > most):
+        if (first_alone and step == 1) or (step and growth * a**2 > most):
             restarts.append(step)
             growth = 1.0
         growth *= a**2
     return tuple(restarts)
 
 
-def checked_gram_restarts(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[int, ...]:
+def checked_gram_restarts(
+    ns_coefficients: Coefficients, ns_steps: int | None = None, *, wide: bool = False
+) -> tuple[int, ...]:
     """Return `gram_restarts`, for a Gram form that was asked for; raises ValueError where it may not run."""
-    restarts = gram_restarts(ns_coefficients, ns_steps)
+    restarts = gram_restarts(ns_coefficients, ns_steps, wide=wide)
     if restarts is None:
         usable = [
             f"{name} ({known.gram_steps.start} to {known.gram_steps.stop - 1} steps)"

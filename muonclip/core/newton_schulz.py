@@ -81,11 +81,12 @@ def gram_newton_schulz(
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
     All of these commute and are symmetric, so `Products.symmetric_update` computes every product with Z. Before the
-    steps of `restarts` (None: `gram_restarts`), X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between two restarts is
-    one of the standard form. Raises ValueError for polynomials with which the form may not run.
+    steps of `restarts` (None: `gram_restarts` in x's dtype), X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between
+    two restarts is one of the standard form. Raises ValueError for polynomials with which the form may not run.
     """
     products = products or plain_products(xp)
-    restarts = checked_gram_restarts(ns_coefficients, ns_steps) if restarts is None else restarts
+    wide = xp.finfo(x.dtype).eps < 1e-4
+    restarts = checked_gram_restarts(ns_coefficients, ns_steps, wide=wide) if restarts is None else restarts
     coefficients = resolve_coefficients(ns_coefficients, ns_steps)
     for start, stop in pairwise((0, *restarts, len(coefficients))):
         x = _between_restarts(x, coefficients[start:stop], products, xp)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from muonclip.core import COEFFICIENT_SETS, resolve_coefficients
-from muonclip.core.coefficients import GRAM_GROWTH, JORDAN, checked_gram_restarts, gram_restarts, restarts_within
+from muonclip.core.coefficients import (
+    GRAM_GROWTH,
+    GRAM_GROWTH_WIDE,
+    JORDAN,
+    checked_gram_restarts,
+    gram_restarts,
+    restarts_within,
+)
 
 # Output band of the singular values for inputs in [1e-3, 1], in float64.
 BANDS = {
@@ -59,6 +66,8 @@ def test_the_gram_form_restarts_by_the_polynomials_and_their_number():
     assert gram_restarts("deepseek_v4", 15) == (1, 3, 5, 7, 9, 12)
     assert gram_restarts("polar_express") == (1, 2, 3)
     assert gram_restarts("polar_express", 15) == (1, 2, 3, 5, 9, 12)
+    assert gram_restarts("jordan", wide=True) == (4,)
+    assert gram_restarts("polar_express", wide=True) == (3,)
 
 
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
@@ -69,6 +78,10 @@ def test_between_restarts_rounding_grows_only_so_far(name):
         assert max(segment.prod() for segment in segments) <= GRAM_GROWTH
         assert len(segments[0]) == 1
         assert all(one.prod() * other[0] > GRAM_GROWTH for one, other in itertools.pairwise(segments[1:]))
+        restarts = restarts_within(GRAM_GROWTH_WIDE, polynomials, first_alone=False)
+        segments = np.split(np.square([a for a, _, _ in polynomials]), restarts)
+        assert max(segment.prod() for segment in segments) <= GRAM_GROWTH_WIDE
+        assert all(one.prod() * other[0] > GRAM_GROWTH_WIDE for one, other in itertools.pairwise(segments))
 
 
 @pytest.mark.parametrize(

@@ -206,4 +206,4 @@ def test_the_gram_form_multiplies_less():
         flops[form] = count
     assert flops["tall"] == flops["standard"], "the small side stands on the left"
     assert flops["standard"] == 5 * (4 * m * m * n + 2 * m**3)
-    assert flops["gram"] == 12 * m * m * n + 22 * m**3
+    assert flops["gram"] == 8 * m * m * n + 28 * m**3, "float32 restarts once"

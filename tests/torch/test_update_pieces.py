@@ -50,6 +50,69 @@ def test_rows_in_pieces_are_the_rows(monkeypatch, shape, options, lr):
     torch.testing.assert_close(results[0][0], results[1][0])
 
 
+LAYOUTS = {
+    "wide": ((12, 20), MatrixLayout()),
+    "tall": ((20, 12), MatrixLayout()),
+    "experts": ((3, 12, 20), MatrixLayout(1)),
+    "tall experts": ((2, 20, 12), MatrixLayout(1)),
+    "fused": ((24, 20), MatrixLayout(blocks=(12, 12))),
+    "interleaved": ((24, 20), MatrixLayout(blocks=(3, 3), repeats=4)),
+    "as [in, out]": ((20, 12), MatrixLayout(transposed=True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, dict()),
+        (torch.float32, dict(momentum_dtype=torch.bfloat16)),
+        (torch.bfloat16, dict(nesterov=False)),
+        (torch.bfloat16, dict(momentum_dtype=torch.float32)),
+    ],
+    ids=["float32", "narrow momentum", "bfloat16", "wide momentum"],
+)
+def test_matrices_that_step_together_move_as_they_do_alone(dtype, options):
+    """Small matrices of one shape go through the stages in lists, whatever holds them; each is its own."""
+    kinds = [kind for kind in LAYOUTS for _ in range(2)]
+
+    def made():
+        return [nn.Parameter(random(*LAYOUTS[kind][0], seed=at, dtype=dtype)) for at, kind in enumerate(kinds)]
+
+    def stepped(numbers):
+        parameters = [made()[at] for at in numbers]
+        groups = [
+            dict(
+                params=[parameter for at, parameter in zip(numbers, parameters, strict=True) if at % 2 == odd],
+                layout=[LAYOUTS[kinds[at]][1] for at in numbers if at % 2 == odd],
+                weight_decay=0.1 + odd,
+            )
+            for odd in {at % 2 for at in numbers}
+        ]
+        optimizer = Muon(groups, lr=0.1, ns_dtype=torch.float32, **options)
+        for step in range(3):
+            for at, parameter in zip(numbers, parameters, strict=True):
+                unused = step == 1 and at == 2
+                parameter.grad = None if unused else random(*parameter.shape, seed=100 * step + at, dtype=dtype)
+            optimizer.step()
+        return [(parameter.detach(), optimizer.state[parameter]["momentum_buffer"]) for parameter in parameters]
+
+    everything = range(len(kinds))
+    for at, mine in zip(everything, stepped(everything), strict=True):
+        for value, truth in zip(mine, stepped([at])[0], strict=True):
+            assert torch.equal(value, truth), (at, kinds[at])
+
+
+def test_matrices_too_small_to_gain_by_bf16_are_multiplied_in_float32():
+    def dtype(m, n, **options):
+        config = NewtonSchulzConfig(torch.bfloat16, "jordan", None, **options)
+        [round_] = plan([on_one_rank("w", (m, n), config)]).rounds
+        return round_.bucket.iteration.dtype
+
+    assert dtype(8, 128, is_asked=False) == dtype(128, 16, is_asked=False) == torch.float32
+    assert dtype(64, 128, is_asked=False) == torch.bfloat16
+    assert dtype(8, 128) == dtype(8, 128, is_asked=False, device="cuda:0") == torch.bfloat16
+
+
 @pytest.mark.parametrize("ns_dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_matrices_of_every_size_share_a_batch(ns_dtype):
     """Squares vanish or overflow in some of them; each moves as it does alone, by a full-size update."""

@@ -38,17 +38,17 @@ def choose_form(
         return "standard"
     if gram_restarts(ns_coefficients, ns_steps) is None:
         return "standard"
-    standard, gram = (flops(m, n, form, ns_coefficients, ns_steps) for form in ("standard", "gram"))
+    standard, gram = (flops(m, n, form, dtype, ns_coefficients, ns_steps) for form in ("standard", "gram"))
     return "gram" if standard > gram * (1.04 + 8 / m) else "standard"
 
 
 @lru_cache(maxsize=4096)
-def flops(m: int, n: int, form: Form, ns_coefficients: Coefficients, ns_steps: int | None) -> int:
+def flops(m: int, n: int, form: Form, dtype: torch.dtype, ns_coefficients: Coefficients, ns_steps: int | None) -> int:
     """Count the floating-point operations of the iteration of one matrix m × n, m ≤ n."""
     steps = len(resolve_coefficients(ns_coefficients, ns_steps))
     if form == "standard" or m == n:
         return steps * (4 * m * m * n + 2 * m**3)
-    edges = 0, *checked_gram_restarts(ns_coefficients, ns_steps), steps
+    edges = 0, *checked_gram_restarts(ns_coefficients, ns_steps, wide=dtype.itemsize >= 4), steps
     # Of each step the polynomial, of each but a segment's first Q, of each but its last two products for R.
     squares = sum(4 * (stop - start) - 3 for start, stop in pairwise(edges))
     return (len(edges) - 1) * 4 * m * m * n + squares * 2 * m**3
@@ -84,10 +84,10 @@ def rows_at_once(count: int, columns: int, device_type: str) -> int | None:
 
 @cache
 def _multiplies_bf16_faster(device_type: str) -> bool:
-    """CUDA from Ampere on, and processors with bf16 dot products (AVX512-BF16, AMX)."""
+    """CUDA from Ampere on, and processors with bf16 dot products (AVX512-BF16, AMX), unless torch is held to AVX2."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
+    if device_type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX2":  # as ATEN_CPU_CAPABILITY asks
         return False
     instructions = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))

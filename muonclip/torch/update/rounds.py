@@ -60,7 +60,7 @@ class NewtonSchulzConfig:
 
     def flops(self, m: int, n: int) -> int:
         """Count the floating-point operations for one matrix m × n, m ≤ n."""
-        return flops(m, n, self.form_of(m, n), self.ns_coefficients, self.ns_steps)
+        return flops(m, n, self.form_of(m, n), self.dtype_of(m, n), self.ns_coefficients, self.ns_steps)
 
     def form_of(self, m: int, n: int) -> Form:
         """Return the form in which matrices m × n, m ≤ n, are iterated; square ones always in the standard form."""
@@ -77,7 +77,8 @@ class NewtonSchulzConfig:
     def gram_products(self, m: int, n: int) -> int:
         """Count how often XXᵀ is made from X."""
         if self.form_of(m, n) == "gram":
-            return 1 + len(checked_gram_restarts(self.ns_coefficients, self.ns_steps))
+            wide = self.dtype_of(m, n).itemsize >= 4
+            return 1 + len(checked_gram_restarts(self.ns_coefficients, self.ns_steps, wide=wide))
         return len(resolve_coefficients(self.ns_coefficients, self.ns_steps))
 
 
