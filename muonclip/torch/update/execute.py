@@ -7,7 +7,6 @@ one round overlaps with the iteration of the one before. One process alone does 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -64,8 +63,7 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
     inside = list(together(segments)) if alone else segments
     passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
     size = stop - start, length(bucket.small[position]), length(bucket.long[position])
-    waiting = bucket.iteration.staged(math.prod(size)) if alone else bucket.iteration.sent
-    stack = torch.empty(size, dtype=waiting, device=segments[0].device)
+    stack = torch.empty(size, dtype=bucket.iteration.sent, device=segments[0].device)
     for each in inside:
         first, last = (min(max(edge - passed, 0), each.count) for edge in (start, stop))
         each.advance(first, last, stack[passed + first - start : passed + last - start])

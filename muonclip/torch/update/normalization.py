@@ -15,8 +15,8 @@ _SURE = 1e-10, 1e18
 """Norms between these are right in float32: squares that underflow there are too small to count."""
 
 
-_LONGEST_LINE = 2**16
-"""Elements of which one sum of squares in float32 is still right to 1e-5; longer matrices are summed row by row."""
+_SMALL = 2**16
+"""Elements of a matrix that is widened first, and normalised with its neighbours; larger ones are taken row by row."""
 
 
 def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: float) -> Tensor:
@@ -24,7 +24,8 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
     if stack.device.type != "cpu" or type(stack) is not Tensor or not stack.numel():
         return normalize(stack, products, xp=torch, eps=floor).to(dtype)
     wide = torch.float64 if stack.dtype == torch.float64 else torch.float32
-    lines = stack.flatten(1) if stack[0].numel() <= _LONGEST_LINE else stack
+    small = stack[0].numel() <= _SMALL
+    lines = stack.to(wide).flatten(1) if small else stack
     parts = torch.linalg.vector_norm(lines, dim=-1, dtype=wide).reshape(len(stack), -1)
     norms = torch.linalg.vector_norm(parts, dim=-1, dtype=torch.float64).tolist()
     sure = [_SURE[0] < norm < _SURE[1] for norm in norms]
@@ -34,9 +35,9 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
         if not is_sure
     }
     factors = [1 / max(norm, floor) if is_sure else 1.0 for norm, is_sure in zip(norms, sure, strict=True)]
-    if len(stack) > 1 and stack.dtype == wide:
-        result = stack.mul_(torch.tensor(factors, dtype=wide)[:, None, None]).to(dtype)
-    elif stack.dtype == dtype:  # by scalars, which are not rounded to the stack's dtype
+    if small:
+        result = lines.mul_(torch.tensor(factors, dtype=wide)[:, None]).to(dtype).view_as(stack)
+    elif stack.dtype == dtype:
         result = stack
         torch._foreach_mul_(list(stack), factors)  # pyright: ignore[reportPrivateImportUsage]
     else:

@@ -18,7 +18,7 @@ from muonclip.core import MatrixLayout, resolve_coefficients
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
-from muonclip.torch.update.cost_model import PIECE_BYTES, Form, choose_form, flops, multiplies_small_in_float32
+from muonclip.torch.update.cost_model import Form, choose_form, flops, multiplies_small_in_float32
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
 
 if TYPE_CHECKING:
@@ -52,11 +52,6 @@ class NewtonSchulzConfig:
     def sent(self) -> torch.dtype:
         """The dtype of what goes to an owner: the products', but for float16, in which small gradients vanish."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
-
-    def staged(self, elements: int) -> torch.dtype:
-        """The dtype in which matrices that stay here wait to be normalised: wide, unless they would leave the cache."""
-        fits = self.device_type == "cpu" and 4 * elements <= PIECE_BYTES
-        return torch.promote_types(self.sent, torch.float32) if fits else self.sent
 
     def flops(self, m: int, n: int) -> int:
         """Count the floating-point operations for one matrix m × n, m ≤ n."""
