@@ -1,8 +1,11 @@
 """The step of many matrices at once, in lists: small ones cost the host more in calls than the arithmetic takes.
 
 It is what `SegmentStep` does to each, by the same rule, for those that need nothing else: whole on this rank, with a
-gradient, viewed where they are, and alike in their options and dtypes.
+gradient, viewed where they are, and with the same options and dtypes as their neighbours.
 """
+
+# pyright: reportPrivateImportUsage=false
+# The list operations have no public names; torch.optim is built of them.
 
 from __future__ import annotations
 
@@ -66,16 +69,17 @@ class PlainSegments:
         if self.first.tall:
             update = update.mT.contiguous()
         weights = [each.weight for each in self.views]
-        kept = 1 - options.lr * options.weight_decay
+        rate = float(options.lr)
+        kept = 1 - rate * options.weight_decay
         if weights[0].dtype in (torch.float32, torch.float64):
             torch._foreach_mul_(weights, kept)
         else:  # where torch would round the factor to the dtype of the weights
             for each in weights:
                 each.mul_(kept)
-        torch._foreach_add_(weights, self._parts(update), alpha=-options.lr * self.first.scale)
+        torch._foreach_add_(weights, self._parts(update), alpha=-rate * self.first.scale)
 
-    def _parts(self, stack: Tensor) -> Sequence[Tensor]:
-        return stack.unbind() if self.are_single else stack.split(self.counts)
+    def _parts(self, stack: Tensor) -> list[Tensor]:
+        return list(stack.unbind() if self.are_single else stack.split(self.counts))
 
 
 def together(segments: Sequence[SegmentStep]) -> Iterator[SegmentStep | PlainSegments]:
