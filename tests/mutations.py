@@ -1874,7 +1874,7 @@ MUTATIONS = (
     Mutation(
         "gram-form-with-two-steps-first",  # 38
         "The Gram form's first step is not alone, and small singular values are lost in the rounding of R.",
-        "if step == 1 or (step and growth",
+        "if (first_alone and step == 1) or (step and growth",
         "if step and (growth",
         tests_of("benchmarks/test_gram_accuracy.py", "test_the_restarts_keep_the_rule"),
     ),
@@ -2053,8 +2053,8 @@ MUTATIONS = (
     Mutation(
         "scale-of-the-whole-parameter",  # 20
         "The scale of a fused block is that of the parameter that stores it.",
-        "scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, ",
-        "scale = update_scale(step.parameter.shape[0], self.segment.shards.fan_in, ",
+        "return update_scale(shards.fan_out, shards.fan_in, ",
+        "return update_scale(self.step.parameter.shape[0], shards.fan_in, ",
         tests_of("torch/test_muon.py", "test_each_block_is_updated_as_a_matrix_of_its_own_shape"),
     ),
     Mutation(
@@ -2267,8 +2267,8 @@ MUTATIONS = (
     Mutation(
         "scale-of-the-shard",  # 20
         "The scale of the update is taken from the rows and columns that this rank has.",
-        "scale = update_scale(self.segment.shards.fan_out, self.segment.shards.fan_in, ",
-        "scale = update_scale(update.shape[-2], update.shape[-1], ",
+        "return update_scale(shards.fan_out, shards.fan_in, ",
+        "return update_scale(*(self.step.parameter.shape[-2:]), ",
         tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
     ),
     Mutation(
