@@ -143,8 +143,8 @@ MUTATIONS = (
     Mutation(
         "tau-of-zero-accepted",
         "τ = 0 and NaN pass the check.",
-        "if not tau > 0:",
-        "if tau < 0:",
+        'POSITIVE: Rule = ("positive", lambda x: x > 0)',
+        'POSITIVE: Rule = ("positive", lambda x: not x < 0)',
         tests_of("core/test_clip_factors.py"),
     ),
     # QK-Clip: which rows (torch)
@@ -829,8 +829,8 @@ MUTATIONS = (
     Mutation(
         "logits-divided-by-d",  # 12
         "The default scale of `attention` is 1/d.",
-        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / math.sqrt(q.shape[-1])",
-        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / q.shape[-1]",
+        "_check_batches(q, attn_mask, document_ids)\n    scale = 1 / math.sqrt(q.shape[-1])",
+        "_check_batches(q, attn_mask, document_ids)\n    scale = 1 / q.shape[-1]",
         tests_of("torch/test_max_logits.py", "test_every_kind_of_attention_is_measured"),
     ),
     Mutation(
@@ -2009,15 +2009,29 @@ MUTATIONS = (
     Mutation(
         "unknown-adamw-option-dropped",  # 40
         "An option that the AdamW half does not have is dropped in silence.",
-        "unknown = sorted(set(options) - set(known))",
+        "unknown = sorted(map(str, set(options) - set(known)))",
         "unknown, options = [], {name: options[name] for name in known if name in options}",
         tests_of("torch/test_muonclip.py", "test_wrong_arguments_are_named", "test_adamw_options"),
     ),
     Mutation(
+        "unknown-keys-of-groups-kept",
+        "A misspelt option of a parameter group is kept, and nothing reads it.",
+        "        check_keys(group, use)\n",
+        "",
+        tests_of("torch/test_wrong_arguments.py", "test_a_key_that_nothing_would_read_is_refused_with_the_word_for_it"),
+    ),
+    Mutation(
+        "bools-are-numbers",
+        "A rate of True is the rate 1.",
+        "real = not isinstance(value, bool) and isinstance(value, numbers.Real)",
+        "real = isinstance(value, numbers.Real)",
+        tests_of("torch/test_wrong_arguments.py", "test_a_wrong_argument_is_named"),
+    ),
+    Mutation(
         "maximize-dropped",  # 40
         "A group that says maximize=True is minimised in silence.",
-        'for name in ("amsgrad", "maximize", "differentiable"):',
-        'for name in ("amsgrad", "differentiable"):',
+        'OFF = ("amsgrad", "maximize", "differentiable", "dampening")',
+        'OFF = ("amsgrad", "differentiable", "dampening")',
         tests_of("torch/test_muonclip.py", "test_wrong_arguments_are_named", "test_a_refused_group_adds_nothing")
         + tests_of("torch/test_muon.py", "test_wrong_groups_are_named"),
     ),

@@ -7,11 +7,13 @@ set, add an entry to `COEFFICIENT_SETS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 from typing import TypeAlias, cast
 
+from muonclip.core.arguments import check_kind, check_whole, shown
 from muonclip.core.polar_express import polar_express
 
 Polynomial: TypeAlias = tuple[float, float, float]
@@ -200,8 +202,9 @@ def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = N
             return COEFFICIENT_SETS[ns_coefficients].polynomials(ns_steps)
         except ValueError as error:
             raise ValueError(f"ns_coefficients={ns_coefficients!r}: {error}") from None
+    check_kind("ns_coefficients", ns_coefficients, Sequence, "a name, a triple (a, b, c) or a list of triples")
     numbers = tuple(ns_coefficients)
-    if len(numbers) == 3 and all(isinstance(number, int | float) for number in numbers):
+    if len(numbers) == 3 and all(isinstance(number, Real) for number in numbers):
         return CoefficientSet("given", (), tail=_checked_polynomial(numbers)).polynomials(ns_steps)
     steps = tuple(_checked_polynomial(step) for step in numbers)
     if not steps:
@@ -210,16 +213,13 @@ def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = N
 
 
 def _checked_polynomial(step: object) -> Polynomial:
-    try:
-        a, b, c = map(float, cast("Iterable[float]", step))
-    except (TypeError, ValueError):
-        a = b = c = math.nan
-    if not all(map(math.isfinite, (a, b, c))):
-        raise ValueError(f"ns_coefficients holds {step!r}; each step must be three finite numbers (a, b, c).")
+    numbers = cast("Sequence[object]", step) if isinstance(step, Sequence) else ()
+    finite = [float(x) for x in numbers if isinstance(x, Real) and math.isfinite(x)]
+    if len(numbers) != 3 or len(finite) != 3:
+        raise ValueError(f"ns_coefficients holds {shown(step)}; each step must be three finite numbers (a, b, c).")
+    a, b, c = finite
     return a, b, c
 
 
 def _checked_steps(ns_steps: int) -> int:
-    if ns_steps != int(ns_steps) or not 1 <= ns_steps < 100:
-        raise ValueError(f"ns_steps={ns_steps} must be a whole number from 1 to 99.")
-    return int(ns_steps)
+    return check_whole("ns_steps", ns_steps, 1, 99)

@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from muonclip.core.arguments import check_whole
+
 Part: TypeAlias = Literal["query", "key", "query_facing_shared", "shared_key", "value"]
 
 Factor: TypeAlias = Literal["query", "key", "gamma"]
@@ -52,7 +54,9 @@ class HeadPart:
 def grouped_parts(num_heads: int, num_kv_heads: int) -> tuple[str, tuple[HeadPart, ...]]:
     """Return the kind and the parts of attention with projections q, k and v: "mha", "gqa" or "mqa" by the number of
     key heads. Raises ValueError where these do not divide the query heads."""
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    check_whole("num_heads", num_heads)
+    check_whole("num_kv_heads", num_kv_heads)
+    if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}.")
     value = HeadPart("value", "v", num_kv_heads)
     if num_kv_heads == num_heads:
@@ -66,6 +70,10 @@ def latent_parts(
 ) -> tuple[str, tuple[HeadPart, ...]]:
     """Return the kind and the parts of multi-head latent attention (DeepSeek-V2, V3; K2): `q` holds [nope | rope] rows
     of each head, `kv` holds [k_nope | v]. The rotary key is shared by the heads."""
+    check_whole("num_heads", num_heads)
+    sizes = {"qk_nope_head_dim": qk_nope_head_dim, "qk_rope_head_dim": qk_rope_head_dim, "v_head_dim": v_head_dim}
+    for name, size in sizes.items():
+        check_whole(name, size)
     q, kv = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
     return "mla", (
         HeadPart("query", "q", num_heads, qk_nope_head_dim, 0, q),

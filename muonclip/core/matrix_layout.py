@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from muonclip.core.arguments import check_flag, check_kind, check_whole
 from muonclip.core.index_ranges import IndexRanges, sliced
 from muonclip.core.newton_schulz import Array
 
@@ -37,6 +38,8 @@ class MatrixLayout:
     - `repeats`: how often the sequence of blocks repeats along the out axis (head-interleaved q|k|v: the number of
       heads); rows of a block are gathered over the repeats before they are divided into heads.
     - `out_ndim`: number of axes that the out axis is written as, e.g. 2 for (*batch, heads, width, *in).
+
+    Lists are taken for tuples, as configurations write them. Raises TypeError and ValueError for other values.
     """
 
     batch_ndim: int = 0
@@ -46,6 +49,22 @@ class MatrixLayout:
     repeats: int = 1
     out_ndim: int = 1
 
+    def __post_init__(self) -> None:
+        check_flag("transposed", self.transposed)
+        for name, least in (("batch_ndim", 0), ("repeats", 1), ("out_ndim", 1)):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
+        for name in ("blocks", "heads"):
+            given = getattr(self, name)
+            check_kind(name, given, Sequence, f"a tuple with a number for each block, {name}=(…,)")
+            checked = tuple(check_whole(f"{name}[{index}]", each) for index, each in enumerate(given))
+            object.__setattr__(self, name, checked)
+        if self.heads and len(self.heads) != max(1, len(self.blocks)):
+            raise ValueError(
+                f"heads={self.heads} must name one number for each of the {max(1, len(self.blocks))} blocks."
+            )
+        if self.transposed and self.out_ndim > 1:
+            raise ValueError(f"out_ndim={self.out_ndim}; it must be 1 or more, and 1 where transposed.")
+
     def matrix_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         """Return (count, fan_out, fan_in) of each block, for a parameter of this shape.
 
@@ -54,15 +73,13 @@ class MatrixLayout:
         batch, fan_out, fan_in = self._read(shape)
         blocks = self.blocks or (fan_out // self.repeats,)
         heads = self.heads or (1,) * len(blocks)
-        if self.repeats < 1 or min(blocks, default=0) < 1 or sum(blocks) * self.repeats != fan_out:
+        if min(blocks) < 1 or sum(blocks) * self.repeats != fan_out:
             raise ValueError(
                 f"blocks={self.blocks} repeated {self.repeats} times do not fill the {fan_out} rows of shape "
                 f"{tuple(shape)}."
             )
-        if len(heads) != len(blocks):
-            raise ValueError(f"heads={heads} must name one number for each of the {len(blocks)} blocks.")
         for rows, count in zip(blocks, heads, strict=True):
-            if count < 1 or rows * self.repeats % count:
+            if rows * self.repeats % count:
                 raise ValueError(
                     f"{count} heads do not divide the {rows * self.repeats} rows of a block of shape {tuple(shape)}."
                 )
@@ -113,8 +130,6 @@ class MatrixLayout:
         return " + ".join(parts)
 
     def _read(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        if self.out_ndim < 1 or (self.transposed and self.out_ndim > 1):
-            raise ValueError(f"out_ndim={self.out_ndim}; it must be 1 or more, and 1 where transposed.")
         end = self.batch_ndim + self.out_ndim
         if len(shape) <= end:
             raise ValueError(f"shape {tuple(shape)} has no matrix behind {self.batch_ndim} batch axes.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
+from muonclip.core.arguments import NOT_NEGATIVE, check_array, check_choice, check_number, is_array
 from muonclip.core.coefficients import Coefficients, Polynomial, checked_gram_restarts, resolve_coefficients
 
 Array: TypeAlias = Any
@@ -169,6 +170,10 @@ def orthogonalize(
 
     Raises ValueError for a polynomial that does not exist and for x with fewer than two axes.
     """
+    check_array("x", x)
+    check_choice("form", form, "standard", "gram")
+    if not is_array(eps):
+        check_number("eps", eps, NOT_NEGATIVE)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; orthogonalize needs a matrix (..., m, n).")
     products = products or plain_products(xp)

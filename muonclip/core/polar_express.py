@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Context, Decimal, localcontext
 
+from muonclip.core.arguments import Rule, check_number, check_whole
+
 CUSHION = Decimal("0.02407327424182761")
 _CONTEXT = Context(prec=40)  # the last steps' intervals are narrow: in float64 they would cost half the digits
 _NARROW = 1 - Decimal("1e-8")  # l/u past which the minimax polynomial is its limit, to 1e-8
@@ -31,16 +33,14 @@ def polar_express(
 
     Raises ValueError for numbers outside these ranges.
     """
-    if not 0 < lower < 1:
-        raise ValueError(f"lower={lower} must be between 0 and 1: a singular value relative to the Frobenius norm.")
-    if steps != int(steps) or not 1 <= steps < 100:
-        raise ValueError(f"steps={steps} must be a whole number from 1 to 99.")
-    if not 1 <= safety < 2:
-        raise ValueError(f"safety={safety} must be from 1 (none) to 2; 1.01 and 1.02 are usual.")
+    between: Rule = ("between 0 and 1", lambda x: 0 < x < 1)
+    check_number("lower", lower, between, "a singular value relative to the Frobenius norm.")
+    steps = check_whole("steps", steps, 1, 99)
+    check_number("safety", safety, ("from 1 (none) to 2", lambda x: 1 <= x < 2), "1.01 and 1.02 are usual.")
     made: list[tuple[float, float, float]] = []
     with localcontext(_CONTEXT):
         low, high = Decimal(lower), Decimal(1)
-        for _ in range(int(steps)):
+        for _ in range(steps):
             s = safety if low < _NARROW * high else 1.0
             p = _minimax(max(low, CUSHION * high), high)
             centre = 2 / (_value(p, low) + _value(p, high))

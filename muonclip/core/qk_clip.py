@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from muonclip.core.arguments import POSITIVE, SHARE, check_array, check_number, is_array
 from muonclip.core.newton_schulz import Array
 
 
@@ -36,9 +37,10 @@ def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0
     +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked: raises
     ValueError for τ ≤ 0 and α outside [0, 1].
     """
-    if isinstance(tau, int | float):
+    check_array("max_logits", max_logits)
+    if not is_array(tau):
         check_tau(tau)
-    if isinstance(alpha, int | float):
+    if not is_array(alpha):
         check_alpha(alpha)
     quiet = max_logits <= tau
     loud = xp.where(quiet, 1.0, xp.where(max_logits < math.inf, max_logits, math.nan))
@@ -49,14 +51,13 @@ def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0
 
 
 def check_tau(tau: float) -> float:
-    """Return τ. Raises ValueError unless it is a positive number; infinity measures without clipping."""
-    if not tau > 0:
-        raise ValueError(f"tau={tau} must be positive; it is the largest attention logit a head may keep (K2: 100).")
+    """Return τ. Raises ValueError unless it is positive, TypeError unless it is a number; infinity measures without
+    clipping."""
+    check_number("tau", tau, POSITIVE, "it is the largest attention logit a head may keep (K2: 100).")
     return tau
 
 
 def check_alpha(alpha: float) -> float:
-    """Return α. Raises ValueError outside [0, 1]."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must be in [0, 1]: the query takes γ^α, the key γ^(1−α).")
+    """Return α. Raises ValueError outside [0, 1], TypeError unless it is a number."""
+    check_number("alpha", alpha, SHARE, "the query takes γ^α, the key γ^(1−α).")
     return alpha

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from muonclip.core.arguments import SHARE, check_number
+
 
 @dataclass(frozen=True)  # without slots: LambdaLR saves a callable by its __dict__
 class WarmupConstantCosine:
@@ -25,10 +27,8 @@ class WarmupConstantCosine:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "constant", "decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number of steps, zero or more.")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final={self.final} must be in [0, 1]: the factor at the end of the decay.")
+            check_number(name, getattr(self, name), ("a number of steps, zero or more", lambda x: x >= 0))
+        check_number("final", self.final, SHARE, "the factor at the end of the decay.")
 
     @classmethod
     def k2(cls) -> WarmupConstantCosine:

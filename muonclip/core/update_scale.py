@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
+from muonclip.core.arguments import check_whole, plain_number, shown
+
 AdjustLR: TypeAlias = Literal["original", "match_rms_adamw"] | float | None
 
 
@@ -19,10 +21,15 @@ def update_scale(fan_out: int, fan_in: int, adjust_lr_fn: AdjustLR) -> float:
     is taken as it is. The shape is that of the block, not of a parameter that stores several. Raises ValueError for
     another name and for numbers that are not positive and finite.
     """
-    if adjust_lr_fn is None or adjust_lr_fn == "original":
+    for name, size in (("fan_out", fan_out), ("fan_in", fan_in)):
+        if not (type(size) is int and size > 0):
+            check_whole(name, size)
+    is_name = isinstance(adjust_lr_fn, str)  # and not an array, which compares by its elements
+    if adjust_lr_fn is None or (is_name and adjust_lr_fn == "original"):
         return math.sqrt(max(1.0, fan_out / fan_in))
-    if adjust_lr_fn == "match_rms_adamw":
+    if is_name and adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(fan_out, fan_in))
-    if not isinstance(adjust_lr_fn, str) and 0 < adjust_lr_fn < math.inf:
-        return float(adjust_lr_fn)
-    raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r}; use 'original', 'match_rms_adamw' or a positive number.")
+    number = plain_number("adjust_lr_fn", adjust_lr_fn)
+    if number is not None and 0 < number < math.inf:
+        return float(number)
+    raise ValueError(f"adjust_lr_fn={shown(adjust_lr_fn)}; use 'original', 'match_rms_adamw' or a positive number.")

@@ -110,5 +110,5 @@ def test_parts_that_leave_a_term_untouched_are_refused():
             check_parts(parts, "")
     with pytest.raises(ValueError, match="num_kv_heads=3 must divide num_heads=4"):
         grouped_parts(4, 3)
-    with pytest.raises(ValueError, match="num_kv_heads=-2 must divide num_heads=4"):
+    with pytest.raises(ValueError, match="num_kv_heads=-2 must be a whole number of at least 1"):
         grouped_parts(4, -2)

@@ -78,7 +78,6 @@ def test_describe():
     [
         (MatrixLayout(blocks=(4, 3)), (8, 2), r"blocks=\(4, 3\) repeated 1 times do not fill the 8 rows"),
         (MatrixLayout(heads=(3,)), (8, 2), "3 heads do not divide the 8 rows"),
-        (MatrixLayout(blocks=(4, 4), heads=(2,)), (8, 2), "one number for each of the 2 blocks"),
         (MatrixLayout(batch_ndim=1), (8, 2), "no matrix behind 1 batch axes"),
         (MatrixLayout(repeats=3), (8, 2), "do not fill the 8 rows"),
     ],

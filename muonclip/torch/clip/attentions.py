@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from muonclip.core.arguments import check_kind
 from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
@@ -251,6 +252,7 @@ def attentions_of_model(
     for name, projection in declare.items():
         if name not in dict(model.named_modules()):
             raise ValueError(f"declare names {name!r}, which is not a module of the model.")
+        check_kind(f"declare of {name!r}", projection, QKProjection, "a QKProjection")
         projections[name] = projection
     declared = bool(projections)
     ignored = _modules_named(model, ignore)
@@ -280,9 +282,10 @@ def _modules_named(model: nn.Module, patterns: Collection[str]) -> list[str]:
     """Return the names of the modules that one of the patterns fits. Raises ValueError for one that fits none."""
     if isinstance(patterns, str):
         raise ValueError(f"ignore={patterns!r} is one name; give a tuple of them, ignore=({patterns!r},).")
+    check_kind("ignore", patterns, (list, tuple, Set), "a tuple of names of modules, or patterns")
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not isinstance(pattern, str) or not fnmatch.filter(names, pattern):
             raise ValueError(f"ignore names {pattern!r}, which is not a module of the model.")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -295,7 +298,8 @@ def given_attentions(projections: Mapping[str, QKProjection] | Iterable[QKProjec
     if isinstance(projections, Mapping):
         named = list(cast("Mapping[str, object]", projections).items())
     else:
-        named = [(str(index), projection) for index, projection in enumerate(projections)]
+        given = projections if isinstance(projections, Iterable) else (projections,)
+        named = [(str(index), projection) for index, projection in enumerate(given)]
     found = {name: projection for name, projection in named if isinstance(projection, QKProjection)}
     wrong = [name for name, _ in named if name not in found]
     if wrong or not named:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from muonclip.core import ClipFactors
+from muonclip.core.arguments import check_choice, check_flag, check_kind, shown
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
@@ -93,8 +94,13 @@ class QKClip:
     ) -> None:
         self._tau = check_tau(tau)
         self.alpha = check_alpha(alpha)
-        if observe not in ("needed", "always"):
-            raise ValueError(f"observe={observe!r}; use 'needed' or 'always'.")
+        check_choice("observe", observe, "needed", "always")
+        check_flag("clip_frozen", clip_frozen)
+        check_flag("clip_gains", clip_gains)
+        if master_of is not None and not callable(master_of):
+            raise TypeError(f"master_of={shown(master_of)}; give a function of a parameter, or None.")
+        if declare is not None:
+            check_kind("declare", declare, Mapping, "a dict with a QKProjection for each name of a module")
         self.observe = observe
         self.clip_frozen = clip_frozen
         self.master_of = master_of

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from muonclip.core.arguments import check_kind, check_whole
 from muonclip.core.index_ranges import IndexRanges
 from muonclip.torch.mesh import is_dtensor, is_replicate, is_shard, local_indices
 
@@ -112,14 +113,20 @@ class HeadRows:
 
     def check(self, name: str) -> None:
         """Raise ValueError where the weight does not have these rows, or its placements do not say where a row is."""
-        weight = getattr(self.module, self.weight)
+        check_kind(f"{name}: weight", self.weight, str, "the name of an attribute")
+        weight = getattr(self.module, self.weight, None)
+        if weight is None:
+            raise ValueError(f"{name}: {type(self.module).__name__} has no weight={self.weight!r}.")
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{name}: the {self.weight} of {type(self.module).__name__} is not a parameter but computed from "
                 "others, so scaling it would change nothing. Declare what it is computed from, or give a `reason`."
             )
         check_placements(f"{name}: {self.name_of(weight)}", weight)
-        axes = axes_of(self.axis)
+        for option, least in (("num_heads", 1), ("size", 1), ("start", 0), ("stride", 1)):
+            if option != "stride" or self.stride is not None:
+                check_whole(f"{name}: {option}", getattr(self, option), least)
+        axes = tuple(check_whole(f"{name}: axis", each, 0) for each in axes_of(self.axis))
         if list(axes) != sorted(set(axes)) or not 0 <= axes[0] <= axes[-1] < weight.ndim:
             raise ValueError(
                 f"{name}: axis={self.axis} does not name axes, in ascending order, of a weight of shape "

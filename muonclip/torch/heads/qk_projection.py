@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from muonclip.core.arguments import check_kind, check_whole
 from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, Part, check_parts, grouped_parts, latent_parts
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.query_heads import QueryHeads
@@ -43,6 +44,8 @@ class QKProjection:
     counts_added: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_whole("num_heads", self.num_heads)
+        check_kind("max_logits", self.max_logits, MaxLogits, "a MaxLogits")
         if self.max_logits.num_heads != self.num_heads:
             raise ValueError(f"max_logits counts {self.max_logits.num_heads} heads, the projection {self.num_heads}.")
         for part in SIDE_OF:
@@ -113,13 +116,12 @@ class QKProjection:
         `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
         head. The rotary key is shared and never scaled. Raises ValueError for weights of another number of rows.
         """
+        kind, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
         q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim
         for name, module, stride in (("q", q, q_stride), ("kv", kv, kv_stride)):
-            if _rows(module) != num_heads * stride:
-                raise ValueError(
-                    f"{name} has {_rows(module)} rows; {num_heads} heads of {stride} would have {num_heads * stride}."
-                )
-        kind, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+            rows, wanted = _rows(name, module), num_heads * stride
+            if rows != wanted:
+                raise ValueError(f"{name} has {rows} rows; {num_heads} heads of {stride} would have {wanted}.")
         return cls._from_parts(kind, num_heads, max_logits, parts, q=q, kv=kv)
 
     @classmethod
@@ -134,7 +136,7 @@ class QKProjection:
         rows: dict[str, Any] = {}
         for part in parts:
             module = projections[part.projection]
-            if module is not None:
+            if module is not None or part.projection != "v":  # which alone may be left out
                 rows[part.part] = (*rows.get(part.part, ()), _rows_of(part, module))
         return cls(kind, num_heads, max_logits, **rows)
 
@@ -196,17 +198,19 @@ def out_axis(module: nn.Module | None) -> int:
     return int(type(module).__name__ == "Conv1D")
 
 
-def _rows(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+def _rows(name: str, module: nn.Module | None) -> int:
+    check_kind(name, module, nn.Module, "a module with a `weight`")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        raise ValueError(f"{name}={type(module).__name__} has no matrix `weight`; give the module of the projection.")
     return weight.shape[out_axis(module)]
 
 
-def _rows_of(part: HeadPart, module: nn.Module) -> HeadRows:
-    axis = out_axis(module)
+def _rows_of(part: HeadPart, module: nn.Module | None) -> HeadRows:
+    rows, axis = _rows(part.projection, module), out_axis(module)
+    assert module is not None
     if part.size is not None:
         return HeadRows(module, part.num_heads, part.size, part.start, part.stride, axis=axis)
-    rows = _rows(module)
-    if part.num_heads < 1 or rows % part.num_heads:
+    if rows % part.num_heads:
         raise ValueError(f"{part.projection}: {part.num_heads} heads do not divide the {rows} rows of its weight.")
     return HeadRows(module, part.num_heads, rows // part.num_heads, axis=axis)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muonclip.core.arguments import FINITE, check_flag, check_kind, check_number, check_whole
 from muonclip.torch.logits.host_sdpa import sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits
@@ -40,10 +41,12 @@ def attention(
     Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
     Raises ValueError for shapes that do not fit.
     """
+    _check_options(scale, is_causal, attn_mask, window, document_ids, softcap, max_logits)
     if is_dtensor(q):
         masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
+    _check_batches(q, attn_mask, document_ids)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
     y, lse = _attend(q, k, v, scale, mask, softcap)
@@ -84,10 +87,43 @@ def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: A
     return weights.to(v.dtype) @ v
 
 
+def _check_options(
+    scale: Any, is_causal: Any, attn_mask: Any, window: Any, document_ids: Any, softcap: Any, max_logits: Any
+) -> None:
+    if scale is not None:
+        check_number("scale", scale, FINITE)
+    check_flag("is_causal", is_causal)
+    for name, each in (("attn_mask", attn_mask), ("document_ids", document_ids)):
+        if each is not None:
+            check_kind(name, each, Tensor, "a tensor, or None")
+    if window is not None and type(window) is not int:
+        check_whole("window", window, hint="the keys that a query may see, its own included, or None.")
+    if softcap is not None:
+        check_number("softcap", softcap, ("positive and finite", lambda x: 0 < x < math.inf), "leave it out for none.")
+    if max_logits is not None:
+        check_kind("max_logits", max_logits, MaxLogits, "a MaxLogits, or None")
+
+
+def _check_batches(q: Tensor, attn_mask: Tensor | None, document_ids: Tensor | None) -> None:
+    """Raise ValueError for masks of another number of sequences or heads."""
+    batch, heads = q.shape[:2]
+    of_mask = () if attn_mask is None else tuple(attn_mask.shape)
+    if document_ids is not None and len(document_ids) not in (1, batch):
+        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; q has {batch} sequences.")
+    if any(size not in (1, whole) for size, whole in zip(of_mask[-3::-1], (heads, batch), strict=False)):
+        raise ValueError(
+            f"attn_mask has shape {of_mask}; it must be broadcastable to [B, H, Tq, Tk], here of q {tuple(q.shape)}."
+        )
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None) -> None:
+    for name, each in (("q", q), ("k", k), ("v", v)):
+        check_kind(name, each, Tensor, "a tensor")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"{shapes}: attention needs q [B, H, Tq, d], k [B, G, Tk, d] and v [B, G, Tk, dv].")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"{shapes}: q and k differ in their batch.")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
     if max_logits is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from muonclip.core.arguments import check_whole
 from muonclip.torch.logits.exact_maxima import observe, observe_opaquely
 from muonclip.torch.logits.host_modes import FAKE, Unobservable, unobservable, unseen
 from muonclip.torch.logits.mask import AttentionMask
@@ -58,9 +59,7 @@ class MaxLogits:
     """The reason why a forward was not observed since the last reset."""
 
     def __init__(self, num_heads: int) -> None:
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads} must be at least 1.")
-        self.num_heads = num_heads
+        self.num_heads = num_heads = check_whole("num_heads", num_heads)
         self.threshold = -math.inf
         self.query_heads: HeadsOfRank | None = None
         self.packed = torch.empty(3 * num_heads + 1, dtype=torch.float32, device="cpu")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from muonclip.core.arguments import check_number
 from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, local_part
 from muonclip.torch.mesh.late_types import is_dtensor
 from muonclip.torch.mesh.process_groups import group_over
@@ -27,6 +28,7 @@ def clip_grad_norm_(
     sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that
     `step` would refuse.
     """
+    check_number("max_norm", max_norm, ("a number, zero or more", lambda x: x >= 0))
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = given[0].device if given else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}

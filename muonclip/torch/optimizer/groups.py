@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import kind, shown
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
+from muonclip.torch.optimizer.group_keys import options_of
 from muonclip.torch.optimizer.options import Group
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
 
@@ -35,15 +37,17 @@ def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) 
 def given_groups(params: Iterable[Any]) -> list[Group]:
     """Make groups of what a user passed, groups or named parameters; what says no `use` is divided by names."""
     groups: list[Group] = []
+    check_iterable(params)
     given = list(params)
     given = [{"params": given}] if given and not isinstance(given[0], dict) else [*map(_with_names, given)]
     for group in given:
+        group = {**group, "params": listed_params(group)}
         if "use" in group:
-            groups.append(dict(group))
+            groups.append(group)
             continue
         if "layout" in group:
             raise ValueError("layout in a parameter group that does not say use='muon': say it.")
-        named = list(group["params"])
+        named = group["params"]
         if not all(isinstance(item, tuple) for item in named):
             raise ValueError(
                 "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
@@ -55,7 +59,7 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
                 f"two parameters are named {twice[0]!r}; give each its own name, by a prefix for each module."
             )
         options = {name: value for name, value in group.items() if name != "params"}
-        groups += [{**options, **part} for part in groups_of(plan_named(named), dict(named))]
+        groups += [{**options_of(part["use"], options), **part} for part in groups_of(plan_named(named), dict(named))]
     if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
         for group in groups:  # torch wants names for all or for none
             group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
@@ -64,16 +68,41 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
 
 def _with_names(group: Group) -> Group:
     """Name the parameters of a group by its `param_names`, as torch's optimizers keep them."""
-    params, names = group.get("params"), group.get("param_names")
-    if names is None or params is None:
+    names = group.get("param_names")
+    if names is None:
         return group
-    given = [params] if isinstance(params, Tensor) else list(params)
+    given = listed_params(group)
     if any(isinstance(item, tuple) for item in given):
         raise ValueError("a parameter group has names in params and in param_names. Leave one of them out.")
     if len(names) != len(given):
         raise ValueError(f"param_names lists {len(names)} names for the {len(given)} parameters of its group.")
     others = {key: value for key, value in group.items() if key != "param_names"}
     return {**others, "params": list(zip(names, given, strict=True))}
+
+
+def check_iterable(params: Any) -> None:
+    """Raise TypeError for what cannot hold parameters or groups."""
+    if not isinstance(params, Iterable) or isinstance(params, str | nn.Module):
+        raise TypeError(
+            f"params={shown(params)} is a {kind(params)}; give parameters, (name, parameter) pairs or groups, which "
+            "are dicts."
+        )
+
+
+def listed_params(group: Mapping[str, Any]) -> list[Any]:
+    """Return the parameters of a group, of which a bare tensor is one, as a list.
+
+    Raises TypeError where there are none.
+    """
+    params = group.get("params")
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, set | str | Mapping) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"a parameter group has params={shown(params)}, a {kind(params)}; give a list of parameters, or of "
+            "(name, parameter) pairs, whose order is that of the state."
+        )
+    return list(params)
 
 
 def check_parameters(groups: Iterable[Group]) -> None:

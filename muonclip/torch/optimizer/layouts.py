@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import kind, shown
 from muonclip.torch.heads import HeadRows, QKProjection, axes_of
 
 T = TypeVar("T")
@@ -30,6 +31,11 @@ def layouts_of(
     group: Mapping[str, Any], layout: MatrixLayout | Sequence[MatrixLayout] | None
 ) -> list[MatrixLayout | None]:
     """Return the layout of each parameter of a Muon group. Raises ValueError for those that its shape does not fit."""
+    if not (layout is None or isinstance(layout, MatrixLayout | list | tuple)):
+        raise TypeError(
+            f"layout={shown(layout)} is a {kind(layout)}; give a MatrixLayout of muonclip.core, or a list with one, or "
+            "None, for each parameter of the group."
+        )
     given = [layout] * len(group["params"]) if layout is None or isinstance(layout, MatrixLayout) else list(layout)
     if len(given) != len(group["params"]):
         raise ValueError(f"layout lists {len(given)} layouts for the {len(group['params'])} parameters of its group.")
@@ -38,6 +44,8 @@ def layouts_of(
         name, parameter = item if isinstance(item, tuple) else (f"parameter {position} of the group", item)
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{name!r} is a {type(parameter).__name__}; the optimizer takes tensors.")
+        if not (own is None or isinstance(own, MatrixLayout)):
+            raise TypeError(f"layout of {name!r} is {shown(own)}; give a MatrixLayout of muonclip.core, or None.")
         try:
             chosen = own or default_layout(parameter.shape)
             if parameter.numel():

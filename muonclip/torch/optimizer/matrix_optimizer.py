@@ -14,10 +14,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import check_whole
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
-from muonclip.torch.optimizer.groups import check_gradients, check_parameters, check_states, name_of
+from muonclip.torch.optimizer.group_keys import check_keys
+from muonclip.torch.optimizer.groups import (
+    check_gradients,
+    check_iterable,
+    check_parameters,
+    check_states,
+    listed_params,
+    name_of,
+)
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.loading import (
     FORMAT,
@@ -55,8 +64,10 @@ class MatrixOptimizer(Optimizer):
     def __init__(
         self, groups: Iterable[Group], muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
     ) -> None:
-        if workspace_bytes is not None and not (isinstance(workspace_bytes, int) and workspace_bytes > 0):
-            raise ValueError(f"workspace_bytes={workspace_bytes} must be a whole number of bytes, or None.")
+        if workspace_bytes is not None:
+            check_whole("workspace_bytes", workspace_bytes, hint="a number of bytes, or None.")
+        muon.check()
+        check_iterable(groups)
         self._muon, self._adamw = muon, adamw
         self._workspace_bytes = workspace_bytes
         self._topology = Topology()
@@ -73,12 +84,14 @@ class MatrixOptimizer(Optimizer):
         ValueError, and adds nothing, for parameters and options that do not fit.
         """
         group = dict(param_group)
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = listed_params(group)
         use = group.setdefault("use", "muon")
+        defaults = self._defaults(use)
         layouts: list[MatrixLayout | None] = [None] * len(group["params"])
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
-        group |= self._defaults(use).updated(group).as_group() | {"format": FORMAT}
+        check_keys(group, use)
+        group |= defaults.updated(group).as_group() | {"format": FORMAT}
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
         super().add_param_group(group)
@@ -152,9 +165,9 @@ class MatrixOptimizer(Optimizer):
         return super().state_dict()
 
     def _defaults(self, use: str) -> MuonOptions | AdamWOptions:
-        if use == "muon":
+        if isinstance(use, str) and use == "muon":
             return self._muon
-        if use == "adamw" and self._adamw is not None:
+        if isinstance(use, str) and use == "adamw" and self._adamw is not None:
             return self._adamw
         known = "'muon'" if self._adamw is None else "'muon', 'adamw'"
         raise ValueError(f"use={use!r} in a parameter group; it is one of {known}.")

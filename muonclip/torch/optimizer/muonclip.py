@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from muonclip.core.arguments import check_flag, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
+from muonclip.core.qk_clip import check_tau
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
@@ -135,7 +137,10 @@ class MuonClip(MatrixOptimizer):
         workspace_bytes: int | None = None,
     ) -> None:
         muon = MuonOptions.from_mapping(locals())
-        adamw_options = AdamWOptions.given(adamw or {}, muon, capturable=capturable)
+        muon.check()
+        check_flag("per_head", per_head)
+        check_tau(tau)
+        adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
         self.qk_clip = _find_clip(model, qk_clip, tau)
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
@@ -271,8 +276,8 @@ class MuonClip(MatrixOptimizer):
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:
     if qk_clip is None or isinstance(qk_clip, QKClip):
         return qk_clip
-    if qk_clip not in ("auto", "required"):
-        raise ValueError(f"qk_clip={qk_clip!r}; use 'auto', 'required', a QKClip, or None.")
+    if not (isinstance(qk_clip, str) and qk_clip in ("auto", "required")):
+        raise ValueError(f"qk_clip={shown(qk_clip)}; use 'auto', 'required', a QKClip, or None.")
     if not isinstance(model, nn.Module):
         raise ValueError(
             "MuonClip was given parameters, from which the attention cannot be found. Pass the model itself, "

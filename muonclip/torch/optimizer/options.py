@@ -5,7 +5,6 @@ A group of `torch.optim` is a dict, and so is what a checkpoint holds: `as_group
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, TypeAlias
@@ -15,6 +14,16 @@ from torch import Tensor
 
 from muonclip.core import resolve_coefficients, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
+from muonclip.core.arguments import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    check_choice,
+    check_flag,
+    check_kind,
+    check_number,
+    plain_number,
+    shown,
+)
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
 from muonclip.torch.update import NewtonSchulzConfig, StepOptions, choose_products, iteration_dtype
 
@@ -22,6 +31,10 @@ Group: TypeAlias = dict[str, Any]
 
 TORCH_EPS = 1e-7
 """`torch.optim.Muon`'s default of `eps`, which it has to find in a checkpoint."""
+
+
+OFF = ("amsgrad", "maximize", "differentiable", "dampening")
+"""Options of torch's optimizers that are switched off in their groups, and cannot be switched on here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +56,7 @@ class MuonOptions(StepOptions):
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
+        _check_off(group)
         options = replace(self, **_given(type(self), group))
         options.check()
         return options
@@ -64,15 +78,15 @@ class MuonOptions(StepOptions):
     def check(self) -> None:
         """Raise ValueError, naming the option, for a value that does not fit."""
         _check_rates(self.lr, self.weight_decay)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum} must be in [0, 1).")
+        check_number("momentum", self.momentum, BELOW_ONE)
+        check_flag("nesterov", self.nesterov)
+        check_flag("freeze_unused", self.freeze_unused)
         if self.eps is not None:
-            _check_eps(self.eps)
+            check_number("eps", self.eps, NOT_NEGATIVE)
         resolve_coefficients(self.ns_coefficients, self.ns_steps)
         update_scale(1, 1, self.adjust_lr_fn)
         choose_products(self.products)
-        if self.ns_form not in (None, "standard", "gram"):
-            raise ValueError(f"ns_form={self.ns_form!r}; use 'standard', 'gram', or None for the cheaper one.")
+        check_choice("ns_form", self.ns_form, "standard", "gram", None, hint="None takes the cheaper one.")
         _check_dtype("ns_dtype", self.ns_dtype)
         _check_dtype("momentum_dtype", self.momentum_dtype)
         if self.ns_form == "gram":
@@ -110,8 +124,9 @@ class AdamWOptions:
     @classmethod
     def given(cls, options: Mapping[str, Any], muon: MuonOptions, *, capturable: bool) -> Self:
         """Read `MuonClip`'s `adamw`; `lr` and `weight_decay` are Muon's where they are not given, or None."""
+        check_kind("adamw", options, Mapping, "a dict of options of the AdamW half, adamw=dict(betas=(0.9, 0.95))")
         known = [each.name for each in fields(cls) if each.name != "capturable"]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(map(str, set(options) - set(known)))
         if unknown:
             raise ValueError(
                 f"adamw={{{', '.join(unknown)}: …}} is not an option of the AdamW half; known: {', '.join(known)}."
@@ -129,9 +144,7 @@ class AdamWOptions:
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
-        for name in ("amsgrad", "maximize", "differentiable"):
-            if group.get(name):
-                raise ValueError(f"{name}={group[name]} is not an option of the AdamW half.")
+        _check_off(group)
         options = replace(self, **_given(type(self), group))
         options.check()
         return options
@@ -143,9 +156,21 @@ class AdamWOptions:
     def check(self) -> None:
         """Raise ValueError, naming the option, for a value that does not fit."""
         _check_rates(self.lr, self.weight_decay)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must be in [0, 1).")
-        _check_eps(self.eps)
+        check_kind("betas", self.betas, Sequence, "two numbers, (β₁, β₂)")
+        numbers = [plain_number("betas", beta) for beta in self.betas]
+        if len(numbers) != 2 or not all(beta is not None and 0 <= beta < 1 for beta in numbers):
+            raise ValueError(f"betas={shown(self.betas)} must be two numbers, (β₁, β₂), each in [0, 1).")
+        check_number("eps", self.eps, NOT_NEGATIVE)
+        if self.fused is not None:
+            check_flag("fused", self.fused)
+        check_flag("capturable", self.capturable)
+
+
+def _check_off(group: Mapping[str, Any]) -> None:
+    for name in OFF:
+        if group.get(name):
+            instead = "It descends: negate the loss." if name == "maximize" else "Leave it out."
+            raise ValueError(f"{name}={shown(group[name])} is not an option of this optimizer. {instead}")
 
 
 def _given(options: type[MuonOptions | AdamWOptions], group: Mapping[str, Any]) -> Group:
@@ -157,16 +182,8 @@ def _given(options: type[MuonOptions | AdamWOptions], group: Mapping[str, Any]) 
 
 
 def _check_rates(lr: float | Tensor, weight_decay: float) -> None:
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element; it has the shape {tuple(value.shape)}.")
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must be a finite number, zero or more.")
-
-
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps={eps} must be zero or more.")
+    check_number("lr", lr, NOT_NEGATIVE)
+    check_number("weight_decay", weight_decay, NOT_NEGATIVE)
 
 
 def _is_triple(coefficients: Coefficients) -> bool:

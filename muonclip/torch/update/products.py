@@ -53,7 +53,7 @@ PRODUCTS: Mapping[str, Products] = MappingProxyType(
 
 def choose_products(name: str | None, device_type: str = "cpu") -> Products:
     """Return the products by name; None takes the fastest of a device type. Raises ValueError for an unknown name."""
-    if name is not None and name not in PRODUCTS:
+    if name is not None and not (isinstance(name, str) and name in PRODUCTS):
         *others, last = map(repr, PRODUCTS)
         raise ValueError(f"products={name!r} is not known; use None, {', '.join(others)} or {last}.")
     return PRODUCTS[name or ("halves" if device_type == "cpu" else "baddbmm")]

@@ -1,0 +1,47 @@
+"""Wrong arguments by kind, and the rule that every public function keeps: an error that names the argument."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+from hypothesis import strategies as st
+
+NONE_OF_ANY_KIND = st.one_of(
+    st.just(None),
+    st.text(max_size=3),
+    st.binary(max_size=2),
+    st.lists(st.floats(), max_size=2),
+    st.sets(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    st.complex_numbers(),
+    st.builds(object),
+    st.sampled_from([len, float, ..., range(2), np.ones(3), np.ones((2, 0))]),
+)
+NO_NUMBER = st.one_of(NONE_OF_ANY_KIND, st.booleans(), st.just(math.nan))
+NEGATIVE = st.floats(max_value=-1e-30)
+NO_RATE = st.one_of(NO_NUMBER, NEGATIVE, st.just(math.inf))
+NO_SHARE = st.one_of(NO_NUMBER, NEGATIVE, st.floats(min_value=1.0, exclude_min=True))
+NOT_BELOW_ONE = st.one_of(NO_SHARE, st.just(1.0))
+NOT_POSITIVE = st.one_of(NO_NUMBER, NEGATIVE, st.just(0.0))
+NO_COUNT = st.one_of(NONE_OF_ANY_KIND, st.booleans(), st.floats(), st.integers(max_value=0), st.just(Fraction(1, 2)))
+NO_INDEX = st.one_of(NONE_OF_ANY_KIND, st.booleans(), st.floats(), st.integers(max_value=-1))
+NO_FLAG = st.one_of(NONE_OF_ANY_KIND, st.floats(), st.integers(min_value=2))
+NO_NAME = st.one_of(NONE_OF_ANY_KIND.filter(lambda x: x is not None), st.floats(), st.integers())
+
+
+def but_none(strategy):
+    """Leave out None, where it has a meaning."""
+    return strategy.filter(lambda x: x is not None)
+
+
+def assert_named(call, argument, value):
+    """Assert that a call is refused by an error that names the argument, not by one of an operator in passing."""
+    try:
+        call(value)
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        assert argument in said, f"{argument}={value!r}: {said}"
+        raw = ("unsupported operand", "not supported between", "ambiguous", "object is not", "has no attribute")
+        assert not any(words in said for words in raw), f"{argument}={value!r}: {said}"
+    else:
+        raise AssertionError(f"{argument}={value!r} is accepted")
