@@ -90,7 +90,8 @@ def table():
         "QKClip", lambda **o: QKClip(MODEL, **o), tau=NOT_POSITIVE, alpha=NO_SHARE, observe=NO_NUMBER,
         clip_frozen=NO_FLAG, clip_gains=NO_FLAG,
         ignore=NONE_OF_ANY_KIND.filter(lambda x: not isinstance(x, list | set) or len(x) > 0),
-        declare=NO_NAME.filter(lambda x: x != {}), master_of=NO_NAME.filter(lambda x: not callable(x)),
+        declare=NO_NAME.filter(lambda x: not isinstance(x, dict) or len(x) > 0),
+        master_of=NO_NAME.filter(lambda x: not callable(x)),
     )  # fmt: skip
     yield from add("declare", lambda declare: QKClip(MODEL, declare={"layers.0": declare}), declare=NO_NUMBER)
     yield from add("MaxLogits", MaxLogits, num_heads=NO_COUNT)
