@@ -2116,15 +2116,15 @@ MUTATIONS = (
     Mutation(
         "capturable-noticed-after-the-update",  # 29
         "The parameters are checked when the plan of the update is made, and the plan when the update is over.",
-        "            check_parameters(self.param_groups)\n            check_states(",
-        "            check_states(",
+        "        if changed:\n            check_parameters(self.param_groups)\n",
+        "",
         tests_of("torch/test_muonclip.py", "test_capturable_is_refused_on_the_cpu_before_anything_moves"),
     ),
     Mutation(
         "plan-kept-when-its-inputs-change",  # 19
         "The plan of the first step is used for parameters that an engine has put in the place of those.",
-        "if inputs != self._inputs:",
-        "if self._inputs is None:",
+        "changed = inputs != self._inputs",
+        "changed = self._inputs is None",
         tests_of("torch/test_plan_refresh.py", "test_a_change_is_seen_by_the_next_step"),
     ),
     Mutation(
@@ -2231,6 +2231,15 @@ MUTATIONS = (
         tests_of(
             "torch/test_all_or_nothing.py",
             "test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_moves",
+        ),
+    ),
+    Mutation(
+        "states-replaced-by-hand-not-checked",
+        "A state that somebody has replaced fails in the middle of a step.",
+        "if changed or states != self._states:",
+        "if changed:",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_a_state_that_was_replaced_by_hand_is_checked_before_anything_moves"
         ),
     ),
     Mutation(

@@ -77,6 +77,20 @@ def test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_m
     assert optimizer.state[model.layers[0].q.weight]["momentum_buffer"].dtype == dtype
 
 
+@pytest.mark.parametrize("value", [None, 3, torch.zeros(2), torch.zeros(24, 10, dtype=torch.int32)])
+@pytest.mark.parametrize("part", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_was_replaced_by_hand_is_checked_before_anything_moves(part, value):
+    model, optimizer = trained()
+    parameter = model.layers[0].q.weight if part == "momentum_buffer" else model.embed.weight
+    right = optimizer.state[parameter][part]
+    optimizer.state[parameter][part] = value
+    model.loss(tokens(2)).backward()
+    with Unchanged(model, optimizer, rf"weight is torch.float32 .*, but its {part} is .*Nothing was changed"):
+        optimizer.step()
+    optimizer.state[parameter][part] = right
+    optimizer.step()
+
+
 OPTIONS = [  # of a group or of a checkpoint: what does not fit, and what is said
     ("muon", "momentum_dtype", "int32", "momentum_dtype='int32' is not a floating dtype"),
     ("muon", "momentum_dtype", "complex64", "momentum_dtype='complex64' is not a floating dtype"),

@@ -211,9 +211,14 @@ class MatrixOptimizer(Optimizer):
         """Check options and parameters, and plan the update anew, if what these depend on has changed."""
         self._check_options()
         inputs = plan_inputs(self.param_groups, self._topology.version)
-        if inputs != self._inputs:
+        states = [id(value) for own in self.state.values() if isinstance(own, dict) for value in own.values()]
+        changed = inputs != self._inputs
+        if changed:
             check_parameters(self.param_groups)
+        if changed or states != self._states:
             check_states(self.param_groups, self._layouts, self.state, self.rule)
+            self._states = states
+        if changed:
             self._plan_update()
             self._inputs, self._has_state = inputs, False
 
@@ -254,6 +259,7 @@ class MatrixOptimizer(Optimizer):
         self._update_plan: UpdatePlan | None = None
         self._matrices: list[Matrix] = []
         self._inputs: list[object] | None = None
+        self._states: list[int] = []  # the tensors that were checked, by id
         self._has_state = False  # as far as the plan knows
         self._options: list[MuonOptions | AdamWOptions] = []  # of the groups, as they were checked
 
