@@ -73,7 +73,7 @@ LAYOUTS = {
 )
 def test_matrices_that_step_together_move_as_they_do_alone(dtype, options):
     """Small matrices of one shape go through the stages in lists, whatever holds them; each is its own."""
-    kinds = [kind for kind in LAYOUTS for _ in range(2)]
+    kinds = [kind for kind in LAYOUTS for _ in range(4)]
 
     def made():
         return [nn.Parameter(random(*LAYOUTS[kind][0], seed=at, dtype=dtype)) for at, kind in enumerate(kinds)]
