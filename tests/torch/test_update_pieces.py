@@ -71,35 +71,29 @@ LAYOUTS = {
     ],
     ids=["float32", "narrow momentum", "bfloat16", "wide momentum"],
 )
-def test_matrices_that_step_together_move_as_they_do_alone(dtype, options):
+def test_matrices_that_step_together_move_as_they_do_alone(dtype, options, monkeypatch):
     """Small matrices of one shape go through the stages in lists, whatever holds them; each is its own."""
-    kinds = [kind for kind in LAYOUTS for _ in range(4)]
 
-    def made():
-        return [nn.Parameter(random(*LAYOUTS[kind][0], seed=at, dtype=dtype)) for at, kind in enumerate(kinds)]
-
-    def stepped(numbers):
-        parameters = [made()[at] for at in numbers]
-        groups = [
-            dict(
-                params=[parameter for at, parameter in zip(numbers, parameters, strict=True) if at % 2 == odd],
-                layout=[LAYOUTS[kinds[at]][1] for at in numbers if at % 2 == odd],
-                weight_decay=0.1 + odd,
-            )
-            for odd in {at % 2 for at in numbers}
-        ]
+    def stepped():
+        groups = []
+        for kinds, decay in ((list(LAYOUTS), 0.1), (list(LAYOUTS)[::-1], 1.1)):  # neighbours of two groups are alike
+            shapes, layouts = zip(*(LAYOUTS[kind] for kind in kinds for _ in range(2)), strict=True)
+            parameters = [nn.Parameter(random(*shape, seed=at, dtype=dtype)) for at, shape in enumerate(shapes)]
+            groups.append(dict(params=parameters, layout=layouts, weight_decay=decay))
         optimizer = Muon(groups, lr=0.1, ns_dtype=torch.float32, **options)
+        everything = [parameter for group in groups for parameter in group["params"]]
         for step in range(3):
-            for at, parameter in zip(numbers, parameters, strict=True):
+            for at, parameter in enumerate(everything):
                 unused = step == 1 and at == 2
                 parameter.grad = None if unused else random(*parameter.shape, seed=100 * step + at, dtype=dtype)
             optimizer.step()
-        return [(parameter.detach(), optimizer.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        return [(parameter.detach(), optimizer.state[parameter]["momentum_buffer"]) for parameter in everything]
 
-    everything = range(len(kinds))
-    for at, mine in zip(everything, stepped(everything), strict=True):
-        for value, truth in zip(mine, stepped([at])[0], strict=True):
-            assert torch.equal(value, truth), (at, kinds[at])
+    together = stepped()
+    monkeypatch.setattr(execute_module, "together", lambda segments: segments)
+    for at, (mine, alone) in enumerate(zip(together, stepped(), strict=True)):
+        for value, truth in zip(mine, alone, strict=True):
+            assert torch.equal(value, truth), at
 
 
 def test_matrices_too_small_to_gain_by_bf16_are_multiplied_in_float32():
