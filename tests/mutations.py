@@ -98,6 +98,20 @@ MUTATIONS = (
         tests_of("torch/test_nothing_to_clip.py"),
     ),
     Mutation(
+        "head-as-wide-as-the-stream",
+        "The last projection of a backbone without a head counts as an output head.",
+        "of_all is not None and of_all[0] not in _widths(matrices, id(part.parameter))",
+        "of_all is not None",
+        tests_of("torch/test_shown_roles.py"),
+    ),
+    Mutation(
+        "gate-is-a-scale",
+        "A product of two projections that the model returns counts as an output head and its scale.",
+        "found is not None and _is_alone(found, following)",
+        "found is not None",
+        tests_of("torch/test_shown_roles.py"),
+    ),
+    Mutation(
         "stage-without-attention-compares-nothing",
         "A stage without attention does not take part where the others compare theirs: they wait for ever.",
         "if not projections and searched_on is None:",

@@ -15,6 +15,9 @@ from typing import Literal, TypeAlias
 Kind: TypeAlias = Literal["embedding", "norm", "linear", "convolution"]
 """What is known of the module that owns a parameter; of "linear" the weight is [out, in]."""
 
+Use: TypeAlias = Literal["looked up", "returned"]
+"""What a forward has shown of a parameter: its rows are looked up, or its product is what the model returns."""
+
 GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up", "w13"})
 """Modules whose weight holds two matrices, gate and up, one after the other."""
 
@@ -22,9 +25,14 @@ ARRAY_NAMES = frozenset({"kernel", "weight", "w"})
 """What modules call their matrix: such a last part of a name belongs to the array, not to the module."""
 
 _HEADS_ANYWHERE = {"lm_head", "embed_out", "unembed", "logits", "logits_dense"}
-_HEADS_OUTSIDE_OF_LAYERS = {"head", "output", "output_layer", "score", "classifier", "proj_out"}
+_HEADS_OUTSIDE_OF_LAYERS = {"head", "output", "output_layer", "score", "classifier", "proj_out"} | {
+    "text_projection",
+    "visual_projection",
+}
 _PROJECTIONS = {"proj", "projection", "linear", "dense", "mlp", "fc"}
 _EMBEDDING = re.compile(r"\w*embed\w*|embs?|w[tp]e")
+_TOKENS = re.compile(r"(tok|token|word)s?_emb\w*|wte")
+_INPUT_PROJECTION = re.compile(r"(x|context|t|time|timestep|guidance|text|caption|cap)_embedder")
 _NORM = re.compile(r"\w*norm(s|alization|\dd)?|ln")
 _SCALE = re.compile(r"(scale|gamma|beta|gain)s?")
 _BIAS = re.compile(r"(\w*)bias|b")
@@ -50,27 +58,35 @@ def role_of(
     shape: Sequence[int],
     kind: Kind | None = None,
     embeddings: Mapping[tuple[int, ...], str] | None = None,
+    shown: Use | None = None,
 ) -> Role:
     """Decide who updates a parameter.
 
     `name`: a path with dots or slashes; a number in it, or `layers` or `blocks`, says that what follows is in a layer,
     where `score`, `output` or `proj_out` is a hidden matrix; outside it is the head that gives the model's answer.
-    `kind`: of the module that owns the parameter, None where only names are known. `embeddings`: the model's tables by
-    shape, see `embedding_shapes`; a matrix of such a shape outside of the layers maps to the same vocabulary. A matrix
-    of Muon's may still turn out to be one row, once its layout is known: see `is_one_row`.
+    `kind`: of the module that owns the parameter, None where only names are known; a linear module is an embedding if
+    its name says that it takes tokens. `shown`: what a forward has shown, None where none has. `embeddings`: the
+    model's tables by shape, see `embedding_shapes`; a matrix of such a shape outside of the layers maps to the same
+    vocabulary. A matrix of Muon's may still turn out to be one row, once its layout is known: see `is_one_row`.
     """
     parts = _parts(name)
     modules = parts[:-1] if parts[-1] in ARRAY_NAMES and len(parts) > 1 else parts
     nearest = _behind_the_last_number(modules)[-2:]
     if len(shape) < 2:
         return Role("adamw", "vector", decays=False)
+    if kind == "embedding":
+        return Role("adamw", "embedding")
     if _BIAS.fullmatch(parts[-1]):
         return Role("adamw", "biases", decays=False)
     if kind == "norm" or (kind is None and _is_norm(parts)):
         return Role("adamw", "norm", decays=False)
     if _is_head(modules):
         return Role("adamw", "output head, by its name")
-    if kind == "embedding" or any(map(_is_embedding, nearest)):
+    if shown == "returned" and not _in_a_layer(modules):
+        return Role("adamw", "output head: the model returns its product")
+    if shown == "looked up" and len(shape) == 2:
+        return Role("adamw", "embedding: its rows are looked up")
+    if _TOKENS.fullmatch(modules[-1]) if kind == "linear" else any(map(_is_embedding, nearest)):
         return Role("adamw", "embedding")
     if _is_table((parts if kind in ("linear", "convolution") else modules)[-1]):
         return Role("adamw", "not a linear map, by its name")
@@ -133,7 +149,7 @@ def _has_word(part: str, pattern: re.Pattern[str]) -> bool:
 
 
 def _is_embedding(part: str) -> bool:
-    return _has_word(part, _EMBEDDING)
+    return _has_word(part, _EMBEDDING) and not _INPUT_PROJECTION.fullmatch(part)
 
 
 def _is_table(part: str) -> bool:
@@ -147,6 +163,8 @@ def _is_norm(parts: Sequence[str]) -> bool:
 def _is_head(modules: Sequence[str]) -> bool:
     if modules[-1] in _HEADS_ANYWHERE:
         return True
+    if modules[-1] == "fc":  # of a ResNet, a ConvNeXt
+        return len(modules) == 1 or modules[-2] == "head"
     return modules[-1] in _HEADS_OUTSIDE_OF_LAYERS and len(modules) <= 2 and not _in_a_layer(modules)
 
 

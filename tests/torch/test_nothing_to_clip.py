@@ -43,7 +43,7 @@ IMAGES = torch.randn(2, 3, 8, 8)
 WITHOUT = {
     "convolutions": (Convolutions, lambda m: m(IMAGES)),
     "by name": (ByName, lambda m: m(pixels=IMAGES)),
-    "perceptron": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), lambda m: m(torch.randn(2, 6))),
+    "perceptron": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)), lambda m: m(torch.randn(2, 6))),
     "stage with the embedding": (lambda: nn.Embedding(7, 6), lambda m: m(torch.arange(4)[None])),
     "stage with the head": (
         lambda: nn.ModuleDict({"norm": nn.LayerNorm(6), "head": nn.Linear(6, 7)}),

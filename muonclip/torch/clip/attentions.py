@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from muonclip.core.arguments import check_kind
+from muonclip.core.parameter_roles import Use
 from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
@@ -21,6 +22,9 @@ from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+
+_NOTHING: Mapping[str, Use] = {}
 
 
 class ClipAttentions:
@@ -55,6 +59,11 @@ class ClipAttentions:
     def to_come(self) -> str:
         """The reason why the search for attention is not over; "" when it is."""
         return "" if self._monitor is None else self._monitor.to_come
+
+    @property
+    def shown(self) -> Mapping[str, Use]:
+        """Return what forwards have shown of parameters, by name; the same mapping as long as nothing is new."""
+        return _NOTHING if self._monitor is None else self._monitor.shown
 
     @property
     def has_nothing(self) -> bool:

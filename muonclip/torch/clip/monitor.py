@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 
+from muonclip.core.parameter_roles import Use
 from muonclip.torch.clip.live_forwards import LiveForwards
 from muonclip.torch.discover import (
     NOTHING_FOUND,
@@ -64,7 +65,7 @@ class AttentionMonitor:
     found yet, or "". `version` counts findings. `ignored`: modules whose attention is left alone. `without_logits`:
     modules that mix activations without a softmax of queries and keys, and by what. `required`: no attention is an
     error; else `has_nothing` says that a search has seen none, and nothing that mixes activations by products.
-    Nothing happens to the model before `start`."""
+    `shown`: what forwards have shown of parameters, by name. Nothing happens to the model before `start`."""
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class AttentionMonitor:
         self.ran = False
         self.left_out: Unobservable | None = None  # why a forward since the last step was not observed
         self._traces: tuple[Trace, ...] = ()
+        self.shown: dict[str, Use] = {}
         self._ways = ProvenWays()
         self._traced: dict[str, int] = {}  # how often, by the name of the module that a forward began with
         self._prepare()
@@ -358,6 +360,8 @@ class AttentionMonitor:
         if discovery.refusals:
             raise ValueError(message(self.model, discovery.refusals))
         self._traces, self.without_logits = discovery.traces, discovery.without_logits
+        shown: dict[str, Use] = {name: use for each in self._traces for name, use in each.shown.items()}
+        self.shown = self.shown if shown == self.shown else shown
         projections = self._ways.proven(
             self.model,
             inputs,
@@ -434,7 +438,8 @@ class AttentionMonitor:
 
 _SAVED = (
     *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
-    *("to_come", "required", "has_nothing", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
+    *("required", "has_nothing", "shown"),
+    *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from muonclip.core.parameter_roles import Use
 from muonclip.torch.discover.applied_functions import seen_autograd_functions
 from muonclip.torch.discover.opaque_calls import OpaqueCalls
-from muonclip.torch.discover.replica import replica_of
+from muonclip.torch.discover.parameter_uses import returned_parameters
+from muonclip.torch.discover.replica import Replica, replica_of
 from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
 from muonclip.torch.discover.weighed_sums import Sighting
 from muonclip.torch.logits import MaxLogits
@@ -30,6 +32,7 @@ class Trace:
     `statistics`: the copies of the model's, by the ids of the originals. `unclaimed`: attention in none of the calls.
     `without_logits`: what mixes activations by products without a softmax. `reached`: the names of modules that ran.
     `idle`: of those which hold a matrix that no function was called with, whether they ran or not.
+    `shown`: of parameters, by their names in the model, whose rows are looked up and whose product is returned.
     `operators_of_weights`: that may make weights of scores, with the names of the modules they run in.
     """
 
@@ -41,6 +44,7 @@ class Trace:
     reached: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
     operators_of_weights: frozenset[tuple[str, str]] = frozenset()
+    shown: Mapping[str, Use] = field(default_factory=dict[str, Use])
 
 
 def trace(
@@ -54,14 +58,33 @@ def trace(
         opaque = OpaqueCalls(sums, lambda: len(tracer.calls))
         sums.operators = opaque.operator
         with torch.enable_grad(), handling(tracer), seen_autograd_functions(opaque.applied), tracer, sums:
-            replica.run()
+            outputs = replica.run()
+        shown = _shown(replica, tracer, outputs, whole=not prefix)
     sources = [source for call in tracer.calls for source in call.sources()]
     kept = {id(rows.parameter) for source in sources for each in (*source.candidates, source.gains) for rows in each}
     paths = {key: path for key, path in replica.paths.items() if key in kept}
     reached = frozenset(tracer.reached)
     operators = frozenset(sums.operators_of_weights)
     idle = frozenset(_idle(replica.module, prefix, tracer.used))
-    return Trace(tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators)
+    return Trace(
+        tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators, shown
+    )
+
+
+def _shown(replica: Replica, tracer: AttentionTracer, outputs: Any, *, whole: bool) -> dict[str, Use]:
+    """Name the parameters whose rows are looked up and, in a forward of the whole model, whose product is returned."""
+    returned = returned_parameters(outputs, tracer.matrices) if whole else set[int]()
+    shown: dict[str, Use] = {}
+    for parameter in replica.module.parameters():
+        path = replica.paths.get(id(parameter))
+        if path is None or parameter.ndim < 2:
+            continue
+        name = ".".join(filter(None, path))
+        if tracer.sums.is_looked_up(parameter):
+            shown[name] = "looked up"
+        elif id(parameter) in returned:
+            shown[name] = "returned"
+    return shown
 
 
 def _idle(model: nn.Module, prefix: str, used: set[int]) -> Iterator[str]:

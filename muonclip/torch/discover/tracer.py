@@ -29,6 +29,7 @@ from muonclip.torch.discover.attribution import (
 )
 from muonclip.torch.discover.graph import NotDifferentiable, ancestry, differentiate
 from muonclip.torch.discover.head_colours import Rows
+from muonclip.torch.discover.parameter_uses import size_of
 from muonclip.torch.discover.products import PartOfWeight, Product
 from muonclip.torch.discover.weighed_sums import WeighedSums
 from muonclip.torch.logits import Unobservable, host_sdpa, saved_tensors_as_they_are, unobservable
@@ -128,6 +129,7 @@ class AttentionTracer(ScoreTracker):
         self.calls: list[TracedCall] = []
         self.reached: set[str] = set()
         self.used: set[int] = set()  # the ids of parameters that some function was called with
+        self.matrices: dict[int, tuple[int, int]] = {}  # the rows and columns of those that were multiplied by, by id
         self._running: list[tuple[str, int]] = []
         self._runs = itertools.count()
         self._made = itertools.count()  # products
@@ -242,6 +244,7 @@ class AttentionTracer(ScoreTracker):
                 parts.append(PartOfWeight.from_view(bias, 0, self._own) if bias.ndim == 1 else None)
             known = tuple(part for part in parts if part is not None)
             if len(known) == len(parts):
+                self.matrices[id(known[0].parameter)] = size_of(known[0])
                 return Product(*about, parts=known, axis=usual.out_axis)
             if func is F.linear:
                 x = values_of(arguments["input"])

@@ -137,6 +137,7 @@ class WeighedSums(TorchDispatchMode):
         self._seen: list[Sighting] = []
         self.without_logits: list[Sighting] = []
         self.operators_of_weights: set[tuple[str, str]] = set()  # of what may make weights of scores: where, and which
+        self.looked_up: set[int] = set()  # the storages of what rows were looked up in
         self.left_to_steps: set[str] = set()  # modules of which they are told that their attention was not observed
         for each in model.parameters():
             self.put(each, _OF_PARAMETERS)
@@ -222,6 +223,11 @@ class WeighedSums(TorchDispatchMode):
         mark = self.mark(tensor)
         return mark is not None and mark.projected and not mark.of_parameters
 
+    def is_looked_up(self, parameter: Tensor) -> bool:
+        """Tell whether rows of a parameter were looked up."""
+        storage = _storage(parameter)
+        return storage is not None and storage._cdata in self.looked_up
+
     def put(self, tensor: Tensor, mark: Mark) -> None:
         """Remember what is known of a tensor."""
         storage = _storage(tensor)
@@ -275,6 +281,7 @@ class WeighedSums(TorchDispatchMode):
                 mark = self._product(name, args[first], args[first + 1], joint)
                 return mark._replace(features=1 if "mv" in name else result.shape[-1], is_pooling=False)
         if kind == "embedding" or (name in _CHOICES and marks[0].of_parameters):
+            self._note_look_up(args, marks[0])
             return _CHOSEN
         if kind == "attention" and joint.projected:
             if self.innermost() not in self.left_to_steps:
@@ -367,6 +374,16 @@ class WeighedSums(TorchDispatchMode):
     def _note_linear(self, scores: frozenset[int]) -> None:
         for each in scores:
             self._scores[each].is_linear = True
+
+    def _note_look_up(self, args: Any, of: Mark) -> None:
+        """Remember of what rows were chosen, along its first axis."""
+        index = args[1] if isinstance(args[1], Tensor | list | tuple) else args[2]
+        first = index[0] if isinstance(index, list | tuple) else index
+        is_along_first = args[1] == 0 if isinstance(args[1], int) else True
+        is_choice = isinstance(first, Tensor) and first.dtype in (torch.int64, torch.int32)
+        storage = _storage(args[0])
+        if of.of_parameters and is_along_first and is_choice and storage is not None:
+            self.looked_up.add(storage._cdata)
 
     def known(self, tensor: Tensor) -> Mark:
         """Return what is known of an argument. One that comes from nowhere is an input."""

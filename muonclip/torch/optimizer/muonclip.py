@@ -5,6 +5,7 @@ Their groups, state and step are those of `MatrixOptimizer`.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from muonclip.core.arguments import check_flag, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
+from muonclip.core.parameter_roles import Use, role_of
 from muonclip.core.qk_clip import check_tau
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
@@ -152,12 +154,14 @@ class MuonClip(MatrixOptimizer):
         self.plan = Plan((), projections, defaults, self.qk_clip)
         self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
         self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
+        self._shown: Mapping[str, Use] = {} if self.qk_clip is None else self.qk_clip.attentions.shown
         to_come = self.qk_clip is not None and self.qk_clip.attentions.to_come
         if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
             raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
-            groups = groups_of(plan_module(model, projections, per_head=per_head), named)
+            planned = plan_module(model, projections, per_head=per_head, shown=self._shown)
+            groups = groups_of(planned, named)
         else:
             groups = given_groups(model)
         super().__init__(groups, muon, adamw_options, workspace_bytes)
@@ -227,7 +231,7 @@ class MuonClip(MatrixOptimizer):
             self.qk_clip.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version")
+        own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version", "_shown")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _update(self) -> None:
@@ -253,8 +257,25 @@ class MuonClip(MatrixOptimizer):
                 parts, here = by_weight[id(matrix.parameter)], self._topology.position(matrix.parameter)
                 rescale_matrix_states(self.state[matrix.parameter], self.rule, parts, matrix.parameter, placed, here)
 
+    def _compare_roles(self, shown: Mapping[str, Use]) -> None:
+        """Warn where forwards show another role of a parameter than that by which it was given to Muon."""
+        if shown is self._shown or not self._finds_layouts:
+            return
+        self._shown = shown
+        by_name = {line.name: line for line in self.plan.parameters if line.use == "muon" and line.name in shown}
+        roles = {name: role_of(name, line.shape, shown=shown[name]) for name, line in by_name.items()}
+        others = [f"{name} ({role.reason})" for name, role in roles.items() if role.use == "adamw"]
+        if others:
+            warnings.warn(
+                f"MuonClip gave Muon what a forward shows to be AdamW's: {', '.join(others)}. It stays where it is. To "
+                "decide it by a forward, write MuonClip(model, …, qk_clip=QKClip(model, example_inputs=batch)), where "
+                "batch is what the model is called with.",
+                stacklevel=2,
+            )
+
     def _take_findings(self, attentions: ClipAttentions) -> None:
         """Read weights as the matrices that attentions found since the construction show them to be."""
+        self._compare_roles(attentions.shown)
         if self._clip_version == attentions.version or not self._finds_layouts:
             return
         self._clip_version = attentions.version

@@ -18,6 +18,7 @@ from muonclip.core.parameter_roles import (
     ONE_ROW,
     Kind,
     Role,
+    Use,
     embedding_shapes,
     is_one_row,
     module_of,
@@ -77,15 +78,21 @@ class Plan:
         return "\n\n".join(filter(None, parts))
 
 
-def plan_module(model: nn.Module, projections: Mapping[str, QKProjection], *, per_head: bool) -> list[PlannedParameter]:
-    """Plan each parameter of the model, tied ones once."""
+def plan_module(
+    model: nn.Module,
+    projections: Mapping[str, QKProjection],
+    *,
+    per_head: bool,
+    shown: Mapping[str, Use] | None = None,
+) -> list[PlannedParameter]:
+    """Plan each parameter of the model, tied ones once. `shown`: what forwards have shown of them, by name."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not isinstance(owners.get(id(parameter)), nn.Embedding):  # a tied head is an embedding
                 owners[id(parameter)] = module
     layouts = projection_layouts(projections, per_head)
-    return plan_named(model.named_parameters(), owners=owners, layouts=layouts)
+    return plan_named(model.named_parameters(), owners=owners, layouts=layouts, shown=shown)
 
 
 def plan_named(
@@ -93,16 +100,17 @@ def plan_named(
     *,
     owners: Mapping[int, nn.Module] | None = None,
     layouts: Mapping[int, MatrixLayout] | None = None,
+    shown: Mapping[str, Use] | None = None,
 ) -> list[PlannedParameter]:
     """Plan each named parameter. `owners`: the module each is an attribute of, `layouts`: known ones; by id."""
-    owners, layouts = owners or {}, layouts or {}
+    owners, layouts, shown = owners or {}, layouts or {}, shown or {}
     named = list(named_parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
     kinds: dict[str, Kind | None] = {name: kind_of(owners.get(id(parameter))) for name, parameter in named}
     embeddings = embedding_shapes((name, shapes[name], kinds[name]) for name, _ in named)
     planned: list[PlannedParameter] = []
     for name, parameter in named:
-        role = role_of(name, shapes[name], kinds[name], embeddings)
+        role = role_of(name, shapes[name], kinds[name], embeddings, shown.get(name))
         if role.use == "muon":
             owner, layout = owners.get(id(parameter)), layouts.get(id(parameter))
             planned.append(_as_matrices(name, parameter, owner, layout, shapes))
