@@ -2551,8 +2551,8 @@ MUTATIONS = (
     Mutation(
         "optax-bias-not-scaled",  # 8
         "The bias beside a kernel keeps its size.",
-        "for name in (kernel, *others)",
-        "for name in (kernel,)",
+        "            made.append(RowsOfArray(name, index, self.layer_axis, shape, None))\n",
+        "            pass\n",
         tests_of("optax/test_qk_clip.py", "test_every_head_ends_at_min_of_maximum_and_tau"),
     ),
     Mutation(
@@ -2561,6 +2561,20 @@ MUTATIONS = (
         "if not wide_updates:",
         "if False:",
         tests_of("optax/test_qk_clip.py", "test_a_strong_clip_of_narrow_weights_takes_as_many_steps_as_halves"),
+    ),
+    Mutation(
+        "optax-sizes-of-heads-unchecked",
+        "Queries and keys of a head may differ in size.",
+        "if sizes[0] != sizes[1] and len(query) == len(key):",
+        "if False:",
+        tests_of("optax/test_declarations.py", "test_a_declaration_that_the_shapes_contradict_is_an_error_at_init"),
+    ),
+    Mutation(
+        "optax-adapter-left-behind",
+        "The base is scaled and the adapter is not.",
+        'if _adapter_part(name) == "b":',
+        "if False:",
+        tests_of("optax/test_declarations.py", "test_base_and_adapter_are_scaled_together"),
     ),
     Mutation(
         "optax-tau-below-zero-scales",
@@ -2593,8 +2607,8 @@ MUTATIONS = (
     Mutation(
         "optax-rope-of-mla-takes-the-root",  # 4
         "The rotary queries of MLA take √γ.",
-        "(factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()",
-        '("query" if factor == "gamma" else factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()',
+        "for part, side in factors_of(declared, fixed).items():",
+        "for part, side in ((p, 'query' if f == 'gamma' else f) for p, f in factors_of(declared, fixed).items()):",
         tests_of("optax/test_qk_clip.py", "test_multi_head_latent_attention"),
     ),
     Mutation(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 Window: TypeAlias = int | tuple[int, int] | None
 SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
@@ -110,9 +111,19 @@ def cut(x: Array, axis: int, start: Array, size: int) -> Array:
     return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
+def as_bool(mask: Array) -> Array:
+    """Return a mask of bools. Raises ValueError for negative numbers, where they can be seen."""
+    if mask.dtype == bool:
+        return mask
+    if not isinstance(mask + 0, Tracer) and bool((mask < 0).any()):
+        raise ValueError(
+            "mask has negative numbers, as one that is added to the logits; give True (or 1) where a query may attend."
+        )
+    return mask.astype(bool)  # Flax makes masks of 0 and 1 in float32
+
+
 def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
-    if mask.dtype != bool:
-        raise ValueError(f"mask is {mask.dtype}; give a bool one, True where a query may attend.")
+    mask = as_bool(mask)
     if mask.ndim > 4 or any(size not in (1, whole) for size, whole in zip(mask.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"mask has shape {mask.shape}; it must be broadcastable to [B, H, T, S], here {shape}.")
     return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)

@@ -9,7 +9,7 @@ batch, however it is sharded; inside `jax.shard_map` it is the shard's: take `ja
 Shapes: B batch (the axis may be absent), T queries, S keys, H query heads, G key heads (G divides H), d head width.
 Arguments have the meaning they have in `jax.nn.dot_product_attention`:
 
-- `mask`: bool, broadcastable to [B, H, T, S]; True attends.
+- `mask`: broadcastable to [B, H, T, S]; True attends, and so does what is not zero (Flax makes float masks of 0 and 1).
 - `is_causal`: key j ≤ query i, both counted from their start.
 - `query_seq_lengths`, `key_value_seq_lengths`: int [B]; the positions from there on are padding.
 - `local_window_size`: (left, right), or one number for both: i − left ≤ j ≤ i + right.
@@ -31,7 +31,7 @@ from jax import Array
 
 from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
-from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, cut
+from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, cut
 
 
 def exact_max_logits(
@@ -126,6 +126,7 @@ def dot_product_attention(
     it changes the output's last bits.) A bias is not part of S; values of it that forbid a pair
     (`muonclip.core.attention_mask`) are a mask.
     """
+    mask = None if mask is None else as_bool(mask)
     masks: dict[str, Any] = dict(
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,

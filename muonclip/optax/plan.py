@@ -31,7 +31,7 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
-from muonclip.optax.head_rows import HeadRows
+from muonclip.optax.head_rows import HeadRows, is_adapter
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections
 
@@ -165,36 +165,39 @@ def _attention_layouts(
     layouts: dict[str, WeightLayout | None] = {}
     for projection in projections:
         queries = (*projection.query, *projection.query_facing_shared)
+        keys = (*projection.key, *projection.shared_key)
         for name, shape in shapes.items():
-            query, key = ([rows for rows in side if below(rows.path, name)] for side in (queries, projection.key))
-            if query or key:
-                layouts[name] = _fused_layout(query, key, shape)
+            query, key = ([rows for rows in side if below(rows.path, name)] for side in (queries, keys))
+            if (query or key) and not is_adapter(name):
+                layouts[name] = _fused_layout(name, query, key, shape)
         for rows in projection.parts():
             stacked = rows.layer_axis is not None
             for name, shape in shapes.items():
                 leaf = module_of(name)
                 known = leaf in _QUERY_KEY_VALUE_NAMES or leaf in _OUTPUT_NAMES
                 if known and below(_parent(rows.path), name) and len(shape) - stacked >= 3:
-                    layouts.setdefault(name, _projection_layout(rows, shape, reverse=leaf in _OUTPUT_NAMES))
+                    layouts.setdefault(name, _sibling_layout(rows, shape, reverse=leaf in _OUTPUT_NAMES))
     return layouts
 
 
-def _fused_layout(query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tuple[int, ...]) -> WeightLayout | None:
+def _fused_layout(
+    name: str, query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tuple[int, ...]
+) -> WeightLayout | None:
     """Return the layout of an array with these parts; None where the parts do not tell.
 
     An array of queries, or of keys (and the values of MLA), is one matrix; queries and keys in one array are matrices
     of their own, and so is what follows them.
     """
     first = (*query, *key)[0]
-    plain = _projection_layout(first, shape, reverse=False)
-    assert isinstance(plain, MuonDimensionNumbers)
+    into = first.in_axis_of(name, shape)
+    plain = _projection_layout(first, shape, into, reverse=False)
     axes = plain.output_axis if isinstance(plain.output_axis, tuple) else (plain.output_axis,)
     rows = math.prod(shape[axis] for axis in axes)  # pyright: ignore[reportCallIssue, reportArgumentType]
     indices = [part.index(rows) for part in (*query, *key)]
     covered = len(np.unique(np.concatenate([index.ravel() for index in indices]))) == rows
     if not query or (covered and not key):
         return plain
-    readable = first.layer_axis in (None, 0) and (first.in_axis == 0 or len(axes) == 1)
+    readable = first.layer_axis in (None, 0) and (into == 0 or len(axes) == 1)
     if not key or not readable:
         return None
     heads = first.num_heads
@@ -210,7 +213,7 @@ def _fused_layout(query: Sequence[HeadRows], key: Sequence[HeadRows], shape: tup
         {0, rows // repeats, *(int(edge) for index in indices for edge in (index[0, 0], index[last, -1] + 1))}
     )
     blocks = tuple(end - start for start, end in itertools.pairwise(edges))
-    return MatrixLayout(int(first.layer_axis is not None), first.in_axis == 0, blocks, (), repeats)
+    return MatrixLayout(int(first.layer_axis is not None), into == 0, blocks, (), repeats)
 
 
 def _layer_axes(projections: Sequence[QKProjection], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -228,14 +231,22 @@ def _layer_axes(projections: Sequence[QKProjection], shapes: Mapping[str, tuple[
     return found
 
 
-def _projection_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -> WeightLayout:
+def _sibling_layout(rows: HeadRows, shape: Sequence[int], *, reverse: bool) -> WeightLayout:
+    """Return the layout of a value or an output next to a query that is declared by these rows."""
+    return _projection_layout(rows, shape, rows.in_axis or 0, reverse=reverse)
+
+
+def _projection_layout(rows: HeadRows, shape: Sequence[int], in_axis: int, *, reverse: bool) -> MuonDimensionNumbers:
     """Return the layout of a projection to the heads, or (`reverse`) from them: then the output is the single axis."""
     axes = list(range(len(shape)))
     if rows.layer_axis is not None:
         del axes[rows.layer_axis % len(shape)]
-    first = (rows.in_axis == 0) != reverse
-    single, several = (axes[0], tuple(axes[1:])) if first else (axes[-1], tuple(axes[:-1]))
-    return MuonDimensionNumbers(several, single) if reverse else MuonDimensionNumbers(single, several)
+    if reverse:
+        first = in_axis in (-1, len(axes) - 1)
+        single = axes[0] if first else axes[-1]
+        return MuonDimensionNumbers(tuple(axis for axis in axes if axis != single), single)
+    single = axes[in_axis]
+    return MuonDimensionNumbers(single, tuple(axis for axis in axes if axis != single))
 
 
 def _parent(path: str) -> str:

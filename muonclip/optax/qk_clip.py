@@ -9,7 +9,7 @@ argument `max_logits`; `muonclip.optax.max_logits` measures it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -21,7 +21,16 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core import ClipFactors, clip_factors
-from muonclip.core.head_parts import FACTOR_OF, Factor, HeadPart, check_parts, grouped_parts, latent_parts
+from muonclip.core.head_parts import (
+    FACTOR_OF,
+    Factor,
+    HeadPart,
+    Part,
+    check_parts,
+    factors_of,
+    grouped_parts,
+    latent_parts,
+)
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
@@ -32,8 +41,9 @@ class QKProjection:
     """The parameters that make the queries and keys of one attention (with `layer_axis`: of a stack of them).
 
     `query` and `key` are private to their heads and take γ^α and γ^(1−α); `query_facing_shared` faces a key that heads
-    share and takes all of γ. `reason`: why none is to be scaled (QK-norm, say); the maxima are then only checked.
-    Raises ValueError for parts that do not have the same heads.
+    share and takes all of γ; `shared_key`, those keys, is never scaled and known for checks. `reason`: why none is to
+    be scaled (QK-norm, say); the maxima are then only checked. Raises ValueError for parts that do not have the same
+    heads.
     """
 
     num_heads: int
@@ -41,27 +51,39 @@ class QKProjection:
     key: tuple[HeadRows, ...] = ()
     query_facing_shared: tuple[HeadRows, ...] = ()
     reason: str = ""
+    shared_key: tuple[HeadRows, ...] = ()
 
     def __post_init__(self) -> None:
+        for rows in self.shared_key:
+            grouped_parts(self.num_heads, rows.num_heads)
         for rows in self.parts():
             if rows.num_heads != self.num_heads:
                 raise ValueError(
                     f"{rows.path!r} has rows for {rows.num_heads} heads, the attention has {self.num_heads}."
                 )
-        if len({rows.layer_axis is None for rows in self.parts()}) > 1:
+        if len({rows.layer_axis is None for rows in (*self.parts(), *self.shared_key)}) > 1:
             raise ValueError(
                 "some parts stack layers (layer_axis) and some do not; declare the stack and the rest separately."
             )
         check_parts([part for part in FACTOR_OF if getattr(self, part)], self.reason)
 
     @classmethod
-    def mha(cls, *, q: str, k: str, num_heads: int, in_axis: int = 0, layer_axis: int | None = None) -> QKProjection:
+    def mha(
+        cls, *, q: str, k: str, num_heads: int, in_axis: int | None = None, layer_axis: int | None = None
+    ) -> QKProjection:
         """Declare multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
         return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, in_axis=in_axis, layer_axis=layer_axis)
 
     @classmethod
     def gqa(
-        cls, *, q: str, k: str, num_heads: int, num_kv_heads: int, in_axis: int = 0, layer_axis: int | None = None
+        cls,
+        *,
+        q: str,
+        k: str,
+        num_heads: int,
+        num_kv_heads: int,
+        in_axis: int | None = None,
+        layer_axis: int | None = None,
     ) -> QKProjection:
         """Declare grouped-query attention (one key head: multi-query).
 
@@ -81,7 +103,7 @@ class QKProjection:
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
-        in_axis: int = 0,
+        in_axis: int | None = None,
         layer_axis: int | None = None,
     ) -> QKProjection:
         """Declare multi-head latent attention (DeepSeek-V2, V3; K2).
@@ -98,20 +120,27 @@ class QKProjection:
         num_heads: int,
         parts: Iterable[HeadPart],
         paths: Mapping[str, str],
-        in_axis: int,
+        in_axis: int | None,
         layer_axis: int | None,
     ) -> QKProjection:
         rows: dict[str, Any] = {}
         for part in parts:
-            if part.part in FACTOR_OF:  # what is not scaled is not declared here
+            if part.part != "value":
                 own = HeadRows(
-                    paths[part.projection], part.num_heads, part.size, part.start, part.stride, in_axis, layer_axis
+                    paths[part.projection],
+                    part.num_heads,
+                    part.size,
+                    part.start,
+                    part.stride,
+                    in_axis,
+                    layer_axis,
+                    part.num_heads * part.stride if part.stride else None,
                 )
                 rows[part.part] = (*rows.get(part.part, ()), own)
         return cls(num_heads, **rows)
 
     def parts(self) -> tuple[HeadRows, ...]:
-        """Return every declared part."""
+        """Return every declared part that may be scaled."""
         return tuple(rows for part in FACTOR_OF for rows in getattr(self, part))
 
 
@@ -128,6 +157,9 @@ class QKClipState(NamedTuple):
     outside [0, 1], and so left their head as it was."""
     gamma: Any
     """float32, shaped as the maxima: what the last step applied; 1 where a head was not clipped."""
+    frozen: jax.Array
+    """int32 scalar: how many heads of the last step were above τ and cannot be clipped, since their weights are
+    frozen."""
     unfinished: jax.Array
     """int32 scalar: how many heads of the last step needed a smaller factor than the dtype of their weights allows in
     one step; the rest comes at the next ones."""
@@ -173,7 +205,7 @@ def qk_clip(
             _scalings(projections, leaves)
         gamma = [jnp.ones(_shape(projection, shapes), jnp.float32) for _, projection in projections]
         zero = jnp.zeros((), jnp.int32)
-        return QKClipState(zero, jax.tree.unflatten(treedef, gamma), zero, zero)
+        return QKClipState(zero, jax.tree.unflatten(treedef, gamma), zero, zero, zero)
 
     def update(
         updates: optax.Updates,
@@ -205,11 +237,14 @@ def qk_clip(
                 if is_narrow(leaves[rows.name]):
                     floors[number] = jnp.maximum(floors[number], _smallest_gamma(side, share))
         factors: list[ClipFactors] = []
-        nonfinite, unfinished = state.nonfinite, jnp.zeros_like(state.nonfinite)
-        for maximum, floor in zip(maxima, floors, strict=True):
+        scaled = {number for number, _, _ in scalings}
+        nonfinite, frozen, unfinished = state.nonfinite, *[jnp.zeros_like(state.nonfinite)] * 2
+        for number, (maximum, floor) in enumerate(zip(maxima, floors, strict=True)):
             finite, bad = _finite(maximum, usable)
             limit = _as(now, maximum) / floor.astype(maximum.dtype)  # inf without a floor
             nonfinite += jnp.sum(bad, dtype=jnp.int32)
+            if number not in scaled and not projections[number][1].reason:
+                frozen += jnp.sum(finite > _as(now, maximum), dtype=jnp.int32)
             unfinished += jnp.sum(finite > limit, dtype=jnp.int32)
             factors.append(clip_factors(jnp.minimum(finite, limit), _as(now, maximum), _as(share, maximum), xp=jnp))
         spread: dict[str, jax.Array] = {}
@@ -219,13 +254,16 @@ def qk_clip(
         clipped = map_named(
             lambda name, update, weight: _clipped(update, weight, spread.get(name), wide_updates), updates, params
         )
-        scaled = {number for number, _, _ in scalings}
         gamma = [
             factors[number].gamma.astype(jnp.float32) if number in scaled else jnp.ones_like(old)
             for number, old in enumerate(jax.tree.leaves(state.gamma))
         ]
         return clipped, QKClipState(
-            nonfinite, jax.tree.unflatten(treedef, gamma), unfinished, jnp.asarray(optax.safe_increment(state.step))
+            nonfinite,
+            jax.tree.unflatten(treedef, gamma),
+            frozen,
+            unfinished,
+            jnp.asarray(optax.safe_increment(state.step)),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -302,18 +340,21 @@ def _scalings(
     for number, (name, projection) in enumerate(projections):
         if projection.reason:
             continue
-        sides: list[tuple[Factor, tuple[HeadRows, ...]]] = [
-            (factor, getattr(projection, part)) for part, factor in FACTOR_OF.items()
+        held = [name for name in leaves if is_masked_node(leaves[name])]
+        fixed: list[Part] = [
+            part
+            for part in FACTOR_OF
+            if _touch(getattr(projection, part), held)
+            or any(rows.is_adapter_alone(shapes) for rows in getattr(projection, part))
         ]
-        paths = [rows.path for rows in projection.parts()]
-        own = {leaf: is_masked_node(leaves[leaf]) for leaf in leaves if any(map(partial(_meets, leaf), paths))}
-        if any(own.values()):
-            if not all(own.values()):
-                masked = ", ".join(leaf for leaf, is_it in own.items() if is_it)
-                raise ValueError(f"{name}: {masked} is masked and the rest of this attention is not.")
-            continue
-        for side, parts in sides:
-            found += [(number, side, array) for rows in parts for array in rows.arrays(shapes)]
+        if not fixed:
+            seen = replace(projection, shared_key=()) if _touch(projection.shared_key, held) else projection
+            _check_sizes(name, seen, shapes)
+        declared: list[Part] = [part for part in FACTOR_OF if getattr(projection, part)]
+        for part, side in factors_of(declared, fixed).items():
+            arrays: list[RowsOfArray] = [own for rows in getattr(projection, part) for own in rows.arrays(shapes)]
+            for array in arrays:
+                found.append((number, side, array))
     by_array: dict[str, list[RowsOfArray]] = {}
     for _, _, rows in found:
         by_array.setdefault(rows.name, []).append(rows)
@@ -321,6 +362,36 @@ def _scalings(
         if overlapping(parts):
             raise ValueError(f"two declarations scale the same rows of {name!r}.")
     return found
+
+
+def _touch(parts: Iterable[HeadRows], names: Iterable[str]) -> bool:
+    """Tell whether one of the arrays is of one of the parts."""
+    return any(_meets(name, rows.path) for name in names for rows in parts)
+
+
+def _check_sizes(name: str, projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where the query and the key of a head differ in size, or a part is queries and keys at once."""
+    for query, key in (
+        (projection.query, projection.key),
+        (projection.query_facing_shared, projection.shared_key),
+    ):
+        if not query or not key:
+            continue
+        sizes = [sum(rows.head_size(shapes) for rows in side) for side in (query, key)]
+        if sizes[0] != sizes[1] and len(query) == len(key):
+            raise ValueError(
+                f"{name or 'the attention'}: a head has a query of {sizes[0]} rows in {query[0].path!r} and a key of "
+                f"{sizes[1]} in {key[0].path!r}. Check the numbers of heads ({query[0].num_heads} and "
+                f"{key[0].num_heads}), in_axis and layer_axis."
+            )
+        if {rows.path for rows in query} & {rows.path for rows in key}:
+            arrays = [array for rows in (*query, *key) for array in rows.arrays(shapes)]
+            for shared in {array.name for array in arrays}:
+                if overlapping([array for array in arrays if array.name == shared]):
+                    raise ValueError(
+                        f"{name or 'the attention'}: its queries and keys are the same rows of {shared!r}; "
+                        "declare the rows of each: HeadRows(path, num_heads, size, start, stride)."
+                    )
 
 
 def _meets(name: str, path: str) -> bool:

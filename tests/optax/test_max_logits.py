@@ -540,7 +540,7 @@ def test_the_far_pairs_of_alibi_count_at_30000_positions():
         ({"key": jnp.ones((2, 37, 0, 8))}, "key has 0 heads"),
         ({"key": jnp.ones((2, 37, 3, 9))}, "differ in batch or head width"),
         ({"key": jnp.ones((1, 37, 3, 8))}, "differ in batch or head width"),
-        ({"mask": jnp.ones((37, 37), jnp.float32)}, "mask is float32; give a bool one"),
+        ({"mask": jnp.full((37, 37), -1e9)}, "mask has negative numbers, as one that is added"),
         ({"mask": jnp.ones((2, 3, 37, 37), bool)}, r"mask has shape \(2, 3, 37, 37\)"),
         ({"mask": jnp.ones((1, 1, 1, 1, 37), bool)}, "mask has shape"),
         ({"mask": jnp.ones((36,), bool)}, "mask has shape"),
@@ -569,3 +569,11 @@ def test_a_traced_tau_is_taken_as_it_is():
     q, k = random_qk()
     maxima = jax.jit(certified_max_logits)(q, k, 0.1)
     np.testing.assert_allclose(maxima, exact_max_logits(q, k), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_mask_of_zeros_and_ones_is_read_as_flax_reads_it(dtype):
+    q, k = (jnp.asarray(np.random.default_rng(seed).normal(size=(1, 5, 2, 3)), jnp.float32) for seed in (0, 1))
+    causal = jnp.asarray(np.tri(5), dtype)[None, None]
+    for measured in (exact_max_logits(q, k, mask=causal), dot_product_attention(q, k, k, mask=causal)[1]):
+        np.testing.assert_array_equal(measured, exact_max_logits(q, k, is_causal=True))

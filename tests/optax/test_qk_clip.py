@@ -95,7 +95,7 @@ def test_multi_head_latent_attention():
     params = {"q_b": {"kernel": normal(3, rank_q, H * (nope + rope))}, "kv_b": normal(4, H * (nope + value), rank_kv)}
     projection = QKProjection(
         H,
-        query=(HeadRows("q_b", H, nope, 0, nope + rope),),
+        query=(HeadRows("q_b", H, nope, 0, nope + rope, rows=H * (nope + rope)),),
         key=(HeadRows("kv_b", H, nope, 0, nope + value, in_axis=-1),),
         query_facing_shared=(HeadRows("q_b", H, rope, nope, nope + rope),),
     )
@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_an_error(projections, arguments, message):
         (lambda: QKProjection(H), "needs `query` and `key`"),
         (lambda: QKProjection(H, query=(HeadRows("q", 3),)), "'q' has rows for 3 heads, the attention has 6"),
         (lambda: QKProjection.gqa(q="q", k="k", num_heads=6, num_kv_heads=4), "num_kv_heads=4 must divide"),
-        (lambda: HeadRows("q", 2, in_axis=1), "in_axis=1 for 'q'"),
+        (lambda: HeadRows("q", 2, in_axis="in"), "in_axis='in' for 'q'"),
         (lambda: HeadRows("q", 0), "num_heads"),
         (
             lambda: QKProjection(1, query=(HeadRows("q", 1, layer_axis=0),), key=(HeadRows("k", 1),)),
@@ -362,9 +362,7 @@ def test_wrong_declarations_are_named(make, message):
 
 def test_an_array_beside_the_kernel_that_is_no_bias_is_refused():
     params = {"q": {"kernel": jnp.ones((D, H, W)), "lora_a": jnp.ones((D, 3))}, "k": jnp.ones((D, H, W))}
-    with pytest.raises(
-        ValueError, match=r"'q' holds 'q/lora_a' of shape .*, which is neither the kernel 'q/kernel' nor"
-    ):
+    with pytest.raises(ValueError, match=r"'q' holds 'q/lora_a' of shape .*, which is neither a kernel nor a bias"):
         qk_clip(MHA).init(params)
 
 

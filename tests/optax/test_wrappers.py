@@ -156,15 +156,29 @@ def test_the_state_says_of_an_attention_that_is_not_trained_that_no_head_was_cli
 
 
 @pytest.mark.parametrize("frozen", [["key"], ["key/bias"], ["query/kernel"], ["query/bias", "key/bias"]], ids=str)
-def test_an_attention_of_which_a_part_is_not_trained_is_an_error(frozen):
+def test_of_an_attention_with_a_frozen_part_the_other_takes_all_of_the_factor(frozen):
+    params = tiny.init()
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: not any(
             f"first/attention/{each}" in jax.tree_util.keystr(path, simple=True, separator="/") for each in frozen
         ),
-        tiny.init(),
+        params,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"first.*masked and the rest of this attention is not"):
-        optax.masked(tiny.optimizer(), mask).init(tiny.init())
+    tx = optax.masked(qk_clip(tiny.PROJECTIONS, 1.0), mask)
+    maxima = {name: jnp.full(tiny.HEADS, 4.0) for name in tiny.LAYERS}
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(still, tx.init(params), params, max_logits=maxima)
+    sides = {each.split("/")[0] for each in frozen}
+    for side in ("query", "key"):
+        factor = 1.0 if side in sides else 0.25
+        for name, weight in params["first"]["attention"][side].items():
+            np.testing.assert_allclose(
+                updates["first"]["attention"][side][name],
+                (1 if len(sides) > 1 else factor) * weight - weight,
+                rtol=1e-5,
+                atol=1e-7,
+            )
+    assert state.inner_state.frozen == (tiny.HEADS if len(sides) > 1 else 0)
 
 
 def test_gradients_are_clipped_before_muon_and_nothing_comes_after_the_clip():
