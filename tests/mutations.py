@@ -2042,6 +2042,13 @@ MUTATIONS = (
         tests_of("torch/test_wrong_arguments.py", "test_a_wrong_argument_is_named"),
     ),
     Mutation(
+        "form-unknown-to-jax",
+        "A misspelt ns_form runs the standard form in JAX.",
+        'check_choice("ns_form", ns_form, "standard", "gram", None)',
+        "pass",
+        tests_of("optax/test_wrong_arguments.py", "test_a_wrong_argument_is_named"),
+    ),
+    Mutation(
         "maximize-dropped",  # 40
         "A group that says maximize=True is minimised in silence.",
         'OFF = ("amsgrad", "maximize", "differentiable", "dampening")',

@@ -23,7 +23,7 @@ def update_scale(fan_out: int, fan_in: int, adjust_lr_fn: AdjustLR) -> float:
     """
     for name, size in (("fan_out", fan_out), ("fan_in", fan_in)):
         if not (type(size) is int and size > 0):
-            check_whole(name, size)
+            check_whole(name, size, 0)  # of an array that holds nothing
     is_name = isinstance(adjust_lr_fn, str)  # and not an array, which compares by its elements
     if adjust_lr_fn is None or (is_name and adjust_lr_fn == "original"):
         return math.sqrt(max(1.0, fan_out / fan_in))

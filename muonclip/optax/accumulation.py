@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muonclip.core.arguments import check_kind, check_whole
+from muonclip.optax.arguments import check_if_concrete
 from muonclip.optax.paths import name_of
 from muonclip.optax.qk_clip import QKClipState, check_max_logits, check_shape, is_narrow
 
@@ -40,8 +42,9 @@ def accumulate(
     `inner` must hold one `qk_clip`; without one `optax.MultiSteps` does. Raises ValueError otherwise, TypeError for an
     update without `max_logits`.
     """
-    if not callable(every) and every < 1:
-        raise ValueError(f"every={every} must be at least 1: the micro-steps that make one step.")
+    check_kind("inner", inner, optax.GradientTransformation, "a GradientTransformation of Optax")
+    if not callable(every):
+        check_if_concrete(every, lambda steps: check_whole("every", steps, hint="the micro-steps that make one step."))
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AccumulateState:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from muonclip.core.arguments import check_kind
 from muonclip.optax.paths import below
 
 
@@ -48,6 +49,7 @@ class HeadRows:
     rows: int | None = None
 
     def __post_init__(self) -> None:
+        check_kind("path", self.path, str, "the name of an array or of a module")
         for name in ("num_heads", "size", "stride", "rows"):
             _check_integer(self.path, name, getattr(self, name), at_least=1, none=name != "num_heads")
         _check_integer(self.path, "start", self.start, at_least=0, none=False)

@@ -14,9 +14,11 @@ import optax
 
 from muonclip.core import resolve_coefficients, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
+from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_kind
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
+from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
 from muonclip.optax.qk_clip import QKProjections, qk_clip
@@ -60,12 +62,14 @@ def scale_by_muon(
     """
     resolve_coefficients(ns_coefficients, ns_steps)
     update_scale(1, 1, adjust_lr_fn)
+    check_choice("ns_form", ns_form, "standard", "gram", None)
+    check_dtype("mu_dtype", mu_dtype)
+    check_dtype("ns_dtype", ns_dtype)
+    check_scalar("eps", eps, NOT_NEGATIVE)
+    check_scalar("beta", beta, BELOW_ONE)
     if ns_form == "gram":
         checked_gram_restarts(ns_coefficients, ns_steps)
-    if nesterov not in (True, False, "bias_corrected"):
-        raise ValueError(f"nesterov={nesterov!r}; use True, False or 'bias_corrected'.")
-    if isinstance(beta, int | float) and not 0 <= beta < 1:
-        raise ValueError(f"beta={beta} must be in [0, 1).")
+    check_if_concrete(nesterov, lambda value: check_choice("nesterov", value, True, False, "bias_corrected"))
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form)
 
     return scale_by_rule(
@@ -120,6 +124,13 @@ def muonclip(
 
         static_args=("muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
     """
+
+    if learning_rate is not None:  # Optax: no scaling
+        check_scalar("learning_rate", learning_rate, NOT_NEGATIVE, schedule=True)
+    check_scalar("weight_decay", weight_decay, NOT_NEGATIVE, schedule=True)
+    check_mask("weight_decay_mask", weight_decay_mask)
+    if adamw is not None:
+        check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
 
     def planned(field: str) -> Callable[[Any], Any]:
         def tree(params: Any) -> Any:

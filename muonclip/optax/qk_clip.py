@@ -8,7 +8,7 @@ argument `max_logits`; `muonclip.optax.max_logits` measures it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core import ClipFactors, clip_factors
@@ -32,6 +31,7 @@ from muonclip.core.head_parts import (
     latent_parts,
 )
 from muonclip.core.qk_clip import check_alpha, check_tau
+from muonclip.optax.arguments import check_if_concrete
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
 
@@ -194,8 +194,8 @@ def qk_clip(
     exist, for τ ≤ 0 and for α outside [0, 1].
     """
     if not callable(tau):
-        _check_if_concrete(tau, check_tau)
-    _check_if_concrete(alpha, check_alpha)
+        check_if_concrete(tau, check_tau)
+    check_if_concrete(alpha, check_alpha)
     projections, treedef = _flatten(qk_projections)
 
     def init(params: optax.Params) -> QKClipState:
@@ -430,7 +430,7 @@ def check_shape(name: str, maximum: Any, wanted: tuple[int, ...]) -> None:
 def check_max_logits(max_logits: Any) -> None:
     """Raise ValueError for a maximum that is NaN or +inf, where it can be seen."""
     for path, maximum in jax.tree_util.tree_flatten_with_path(max_logits)[0]:
-        _check_if_concrete(maximum, partial(_check_finite, name_of(path)))
+        check_if_concrete(maximum, partial(_check_finite, name_of(path)))
 
 
 def _check_finite(name: str, maximum: Any) -> None:
@@ -442,13 +442,6 @@ def _check_finite(name: str, maximum: Any) -> None:
             f"max_logits of {name or 'the attention'} is {values[bad][0]} at {where}: the forward pass overflowed. "
             "Nothing was updated; skip the step."
         )
-
-
-def _check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
-    """Check a value that can be read: not while JAX traces, nor where it is spread over processes."""
-    if isinstance(value, jax.Array) and (isinstance(value + 0, Tracer) or not value.is_fully_addressable):
-        return
-    check(value)
 
 
 def _as(number: Any, like: jax.Array) -> Any:

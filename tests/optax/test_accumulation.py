@@ -199,7 +199,7 @@ def test_errors_name_what_is_missing():
         tx.update(grads, tx.init(params), params)
     with pytest.raises(ValueError, match="max_logits has the structure"):
         tx.update(grads, tx.init(params), params, max_logits=maxima["first"])
-    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+    with pytest.raises(ValueError, match="every=0 must be a whole number of at least 1"):
         accumulate(tiny.optimizer(), 0)
     with pytest.raises(ValueError, match=r"this one has 0\. Use optax\.MultiSteps"):
         accumulate(optax.adam(1e-3), EVERY).init(params)

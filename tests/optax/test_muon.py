@@ -219,7 +219,7 @@ def test_read_only_arrays_are_accepted_and_left_alone():
         ({"ns_coefficients": "jordn"}, (2, 3), "not a known polynomial"),
         ({"ns_coefficients": "cans", "ns_form": "gram"}, (2, 3), "Gram form is not accurate"),
         ({"beta": 1.0}, (2, 3), r"beta=1.0 must be in \[0, 1\)"),
-        ({"nesterov": "torch"}, (2, 3), "nesterov='torch'; use True, False or 'bias_corrected'"),
+        ({"nesterov": "torch"}, (2, 3), "nesterov='torch'; use True, False, or 'bias_corrected'"),
         ({"adjust_lr_fn": "rms"}, (2, 3), "adjust_lr_fn='rms'"),
         (
             {"weight_dimension_numbers": {"w": MuonDimensionNumbers(0, 0)}},

@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_an_error(projections, arguments, message):
             lambda: QKProjection(1, query=(HeadRows("q", 1, layer_axis=0),), key=(HeadRows("k", 1),)),
             "some parts stack layers",
         ),
-        (lambda: accumulate(optax.sgd(1.0), 0), "every=0 must be at least 1"),
+        (lambda: accumulate(optax.sgd(1.0), 0), "every=0 must be a whole number of at least 1"),
     ],
 )
 def test_wrong_declarations_are_named(make, message):

@@ -130,7 +130,7 @@ def table():
     yield from add("clip_factors", lambda **o: clip_factors(**factors | o), tau=NO_NO_ARRAY, alpha=NO_NO_ARRAY)
     scale = dict(fan_out=3, fan_in=4, adjust_lr_fn=None)
     yield from add(
-        "update_scale", lambda **o: update_scale(**scale | o), fan_out=NO_COUNT, fan_in=NO_COUNT,
+        "update_scale", lambda **o: update_scale(**scale | o), fan_out=NO_INDEX, fan_in=NO_INDEX,
         adjust_lr_fn=but_none(NOT_POSITIVE),
     )  # fmt: skip
     yield from add(

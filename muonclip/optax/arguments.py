@@ -1,0 +1,50 @@
+"""Checks of the arguments that transformations are made with, as far as their values can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from muonclip.core.arguments import Rule, check_number, shown
+
+
+def check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
+    """Check a value that can be read: not while JAX traces, nor where it is spread over processes."""
+    if isinstance(value, jax.Array) and (isinstance(value + 0, Tracer) or not value.is_fully_addressable):
+        return
+    check(value)
+
+
+def check_scalar(name: str, value: Any, rule: Rule, *, schedule: bool = False) -> None:
+    """Raise TypeError for what is not a number, a traced one or, if allowed, a schedule; ValueError by the rule."""
+    if not (schedule and callable(value)):
+        hint = "a number, or a schedule." if schedule else ""
+        check_if_concrete(value, lambda number: check_number(name, number, rule, hint))
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raise ValueError unless it is a real floating dtype of two bytes or more, its name, or None."""
+    is_value = isinstance(dtype, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    try:
+        known = jnp.dtype(bool) if is_value else None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        known = jnp.dtype(bool)
+    if known is not None and not (jnp.issubdtype(known, jnp.floating) and known.itemsize > 1):
+        raise ValueError(f"{name}={shown(dtype)} is not a floating dtype; give jnp.float32, jnp.bfloat16, … or None.")
+
+
+def check_mask(name: str, mask: Any) -> None:
+    """Raise TypeError unless every leaf of a mask is True or False; a function of the parameters makes one later."""
+    if mask is None or callable(mask):
+        return
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool) and str(getattr(leaf, "dtype", "")) != "bool":
+            raise TypeError(
+                f"{name} holds {shown(leaf)}; give a tree with True or False for each array, or a function of the "
+                "parameters that makes it."
+            )
