@@ -2577,6 +2577,13 @@ MUTATIONS = (
         tests_of("optax/test_declarations.py", "test_a_declaration_that_the_shapes_contradict_is_an_error_at_init"),
     ),
     Mutation(
+        "optax-check-without-scale",
+        "The proof does not scale queries alone, and takes wrongly grouped heads.",
+        "        if _same([wanted], [after], tolerance):",
+        "        if True:",
+        tests_of("optax/test_check.py", "test_a_wrong_one_is_named"),
+    ),
+    Mutation(
         "optax-adapter-left-behind",
         "The base is scaled and the adapter is not.",
         'if _adapter_part(name) == "b":',

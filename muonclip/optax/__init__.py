@@ -5,6 +5,7 @@ Orthogonalisation and the factors of the clip are `muonclip.core`'s; nothing her
 """
 
 from muonclip.optax.accumulation import AccumulateState, accumulate
+from muonclip.optax.check import check
 from muonclip.optax.head_rows import HeadRows
 from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
 from muonclip.optax.muon import ScaleByMuonState, muonclip, scale_by_muon
@@ -21,6 +22,7 @@ __all__ = [
     "ScaleByMuonState",
     "accumulate",
     "certified_max_logits",
+    "check",
     "dot_product_attention",
     "exact_max_logits",
     "muonclip",

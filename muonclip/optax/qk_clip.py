@@ -196,14 +196,14 @@ def qk_clip(
     if not callable(tau):
         check_if_concrete(tau, check_tau)
     check_if_concrete(alpha, check_alpha)
-    projections, treedef = _flatten(qk_projections)
+    projections, treedef = flatten_projections(qk_projections)
 
     def init(params: optax.Params) -> QKClipState:
         leaves = named_leaves(params)
         shapes = shapes_of(leaves)
         if leaves:  # none where Optax asks for the structure of the state alone
             _scalings(projections, leaves)
-        gamma = [jnp.ones(_shape(projection, shapes), jnp.float32) for _, projection in projections]
+        gamma = [jnp.ones(maxima_shape(projection, shapes), jnp.float32) for _, projection in projections]
         zero = jnp.zeros((), jnp.int32)
         return QKClipState(zero, jax.tree.unflatten(treedef, gamma), zero, zero, zero)
 
@@ -226,7 +226,7 @@ def qk_clip(
             raise ValueError("qk_clip corrects params + updates: call update(grads, state, params, max_logits=…).")
         leaves = named_leaves(params)
         check_max_logits(max_logits)
-        maxima = _maxima(projections, treedef, max_logits, shapes_of(leaves))
+        maxima = maxima_of(projections, treedef, max_logits, shapes_of(leaves))
         scalings = _scalings(projections, leaves)
         now: Any = tau(state.step) if callable(tau) else tau
         usable = jnp.logical_and(now > 0, jnp.logical_and(alpha >= 0, alpha <= 1))
@@ -308,7 +308,7 @@ def _where(usable: jax.Array, number: Any, default: float) -> Any:
     return jnp.where(usable, number, default) if isinstance(number, jax.Array) else number
 
 
-def _flatten(qk_projections: QKProjections) -> tuple[list[tuple[str, QKProjection]], Any]:
+def flatten_projections(qk_projections: QKProjections) -> tuple[list[tuple[str, QKProjection]], Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(qk_projections, is_leaf=_is_projection)
     for path, leaf in leaves:
         if not _is_projection(leaf):
@@ -322,7 +322,7 @@ def _is_projection(leaf: Any) -> TypeGuard[QKProjection]:
     return isinstance(leaf, QKProjection)
 
 
-def _shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def maxima_shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return the shape of the maxima of one attention."""
     layers = {rows.num_layers(shapes) for rows in projection.parts()} if shapes else set()
     if len(layers) > 1:
@@ -399,7 +399,7 @@ def _meets(name: str, path: str) -> bool:
     return below(path, name) or below(name, path)
 
 
-def _maxima(
+def maxima_of(
     projections: list[tuple[str, QKProjection]], treedef: Any, max_logits: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[jax.Array]:
     given, given_treedef = jax.tree.flatten(max_logits)
@@ -410,7 +410,7 @@ def _maxima(
         )
     maxima: list[jax.Array] = []
     for (name, projection), maximum in zip(projections, given, strict=True):
-        maximum, wanted = jnp.asarray(maximum), _shape(projection, shapes)
+        maximum, wanted = jnp.asarray(maximum), maxima_shape(projection, shapes)
         of_masked_stack = len(wanted) == 1 and any(rows.layer_axis is not None for rows in projection.parts())
         if not of_masked_stack:
             check_shape(name, maximum, wanted)
