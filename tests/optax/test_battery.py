@@ -9,7 +9,7 @@ import pytest
 from muonclip.core import MatrixLayout
 from muonclip.optax import QKProjection, accumulate, muonclip, qk_clip, scale_by_muon
 
-ATTENTION = {"attn": QKProjection.gqa(q="q/kernel", k="k", num_heads=3, num_kv_heads=1)}
+ATTENTION = {"attn": QKProjection.gqa(q="q/kernel", k="k", num_heads=3, num_kv_heads=1, in_axis=0)}
 MAXIMA = {"attn": jnp.asarray([1.0, 300.0, 50.0], jnp.float32)}
 LAYOUTS = {
     "q": {"kernel": MatrixLayout(transposed=True), "bias": None},

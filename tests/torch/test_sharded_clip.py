@@ -391,7 +391,8 @@ def test_a_model_sharded_on_meta_is_filled_behind_its_optimizer():
                 parameter.to_local().copy_(torch.randn(parameter.shape))
         before = [parameter.to_local().clone() for parameter in model.parameters()]
         model(torch.randn(2, 5, 12)).square().sum().backward()
-        optimizer.step()
+        with pytest.warns(UserWarning, match=r"2\.weight \(output head"):  # which no forward on meta could show
+            optimizer.step()
         assert optimizer.qk_clip.report().clipped_heads == 4
         assert not any(torch.equal(a, b.to_local()) for a, b in zip(before, model.parameters(), strict=True))
     finally:

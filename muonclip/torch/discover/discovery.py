@@ -71,8 +71,9 @@ class Inputs:
         kinds of tensors, with two entries along each axis that has none."""
         leaves, structure = tree_flatten((tuple(self.args), dict(self.kwargs)))
         first = next((each for each in leaves if isinstance(each, Tensor)), None)
-        if first is None or first.numel():
-            return self
+        with torch._C.DisableTorchFunction():  # which whoever watches the model's functions would see
+            if first is None or first.numel():
+                return self
         full = [_filled(each) if isinstance(each, Tensor) and not each.numel() else each for each in leaves]
         args, kwargs = tree_unflatten(full, structure)
         return Inputs(args, kwargs, self.module)

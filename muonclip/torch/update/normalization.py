@@ -36,7 +36,7 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
     }
     factors = [1 / max(norm, floor) if is_sure else 1.0 for norm, is_sure in zip(norms, sure, strict=True)]
     if small:
-        result = lines.mul_(torch.tensor(factors, dtype=wide)[:, None]).to(dtype).view_as(stack)
+        result = lines.mul_(torch.tensor(factors, dtype=wide, device=stack.device)[:, None]).to(dtype).view_as(stack)
     elif stack.dtype == dtype:
         result = stack
         torch._foreach_mul_(list(stack), factors)  # pyright: ignore[reportPrivateImportUsage]
