@@ -15,6 +15,7 @@ import optax
 
 from muonclip.core.arguments import check_kind, check_whole
 from muonclip.optax.arguments import check_if_concrete
+from muonclip.optax.dtypes import wide
 from muonclip.optax.paths import name_of
 from muonclip.optax.qk_clip import QKClipState, check_max_logits, check_shape, is_narrow
 
@@ -52,7 +53,7 @@ def accumulate(
         return AccumulateState(
             micro_step=jnp.zeros((), jnp.int32),
             step=jnp.zeros((), jnp.int32),
-            gradients=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), params),
+            gradients=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide(p.dtype)), params),
             max_logits=_nothing_seen(inner_state),
             inner_state=inner_state,
         )
@@ -76,7 +77,9 @@ def accumulate(
         ):
             check_shape(name_of(path), maximum, so_far.shape)
         seen = state.micro_step + 1
-        gradients = jax.tree.map(lambda mean, g: mean + (g.astype(mean.dtype) - mean) / seen, state.gradients, updates)
+        gradients = jax.tree.map(
+            lambda mean, g: mean + (g.astype(mean.dtype) - mean) / seen.astype(mean.dtype), state.gradients, updates
+        )
         maxima = jax.tree.map(lambda old, new: jnp.maximum(old, new).astype(old.dtype), state.max_logits, max_logits)
 
         def step() -> tuple[optax.Updates, optax.OptState]:
@@ -105,10 +108,6 @@ def accumulate(
         return jax.lax.cond(due, emit, wait, None)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _wide(array: Any) -> Any:
-    return jnp.promote_types(array.dtype, jnp.float32)
 
 
 def _nothing_seen(inner_state: optax.OptState) -> Any:

@@ -86,16 +86,17 @@ class AttentionMask:
 
     def allowed(self, row: Array, column: Array, height: int, width: int, groups: int) -> Array | None:
         """Return the allowed pairs of one tile, bool, broadcastable to [B, G, H / G, height, width]; None: all."""
-        i, j = row + jnp.arange(height)[:, None], column + jnp.arange(width)
+        i = row + jnp.arange(height, dtype=row.dtype).reshape(1, 1, 1, height, 1)
+        j = column + jnp.arange(width, dtype=column.dtype).reshape(1, 1, 1, 1, width)
         conditions: list[Array] = []
         if self.is_causal:
             conditions.append(j <= i)
         if self.window is not None:
             conditions.append((i - self.window[0] <= j) & (j <= i + self.window[1]))
         if self.query_lengths is not None:
-            conditions.append(i < jnp.reshape(self.query_lengths, (-1, 1, 1, 1, 1)))
+            conditions.append(i < jnp.reshape(self.query_lengths, (-1, 1, 1, 1, 1)).astype(i.dtype))
         if self.key_lengths is not None:
-            conditions.append(j < jnp.reshape(self.key_lengths, (-1, 1, 1, 1, 1)))
+            conditions.append(j < jnp.reshape(self.key_lengths, (-1, 1, 1, 1, 1)).astype(j.dtype))
         if self.segments is not None:
             of_queries, of_keys = cut(self.segments[0], 1, row, height), cut(self.segments[1], 1, column, width)
             conditions.append((of_queries[:, :, None] == of_keys[:, None])[:, None, None])

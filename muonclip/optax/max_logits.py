@@ -32,6 +32,7 @@ from jax import Array
 from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
 from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, cut
+from muonclip.optax.dtypes import wide
 
 
 def exact_max_logits(
@@ -234,7 +235,7 @@ def _batched(x: Array) -> Array:
 
 
 def _statistic_dtype(query: Array, key: Array) -> Any:
-    return jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+    return max(wide(query.dtype), wide(key.dtype), key=lambda dtype: dtype.itemsize)
 
 
 def _scale(query: Array, scale: float | None) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from muonclip.core import Products, iterate, normalize
 from muonclip.core.coefficients import Coefficients
+from muonclip.optax.dtypes import wide
 
 _CPU_STACK_BYTES, _STACK_BYTES = 2**19, 2**28
 
@@ -23,9 +24,9 @@ def _gram(x: jax.Array) -> jax.Array:
 
 def _sum(addend: jax.Array, a: jax.Array, b: jax.Array, beta: float, alpha: float) -> jax.Array:
     """Compute β addend + α ab, rounded once: in bf16, roundings of the terms send some small matrices to infinity."""
-    wide = jnp.promote_types(addend.dtype, jnp.float32)
-    product = jnp.matmul(a, b, preferred_element_type=wide)
-    return (beta * addend.astype(wide) + alpha * product).astype(addend.dtype)
+    dtype = wide(addend.dtype)
+    product = jnp.matmul(a, b, preferred_element_type=dtype)
+    return (beta * addend.astype(dtype) + alpha * product).astype(addend.dtype)
 
 
 PRODUCTS = Products(
@@ -69,7 +70,7 @@ class NewtonSchulz:
         for (m, n, dtype), members in shapes.items():
             for stack in _stacks([batches[index].shape[0] for index in members], self._stack_size(m, n, dtype)):
                 pieces = [batches[members[member]][start:stop] for member, start, stop in stack]
-                done = self._orthogonalize([_wide(piece) for piece in pieces])
+                done = self._orthogonalize([_lying(piece) for piece in pieces])
                 for (member, _, _), piece, result in zip(stack, pieces, done, strict=True):
                     result = result.mT if piece.shape[1] > piece.shape[2] else result
                     results[members[member]].append(result)
@@ -89,10 +90,10 @@ class NewtonSchulz:
 
     def _stack_size(self, m: int, n: int, dtype: Any) -> int:
         limit = self.stack_bytes or (_CPU_STACK_BYTES if jax.default_backend() == "cpu" else _STACK_BYTES)
-        return max(1, limit // (m * n * jnp.dtype(jnp.promote_types(dtype, jnp.float32)).itemsize))
+        return max(1, limit // (m * n * wide(dtype).itemsize))
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def _lying(x: jax.Array) -> jax.Array:
     return x.mT if x.shape[1] > x.shape[2] else x
 
 

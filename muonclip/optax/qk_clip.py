@@ -32,6 +32,7 @@ from muonclip.core.head_parts import (
 )
 from muonclip.core.qk_clip import check_alpha, check_tau
 from muonclip.optax.arguments import check_if_concrete
+from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
 
@@ -273,16 +274,16 @@ def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None, wid
     """Return the update that ends at factor · (weight + update)."""
     if factor is None:
         return update
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
-    factor, old = factor.astype(wide), weight.astype(wide)
+    dtype = wide(weight.dtype)
+    factor, old = factor.astype(dtype), weight.astype(dtype)
     loud = (factor < 1) | jnp.zeros_like(update, bool)  # sharded as the update, which a select wants
-    target = factor * (old + update.astype(wide))
+    target = factor * (old + update.astype(dtype))
     if not is_narrow(weight):
         return jnp.where(loud, target - old, update).astype(update.dtype)
     if wide_updates:
-        return jnp.where(loud, target - old, update.astype(wide))
+        return jnp.where(loud, target - old, update.astype(dtype))
     # The barrier keeps XLA from leaving the rounding out.
-    target = jax.lax.optimization_barrier(target.astype(weight.dtype)).astype(wide)
+    target = jax.lax.optimization_barrier(target.astype(weight.dtype)).astype(dtype)
     return jnp.where(loud, (target - old).astype(update.dtype), update)
 
 
@@ -417,7 +418,9 @@ def maxima_of(
         sharding = jax.typeof(maximum).sharding
         if any(sharding.spec):  # heads of an explicit mesh: every device takes all
             maximum = jax.sharding.reshard(maximum, NamedSharding(sharding.mesh, PartitionSpec()))
-        maxima.append(maximum.astype(jnp.promote_types(maximum.dtype, jnp.float32)))
+        maxima.append(
+            maximum.astype(wide(maximum.dtype) if jnp.issubdtype(maximum.dtype, jnp.floating) else jnp.float32)
+        )
     return maxima
 
 

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from muonclip.core import MatrixLayout
 from muonclip.optax.array_layout import ArrayLayout
+from muonclip.optax.dtypes import wide
 from muonclip.optax.newton_schulz import NewtonSchulz
 
 MeshAxes: TypeAlias = tuple[str, ...]
@@ -157,16 +158,15 @@ def _orthogonalize(
     for members, own, shape in zip(together.values(), blocks, shapes, strict=True):
         matrices = plans[members[0]]
         polar, scales = [next(flat) for _ in own], matrices.scales
-        wide = jnp.promote_types(own[0].dtype, jnp.float32)
         if len(set(scales)) > 1:
-            polar = [block.astype(wide) * scale for block, scale in zip(polar, scales, strict=True)]
+            polar = [block.astype(wide(block.dtype)) * scale for block, scale in zip(polar, scales, strict=True)]
             scales = (1.0,)
         units = matrices.fused.join(polar, _unit_shape(matrices, shape), xp=jnp)
         back = _bring_back(jnp.reshape(units, shape), matrices.moves)
         counts = [len(spread[index]) for index in members]
         edges = [sum(counts[:i]) for i in range(1, len(counts))]
         for index, part in zip(members, jnp.split(back[: sum(counts)], edges), strict=True):
-            done[index] = matrices.layout.array(part.astype(wide) * scales[0], arrays[index].shape)
+            done[index] = matrices.layout.array(part.astype(wide(part.dtype)) * scales[0], arrays[index].shape)
     return tuple(done[index] for index in range(len(arrays)))
 
 

@@ -15,6 +15,7 @@ from muonclip.core.matrix_state import MatrixState
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.array_layout import KERNEL, ArrayLayout
+from muonclip.optax.dtypes import wide
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import declared_for, named_arrays
 from muonclip.optax.plan import weight_layouts
@@ -78,7 +79,7 @@ def scale_by_rule(
         for number, (gradient, layout) in enumerate(zip(gradients, layouts.values(), strict=True)):
             old = {name: column[number] for name, column in columns.items()}
             dtype = old["momentum_buffer"].dtype
-            momentum = Momentum(beta, nesterov, count.astype(_wide_dtype(dtype)))
+            momentum = Momentum(beta, nesterov, count.astype(wide(dtype)))
             scales = _scales(layout, gradient.shape, adjust_lr_fn)
             arrays.append(_Array(gradient, layout, old, momentum, _operations(layout, dtype), scales))
         states = [rule.advance(each.gradient, each.old, each.momentum, each.operations) for each in arrays]
@@ -126,7 +127,7 @@ def _applied(
 
 def _zeros(declared: MatrixState, leaf: jax.Array, layout: ArrayLayout, mu_dtype: Any) -> jax.Array:
     """Make a state of all matrices of an array, sharded as the array is."""
-    dtype = _wide_dtype(leaf.dtype) if declared.dtype == "wide" else mu_dtype or leaf.dtype
+    dtype = wide(leaf.dtype) if declared.dtype == "wide" else mu_dtype or leaf.dtype
     zeros = jnp.zeros_like(leaf, dtype)
     return jnp.sum(zeros, axis=layout.fan_in, keepdims=True) if declared.is_per_row else zeros
 
@@ -163,10 +164,10 @@ def _scales(layout: ArrayLayout, shape: tuple[int, ...], adjust_lr_fn: AdjustLR)
 
 def _operations(layout: ArrayLayout, dtype: Any) -> MatrixOperations:
     """Make the operations on a whole array of matrices; averages are rounded once, to `dtype`."""
-    wide = _wide_dtype(dtype)
+    summed = wide(dtype)
 
     def lerp(start: jax.Array, end: jax.Array, weight: Any) -> jax.Array:
-        start, end = start.astype(wide), end.astype(wide)
+        start, end = start.astype(summed), end.astype(summed)
         return (start + weight * (end - start)).astype(dtype)
 
     def total(x: jax.Array) -> jax.Array:
@@ -180,7 +181,7 @@ def _operations(layout: ArrayLayout, dtype: Any) -> MatrixOperations:
     return MatrixOperations(
         lerp=lerp,
         average=lerp,
-        wide=lambda x: x.astype(_wide_dtype(x.dtype)),
+        wide=lambda x: x.astype(wide(x.dtype)),
         mean_columns=lambda x: jnp.mean(x, axis=layout.fan_in, keepdims=True),
         sum=total,
         xp=jnp,
@@ -202,7 +203,3 @@ def _by_block(layout: ArrayLayout, x: jax.Array, scales: tuple[float, ...]) -> j
 def _resharded(rows: jax.Array, spec: PartitionSpec, wanted: PartitionSpec) -> jax.Array:
     """Move what there is per row where `wanted` says, if its type says (`spec`) that it is spread over a mesh."""
     return jax.sharding.reshard(rows, wanted) if any(spec) else rows
-
-
-def _wide_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
