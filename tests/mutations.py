@@ -1846,8 +1846,8 @@ MUTATIONS = (
     Mutation(
         "jax-rounds-each-term",  # 38
         "In JAX the terms of a product's sum are rounded to bf16 one by one.",
-        "wide = jnp.promote_types(addend.dtype, jnp.float32)",
-        "wide = addend.dtype",
+        "dtype = wide(addend.dtype)",
+        "dtype = addend.dtype",
         tests_of("core/test_no_explosion.py", "test_jax_rounds_each_product_once"),
     ),
     Mutation(
@@ -2529,15 +2529,15 @@ MUTATIONS = (
     Mutation(
         "optax-clips-the-old-weights",
         "The parameters are scaled and the update is not.",
-        "target = factor * (old + update.astype(wide))",
-        "target = factor * old + update.astype(wide)",
+        "target = factor * (old + update.astype(dtype))",
+        "target = factor * old + update.astype(dtype)",
         tests_of("optax/test_qk_clip.py", "test_it_corrects_the_sum_of_parameters_and_updates"),
     ),
     Mutation(
         "optax-difference-in-bf16",  # 41
         "γ·(w + u) − w is computed in the dtype of the parameters.",
-        "wide = jnp.promote_types(weight.dtype, jnp.float32)\n    factor, old",
-        "wide = weight.dtype\n    factor, old",
+        "dtype = wide(weight.dtype)\n    factor, old",
+        "dtype = weight.dtype\n    factor, old",
         tests_of("optax/test_qk_clip.py", "test_it_is_exact_to_the_rounding_of_the_parameters"),
     ),
     Mutation(
@@ -2706,8 +2706,8 @@ MUTATIONS = (
     Mutation(
         "optax-momentum-in-bf16",
         "The momentum is averaged in its own dtype.",
-        "wide = _wide_dtype(dtype)\n\n    def lerp",
-        "wide = dtype\n\n    def lerp",
+        "summed = wide(dtype)\n\n    def lerp",
+        "summed = dtype\n\n    def lerp",
         tests_of("optax/test_muon.py", "test_momentum_has_its_own_dtype"),
     ),
     Mutation(
