@@ -26,10 +26,11 @@ LAUNCH = ROOT / "benchmarks" / "launch"
 STEPS = 50
 
 
-# The second has the preset's hot rate. There rounding grows: of twelve runs of one process that are given the
-# windows of each batch in another order, four are off by more than 1 % in a maximum after 50 steps, and one by 6e-3 in
-# the loss. So it is compared while rounding is small. At Muon's own rate, with a clip that acts, all 50 steps are.
-ARMS = {"adamw": 50, "muonclip": 30, "muonclip@lr=0.005@tau=1": 50}  # and steps that are compared
+# With Muon rounding grows, since a token that lies between two experts goes to the other one. Four runs of one process
+# that are given the windows of each batch in another order differ in the loss by 1e-6 until step 20, by 2e-4 at step
+# 24, by 3e-3 at step 32 and 2e-2 at step 48, at the preset's hot rate and at Muon's own. So both are compared while
+# rounding is small; their ends, below, only roughly.
+ARMS = {"adamw": 50, "muonclip": 24, "muonclip@lr=0.005@tau=1": 24}  # and steps that are compared
 
 
 def command(out):
