@@ -2538,7 +2538,7 @@ MUTATIONS = (
         "γ·(w + u) − w is computed in the dtype of the parameters.",
         "dtype = wide(weight.dtype)\n    factor, old",
         "dtype = weight.dtype\n    factor, old",
-        tests_of("optax/test_qk_clip.py", "test_it_is_exact_to_the_rounding_of_the_parameters"),
+        tests_of("optax/test_qk_clip.py", "test_a_strong_clip_of_narrow_weights_takes_as_many_steps_as_halves"),
     ),
     Mutation(
         "optax-only-observed-attention-scaled",  # 9

@@ -121,9 +121,9 @@ def facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settle_allocator() -> None:
-    """Free a large tensor once, as every training program does: glibc then keeps what is freed, for all candidates.
+    """Free a large tensor once, as training programs do: glibc then keeps what is freed, for all candidates.
 
-    In a young process it hands memory back at each free, and page faults would be most of what small sets differ by.
+    In a young process it returns memory at every free, and page faults would be a part of each time.
     """
     torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
 

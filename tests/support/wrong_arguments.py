@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 NONE_OF_ANY_KIND = st.one_of(
@@ -45,3 +46,18 @@ def assert_named(call, argument, value):
         assert not any(words in said for words in raw), f"{argument}={value!r}: {said}"
     else:
         raise AssertionError(f"{argument}={value!r} is accepted")
+
+
+def assert_all_named(call, argument, wrong):
+    """Assert it of some values of a strategy, given to a call by keyword, and print how many they were."""
+    tried = []
+
+    @settings(max_examples=8, deadline=None, database=None)
+    @given(wrong)
+    def every(value):
+        tried.append(value)
+        assert_named(lambda it: call(**{argument: it}), argument, value)
+
+    every()
+    print(f"{len(tried)} wrong values of {argument} were named")
+    assert tried
