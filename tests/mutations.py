@@ -2396,7 +2396,7 @@ MUTATIONS = (
     Mutation(
         "everything-at-once",
         "A processor takes all matrices of one shape from stage to stage, out of its cache.",
-        'min(PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes',
+        'min(threads * PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes',
         "workspace_bytes",
         tests_of("torch/test_update_pieces.py", "test_a_processor_takes_few_matrices_at_once"),
     ),

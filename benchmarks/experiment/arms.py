@@ -66,6 +66,11 @@ class Arm:
     baseline: str | None  # the arm that is the same but for the clip; of another rate where none has this one
     changes: Mapping[str, Any]  # the fields that its model has otherwise than the experiment's, with its values
 
+    @property
+    def adamw_share(self) -> float:
+        """The rate of AdamW's half next to Muon, over the arm's."""
+        return 1.0 if self.training.adamw_lr is None else self.training.adamw_lr / self.lr
+
     def tau(self, done: int) -> float:
         """Return the threshold in the update that follows `done` others; infinity measures without clipping."""
         return self.training.tau if self.clips and done >= self.clips_from else math.inf
@@ -171,6 +176,8 @@ def _parse(name: str) -> Choice:
             raise ValueError(f"unknown setting {key!r} in {name!r}; known: {', '.join(SETTINGS)}")
         if key in settings:
             raise ValueError(f"{key} is set twice in {name!r}")
+        if key == "adamw_lr" and ARMS[entry].optimizer == "adamw":
+            raise ValueError(f"{name!r} has one rate: {entry}@lr={written}")
         try:
             settings[key] = SETTINGS[key].read(written)
         except ValueError:
@@ -205,6 +212,7 @@ SETTINGS: dict[str, Setting] = {
         lambda text: _ATTENTIONS[_ATTENTIONS.index(text)], f"one of {', '.join(_ATTENTIONS)}", str.upper
     ),
     "lr": Setting(number(float, 1e-300), "a positive number", "rate {:g}".format),
+    "adamw_lr": Setting(number(float, 1e-300), "a positive number", "rate of the AdamW half {:g}".format),
     "tau": Setting(number(float, 1e-300), "a positive number", "τ = {:g}".format),
     "weight_decay": Setting(number(float, 0), "a number from 0", "λ = {:g}".format),
     "steps": Setting(number(int, 1), "an integer of at least 1", "{} steps".format),

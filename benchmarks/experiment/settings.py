@@ -27,7 +27,8 @@ class Training:
     final_factor: float = 0.1
     weight_decay: float = 0.1
     momentum: float = 0.95
-    nesterov: bool = False
+    nesterov: bool = True
+    adamw_lr: float | None = None  # peak rate of the AdamW half next to Muon; None: that of the arm
     betas: tuple[float, float] = ADAM_BETAS  # of AdamW, by itself and next to Muon
     grad_clip: float = 1.0  # global norm
     tau: float = 30.0

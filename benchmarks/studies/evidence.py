@@ -1,6 +1,7 @@
 """The long evidence, `make evidence`: the rate sweep, token efficiency, the cost of clipping, every arm at a hot rate.
 
     sweep       AdamW, Muon and MuonClip at several rates: the loss and the peak logit of each, the best rate of each
+    rates       MuonClip at AdamW's rate and multiples of it, both halves together and each alone
     efficiency  Muon at its best rate and smaller budgets: the share of AdamW's tokens that reaches AdamW's final loss
     clip-cost   MuonClip at the best rate, with thresholds so low that it clips where nothing explodes
     hot         all arms at a rate that explodes: other clips, other models, thresholds, decays, schedules, attentions
@@ -33,12 +34,13 @@ from benchmarks.records.run_records import Frame
 from benchmarks.records.summary import Results, bits
 from benchmarks.report import head_maps, page, plots
 from benchmarks.studies import evidence_plots
-from benchmarks.studies.evidence_reading import read_evidence
+from benchmarks.studies.evidence_reading import read_evidence, read_rates
 from muonclip.models import MoEConfig
 
 SEEDS = (0, 1, 2)
-_MUON_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "muon": _MUON_RATES, "muonclip": _MUON_RATES}
+ADAMW_RATE, TIMES = OWN_RATE.lr["adamw"], (1, 2, 5, 10)
+_MUON_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2), "muon": _MUON_RATES, "muonclip": _MUON_RATES}
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8)  # shares of AdamW's steps; 1 is in the sweep
 LOW_TAUS = (5.0, 10.0, 15.0)
 HOT_STEPS = 400
@@ -74,16 +76,19 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
     best = swept_json["arms"]["muon"]["best_lr"]
     shorter = [choose("muon", lr=best, steps=round(share * OWN_RATE.steps)) for share in BUDGETS]
     low_taus = [choose("muonclip", lr=best, tau=tau) for tau in LOW_TAUS]
-    efficiency, cost = train(
+    apart = [choose("muonclip", **own) for times in TIMES[1:] for own in _apart(times).values()]
+    efficiency, cost, halves = train(
         [
             experiment("efficiency", "Muon on fewer tokens", shorter, at_best),
             experiment("clip-cost", "Clipping where nothing explodes", low_taus, at_best),
+            experiment("rates", "The rates of the two halves", apart, at_best),
         ],
         corpus,
         replace(execution, precision=sweep.experiment.precision),  # its runs are compared with those of the sweep
     )
     written = {
         "sweep": swept_json,
+        "rates": rates_json(sweep, halves),
         "efficiency": efficiency_json(sweep, efficiency),
         "clip-cost": cost_json(sweep, cost),
         "hot": metrics.from_json(hot.to_json()),
@@ -96,10 +101,11 @@ def evidence(model: MoEConfig, corpus: Corpus, execution: Execution) -> None:
         evidence_plots.draw(name, written[name], folder / f"{name}.png")
     plots.draw([hot.only(*IN_PICTURE)], folder / "hot.png")
     head_maps.draw([hot], folder / "heads.png")
-    for result in (sweep, efficiency, cost, hot):
+    for result in (sweep, efficiency, cost, halves, hot):
         page.write([result], execution.out / result.experiment.name / "report.html")
     reading = read_evidence(written)
     atomic_files.write_text(folder / "reading.md", reading)
+    atomic_files.write_text(folder / "rates.md", read_rates(written["rates"]))
     print(reading)
     print(f"figures  {folder}", file=sys.stderr)
 
@@ -119,6 +125,25 @@ def sweep_json(sweep: Results) -> dict[str, Any]:
         best = {"best_lr": finite.idxmin(), "usable": [usable.min(), usable.max()]}
         arms[entry] = {"label": ARMS[entry].label, "rates": rates, **best}
     return _frame(sweep) | {"tau": sweep.experiment.training.tau, "usable_margin": USABLE, "arms": arms}
+
+
+def rates_json(sweep: Results, halves: Results) -> dict[str, Any]:
+    """Return final losses by multiple of AdamW's rate and by seed: AdamW's, and MuonClip's with both halves at it, or
+    one of them, where the other stays at AdamW's rate.
+    """
+    rows = []
+    for times in TIMES:
+        losses = {arm: _losses(sweep, choose(arm, lr=times * ADAMW_RATE)) for arm in ("adamw", "muonclip")}
+        if times != 1:
+            losses |= {half: _losses(halves, choose("muonclip", **own)) for half, own in _apart(times).items()}
+        rows.append({"times": times, "lr": times * ADAMW_RATE, "loss": losses})
+    return _frame(halves) | {"adamw_lr": ADAMW_RATE, "rows": rows}
+
+
+def _apart(times: float) -> dict[str, dict[str, float]]:
+    """Return the settings in which one half of MuonClip has a multiple of AdamW's rate and the other AdamW's."""
+    rate = times * ADAMW_RATE
+    return {"muon half": {"lr": rate, "adamw_lr": ADAMW_RATE}, "adamw half": {"lr": ADAMW_RATE, "adamw_lr": rate}}
 
 
 def efficiency_json(sweep: Results, efficiency: Results) -> dict[str, Any]:

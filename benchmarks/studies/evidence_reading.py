@@ -119,6 +119,11 @@ def hot_arms(hot: Json) -> Frame:
     )
 
 
+def read_rates(rates: Json) -> str:
+    """Write the table of the first rates to try, from the object that `rates.json` holds."""
+    return render("rates.md", rates=rates, mean=fmean)
+
+
 def read_evidence(figures: Mapping[str, Json]) -> str:
     """Write the page, from the objects that `sweep.json`, `efficiency.json`, `clip-cost.json` and `hot.json` hold."""
     sweep, efficiency, cost, hot = (figures[name] for name in ("sweep", "efficiency", "clip-cost", "hot"))

@@ -93,7 +93,7 @@ def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationE
             nesterov=training.nesterov,
             ns_dtype=jnp.float32,
             muon_weight_dimension_numbers=models.matrix_layouts(arm.model, per_head=arm.per_head),
-            adamw={"b1": b1, "b2": b2, "eps": ADAM_EPS},
+            adamw={"learning_rate": lr * arm.adamw_share, "b1": b1, "b2": b2, "eps": ADAM_EPS},
         )
     else:
         adamw = optax.adamw(lr, b1, b2, eps=ADAM_EPS, weight_decay=training.weight_decay, mask=_matrices)

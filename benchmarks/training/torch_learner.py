@@ -28,7 +28,7 @@ class TorchLearner(Learner):
 
     def step(self, windows: Windows, done: int, lr: float) -> dict[str, Any]:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.arm.adamw_share if group.get("use") == "adamw" else lr
         self.optimizer.zero_grad()
         loss, norm = self._gradients(windows)
         measured = {"loss": loss, "grad_norm": norm}
@@ -109,7 +109,7 @@ def make_optimizer(
         nesterov=training.nesterov,
         per_head=arm.per_head,
         qk_clip=qk_clip,
-        adamw={"betas": training.betas, "eps": ADAM_EPS},
+        adamw={"lr": training.adamw_lr, "betas": training.betas, "eps": ADAM_EPS},
         ns_dtype=getattr(torch, precision.ns_dtype),
     )
     return muon, qk_clip

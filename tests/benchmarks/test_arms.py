@@ -30,6 +30,12 @@ def test_settings_replace_those_of_the_experiment(experiment):
     ]  # fmt: skip
 
 
+def test_the_adamw_half_has_a_rate_of_its_own(experiment):
+    assert only(experiment, "muonclip").adamw_share == 1
+    arm = only(experiment, "muonclip@lr=0.01@adamw_lr=0.0025")
+    assert (arm.lr, arm.adamw_share) == (0.01, 0.25)
+
+
 def test_thresholds(experiment):
     assert [only(experiment, "rescue").tau(done) for done in (3, 4)] == [math.inf, 0.02]
     assert [only(experiment, arm).tau(0) for arm in ("muon", "muonclip")] == [math.inf, 0.02]
@@ -58,6 +64,7 @@ def test_a_baseline_has_the_same_settings_and_the_same_rate_where_one_does(exper
         ("muon@lr", "lr= is not a positive number"),
         ("muon@lr=nan", "lr=nan is not a positive number"),
         ("muon@lr=0", "lr=0 is not a positive number"),
+        ("adamw@adamw_lr=1", "'adamw@adamw_lr=1' has one rate: adamw@lr=1"),
         ("muon@tau=-1", "tau=-1 is not a positive number"),
         ("muon@weight_decay=-1", "weight_decay=-1 is not a number from 0"),
         ("muon@steps=2.5", "steps=2.5 is not an integer of at least 1"),

@@ -16,7 +16,15 @@ from benchmarks.experiment.presets import OWN_RATE
 from benchmarks.records import metrics
 from benchmarks.records.summary import Results
 from benchmarks.studies import evidence
-from benchmarks.studies.evidence_reading import costs, hot_arms, hot_effects, loud_rates, read_evidence, token_share
+from benchmarks.studies.evidence_reading import (
+    costs,
+    hot_arms,
+    hot_effects,
+    loud_rates,
+    read_evidence,
+    read_rates,
+    token_share,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -87,6 +95,28 @@ def test_the_clip_is_judged_at_the_rates_that_explode(sweep):
         for seed in SEEDS:
             runs[seed]["max_logit_peak"] = 3.0
     assert loud_rates(evidence.sweep_json(sweep)) == {}
+
+
+def test_rates_of_the_halves_are_told_apart(experiment, sweep, monkeypatch):
+    monkeypatch.setattr(evidence, "ADAMW_RATE", 5e-3)
+    monkeypatch.setattr(evidence, "TIMES", (1, 2))
+    for lr in ("0.005", "0.01"):
+        sweep.summaries[f"adamw@lr={lr}"] = sweep.summaries["adamw@lr=0.002"]
+    apart = {
+        "muonclip@lr=0.01@adamw_lr=0.005": [run(2.1 + 0.01 * seed) for seed in SEEDS],
+        "muonclip@lr=0.005@adamw_lr=0.01": [run(2.3 + 0.01 * seed) for seed in SEEDS],
+    }
+    sweep = result(experiment, {arm: list(runs.values()) for arm, runs in sweep.summaries.items()})
+    first, second = evidence.rates_json(sweep, result(experiment, apart))["rows"]
+    assert (first["lr"], first["loss"].keys()) == (5e-3, {"adamw", "muonclip"})
+    assert second["loss"]["muonclip"] == pytest.approx([2.2, 2.21, 2.22])
+    assert second["loss"]["muon half"] == pytest.approx([2.1, 2.11, 2.12])
+    assert second["loss"]["adamw half"] == pytest.approx([2.3, 2.31, 2.32])
+    rows = read_rates({"rows": [first, second]}).splitlines()
+    assert rows[2:4] == [
+        "| AdamW's, 0.005 | 2.410 | 2.240 | – | – |",
+        "| × 2: 0.01 | 2.410 | 2.210 | 2.110 | 2.310 |",
+    ]
 
 
 def shorter(experiment, *bits, lr="0.01"):
@@ -198,6 +228,8 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     """In small: fewer rates and steps, one seed fewer; every stage for real, and again without training."""
     monkeypatch.setattr(evidence, "SEEDS", (0, 1))
     monkeypatch.setattr(evidence, "RATES", dict.fromkeys(evidence.RATES, (5e-3, 1e-2)))
+    monkeypatch.setattr(evidence, "ADAMW_RATE", 5e-3)
+    monkeypatch.setattr(evidence, "TIMES", (1, 2))
     monkeypatch.setattr(evidence, "BUDGETS", (0.5,))
     monkeypatch.setattr(evidence, "LOW_TAUS", (0.5,))
     monkeypatch.setattr(evidence, "HOT_STEPS", 10)
@@ -210,14 +242,15 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     figures = tmp_path / "out" / "figures"
     assert {path.name for path in figures.iterdir()} == {
-        *(f"{name}.json" for name in ("sweep", "efficiency", "clip-cost", "hot")),
+        *(f"{name}.json" for name in ("sweep", "rates", "efficiency", "clip-cost", "hot")),
         *(f"{name}.png" for name in ("sweep", "efficiency", "clip-cost", "hot", "heads")),
         "reading.md",
+        "rates.md",
     }
     reading = (figures / "reading.md").read_text()
     assert reading in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
-    assert len(before) == 2 * (6 + 1 + 1 + 8)
+    assert len(before) == 2 * (6 + 2 + 1 + 1 + 8)
     assert main(arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert (figures / "reading.md").read_text() == reading

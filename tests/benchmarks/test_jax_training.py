@@ -64,6 +64,7 @@ def begin(corpus, tmp_path):
 
 SAME_PROGRAMS = ("adamw", "adamw-clip", "muon", "muonclip", "rescue")  # two of them; each other arm is its own
 OTHERS = [*(arm for arm in ARMS if arm not in SAME_PROGRAMS), "muonclip@attention=gqa", "per-head@attention=mha"]
+OTHERS.append("muonclip@lr=0.01@adamw_lr=0.003")
 
 
 @pytest.mark.slow

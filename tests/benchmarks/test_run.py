@@ -117,6 +117,15 @@ def test_rates_follow_the_schedule(experiment, run_of):
     assert {group["lr"] for group in run.learner.optimizer.param_groups} == {0.03}
 
 
+def test_the_adamw_half_follows_a_rate_of_its_own(experiment, begin):
+    name = "muonclip@lr=0.02@adamw_lr=0.005@steps=4"
+    run = trained(begin(with_arms(experiment, name), name))
+    assert {(group["use"], group["lr"]) for group in run.learner.optimizer.param_groups} == {
+        ("muon", 0.02),
+        ("adamw", 0.005),
+    }
+
+
 def test_a_run_follows_the_settings_of_its_arm(experiment, begin):
     name = "muon@attention=gqa@lr=0.5@weight_decay=0@steps=4"
     run = trained(begin(with_arms(experiment, name), name))

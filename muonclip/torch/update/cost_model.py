@@ -18,7 +18,10 @@ from muonclip.core.coefficients import Coefficients, checked_gram_restarts, gram
 Form = Literal["standard", "gram"]
 
 PIECE_BYTES = 2 * 2**20
-"""What is taken at once on a processor, counted in float32: half of it is the input of bf16 products."""
+"""What a thread of a processor takes at once, counted in float32: half of it is the input of bf16 products."""
+
+_MOST_THREADS = 4
+"""Threads up to which that was measured to help; more share the cache."""
 
 _MOST_WORK_IN_FLOAT32 = 2**15
 """Multiplications of a product up to which float32 takes less time than bf16, however many there are: 16 × 16 × 128."""
@@ -73,7 +76,8 @@ def multiplies_small_in_float32(m: int, n: int, device_type: str) -> bool:
 
 def matrices_at_once(m: int, n: int, device_type: str, workspace_bytes: int) -> int:
     """Count the matrices m × n that one rank takes from the momentum to the weight at once."""
-    most = min(PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    most = min(threads * PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes
     return max(1, most // (4 * m * n))
 
 
