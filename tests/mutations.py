@@ -91,6 +91,27 @@ def tests_of(file: str, *names: str) -> Tests:
 MUTATIONS = (
     # QK-Clip: a model without attention
     Mutation(
+        "names alone decide without a clip",
+        "with qk_clip=None no forward was traced, so that a head was Muon's for want of a name",
+        "        shown = guessed_uses(inner)\n",
+        "        shown = {}\n",
+        ("tests/torch/test_shown_roles.py", "-k", "off and plain or off and as"),
+    ),
+    Mutation(
+        "the shown use under a wrapper's name",
+        "torch.compile and DDP put a prefix before names, by which what a forward showed was not found",
+        "shown.get(plain_name(name)))",
+        "shown.get(name))",
+        ("tests/torch/test_shown_roles.py", "-k", "wrappers"),
+    ),
+    Mutation(
+        "a head's name in the middle of a model",
+        "fc and score were AdamW's though a forward shows another head",
+        "        elif returned and id(parameter) in tracer.matrices:\n",
+        "        elif False:\n",
+        ("tests/torch/test_shown_roles.py", "-k", "in_the_middle"),
+    ),
+    Mutation(
         "nothing-to-clip-by-products",
         "A model that mixes tokens by products without a softmax counts as one that has nothing to clip.",
         "not (self.projections or self.required or self.without_logits)",

@@ -7,6 +7,7 @@ parameters alone know names.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Literal, TypeAlias
 Kind: TypeAlias = Literal["embedding", "norm", "linear", "convolution"]
 """What is known of the module that owns a parameter; of "linear" the weight is [out, in]."""
 
-Use: TypeAlias = Literal["looked up", "returned"]
-"""What a forward has shown of a parameter: its rows are looked up, or its product is what the model returns."""
+Use: TypeAlias = Literal["looked up", "returned", "inner"]
+"""What a forward has shown of a parameter: its rows are looked up, or its product is what the model returns, or is not,
+while that of another parameter is."""
 
 GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up", "w13"})
 """Modules whose weight holds two matrices, gate and up, one after the other."""
@@ -80,9 +82,9 @@ def role_of(
         return Role("adamw", "biases", decays=False)
     if kind == "norm" or (kind is None and _is_norm(parts)):
         return Role("adamw", "norm", decays=False)
-    if _is_head(modules):
+    if _is_head(modules, is_inner=shown == "inner"):
         return Role("adamw", "output head, by its name")
-    if shown == "returned" and not _in_a_layer(modules):
+    if shown == "returned" and (_is_of_a_head(modules) or not _in_a_layer(modules)):
         return Role("adamw", "output head: the model returns its product")
     if shown == "looked up" and len(shape) == 2:
         return Role("adamw", "embedding: its rows are looked up")
@@ -91,7 +93,7 @@ def role_of(
     if _is_table((parts if kind in ("linear", "convolution") else modules)[-1]):
         return Role("adamw", "not a linear map, by its name")
     like = _same_vocabulary(tuple(shape), kind, embeddings or {})
-    if like and not _in_a_layer(modules):
+    if like and shown != "inner" and not _in_a_layer(modules):
         return Role("adamw", f"output head: the shape of {like}")
     if 0 in shape:
         return Role("adamw", "empty")
@@ -160,12 +162,19 @@ def _is_norm(parts: Sequence[str]) -> bool:
     return any(map(names_a_norm, parts[-2:])) or bool(_SCALE.fullmatch(parts[-1]))
 
 
-def _is_head(modules: Sequence[str]) -> bool:
-    if modules[-1] in _HEADS_ANYWHERE:
-        return True
+def _is_head(modules: Sequence[str], *, is_inner: bool) -> bool:
+    """Tell whether names say that it is the output head. `is_inner`: a forward has shown another one."""
+    if modules[-1] in _HEADS_ANYWHERE or is_inner:
+        return not is_inner or modules[-1] in _HEADS_ANYWHERE
     if modules[-1] == "fc":  # of a ResNet, a ConvNeXt
         return len(modules) == 1 or modules[-2] == "head"
     return modules[-1] in _HEADS_OUTSIDE_OF_LAYERS and len(modules) <= 2 and not _in_a_layer(modules)
+
+
+def _is_of_a_head(modules: Sequence[str]) -> bool:
+    """Tell whether what a module is in, outside of the layers, is called a head: `head.layers.2`."""
+    outside = itertools.takewhile(lambda part: not _LAYERS.search(part), modules[:-1])
+    return any(part in _HEADS_ANYWHERE or part in _HEADS_OUTSIDE_OF_LAYERS for part in outside)
 
 
 def _in_a_layer(modules: Sequence[str]) -> bool:

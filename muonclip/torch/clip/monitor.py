@@ -36,6 +36,7 @@ from muonclip.torch.discover import (
     guess_inputs,
     has_a_foreign_forward,
     is_experiment,
+    joint_uses,
     message,
     parameter_names,
 )
@@ -360,7 +361,7 @@ class AttentionMonitor:
         if discovery.refusals:
             raise ValueError(message(self.model, discovery.refusals))
         self._traces, self.without_logits = discovery.traces, discovery.without_logits
-        shown: dict[str, Use] = {name: use for each in self._traces for name, use in each.shown.items()}
+        shown = joint_uses(each.shown for each in self._traces)
         self.shown = self.shown if shown == self.shown else shown
         projections = self._ways.proven(
             self.model,

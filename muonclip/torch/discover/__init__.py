@@ -8,6 +8,7 @@ from muonclip.torch.discover.example_inputs import guess_inputs
 from muonclip.torch.discover.parameter_paths import parameter_names
 from muonclip.torch.discover.refusals import NOTHING_FOUND, NOTHING_TO_CLIP, Refusal, message
 from muonclip.torch.discover.replica import Replica, has_a_foreign_forward, is_experiment, replica_of
+from muonclip.torch.discover.shown_uses import guessed_uses, joint_uses, uses_in
 from muonclip.torch.discover.trace import Trace
 from muonclip.torch.discover.weighed_sums import may_make_weights
 
@@ -23,10 +24,13 @@ __all__ = [
     "Trace",
     "discover",
     "guess_inputs",
+    "guessed_uses",
     "has_a_foreign_forward",
     "is_experiment",
+    "joint_uses",
     "may_make_weights",
     "message",
     "parameter_names",
     "replica_of",
+    "uses_in",
 ]

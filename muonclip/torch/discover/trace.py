@@ -72,7 +72,8 @@ def trace(
 
 
 def _shown(replica: Replica, tracer: AttentionTracer, outputs: Any, *, whole: bool) -> dict[str, Use]:
-    """Name the parameters whose rows are looked up and, in a forward of the whole model, whose product is returned."""
+    """Name the parameters whose rows are looked up and, in a forward of the whole model, whose product is returned, or
+    is not."""
     returned = returned_parameters(outputs, tracer.matrices) if whole else set[int]()
     shown: dict[str, Use] = {}
     for parameter in replica.module.parameters():
@@ -84,6 +85,8 @@ def _shown(replica: Replica, tracer: AttentionTracer, outputs: Any, *, whole: bo
             shown[name] = "looked up"
         elif id(parameter) in returned:
             shown[name] = "returned"
+        elif returned and id(parameter) in tracer.matrices:
+            shown[name] = "inner"
     return shown
 
 

@@ -25,7 +25,7 @@ from muonclip.torch.mesh.late_types import (
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
-from muonclip.torch.mesh.wrappers import plain_class, replicas_of, running_ddp, unwrap
+from muonclip.torch.mesh.wrappers import plain_class, plain_name, replicas_of, running_ddp, unwrap
 
 __all__ = [
     "ONE_RANK",
@@ -50,6 +50,7 @@ __all__ = [
     "local_indices",
     "local_part",
     "plain_class",
+    "plain_name",
     "replicas_of",
     "running_ddp",
     "unwrap",

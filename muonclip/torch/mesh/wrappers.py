@@ -8,6 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.torch.mesh.late_types import imported, is_compiled_module
 
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """Return the module inside what torch wraps around a whole model, and the DistributedDataParallel, if any."""
@@ -18,6 +20,11 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]
         else:
             model = model._orig_mod
     return model, replicated
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what wrappers put into it (DistributedDataParallel, torch.compile)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def running_ddp() -> DistributedDataParallel | None:

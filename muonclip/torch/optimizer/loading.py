@@ -16,7 +16,7 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh import check_state
+from muonclip.torch.mesh import check_state, plain_name
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.groups import name_of
@@ -169,8 +169,6 @@ _OTHER_GROUPS = (
     "before, or load the weights alone and start its state anew."
 )
 
-_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-
 
 def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
     theirs, ours = _names(saved), _names(own)
@@ -192,7 +190,7 @@ def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
             )
     places: dict[int, int] = {}  # which group of the checkpoint holds most of each of the optimizer's
     for index, group in enumerate(own):
-        counts = Counter(theirs[_plain(name)][0] for name in group.get("param_names", ()))
+        counts = Counter(theirs[plain_name(name)][0] for name in group.get("param_names", ()))
         if counts:
             left = [other for other in counts if other not in places.values()]
             places[index] = max(left, key=lambda other: (counts[other], other == index), default=-1)
@@ -209,7 +207,7 @@ def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
         if index not in places:
             ordered += [each for each in [next(empty, None)] if each is not None]
             continue
-        keys = [saved[places[index]]["params"][theirs[_plain(name)][1]] for name in group["param_names"]]
+        keys = [saved[places[index]]["params"][theirs[plain_name(name)][1]] for name in group["param_names"]]
         ordered.append({**saved[places[index]], "params": keys, "param_names": list(group["param_names"])})
     return ordered
 
@@ -221,13 +219,8 @@ def _names(groups: Sequence[Group]) -> dict[str, tuple[int, int]] | None:
         names = group.get("param_names", ())
         if len(names) != len(group["params"]):
             return None
-        places |= {_plain(name): (index, position) for position, name in enumerate(names)}
+        places |= {plain_name(name): (index, position) for position, name in enumerate(names)}
     return places if len(places) == sum(len(group["params"]) for group in groups) else None
-
-
-def _plain(name: str) -> str:
-    """Return a name without what wrappers put into it (DistributedDataParallel, torch.compile)."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _check_count(name: str, value: float | Tensor) -> None:

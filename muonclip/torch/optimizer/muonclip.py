@@ -5,7 +5,6 @@ Their groups, state and step are those of `MatrixOptimizer`.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 
 from muonclip.core.arguments import check_flag, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
-from muonclip.core.parameter_roles import Use, role_of
+from muonclip.core.parameter_roles import Use
 from muonclip.core.qk_clip import check_tau
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
+from muonclip.torch.discover import guessed_uses
 from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
-from muonclip.torch.mesh import check_engine
+from muonclip.torch.mesh import check_engine, unwrap
 from muonclip.torch.optimizer.filled_parameters import take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
@@ -30,6 +30,7 @@ from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
+from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
 
 
 class Muon(MatrixOptimizer):
@@ -113,6 +114,7 @@ class MuonClip(MatrixOptimizer):
     """The plan: who updates each parameter, as which matrices, and why; `print` it."""
     qk_clip: QKClip | None
     _unfilled: weakref.ref[nn.Module] | None = None  # the model, while parameters of it are on the meta device
+    _first_forward: FirstForward | None = None  # as long as no forward has shown the uses of parameters
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class MuonClip(MatrixOptimizer):
             raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
-            planned = plan_module(model, projections, per_head=per_head, shown=self._shown)
+            planned = plan_module(model, projections, per_head=per_head, shown=self._shown_by(model))
             groups = groups_of(planned, named)
         else:
             groups = given_groups(model)
@@ -236,6 +238,9 @@ class MuonClip(MatrixOptimizer):
 
     def _update(self) -> None:
         if self.qk_clip is None:
+            if self._first_forward is not None and self._first_forward.shown is not None:
+                self._compare_roles(self._first_forward.shown)
+                self._first_forward = None
             super()._update()
             return
         factors = self.qk_clip.before_update(idle=is_idle(self))
@@ -257,21 +262,22 @@ class MuonClip(MatrixOptimizer):
                 parts, here = by_weight[id(matrix.parameter)], self._topology.position(matrix.parameter)
                 rescale_matrix_states(self.state[matrix.parameter], self.rule, parts, matrix.parameter, placed, here)
 
+    def _shown_by(self, model: nn.Module) -> Mapping[str, Use]:
+        """Return what forwards have shown of parameters; where the clip ran none, one on guessed inputs is traced."""
+        clip, inner = self.qk_clip, unwrap(model)[0]
+        if clip is not None and (self._shown or not clip.projections):
+            return self._shown
+        shown = guessed_uses(inner)
+        if clip is None and not shown:
+            self._first_forward = FirstForward(inner)
+        return shown
+
     def _compare_roles(self, shown: Mapping[str, Use]) -> None:
-        """Warn where forwards show another role of a parameter than that by which it was given to Muon."""
+        """Warn where forwards show another role of a parameter than that by which it was given to one half."""
         if shown is self._shown or not self._finds_layouts:
             return
         self._shown = shown
-        by_name = {line.name: line for line in self.plan.parameters if line.use == "muon" and line.name in shown}
-        roles = {name: role_of(name, line.shape, shown=shown[name]) for name, line in by_name.items()}
-        others = [f"{name} ({role.reason})" for name, role in roles.items() if role.use == "adamw"]
-        if others:
-            warnings.warn(
-                f"MuonClip gave Muon what a forward shows to be AdamW's: {', '.join(others)}. It stays where it is. To "
-                "decide it by a forward, write MuonClip(model, …, qk_clip=QKClip(model, example_inputs=batch)), where "
-                "batch is what the model is called with.",
-                stacklevel=2,
-            )
+        warn_of_other_roles(self.plan.parameters, shown, with_clip=self.qk_clip is not None)
 
     def _take_findings(self, attentions: ClipAttentions) -> None:
         """Read weights as the matrices that attentions found since the construction show them to be."""

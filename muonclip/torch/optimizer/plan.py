@@ -28,6 +28,7 @@ from muonclip.core.parameter_roles import (
 from muonclip.core.text_table import table
 from muonclip.torch.clip import QKClip, clipping_in_words, frozen_weights
 from muonclip.torch.heads import QKProjection, out_axis
+from muonclip.torch.mesh import plain_name
 from muonclip.torch.optimizer.layouts import default_layout, projection_layouts
 from muonclip.torch.update import UpdatePlan
 
@@ -103,14 +104,15 @@ def plan_named(
     shown: Mapping[str, Use] | None = None,
 ) -> list[PlannedParameter]:
     """Plan each named parameter. `owners`: the module each is an attribute of, `layouts`: known ones; by id."""
-    owners, layouts, shown = owners or {}, layouts or {}, shown or {}
+    owners, layouts = owners or {}, layouts or {}
+    shown = {plain_name(name): use for name, use in (shown or {}).items()}
     named = list(named_parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
     kinds: dict[str, Kind | None] = {name: kind_of(owners.get(id(parameter))) for name, parameter in named}
     embeddings = embedding_shapes((name, shapes[name], kinds[name]) for name, _ in named)
     planned: list[PlannedParameter] = []
     for name, parameter in named:
-        role = role_of(name, shapes[name], kinds[name], embeddings, shown.get(name))
+        role = role_of(name, shapes[name], kinds[name], embeddings, shown.get(plain_name(name)))
         if role.use == "muon":
             owner, layout = owners.get(id(parameter)), layouts.get(id(parameter))
             planned.append(_as_matrices(name, parameter, owner, layout, shapes))
