@@ -91,27 +91,6 @@ def tests_of(file: str, *names: str) -> Tests:
 MUTATIONS = (
     # QK-Clip: a model without attention
     Mutation(
-        "names alone decide without a clip",
-        "with qk_clip=None no forward was traced, so that a head was Muon's for want of a name",
-        "        shown = guessed_uses(inner)\n",
-        "        shown = {}\n",
-        ("tests/torch/test_shown_roles.py", "-k", "off and plain or off and as"),
-    ),
-    Mutation(
-        "the shown use under a wrapper's name",
-        "torch.compile and DDP put a prefix before names, by which what a forward showed was not found",
-        "shown.get(plain_name(name)))",
-        "shown.get(name))",
-        ("tests/torch/test_shown_roles.py", "-k", "wrappers"),
-    ),
-    Mutation(
-        "a head's name in the middle of a model",
-        "fc and score were AdamW's though a forward shows another head",
-        "        elif returned and id(parameter) in tracer.matrices:\n",
-        "        elif False:\n",
-        ("tests/torch/test_shown_roles.py", "-k", "in_the_middle"),
-    ),
-    Mutation(
         "nothing-to-clip-by-products",
         "A model that mixes tokens by products without a softmax counts as one that has nothing to clip.",
         "not (self.projections or self.required or self.without_logits)",
@@ -121,8 +100,8 @@ MUTATIONS = (
     Mutation(
         "head-as-wide-as-the-stream",
         "The last projection of a backbone without a head counts as an output head.",
-        "of_all is not None and of_all[0] not in _widths(matrices, id(part.parameter))",
-        "of_all is not None",
+        "of_all[0] not in _widths(matrices, id(part.parameter))",
+        "True",
         tests_of("torch/test_shown_roles.py"),
     ),
     Mutation(
@@ -130,6 +109,27 @@ MUTATIONS = (
         "A product of two projections that the model returns counts as an output head and its scale.",
         "found is not None and _is_alone(found, following)",
         "found is not None",
+        tests_of("torch/test_shown_roles.py"),
+    ),
+    Mutation(
+        "names-alone-without-a-clip",
+        "With the clip off no forward is traced: an output head is Muon's for want of a known name.",
+        "        shown = guessed_uses(inner)\n",
+        "        shown = {}\n",
+        tests_of("torch/test_shown_roles.py"),
+    ),
+    Mutation(
+        "head-under-a-wrapper",
+        "What a forward shows is not found under the names of DistributedDataParallel and torch.compile.",
+        "shown.get(plain_name(name)))",
+        "shown.get(name))",
+        tests_of("torch/test_shown_roles.py"),
+    ),
+    Mutation(
+        "head-by-name-in-the-middle",
+        "fc and score in the middle of a model are AdamW's, though a forward shows another head.",
+        "elif returned and id(parameter) in tracer.matrices:",
+        "elif False:",
         tests_of("torch/test_shown_roles.py"),
     ),
     Mutation(
@@ -2012,7 +2012,7 @@ MUTATIONS = (
     Mutation(
         "head-by-shape-on-muon",  # 20
         "An output head with a name of its own goes to Muon.",
-        "if like and not _in_a_layer(modules):",
+        'if like and shown != "inner" and not _in_a_layer(modules):',
         "if False:",
         tests_of("torch/test_param_groups.py", "test_a_head_is_known_by_its_name_or_by_the_shape_of_the_embedding"),
     ),
@@ -2236,7 +2236,7 @@ MUTATIONS = (
     Mutation(
         "checkpoint-read-in-the-order-it-has",
         "Parameters in another order than saved take each other's states where their shapes are the same.",
-        'keys = [saved[places[index]]["params"][theirs[_plain(name)][1]] for name in group["param_names"]]',
+        'keys = [saved[places[index]]["params"][theirs[plain_name(name)][1]] for name in group["param_names"]]',
         'keys = list(saved[places[index]]["params"])',
         tests_of("torch/test_all_or_nothing.py", "test_groups_and_parameters_in_another_order_are_found_by_name"),
     ),

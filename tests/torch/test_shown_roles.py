@@ -163,6 +163,13 @@ def test_the_last_layer_of_a_head_with_layers_is_the_output_head():
     assert use_of(MuonClip(TwoLayers("up", "head.layers.2"), qk_clip=None), "head.layers.2.weight") == "adamw"
 
 
+def test_a_matrix_that_is_alone_is_told_by_its_name():
+    for name, use in (("answer", "muon"), ("score", "adamw")):
+        model = nn.Sequential()
+        model.add_module(name, nn.Linear(4, 6))
+        assert use_of(MuonClip(model, qk_clip=None), f"{name}.weight") == use
+
+
 def test_wrappers_around_a_model_do_not_hide_its_head():
     model = torch.compile(Model(), backend="eager")
     for clip in ("auto", None):

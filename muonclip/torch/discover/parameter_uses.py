@@ -1,7 +1,7 @@
 """The uses of parameters that a traced forward shows: whose product the model returns.
 
 An output head is a matrix whose product, but for a scale, a cap and another shape, is returned or enters the loss, and
-that has not as many rows as the residual stream has features.
+that has not as many rows as the residual stream has features. Of a matrix that is alone nothing tells what it is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def returned_parameters(outputs: Any, matrices: Mapping[int, tuple[int, int]]) -
         product = _product(output.grad_fn)
         for part in () if product is None else product.parts:
             of_all = matrices.get(id(part.parameter))
-            if of_all is not None and of_all[0] not in _widths(matrices, id(part.parameter)):
+            if of_all is not None and len(matrices) > 1 and of_all[0] not in _widths(matrices, id(part.parameter)):
                 heads.add(id(part.parameter))
     return heads
 
