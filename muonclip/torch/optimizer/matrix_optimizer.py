@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -37,7 +38,7 @@ from muonclip.torch.optimizer.loading import (
     with_tensor_counts,
 )
 from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states
-from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.update import MUON, ParameterStep, PlacedParameter, UpdatePlan, execute
 from muonclip.torch.update import plan as plan_update
@@ -224,15 +225,17 @@ class MatrixOptimizer(Optimizer):
 
     def _check_options(self) -> None:
         """Read the options of the groups, which schedulers and users set; raise for those that do not fit."""
-        options = [self._defaults(group["use"]).from_mapping(group) for group in self.param_groups]
-        for index, (new, known) in enumerate(zip(options, self._options or [None] * len(options), strict=False)):
-            if new == known:
-                continue
-            waits = isinstance(new.lr, Tensor) and new.lr.device.type != "cpu"  # to read it would drain the queue
+        options: list[MuonOptions | AdamWOptions] = []
+        for index, (group, known) in enumerate(zip_longest(self.param_groups, self._options)):
             try:
-                (replace(new, lr=0.0) if waits else new).check()
+                follow_cycle(group, known)
+                new = self._defaults(group["use"]).from_mapping(group)
+                if new != known:
+                    waits = isinstance(new.lr, Tensor) and new.lr.device.type != "cpu"  # to read it: drains the queue
+                    (replace(new, lr=0.0) if waits else new).check()
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{index}]: {error}") from None
+            options.append(new)
         self._options = options
 
     def _plan_update(self) -> None:

@@ -150,8 +150,8 @@ class AdamWOptions:
         return options
 
     def as_group(self) -> Group:
-        """Return what a group holds."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return what a group holds; `momentum` is β₁, for schedulers that cycle it, see `follow_cycle`."""
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"momentum": self.betas[0]}
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for a value that does not fit."""
@@ -164,6 +164,19 @@ class AdamWOptions:
         if self.fused is not None:
             check_flag("fused", self.fused)
         check_flag("capturable", self.capturable)
+
+
+def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None:
+    """Let β₁ of an AdamW group be the momentum that OneCycleLR or CyclicLR has set since its options were `known`.
+
+    These schedulers cycle `momentum` in all groups of an optimizer that has it among its defaults, and leave
+    `max_momentum` in each.
+    """
+    if group["use"] != "adamw" or "max_momentum" not in group:
+        return
+    if not isinstance(known, AdamWOptions) or group["momentum"] != known.betas[0]:
+        check_number("momentum", group["momentum"], BELOW_ONE)
+        group["betas"] = (group["momentum"], *group["betas"][1:])
 
 
 def _check_off(group: Mapping[str, Any]) -> None:
