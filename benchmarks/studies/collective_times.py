@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-_WRAPPED = ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "broadcast")
+_WRAPPED = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "broadcast")
 _WRAPPED += ("reduce_scatter_tensor",)
 
 
@@ -52,7 +52,7 @@ def collective_times() -> Iterator[CollectiveTimes]:
     FSDP's are not included: they are C++ calls of the process group.
     """
     times = CollectiveTimes()
-    timed: Any = {name: _timed(getattr(dist, name), times) for name in _WRAPPED}
+    timed: Any = {name: _timed(getattr(dist, name), times) for name in _WRAPPED if hasattr(dist, name)}
     with mock.patch.multiple(dist, **timed):
         yield times
 

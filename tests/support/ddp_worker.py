@@ -1,6 +1,7 @@
 """One rank of `test_ddp.py`: trains a replica on its own data with the clip firing, and saves what it ended with."""
 
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.torch import MuonClip, QKClip
 
+warnings.filterwarnings("error", category=FutureWarning)  # of names that torch gives up
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()

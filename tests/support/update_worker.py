@@ -6,6 +6,7 @@ saw of each scenario as JSON.
 
 import json
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from muonclip.core import MatrixLayout
 from muonclip.torch import Muon
 
+warnings.filterwarnings("error", category=FutureWarning)  # of names that torch gives up
 STEPS = 3
 PLAIN, EXPERTS = MatrixLayout(), MatrixLayout(batch_ndim=1)
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,7 +167,7 @@ def _to_replicas(
     everyone = result.new_empty(sum(shares), *result.shape[1:])
     pending: list[dist.Work | None] = []
     if everyone.numel() and len(set(shares)) == 1:
-        pending = [dist.all_gather_into_tensor(everyone, result.contiguous(), group=replicas, async_op=True)]
+        pending = [_all_gather(everyone, result.contiguous(), replicas)]
     elif everyone.numel():
         by_replica = everyone.split(list(shares))
         by_replica[replica].copy_(result)
@@ -186,3 +187,9 @@ def _exchange(
     received: Tensor, sent: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
 ) -> dist.Work | None:
     return dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True)
+
+
+def _all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    """Gather by the name that torch has for it: another one from 2.13 on, of which the older warns."""
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(received, sent, group=group, async_op=True)
