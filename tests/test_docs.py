@@ -140,7 +140,7 @@ def test_every_script_for_several_ranks_runs_and_prints_what_the_page_says(page,
 
 def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped():
     names, printed = run(README)
-    assert "layers.2.attn.kv_b_proj.weight" in printed
+    assert "layers.0…2.attn.kv_b_proj.weight ×3" in printed
     assert "QK-Clip: 0 of 12 heads clipped at tau = 100" in printed
     assert float(re.search(r"loss (\d+\.\d+)", printed)[1]) < 4.5
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from muonclip.core.folded_rows import folded
 from muonclip.core.text_table import table
 
 
@@ -27,8 +28,8 @@ class PlannedParameter:
 
 
 def parameter_table(lines: Sequence[PlannedParameter], describe: Callable[[Any, tuple[int, ...]], str]) -> str:
-    """Write the lines as a table; `describe`: a layout and a shape as text."""
-    rows = [("parameter", "shape", "update", "matrices", "reason")] + [
+    """Write the lines as a table, repeated ones as one; `describe`: a layout and a shape as text."""
+    rows = [
         (
             line.name,
             "×".join(map(str, line.shape)) or "scalar",
@@ -38,4 +39,4 @@ def parameter_table(lines: Sequence[PlannedParameter], describe: Callable[[Any, 
         )
         for line in lines
     ]
-    return table(rows)
+    return table([("parameter", "shape", "update", "matrices", "reason"), *folded(rows)])

@@ -775,7 +775,7 @@ def test_the_plan_says_what_is_known_and_what_is_to_come():
     assert "attention to be found and checked: the first forward with gradients" in str(optimizer.plan)
     model(tables={"x": torch.randn(2, 5, WIDTH)}).sum().backward()
     optimizer.step()
-    assert re.search(r"inner\.layers\.1 +gqa +4 +above tau +scaled_dot_product_attention", str(optimizer.plan))
+    assert re.search(r"inner\.layers\.0,1 ×2 +gqa +4 +above tau +scaled_dot_product_attention", str(optimizer.plan))
     assert "to be found" not in str(optimizer.plan)
 
 

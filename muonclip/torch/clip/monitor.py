@@ -13,8 +13,8 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -203,7 +203,8 @@ class AttentionMonitor:
         tell. Raises ValueError where an attention is not understood, or where there is none."""
         for inputs in () if self._wait_for_weights() else guess_inputs(self.model):
             try:
-                self._take(self._ask(inputs), inputs)
+                with _warnings_of_what_runs():
+                    self._take(self._ask(inputs), inputs)
             except NotTraced as error:
                 self.to_come = f"the first forward with gradients (no inputs could be guessed: {error})"
                 continue
@@ -518,6 +519,15 @@ class _NoEntry(_Entry):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_NoEntry, ())
+
+
+@contextmanager
+def _warnings_of_what_runs() -> Iterator[None]:
+    """Give the warnings of a model that is tried with guessed inputs, unless they do not fit."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _take_down(live: LiveForwards, *hooks: Hooks | LoadHooks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ from muonclip.torch.discover.discovery import Inputs
 
 
 def guess_inputs(model: nn.Module) -> list[Inputs]:
-    """Return keyword arguments to try, `args` being the positional ones.
+    """Return inputs to try, in this order.
 
     They are what a Hugging Face model names, else tokens for a model that begins with an embedding, else numbers of the
-    width of its first module.
+    width of its first module; and with them what else its forward asks for, such as targets.
     """
     first = next(model.parameters(), None)
     if first is None:
@@ -27,12 +28,42 @@ def guess_inputs(model: nn.Module) -> list[Inputs]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             tokens = torch.arange(16, device=first.device).view(2, 8) % module.num_embeddings
-            return [Inputs((tokens,), {})]
+            return _calls(model, tokens)
         shape = _input_shape(module)
         if shape is not None:
             x = torch.randn(shape, device=first.device, dtype=first.dtype, generator=_generator(first.device))
-            return [Inputs((x,), {}), Inputs((x, x), {})]
+            return _calls(model, x)
     return []
+
+
+def _calls(model: nn.Module, first: Tensor) -> list[Inputs]:
+    """Return ways to call a model with its first input.
+
+    Whatever else it asks for has the shape and dtype of that, as targets of tokens and a memory have; or it is a whole
+    number for each sequence, as classes and times are; masks let everything pass.
+    """
+    others = _asked_for(model)[1:]
+    if not others:
+        return [Inputs((first,), {}), Inputs((first, first), {})]
+    for_sequences = torch.arange(len(first), device=first.device)
+    return [
+        Inputs((first, *(_open_mask(first) if "mask" in name else value for name in others)), {})
+        for value in (first, for_sequences)
+    ]
+
+
+def _asked_for(model: nn.Module) -> list[str]:
+    """Return the names of the positions that a model's forward has no default for, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    positions = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in parameters if each.kind in positions and each.default is inspect.Parameter.empty]
+
+
+def _open_mask(first: Tensor) -> Tensor:
+    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
 
 
 def _of_hugging_face(model: nn.Module, named: Mapping[str, Any], first: Tensor) -> list[dict[str, Any]]:

@@ -6,12 +6,13 @@ Who updates what is decided in `muonclip.core.parameter_roles`; here modules and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
+from muonclip.core.folded_rows import folded
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
     GATE_UP_NAMES,
@@ -34,6 +35,9 @@ from muonclip.torch.update import UpdatePlan
 
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
+_FUSED_REASON = "fused q, k, v taken as one matrix: declare the attention, or give layout="
+_FUSED_FOR_NOW = "fused q, k, v: the first step shows its heads, read the plan again then"
+_ATTENTION_HEADING = ("attention", "kind", "heads", "clip", "maximum from")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,10 @@ class Plan:
 
     def __str__(self) -> str:
         clip = self.qk_clip
-        parameters = parameter_table(self.parameters, lambda layout, shape: layout.describe(shape))
-        attentions = [("attention", "kind", "heads", "clip", "maximum from")] + [
+        to_come = "" if clip is None else clip.attentions.to_come
+        lines = [_as_of_now(line) for line in self.parameters] if to_come else self.parameters
+        parameters = parameter_table(lines, lambda layout, shape: layout.describe(shape))
+        attentions = [
             (
                 name or "(model)",
                 projection.kind,
@@ -60,13 +66,14 @@ class Plan:
             )
             for name, projection in self.attentions.items()
         ]
-        found = table(attentions) if self.attentions else ""
+        found = table([_ATTENTION_HEADING, *folded(attentions)]) if attentions else ""
         if clip is None:
             found += "\n\nQK-Clip off" if found else "QK-Clip off"
         elif clip.attentions.has_nothing:
             found += "QK-Clip: nothing to clip (a search has seen no attention)"
-        elif clip.attentions.to_come:
-            found += ("\n" if found else "") + f"attention to be found and checked: {clip.attentions.to_come}"
+        elif to_come:
+            found += ("\n" if found else "") + f"attention to be found and checked: {to_come}"
+            found += "\nread the plan again after the first step"
         if clip is not None:
             others = _others(clip)
             found += ("\n\n" if found and others else "") + others
@@ -161,7 +168,7 @@ def _as_matrices(
         if out_axis(owner) and parameter.ndim == 2:
             layout = MatrixLayout(transposed=True)
         if leaf in _FUSED_QKV_NAMES:
-            reason = "fused q, k, v taken as one matrix: declare the attention, or give layout="
+            reason = _FUSED_REASON
         elif parameter.ndim > 2:
             reason = "stack of matrices" if layout.batch_ndim else "convolution, window flattened"
     if is_one_row(layout.matrix_shapes(shape)):
@@ -179,6 +186,11 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
     if rows % 2:
         return default_layout(shape)
     return MatrixLayout(batch_ndim=len(shape) - 2, transposed=transposed, blocks=(rows // 2, rows // 2))
+
+
+def _as_of_now(line: PlannedParameter) -> PlannedParameter:
+    """Say of a fused weight that its heads are not known yet, while the search is not over."""
+    return replace(line, reason=_FUSED_FOR_NOW) if line.reason == _FUSED_REASON else line
 
 
 def _others(clip: QKClip) -> str:
