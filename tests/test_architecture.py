@@ -21,6 +21,7 @@ ENGINES = {
     "torch/logits/kernels/head_maxima.py": {"triton"},
     "torch/logits/kernels/mask_levels.py": {"triton"},
     "torch/mesh/late_types.py": {"typing_extensions"},  # for types alone
+    "torch/optimizer/muonclip.py": {"typing_extensions"},  # which torch needs too
 }  # imported only when used
 MAY_IMPORT = {
     "core": {"muonclip.core"},

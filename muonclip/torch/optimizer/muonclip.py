@@ -8,10 +8,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from muonclip.core.arguments import check_flag, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
@@ -31,6 +32,9 @@ from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
 from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
+
+Clip = TypeVar("Clip", bound=QKClip | None, default=QKClip)
+"""The type of a `MuonClip`'s clip, for type checkers: `None` where that was given, else a `QKClip`."""
 
 
 class Muon(MatrixOptimizer):
@@ -85,7 +89,7 @@ class Muon(MatrixOptimizer):
         super().__init__(params, MuonOptions.from_mapping(locals()), None, workspace_bytes)
 
 
-class MuonClip(MatrixOptimizer):
+class MuonClip(MatrixOptimizer, Generic[Clip]):
     """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), a replacement for `AdamW(model.parameters(), …)`:
 
         optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)
@@ -112,7 +116,8 @@ class MuonClip(MatrixOptimizer):
 
     plan: Plan
     """The plan: who updates each parameter, as which matrices, and why; `print` it."""
-    qk_clip: QKClip | None
+    qk_clip: Clip
+    """The clip; None where it is switched off, which type checkers know."""
     _unfilled: weakref.ref[nn.Module] | None = None  # the model, while parameters of it are on the meta device
     _first_forward: FirstForward | None = None  # as long as no forward has shown the uses of parameters
 
@@ -130,7 +135,7 @@ class MuonClip(MatrixOptimizer):
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: bool = False,
         tau: float = 100.0,
-        qk_clip: QKClip | Literal["auto", "required"] | None = "auto",
+        qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
         ns_dtype: torch.dtype | None = None,
         ns_form: Literal["standard", "gram"] | None = None,
@@ -146,7 +151,7 @@ class MuonClip(MatrixOptimizer):
         check_tau(tau)
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
-        self.qk_clip = _find_clip(model, qk_clip, tau)
+        self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
         if self.qk_clip is not None:
             projections = self.qk_clip.projections
