@@ -89,6 +89,28 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    # Schedulers, the plan
+    Mutation(
+        "cycled-momentum-of-one-half",
+        "OneCycleLR cycles Muon's momentum alone.",
+        'if group["use"] != "adamw" or "max_momentum" not in group:',
+        'if group["use"] != "adamw" or "max_momentum" in group:',
+        tests_of("torch/test_cycled_momentum.py"),
+    ),
+    Mutation(
+        "targets-are-not-guessed",
+        "A forward that asks for targets is called without them, and the plan is not complete.",
+        "others = _asked_for(model)[1:]",
+        "others = _asked_for(model)[:0]",
+        tests_of("torch/test_guessed_inputs.py"),
+    ),
+    Mutation(
+        "folded-by-the-last-number-alone",
+        "Rows are folded by what follows a number, whatever is before it.",
+        "key = (pieces[:at], pieces[at + 1 :], cells) if at > 0 else index",
+        "key = (pieces[at + 1 :], cells) if at > 0 else index",
+        tests_of("core/test_folded_rows.py"),
+    ),
     # QK-Clip: a model without attention
     Mutation(
         "nothing-to-clip-by-products",
