@@ -2281,8 +2281,8 @@ MUTATIONS = (
     Mutation(
         "options-of-a-group-not-checked-by-the-step",
         "A rate that became NaN reaches all weights.",
-        "if new == known:",
-        "if known is not None:",
+        "if new != known:",
+        "if False:",
         tests_of(
             "torch/test_all_or_nothing.py", "test_an_option_that_does_not_fit_is_refused_by_the_step_and_by_the_load"
         ),
