@@ -2437,6 +2437,13 @@ MUTATIONS = (
         tests_of("torch/test_update_pieces.py", "test_matrices_of_every_size_share_a_batch"),
     ),
     Mutation(
+        "half-precision-gauge",
+        "Powers of two are tried in float16, where small numbers lose bits.",
+        "self._keeps_graph, self._widens = False, _is_half(model)",
+        "self._keeps_graph, self._widens = False, False",
+        tests_of("torch/test_proof.py", "test_a_declaration_is_tried_with_the_range_that_half_precision_lacks"),
+    ),
+    Mutation(
         "everything-at-once",
         "A processor takes all matrices of one shape from stage to stage, out of its cache.",
         'min(threads * PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes',

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from muonclip.models import MoEConfig
+from muonclip.models.torch import MoE
 from muonclip.torch import MaxLogits, QKClip, QKProjection
 
 WIDTH, HEADS, HEAD, LENGTH = 20, 4, 6, 7
@@ -484,6 +486,30 @@ def test_half_precision_is_no_reason_to_refuse(cast):
             projection = QKClip(module, example_inputs=x).attentions.projections[""]
         assert projection.query
         assert not projection.fixed
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.float], ids=["weights", "autocast"])
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_a_declaration_is_tried_with_the_range_that_half_precision_lacks(cast, attention, monkeypatch):
+    torch.manual_seed(0)
+    model = cast(MoE(MoEConfig.cpu(num_layers=2, attention=attention)))
+    before = copy.deepcopy(model.state_dict())
+    tokens = torch.randint(256, (4, 32))
+
+    def projections():
+        with torch.autocast("cpu", torch.float16):
+            return QKClip(model, example_inputs=tokens).attentions.projections
+
+    assert projections()["layers.0.attn"].query
+    attn = model.layers[0].attn
+    if attention == "mha":
+        wrong = dict(q=attn.q_proj, k=attn.v_proj, num_heads=4, num_kv_heads=4, max_logits=attn.max_logits)
+        monkeypatch.setattr(attn, "declare", lambda: QKProjection.gqa(**wrong))
+        with pytest.raises(ValueError, match=r"declaration of layers\.0\.attn does not hold"):
+            projections()
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
 
 
 def test_a_gate_of_grouped_queries_is_seen_next_to_attention_with_keys_of_its_own():

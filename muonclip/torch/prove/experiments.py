@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 
 from muonclip.torch.discover import Inputs, Replica, replica_of
 from muonclip.torch.heads import HeadRows, scale_heads
@@ -41,13 +42,14 @@ def run_copy(
     training: bool,
     keeps_graph: bool = False,
     keeps_results: bool = False,
+    widens: bool = False,
     watch: Callable[[AttentionRun], AbstractContextManager[object]] = nullcontext,
 ) -> Recording:
     """Run a copy of a model, or of the part of it that the inputs are for. Raises whatever the model raises.
 
     `heads_of`, `around`, `earlier`: as of `AttentionRun`. `values`: those of its parameters, by the model's. `prepare`
     changes the copy. `keeps_graph`: for a model that takes derivatives itself. `keeps_results`: as of `AttentionRun`.
-    `watch`: what is entered with the run.
+    `widens`: float16 becomes bfloat16, which has room for powers of two. `watch`: what is entered with the run.
     """
     module, prefix = model.get_submodule(inputs.module), prefix_of(inputs)
     with (
@@ -55,6 +57,7 @@ def run_copy(
         torch.enable_grad(),  # without, some models call other kernels
         nullcontext() if keeps_graph else saved_tensors_hooks(_nothing, _not_asked_for),
         warnings.catch_warnings(action="ignore"),  # of checkpointing, for inputs that need no gradient
+        _widened(copy) if widens else nullcontext(),
     ):
         prepare(copy)
         run = AttentionRun(copy.module, prefix, heads_of, around, earlier, keeps_results=keeps_results)
@@ -91,11 +94,11 @@ class Experiments:
         self._names = {module: name for name, module in model.named_modules()}
         self._prefix = prefix_of(inputs)
         self._is_noisy: bool | None = None
-        self._keeps_graph = False
+        self._keeps_graph, self._widens = False, _is_half(model)
         try:
             self.base = self.run((), is_base=True)
-        except Exception:  # whatever the model raises; perhaps it takes derivatives itself
-            self._keeps_graph = True
+        except Exception:  # whatever the model raises; perhaps it takes derivatives itself, or insists on float16
+            self._keeps_graph, self._widens = True, False
             self.base = self.run((), is_base=True)
 
     def end(self) -> None:
@@ -115,6 +118,7 @@ class Experiments:
             training=self._training,
             keeps_graph=self._keeps_graph,
             keeps_results=is_base,
+            widens=self._widens,
         )
 
     def reaches(self, rows: HeadRows) -> bool:
@@ -191,6 +195,38 @@ class _NumbersForZeros:
             self._generators[values.device] = torch.Generator(values.device).manual_seed(0)
         numbers = torch.randn(values.shape, generator=self._generators[values.device], device=values.device)
         return (numbers / math.sqrt(max(1, math.prod(values.shape[1:])))).to(values.dtype)
+
+
+def _is_half(model: nn.Module) -> bool:
+    """Tell whether a model computes in float16."""
+    return any(each.dtype == torch.float16 for each in model.parameters()) or bool(_half_autocasts(model))
+
+
+def _half_autocasts(model: nn.Module) -> list[str]:
+    """Return the types of a model's devices on which autocast is to float16 now."""
+    types = {each.device.type for each in model.parameters() if torch.amp.is_autocast_available(each.device.type)}
+    return [
+        each for each in types if torch.is_autocast_enabled(each) and torch.get_autocast_dtype(each) == torch.float16
+    ]
+
+
+@contextmanager
+def _widened(copy: Replica) -> Iterator[None]:
+    """Let a copy compute in bfloat16 where it would in float16."""
+
+    def widened(value: object) -> object:
+        is_half = isinstance(value, Tensor) and value.dtype == torch.float16
+        return value.to(torch.bfloat16) if is_half else value
+
+    for tensor in (*copy.module.parameters(), *copy.module.buffers()):
+        if tensor.dtype == torch.float16 and id(tensor) not in copy.stand_ins:
+            tensor.data = tensor.detach().to(torch.bfloat16)
+            copy.own.add(id(tensor))
+    copy.args, copy.kwargs = tree_map(widened, (copy.args, copy.kwargs))
+    with ExitStack() as stack:
+        for each in _half_autocasts(copy.module):
+            stack.enter_context(torch.autocast(each, torch.bfloat16))
+        yield
 
 
 def _nothing(saved: object) -> None:
