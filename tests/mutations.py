@@ -2087,9 +2087,23 @@ MUTATIONS = (
     Mutation(
         "form-unknown-to-jax",
         "A misspelt ns_form runs the standard form in JAX.",
-        'check_choice("ns_form", ns_form, "standard", "gram", None)',
+        'check_choice("ns_form", self.form, "standard", "gram", None)',
         "pass",
         tests_of("optax/test_wrong_arguments.py", "test_a_wrong_argument_is_named"),
+    ),
+    Mutation(
+        "form-chosen-in-torch-alone",
+        "JAX iterates wide matrices in the standard form, which takes longer.",
+        "return self.form or choose_form(m, n, name, jax.default_backend(), polynomials, None)",
+        'return self.form or "standard"',
+        tests_of("optax/test_forms.py", "test_the_update_has_the_chosen_form"),
+    ),
+    Mutation(
+        "form-chosen-for-float64",
+        "Matrices in float64, which ask for accuracy, are iterated in the Gram form.",
+        'dtype not in ("bfloat16", "float32")',
+        'dtype not in ("bfloat16", "float32", "float64")',
+        tests_of("optax/test_forms.py", "test_the_form_is_chosen_by_the_shape_and_the_polynomials"),
     ),
     Mutation(
         "maximize-dropped",  # 40

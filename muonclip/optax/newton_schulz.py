@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from muonclip.core import Products, iterate, normalize
-from muonclip.core.coefficients import Coefficients
+from muonclip.core import Products, iterate, normalize, resolve_coefficients
+from muonclip.core.arguments import check_choice
+from muonclip.core.coefficients import Coefficients, checked_gram_restarts
+from muonclip.core.cost_model import Form, choose_form
+from muonclip.optax.arguments import check_dtype
 from muonclip.optax.dtypes import wide
 
 _CPU_STACK_BYTES, _STACK_BYTES = 2**19, 2**28
@@ -42,6 +45,7 @@ class NewtonSchulz:
     """Options by which matrices are orthogonalised; see `muonclip.core.orthogonalize`.
 
     `dtype` None: bfloat16 where the default device is an accelerator, float32 on the CPU; float64 stays float64.
+    `form` None: the cheaper one for each shape, see `core.cost_model`.
     `stack_bytes`: the most that one stack takes. None: what fits a processor's cache on the CPU, where larger stacks
     are slower than single matrices, else 256 MiB.
     """
@@ -50,8 +54,16 @@ class NewtonSchulz:
     ns_steps: int | None = None
     eps: Any = 0.0
     dtype: Any = None
-    form: Literal["standard", "gram"] | None = None
+    form: Form | None = None
     stack_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for polynomials and forms that do not exist, or may not be combined."""
+        resolve_coefficients(self.ns_coefficients, self.ns_steps)
+        check_choice("ns_form", self.form, "standard", "gram", None)
+        check_dtype("ns_dtype", self.dtype)
+        if self.form == "gram":
+            checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
     def products_dtype(self, dtype: Any) -> Any:
         """Return the dtype of the products, for matrices of `dtype`."""
@@ -60,6 +72,14 @@ class NewtonSchulz:
         if dtype == jnp.float64:
             return jnp.dtype(jnp.float64)
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+    def form_of(self, m: int, n: int, dtype: Any) -> Form:
+        """Return the form in which matrices m × n of `dtype`, m ≤ n, are iterated; square ones in the standard form."""
+        if m == n:
+            return "standard"
+        polynomials = resolve_coefficients(self.ns_coefficients, self.ns_steps)
+        name = self.products_dtype(dtype).name
+        return self.form or choose_form(m, n, name, jax.default_backend(), polynomials, None)
 
     def __call__(self, batches: Sequence[jax.Array]) -> list[jax.Array]:
         """Return the polar factors of batches [count, m, n] of any shapes, in the dtype of the products."""
@@ -82,7 +102,8 @@ class NewtonSchulz:
         alone = len(stack) == 1  # a product of two matrices is faster than a batch of one
         x = normalize(stack[0] if alone else stack, PRODUCTS, xp=jnp, eps=self.eps)
         x = x.astype(self.products_dtype(stack.dtype))
-        form = self.form or "standard"
+        m, n = stack.shape[1:]
+        form = self.form_of(m, n, stack.dtype)
         x = iterate(x, self.ns_coefficients, self.ns_steps, form=form, xp=jnp, products=PRODUCTS)
         x = x[None] if alone else x
         edges = [sum(len(piece) for piece in pieces[:i]) for i in range(1, len(pieces))]

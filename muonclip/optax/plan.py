@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
+from muonclip.core.coefficients import Coefficients
+from muonclip.core.cost_model import Form
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
     ARRAY_NAMES,
@@ -30,8 +33,10 @@ from muonclip.core.parameter_roles import (
     module_of,
     role_of,
 )
+from muonclip.core.text_table import table
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
 from muonclip.optax.head_rows import HeadRows, is_adapter
+from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections
 
@@ -49,11 +54,15 @@ class Plan:
     """The plan of what `muonclip` does with each parameter, and why; `print` it."""
 
     parameters: tuple[PlannedParameter, ...]
+    products: tuple[tuple[str, str], ...] = ()
+    """The matrices of each shape, whichever way they lie, and the dtype and form of the products that iterate them."""
 
     def __str__(self) -> str:
-        return parameter_table(
+        parameters = parameter_table(
             self.parameters, lambda layout, shape: ArrayLayout.from_layout(layout, shape).describe(shape)
         )
+        products = table([("matrices", "products"), *self.products]) if self.products else ""
+        return "\n\n".join(filter(None, (parameters, products)))
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`."""
@@ -61,15 +70,34 @@ class Plan:
         return map_named(lambda name, _: of(lines[name]), params)
 
 
-def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKProjections | None = None) -> Plan:
+def plan(
+    params: Any,
+    weight_dimension_numbers: Any = None,
+    qk_projections: QKProjections | None = None,
+    *,
+    ns_coefficients: Coefficients = "jordan",
+    ns_steps: int | None = None,
+    ns_dtype: Any = None,
+    ns_form: Form | None = None,
+) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
 
-    `params` may be `jax.ShapeDtypeStruct`s. Raises ValueError, with a list, for arrays whose axes are not understood.
+    `params` may be `jax.ShapeDtypeStruct`s. Raises ValueError, with a list, for arrays whose axes are not understood,
+    and for a form that may not run with these polynomials.
     """
+    newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, dtype=ns_dtype, form=ns_form)
+    newton_schulz.check()
+    lines = _lines(params, weight_dimension_numbers, qk_projections)
+    return Plan(lines, tuple(_products(lines, params, newton_schulz)))
+
+
+def _lines(
+    params: Any, weight_dimension_numbers: Any, qk_projections: QKProjections | None
+) -> tuple[PlannedParameter, ...]:
     shapes = {name: tuple(leaf.shape) for name, leaf in named_arrays(params).items()}
     if weight_dimension_numbers is not None:
         given = weight_layouts(weight_dimension_numbers, params)
-        return Plan(tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items()))
+        return tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items())
     projections = jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection))
     layer_axes = _layer_axes(projections, shapes)
     embeddings = embedding_shapes((name, shape, None) for name, shape in shapes.items())
@@ -95,7 +123,7 @@ def plan(params: Any, weight_dimension_numbers: Any = None, qk_projections: QKPr
             + "\n  ".join(unknown)
             + f"\nSay so: {DECLARE}."
         )
-    return Plan(tuple(lines))
+    return tuple(lines)
 
 
 def weight_layouts(weight_dimension_numbers: Any, params: Any) -> dict[str, WeightLayout | None]:
@@ -106,6 +134,19 @@ def weight_layouts(weight_dimension_numbers: Any, params: Any) -> dict[str, Weig
     return declared_for(
         params, weight_dimension_numbers, (MuonDimensionNumbers, MatrixLayout), "weight_dimension_numbers"
     )
+
+
+def _products(lines: Iterable[PlannedParameter], params: Any, newton_schulz: NewtonSchulz) -> Iterable[tuple[str, str]]:
+    """Count the matrices of each shape, and say how they are multiplied."""
+    arrays, counts = named_arrays(params), Counter[tuple[int, int, Any]]()
+    for line in lines:
+        if line.use == "muon":
+            layout = ArrayLayout.from_layout(line.layout, line.shape)
+            for count, fan_out, fan_in in layout.fused.matrix_shapes(layout.unit_shape(line.shape)):
+                counts[min(fan_out, fan_in), max(fan_out, fan_in), arrays[line.name].dtype] += count
+    for (m, n, dtype), count in counts.items():
+        form = "Gram" if newton_schulz.form_of(m, n, dtype) == "gram" else "standard"
+        yield f"{count} × ({m}×{n})", f"{newton_schulz.products_dtype(dtype).name}, {form} form"
 
 
 def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None) -> PlannedParameter:

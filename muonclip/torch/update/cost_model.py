@@ -1,21 +1,14 @@
-"""The choices that decide the speed of an update, from the global shape of its matrices and facts that all ranks share.
+"""The precision and the pieces of an update, from the global shape of its matrices and facts that all ranks share.
 
-On a processor, matrices are taken from the momentum to the weight as many at once as stay in its cache, and iterated in
-the form that multiplies least.
+On a processor, matrices are taken from the momentum to the weight as many at once as stay in its cache. The form in
+which they are iterated is `core.cost_model`'s choice.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from itertools import pairwise
-from typing import Literal
+from functools import cache
 
 import torch
-
-from muonclip.core import resolve_coefficients
-from muonclip.core.coefficients import Coefficients, checked_gram_restarts, gram_restarts
-
-Form = Literal["standard", "gram"]
 
 PIECE_BYTES = 2 * 2**20
 """What a thread of a processor takes at once, counted in float32: half of it is the input of bf16 products."""
@@ -25,36 +18,6 @@ _MOST_THREADS = 4
 
 _MOST_WORK_IN_FLOAT32 = 2**15
 """Multiplications of a product up to which float32 takes less time than bf16, however many there are: 16 × 16 × 128."""
-
-
-@lru_cache(maxsize=1024)
-def choose_form(
-    m: int, n: int, dtype: torch.dtype, device_type: str, ns_coefficients: Coefficients, ns_steps: int | None
-) -> Form:
-    """Choose how matrices m × n, m ≤ n, are iterated where nobody says it.
-
-    The Gram form makes more products of m × m, which small matrices multiply less efficiently: it has to save 1/25 of
-    the operations, and 8/m more. It is not chosen for float64, which asks for accuracy, nor on other devices, where
-    its saving is not measured.
-    """
-    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
-        return "standard"
-    if gram_restarts(ns_coefficients, ns_steps) is None:
-        return "standard"
-    standard, gram = (flops(m, n, form, dtype, ns_coefficients, ns_steps) for form in ("standard", "gram"))
-    return "gram" if standard > gram * (1.04 + 8 / m) else "standard"
-
-
-@lru_cache(maxsize=4096)
-def flops(m: int, n: int, form: Form, dtype: torch.dtype, ns_coefficients: Coefficients, ns_steps: int | None) -> int:
-    """Count the floating-point operations of the iteration of one matrix m × n, m ≤ n."""
-    steps = len(resolve_coefficients(ns_coefficients, ns_steps))
-    if form == "standard" or m == n:
-        return steps * (4 * m * m * n + 2 * m**3)
-    edges = 0, *checked_gram_restarts(ns_coefficients, ns_steps, wide=dtype.itemsize >= 4), steps
-    # Of each step the polynomial, of each but a segment's first Q, of each but its last two products for R.
-    squares = sum(4 * (stop - start) - 3 for start, stop in pairwise(edges))
-    return (len(edges) - 1) * 4 * m * m * n + squares * 2 * m**3
 
 
 def iteration_dtype(device_type: str, dtype: torch.dtype, ns_dtype: torch.dtype | None) -> torch.dtype:

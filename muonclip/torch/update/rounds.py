@@ -16,9 +16,10 @@ import torch
 
 from muonclip.core import MatrixLayout, resolve_coefficients
 from muonclip.core.coefficients import Coefficients, checked_gram_restarts
+from muonclip.core.cost_model import Form, choose_form, flops
 from muonclip.core.index_ranges import IndexRanges, length
 from muonclip.torch.mesh import ONE_RANK, Mesh, RankPosition
-from muonclip.torch.update.cost_model import Form, choose_form, flops, multiplies_small_in_float32
+from muonclip.torch.update.cost_model import multiplies_small_in_float32
 from muonclip.torch.update.matrix_shards import MatrixShards, coordinates
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class NewtonSchulzConfig:
     """The iteration of matrices; those that are iterated together agree in it.
 
     `dtype` is that of the products; unless it `is_asked` for, float32 replaces bf16 in small matrices. `form` None: the
-    cheaper one for each shape. See `cost_model`.
+    cheaper one for each shape. See `cost_model` here and in the core.
     """
 
     dtype: torch.dtype
@@ -55,14 +56,15 @@ class NewtonSchulzConfig:
 
     def flops(self, m: int, n: int) -> int:
         """Count the floating-point operations for one matrix m × n, m ≤ n."""
-        return flops(m, n, self.form_of(m, n), self.dtype_of(m, n), self.ns_coefficients, self.ns_steps)
+        wide = self.dtype_of(m, n).itemsize >= 4
+        return flops(m, n, self.form_of(m, n), self.ns_coefficients, self.ns_steps, wide=wide)
 
     def form_of(self, m: int, n: int) -> Form:
         """Return the form in which matrices m × n, m ≤ n, are iterated; square ones always in the standard form."""
         if m == n:
             return "standard"
-        polynomials = self.ns_coefficients, self.ns_steps
-        return self.form or choose_form(m, n, self.dtype_of(m, n), self.device_type, *polynomials)
+        dtype = str(self.dtype_of(m, n)).removeprefix("torch.")
+        return self.form or choose_form(m, n, dtype, self.device_type, self.ns_coefficients, self.ns_steps)
 
     def dtype_of(self, m: int, n: int) -> torch.dtype:
         """Return the dtype of the products of matrices m × n."""
