@@ -87,13 +87,23 @@ def report(options: argparse.Namespace) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Run the study of the command's name."""
-    if options.name == "optax-speed":
-        _check_jax("optax-speed")
+    if options.name.startswith("optax-"):
+        _check_jax(options.name)
     importlib.import_module(f"benchmarks.studies.{options.name.replace('-', '_')}").run(options)
 
 
 COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
-_STUDIES = ("clip-cost", "optax-speed", "speed", "scaling", "kill-trials", "ownership", "gram-accuracy", "sweep")
+_STUDIES = (
+    "clip-cost",
+    "optax-speed",
+    "optax-collectives",
+    "speed",
+    "scaling",
+    "kill-trials",
+    "ownership",
+    "gram-accuracy",
+    "sweep",
+)
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)
 
 

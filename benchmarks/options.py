@@ -192,6 +192,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "Muon's update in JAX next to Optax's own: three minutes on two cores",
         {"--rounds": _of(count, "N", "timed calls (default: 31)", 31)}, ["--out"],
     ),
+    "optax-collectives": ("count what JAX sends in an update of sharded matrices, next to others", {}, ["--out"]),
     "speed": ("time updates and training steps next to every other Muon that is installed", _SPEED, ["--out"]),
     "scaling": (
         "time training steps on more and more processes: alone for --processes, or under torchrun", _SCALING,
