@@ -98,6 +98,13 @@ MUTATIONS = (
         tests_of("torch/test_cycled_momentum.py"),
     ),
     Mutation(
+        "self-test-takes-nan-for-small",
+        "An error that is NaN counts as one within its tolerance.",
+        "error <= tolerance",
+        "not error > tolerance",
+        tests_of("test_selftest.py", "test_nan_is_no_small_error"),
+    ),
+    Mutation(
         "targets-are-not-guessed",
         "A forward that asks for targets is called without them, and the plan is not complete.",
         "others = _asked_for(model)[1:]",

@@ -22,12 +22,15 @@ ENGINES = {
     "torch/logits/kernels/mask_levels.py": {"triton"},
     "torch/mesh/late_types.py": {"typing_extensions"},  # for types alone
     "torch/optimizer/muonclip.py": {"typing_extensions"},  # which torch needs too
+    "selftest/kernels.py": {"flash_attn", "flash_attn_interface", "transformer_engine", "xformers"},
 }  # imported only when used
+FRAMEWORKS = {"torch", "jax", "numpy", "optax"}
 MAY_IMPORT = {
     "core": {"muonclip.core"},
     "torch": {"muonclip.core", "muonclip.torch", "torch"},
     "optax": {"muonclip.core", "muonclip.optax", "jax", "numpy", "optax"},
     "models": {"muonclip.core", "muonclip.torch", "muonclip.optax", "muonclip.models", "torch", "jax", "numpy"},
+    "selftest": {"muonclip", *FRAMEWORKS},
 }
 TORCH_MAY_IMPORT = {  # package of muonclip.torch → the packages below it, of which its files may import
     "": {"optimizer", "clip", "prove", "discover", "observe", "heads", "update", "logits", "mesh"},  # doors to engines
@@ -96,7 +99,7 @@ def test_the_table_names_every_package_and_has_no_circle():
     tuple(TopologicalSorter(TORCH_MAY_IMPORT).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("room", ["core", "torch", "optax", "models"])
+@pytest.mark.parametrize("room", ["core", "torch", "optax", "models", "selftest"])
 def test_no_files_import_each_other_in_a_circle(room):
     """Within a package, too; imports for types alone count."""
     graph = {}

@@ -32,6 +32,7 @@ import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
 from benchmarks.studies import scaling
+from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 from muonclip.torch import distributed
 
@@ -180,8 +181,8 @@ def commands_of(page):
     return [shlex.split(line) for line in lines if line.strip()]
 
 
-def accepts(arguments):
-    parser, _ = make_parser()
+def accepts(arguments, parser=None):
+    parser = parser or make_parser()[0]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             parser.parse_args(arguments)
@@ -198,6 +199,8 @@ def check_command(words):
     elif words[:3] == ["python", "-m", "benchmarks"]:
         if len(words) > 3:
             assert accepts(words[3:]), words
+    elif words[:3] == ["python", "-m", "muonclip"]:
+        assert accepts(words[3:], make_parser_of_library()), words
     elif words[0] == "torchrun":
         launch = distributed_run.get_args_parser().parse_args(words[1:])
         if launch.module:

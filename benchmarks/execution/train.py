@@ -16,12 +16,13 @@ from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment, differences
 from benchmarks.experiment.settings import Precision
 from benchmarks.records import atomic_files
-from benchmarks.records.environment import available_cores, environment
+from benchmarks.records.environment import environment
 from benchmarks.records.folders import CHECKPOINTS, CONFIG, SUMMARY
 from benchmarks.records.summary import Results, collect
 from benchmarks.training import precision
 from benchmarks.training.precision import PrecisionChoice
 from benchmarks.training.run import Schedule
+from muonclip.selftest import available_cores
 
 Begun = tuple[Experiment, dict[str, Any]]
 """An experiment with its precision decided, and the environment of its first start."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import torch
 
 import muonclip
 from benchmarks.experiment.settings import Framework
+from muonclip.selftest import available_cores, cpu_model
 
 
 def environment(device: str = "cpu", framework: Framework = "torch") -> dict[str, Any]:
@@ -49,18 +48,6 @@ def made_with(environment: Mapping[str, Any]) -> str:
     parts = [["{command}"], ["{date:.10}"], versions, ["{gpu}", "{cores} cores of {cpu}"]]
     written = [", ".join(filter(None, (_filled(each, known) for each in part))) for part in parts]
     return " · ".join(filter(None, written))
-
-
-def available_cores() -> int:
-    """Return the number of cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    named = model[1] if model else _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return named or platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

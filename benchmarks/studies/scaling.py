@@ -31,12 +31,13 @@ from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Precision, Training
 from benchmarks.records import atomic_files
-from benchmarks.records.environment import available_cores, environment
+from benchmarks.records.environment import environment
 from benchmarks.studies.collective_times import collective_times
 from benchmarks.studies.templates import render
 from benchmarks.training.sharded_learner import Layout, ShardedLearner
 from benchmarks.training.timing import seconds, wall_clock
 from muonclip.models.parallel import Parallelism
+from muonclip.selftest import available_cores
 
 WARM_UP = 3
 MOST = "MUONCLIP_SCALING_MOST"  # environment: the largest number of processes, which the strong case needs

@@ -3,20 +3,22 @@
 Matrices only: parameter groups, options and state are `optimizer`'s, facts about ranks `mesh`'s.
 """
 
-from muonclip.torch.update.cost_model import iteration_dtype
+from muonclip.torch.update.cost_model import choose_form, iteration_dtype
 from muonclip.torch.update.execute import execute
 from muonclip.torch.update.plan import UpdatePlan, plan
-from muonclip.torch.update.products import choose_products
+from muonclip.torch.update.products import PRODUCTS, choose_products
 from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
 from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, rescale
 
 __all__ = [
     "MUON",
+    "PRODUCTS",
     "NewtonSchulzConfig",
     "ParameterStep",
     "PlacedParameter",
     "StepOptions",
     "UpdatePlan",
+    "choose_form",
     "choose_products",
     "execute",
     "iteration_dtype",

@@ -1,0 +1,56 @@
+"""The outcomes of a self-test: what was tried, whether it holds, and what was seen."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_LINES_OF_A_TRACE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One line of a self-test. `holds`: None where it was not tried; `what` says why then. `trace`: of an error."""
+
+    name: str
+    holds: bool | None
+    what: str
+    trace: str = ""
+
+    def __str__(self) -> str:
+        word = {True: "holds", False: "FAILED", None: "-"}[self.holds]
+        return "\n".join([f"{word:7} {self.name}: {self.what}", *(f"    {line}" for line in self.trace.splitlines())])
+
+
+class Part(NamedTuple):
+    """A part of a self-test: a name, and what is done on a kind of device."""
+
+    name: str
+    run: Callable[[str], Iterator[Outcome]]
+
+
+def within(name: str, error: float, tolerance: float, of: str = "") -> Outcome:
+    """Return an outcome that holds where an error is at most a tolerance; NaN is more than any."""
+    more = f", {of}" if of else ""
+    return Outcome(name, error <= tolerance, f"largest relative error {error:.1e} of {tolerance:.0e}{more}")
+
+
+def outcomes_of(parts: Sequence[Part], device: str, seconds: float) -> Iterator[Outcome]:
+    """Run the parts one after the other, none after the time is over. An error of a part is an outcome of its own."""
+    end = time.monotonic() + seconds
+    for part in parts:
+        if time.monotonic() > end:
+            yield Outcome(part.name, None, f"not tried, the {seconds:.0f} seconds are over")
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = part.run(device)
+                while (outcome := next(found, None)) is not None:
+                    yield outcome
+        except Exception as error:  # whatever a host raises: the next part is tried all the same
+            lines = traceback.format_exc().splitlines()[-_LINES_OF_A_TRACE:]
+            yield Outcome(part.name, False, f"{type(error).__name__}: {error}".splitlines()[0], "\n".join(lines))
