@@ -198,7 +198,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "time training steps on more and more processes: alone for --processes, or under torchrun", _SCALING,
         ("--preset", "--device", "--data", "--out", "--collective-timeout"),
     ),
-    "gpu-check": ("what only a GPU can settle, most important first: eight minutes", _GPU_CHECK, ["--out"]),
+    "gpu-check": ("what only a GPU can settle, most important first: nine minutes", _GPU_CHECK, ["--out"]),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),
     "ownership": ("draw which ranks hold and iterate the matrices of a layer", {}, ["--out"]),
     "gram-accuracy": (

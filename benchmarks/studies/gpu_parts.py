@@ -26,9 +26,18 @@ from benchmarks.records.environment import environment
 from benchmarks.studies import gpu_kernels, gpu_sets, gpu_step
 from benchmarks.studies.clip_cost_bench import PLANS, QUICK, Bench
 from benchmarks.training.run import Run, State, Store
+from muonclip.selftest import results
 
 Records = Iterator[dict[str, Any]]
 _SECONDS_OF_AN_ARM = 45.0
+
+
+def check(out: Path, dry_run: bool) -> Records:
+    """Run the self-test of the library, `python -m muonclip check`."""
+    for outcome in results("cpu" if dry_run else "cuda"):
+        print(outcome)
+        of = {"what": outcome.name, "found": outcome.what, "trace": outcome.trace.splitlines()}
+        yield of | ({"absent": outcome.what} if outcome.holds is None else {"ok": outcome.holds})
 
 
 def tests(out: Path, dry_run: bool) -> Records:
@@ -128,6 +137,7 @@ def _point(record: dict[str, Any]) -> tuple[int, float, float]:
 
 
 _PARTS: dict[str, Callable[[Path, bool], Records]] = {
+    "check": check,
     "tests": tests,
     "kernels": kernels,
     "step": step,

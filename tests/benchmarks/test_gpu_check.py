@@ -8,6 +8,8 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.studies import gpu_check, gpu_parts
+from muonclip.selftest import run
+from muonclip.selftest.outcomes import Part
 
 
 @pytest.fixture
@@ -34,6 +36,16 @@ def test_a_step_is_compared_in_both_dtypes_while_the_clip_acts(records_of):
     }
     replays = [record for record in records if "equal" in record]
     assert all(record["equal"] and min(record["clipped"]) > 0 for record in replays)
+
+
+def test_the_self_test_of_the_library_comes_first(records_of, monkeypatch):
+    monkeypatch.setattr(run, "OF_TORCH", (run.OF_TORCH[0], Part("broken", lambda device: iter([1 / 0]))))
+    monkeypatch.setattr(run, "OF_JAX", ())
+    records = records_of("check")
+    assert [record["ok"] for record in records] == [*[True] * 6, False]
+    assert {record["what"] for record in records} >= {"iteration, gram form, bfloat16", "broken"}
+    assert records[-1]["trace"][-1] == "ZeroDivisionError: division by zero"
+    assert next(iter(gpu_check.PARTS)) == next(iter(gpu_parts._PARTS)) == "check"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +92,9 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_next(tmp_path, mo
 
 def test_a_clip_that_does_nothing_is_no_proof(records_of, monkeypatch):
     """Its replay is equal, and says nothing of the clip."""
-    from benchmarks.studies import gpu_step
+    from muonclip.selftest import steps
 
-    monkeypatch.setattr(gpu_step, "_TAU", 1e9)  # so that the clip does nothing
+    monkeypatch.setattr(steps, "_TAU", 1e9)  # so that the clip does nothing
     assert [record["ok"] for record in records_of("step") if "equal" in record] == [False, False]
 
 
