@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import muonclip
+from muonclip.core.cost_model import choose_form
 from muonclip.selftest.processor import available_cores, cpu_model, instructions
 
 _PACKAGES = (
@@ -92,13 +93,13 @@ def _what_runs(device: str) -> Iterator[tuple[str, str]]:
     """Say in what precision, by which products and in which form the update of a device multiplies matrices."""
     import torch
 
-    from muonclip.torch.update import PRODUCTS, choose_form, choose_products, iteration_dtype
+    from muonclip.torch.update import PRODUCTS, choose_products, iteration_dtype
 
-    dtype = iteration_dtype(device, torch.float32, None)
+    dtype = str(iteration_dtype(device, torch.float32, None)).removeprefix("torch.")
     products = next(name for name, each in PRODUCTS.items() if each is choose_products(None, device))
     forms = [f"{m}×{n} {choose_form(m, n, dtype, device, 'jordan', None)}" for m, n in _SHAPES]
     half = ", half of each symmetric product" if PRODUCTS[products].symmetric_update else ""
-    yield f"on {device}", f"{str(dtype).removeprefix('torch.')}, {products}{half}; form of {', '.join(forms)}"
+    yield f"on {device}", f"{dtype}, {products}{half}; form of {', '.join(forms)}"
 
 
 def _kernels() -> list[str]:

@@ -3,7 +3,7 @@
 Matrices only: parameter groups, options and state are `optimizer`'s, facts about ranks `mesh`'s.
 """
 
-from muonclip.torch.update.cost_model import choose_form, iteration_dtype
+from muonclip.torch.update.cost_model import iteration_dtype
 from muonclip.torch.update.execute import execute
 from muonclip.torch.update.plan import UpdatePlan, plan
 from muonclip.torch.update.products import PRODUCTS, choose_products
@@ -18,7 +18,6 @@ __all__ = [
     "PlacedParameter",
     "StepOptions",
     "UpdatePlan",
-    "choose_form",
     "choose_products",
     "execute",
     "iteration_dtype",
