@@ -2458,6 +2458,13 @@ MUTATIONS = (
         tests_of("torch/test_update_pieces.py", "test_matrices_of_every_size_share_a_batch"),
     ),
     Mutation(
+        "copy-runs-the-original",
+        "A copy keeps a forward whose closure has methods of the model, and runs the model's own weights.",
+        'or _holds_modules(state["forward"])',
+        "or False",
+        tests_of("torch/test_host_modes.py", "test_a_wrapper_around_the_forward_of_every_module"),
+    ),
+    Mutation(
         "half-precision-gauge",
         "Powers of two are tried in float16, where small numbers lose bits.",
         "self._keeps_graph, self._widens = False, _is_half(model)",

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import pickle
+import types
 import warnings
 
 import accelerate
@@ -393,7 +394,12 @@ def named_wrapper(module):
     module.forward = forward
 
 
-@pytest.mark.parametrize("put_on", [hook_of_accelerate, wrapper, named_wrapper])
+def bound_wrapper(module):
+    inside = module.forward
+    module.forward = types.MethodType(lambda self, *args, **kwargs: inside(*args, **kwargs), module)
+
+
+@pytest.mark.parametrize("put_on", [hook_of_accelerate, wrapper, named_wrapper, bound_wrapper])
 @pytest.mark.parametrize("when", ["before", "after", "twice"])
 def test_a_wrapper_around_the_forward_of_every_module(when, put_on):
     model, plain = Model(), Model()

@@ -165,6 +165,19 @@ def _is_bound_to(forward: Any, module: nn.Module) -> bool:
     return any(each is module for each in forward.args) and (inner is None or _is_bound_to(inner, module))
 
 
+def _holds_modules(forward: Any) -> bool:
+    """Tell whether a function has modules, or methods of theirs, from where it was defined, as TRL's chunked losses."""
+    function = getattr(forward, "__func__", forward)
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # which is empty
+            value = cell.cell_contents
+            if isinstance(getattr(value, "__self__", value), nn.Module):
+                return True
+            if isinstance(value, types.FunctionType) and _holds_modules(value):
+                return True
+    return False
+
+
 def _needs_stand_in(parameter: Tensor) -> bool:
     is_matrix = parameter.ndim > 1 and parameter.numel() > 0 and parameter.is_floating_point()
     return is_matrix and not is_whole(parameter) and not parameter.is_meta
@@ -210,7 +223,7 @@ def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except RuntimeError:  # parametrized modules refuse
         state = None
     state = without_engine(state if isinstance(state, dict) else vars(module))
-    if "forward" in state and not _is_bound_to(state["forward"], module):
+    if "forward" in state and (not _is_bound_to(state["forward"], module) or _holds_modules(state["forward"])):
         del state["forward"]  # it would run the original
     inner = {name: None if each is None else _replica(each, memo) for name, each in module._modules.items()}
     replica.__setstate__({name: inner if name == "_modules" else _copied(value, memo) for name, value in state.items()})
