@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage
 from muonclip.core.parameter_plan import PlannedParameter
 from muonclip.core.parameter_roles import Use, role_of
 from muonclip.torch.discover import Inputs, has_a_foreign_forward, is_experiment, uses_in
-from muonclip.torch.logits import unobservable
+from muonclip.torch.logits import outside_modes, unobservable
 from muonclip.torch.mesh import plain_name
 
 
@@ -29,7 +29,8 @@ class FirstForward:
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a forward that begins with these arguments."""
         self._end()
-        self.shown = uses_in(model, Inputs(args, kwargs).filled()) or {}
+        with outside_modes():
+            self.shown = uses_in(model, Inputs(args, kwargs).filled()) or {}
 
 
 def warn_of_other_roles(planned: Iterable[PlannedParameter], shown: Mapping[str, Use], *, with_clip: bool) -> None:
