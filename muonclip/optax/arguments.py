@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from muonclip.core.arguments import Rule, check_number, shown
+from muonclip.core.arguments import Rule, check_array, check_number, shown
 
 
 def check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
@@ -36,6 +36,29 @@ def check_dtype(name: str, dtype: Any) -> None:
         known = jnp.dtype(bool)
     if known is not None and not (jnp.issubdtype(known, jnp.floating) and known.itemsize > 1):
         raise ValueError(f"{name}={shown(dtype)} is not a floating dtype; give jnp.float32, jnp.bfloat16, … or None.")
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raise TypeError unless it is an array of real numbers."""
+    check_array(name, value)
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{name} has the dtype {value.dtype}; give an array of real numbers.")
+
+
+def check_integers(name: str, value: Any) -> None:
+    """Raise TypeError unless it is an array of whole numbers."""
+    check_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name} has the dtype {value.dtype}; give an array of whole numbers.")
+
+
+def check_tree(name: str, tree: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise TypeError unless every leaf of a tree is of one of the kinds or None; a function makes the tree later."""
+    if callable(tree):
+        return
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds)):
+        if not isinstance(leaf, kinds):
+            raise TypeError(f"{name} holds {shown(leaf)}; give {wanted}.")
 
 
 def check_mask(name: str, mask: Any) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import check_kind, check_whole
 
 WeightLayout: TypeAlias = MuonDimensionNumbers | MatrixLayout
 """Axes of any array (`reduction_axis`, `output_axis`, the rest a batch), or the core's layout of (*batch, out, *in)."""
@@ -70,8 +71,10 @@ class ArrayLayout:
 
 
 def _axes(axes: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    check_kind("axes of the dimension numbers", axes, (int, Sequence), "the number of an axis, or a tuple of them")
+    given = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     for axis in given:
+        check_whole("an axis of the dimension numbers", axis, at_least=-99)
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"axis {axis} of the dimension numbers does not exist in shape {tuple(shape)}.")
     return tuple(axis % len(shape) for axis in given)

@@ -17,6 +17,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from muonclip.core.arguments import check_array, check_flag, check_whole
+from muonclip.optax.arguments import check_integers, check_real
+
 Window: TypeAlias = int | tuple[int, int] | None
 SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
 
@@ -54,15 +57,19 @@ class AttentionMask:
 
         Raises ValueError if they do not fit.
         """
+        check_flag("is_causal", is_causal)
         batch, _, *lengths = shape
         for name, each in (("query_seq_lengths", query_lengths), ("key_value_seq_lengths", key_lengths)):
-            if each is not None and jnp.shape(each) != (batch,):
+            if each is None:
+                continue
+            check_integers(name, each)
+            if jnp.shape(each) != (batch,):
                 raise ValueError(f"{name} has shape {jnp.shape(each)}; give one length per sequence, ({batch},).")
         return cls(
             lengths=(lengths[0], lengths[1]),
             mask=None if mask is None else _checked_mask(mask, shape),
             is_causal=is_causal,
-            window=(window, window) if isinstance(window, int) else window,
+            window=_checked_window(window),
             query_lengths=query_lengths,
             key_lengths=key_lengths,
             segments=None if segment_ids is None else _checked_segments(segment_ids, shape),
@@ -114,8 +121,10 @@ def cut(x: Array, axis: int, start: Array, size: int) -> Array:
 
 def as_bool(mask: Array) -> Array:
     """Return a mask of bools. Raises ValueError for negative numbers, where they can be seen."""
+    check_array("mask", mask)
     if mask.dtype == bool:
         return mask
+    check_real("mask", mask)
     if not isinstance(mask + 0, Tracer) and bool((mask < 0).any()):
         raise ValueError(
             "mask has negative numbers, as one that is added to the logits; give True (or 1) where a query may attend."
@@ -130,10 +139,23 @@ def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
     return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
+def _checked_window(window: Window) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = window if isinstance(window, tuple) else (window, window)
+    if len(pair) != 2:
+        raise ValueError(f"local_window_size={window!r} has {len(pair)} numbers; give (left, right), or one for both.")
+    left, right = (check_whole("local_window_size", each, at_least=-(2**31)) for each in pair)
+    return left, right
+
+
 def _checked_segments(ids: Array | tuple[Array, Array], shape: tuple[int, int, int, int]) -> tuple[Array, Array]:
     batch, _, rows, columns = shape
+    if isinstance(ids, tuple) and len(ids) != 2:
+        raise ValueError(f"segment_ids has {len(ids)} arrays; give one, or a tuple of those of queries and keys.")
     of_queries, of_keys = ids if isinstance(ids, tuple) else (ids, ids)
     for each, length in ((of_queries, rows), (of_keys, columns)):
+        check_integers("segment_ids", each)
         if each.shape not in ((batch, length), (1, length), (length,)):
             raise ValueError(
                 f"segment_ids has shape {each.shape}; give int [B, {length}], or where keys are not the queries' own "

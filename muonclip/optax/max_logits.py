@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from typing import Any, Literal
 
 import jax
@@ -29,8 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from muonclip.core.arguments import FINITE, check_array, check_choice, check_whole
 from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
+from muonclip.optax.arguments import check_if_concrete, check_real, check_scalar
 from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, cut
 from muonclip.optax.dtypes import wide
 
@@ -87,8 +88,7 @@ def certified_max_logits(
     cap, bias or sink. Under `jax.vmap` the choice becomes a select, and the maxima are always computed. Raises
     ValueError for τ ≤ 0 and for an `lse` narrower than float32.
     """
-    if isinstance(tau, numbers.Real | np.number):
-        check_tau(float(tau))
+    check_if_concrete(tau, check_tau)
     pairs = AttentionMask.read(
         _logits_shape(query, key), mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
         segment_ids,
@@ -96,6 +96,7 @@ def certified_max_logits(
     bounds = _norm_bounds(query, key, scale)
     certified = jnp.isfinite(bounds) & (bounds <= tau)
     if lse is not None:
+        check_array("lse", lse)
         bounds = _lse_bounds(query, lse, bounds)
         certified |= jnp.isfinite(bounds) & (bounds <= tau)
     return jax.lax.cond(
@@ -127,6 +128,8 @@ def dot_product_attention(
     it changes the output's last bits.) A bias is not part of S; values of it that forbid a pair
     (`muonclip.core.attention_mask`) are a mask.
     """
+    check_real("value", value)
+    check_choice("implementation", implementation, None, "xla", "cudnn")
     mask = None if mask is None else as_bool(mask)
     masks: dict[str, Any] = dict(
         is_causal=is_causal,
@@ -140,16 +143,18 @@ def dot_product_attention(
     )
     allowed = mask
     if bias is not None:
+        check_real("bias", bias)
         permitted = ~is_masked(bias, xp=jnp)
         allowed = permitted if mask is None else mask & permitted
     if tau is None:
-        return attend(), exact_max_logits(query, key, mask=allowed, **masks)
-    return attend(), certified_max_logits(query, key, tau, mask=allowed, **masks)
+        maxima = exact_max_logits(query, key, mask=allowed, **masks)
+    else:
+        maxima = certified_max_logits(query, key, tau, mask=allowed, **masks)
+    return attend(), maxima
 
 
 def _exact(query: Array, key: Array, scale: float | None, pairs: AttentionMask, block_size: int) -> Array:
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size} must be a number of positions, at least 1.")
+    block_size = check_whole("block_size", block_size, hint="the positions of a tile.")
     query, key = jax.lax.stop_gradient((_batched(query), _batched(key)))
     dtype = _statistic_dtype(query, key)
     batch, length, heads, head_width = query.shape
@@ -196,7 +201,7 @@ def _lse_bounds(query: Array, lse: Array, norm_bounds: Array) -> Array:
     The margin is what products can lose in a kernel that rounds float32 inputs to bfloat16, as the default precision of
     a TPU does. It is ample for the rounding of a log-sum-exp too: where that is needed, norms alone exceed τ.
     """
-    if jnp.finfo(lse.dtype).bits < 32:
+    if not jnp.issubdtype(lse.dtype, jnp.floating) or jnp.finfo(lse.dtype).bits < 32:
         raise ValueError(
             f"lse is {lse.dtype}, whose rounding is larger than the margin of a certificate. Ask the kernel for its "
             "log-sum-exp in float32, or leave lse out."
@@ -213,7 +218,9 @@ def _max(x: Array, axis: int | tuple[int, ...], initial: float = -math.inf) -> A
 
 
 def _logits_shape(query: Array, key: Array) -> tuple[int, int, int, int]:
-    """Return the shape of the logits, [B, H, T, S]."""
+    """Return the shape of the logits, [B, H, T, S], of queries and keys that fit together."""
+    check_real("query", query)
+    check_real("key", key)
     if query.ndim not in (3, 4) or key.ndim != query.ndim:
         raise ValueError(
             f"query has shape {query.shape} and key {key.shape}; give [B, length, heads, d] both, or both without B."
@@ -239,4 +246,6 @@ def _statistic_dtype(query: Array, key: Array) -> Any:
 
 
 def _scale(query: Array, scale: float | None) -> Array:
+    if scale is not None:
+        check_scalar("scale", scale, FINITE)
     return jnp.asarray(1 / math.sqrt(query.shape[-1]) if scale is None else scale)

@@ -6,19 +6,21 @@ O = NewtonSchulz(M, or with Nesterov (1−β) G + β M) · scale(fan_out, fan_in
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import optax
+from jax.sharding import Sharding
 
 from muonclip.core import update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
-from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_kind
+from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_flag, check_kind
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
-from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar
+from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar, check_tree
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
 from muonclip.optax.qk_clip import QKProjections, qk_clip
@@ -67,6 +69,7 @@ def scale_by_muon(
     check_dtype("mu_dtype", mu_dtype)
     check_scalar("eps", eps, NOT_NEGATIVE)
     check_scalar("beta", beta, BELOW_ONE)
+    check_tree("shardings", shardings, Sharding, "a tree of Shardings")
     check_if_concrete(nesterov, lambda value: check_choice("nesterov", value, True, False, "bias_corrected"))
 
     return scale_by_rule(
@@ -128,6 +131,7 @@ def muonclip(
     check_mask("weight_decay_mask", weight_decay_mask)
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
+    check_flag("wide_updates", wide_updates)
 
     def planned(field: str) -> Callable[[Any], Any]:
         def tree(params: Any) -> Any:
@@ -140,6 +144,7 @@ def muonclip(
     options = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "eps": ADAM_EPS, "weight_decay": weight_decay}
     options |= {"mu_dtype": mu_dtype, "mask": planned("decays") if weight_decay_mask is None else weight_decay_mask}
     options |= adamw or {}
+    _check_adamw(options)
 
     muon = optax.chain(
         scale_by_muon(
@@ -164,3 +169,23 @@ def muonclip(
         if qk_projections is None
         else optax.chain(update, qk_clip(qk_projections, tau, alpha, wide_updates=wide_updates))
     )
+
+
+def _check_adamw(options: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError, naming the key, for arguments that `optax.adamw` does not take."""
+    known = list(inspect.signature(optax.adamw).parameters)
+    for name, value in options.items():
+        key = f"adamw[{name!r}]"
+        if name not in known:
+            raise ValueError(f"{key} is not an argument of optax.adamw; it takes {', '.join(known)}.")
+        if name in ("learning_rate", "weight_decay"):
+            if value is not None:
+                check_scalar(key, value, NOT_NEGATIVE, schedule=True)
+        elif name in ("b1", "b2", "eps", "eps_root"):
+            check_scalar(key, value, BELOW_ONE if name.startswith("b") else NOT_NEGATIVE)
+        elif name == "mu_dtype":
+            check_dtype(key, value)
+        elif name == "mask":
+            check_mask(key, value)
+        elif name == "nesterov":
+            check_flag(key, value)

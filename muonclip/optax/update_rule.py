@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec, Sharding
 
 from muonclip.core import update_scale
+from muonclip.core.arguments import check_array
 from muonclip.core.matrix_state import MatrixState
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
@@ -142,6 +143,7 @@ def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayou
     declared = weight_layouts(weight_dimension_numbers, arrays)
     layouts: dict[str, ArrayLayout] = {}
     for name, array in named_arrays(arrays).items():
+        check_array(f"parameter {name!r}", array)
         layout = declared[name]
         if layout is None and array.ndim != 2:
             raise ValueError(
