@@ -2655,6 +2655,36 @@ MUTATIONS = (
         tests_of("optax/test_declarations.py", "test_a_declaration_that_the_shapes_contradict_is_an_error_at_init"),
     ),
     Mutation(
+        "optax-heads-last-as-heads-first",
+        "Rows of heads that run fastest are taken for rows of heads that follow one another.",
+        "return self.num_heads * of_head + heads if self.heads_last else stride * heads + of_head",
+        "return stride * heads + of_head",
+        tests_of("optax/test_declarations.py", "test_the_rows_of_the_loud_head_are_scaled_and_no_others"),
+    ),
+    Mutation(
+        "optax-normalised-queries-found-as-plain",
+        "Modules that normalise queries and keys are clipped, which changes nothing but their weights.",
+        'return replace(projection, reason="QK-norm") if attention.normalized else projection',
+        "return projection",
+        tests_of(
+            "optax/test_known_attention.py", "test_scanned_layers_grouped_keys_and_normalised_queries_are_told_apart"
+        ),
+    ),
+    Mutation(
+        "optax-overridden-attention-found-as-known",
+        "A class of the user's own that derives from Flax's attention counts as one whose computation is known.",
+        'return calls.__module__.partition(".")[0] == known.__module__.partition(".")[0]',
+        "return True",
+        tests_of("optax/test_known_attention.py", "test_attentions_of_own_classes_are_named_with_what_to_write"),
+    ),
+    Mutation(
+        "optax-sown-maxima-by-order",
+        "Maxima that layers have sown go to the attentions in their order, not by their names.",
+        "return [of_attention[name] for name in names]",
+        "return given",
+        tests_of("optax/test_known_attention.py", "test_maxima_are_taken_by_name_as_layers_sow_them"),
+    ),
+    Mutation(
         "optax-check-without-scale",
         "The proof does not scale queries alone, and takes wrongly grouped heads.",
         "        if _same([wanted], [after], tolerance):",
@@ -2678,7 +2708,7 @@ MUTATIONS = (
     Mutation(
         "optax-accumulated-maxima-broadcast",
         "Accumulation takes maxima of any shape that broadcasts.",
-        "            check_shape(name_of(path), maximum, so_far.shape)\n",
+        "            check_shape(name, maximum, old.shape)\n",
         "            pass\n",
         tests_of("optax/test_accumulation.py", "test_maxima_of_another_shape_are_refused_before_they_are_broadcast"),
     ),

@@ -7,6 +7,7 @@ Orthogonalisation and the factors of the clip are `muonclip.core`'s; nothing her
 from muonclip.optax.accumulation import AccumulateState, accumulate
 from muonclip.optax.check import check
 from muonclip.optax.head_rows import HeadRows
+from muonclip.optax.known_attention import qk_projections_of
 from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
 from muonclip.optax.muon import ScaleByMuonState, muonclip, scale_by_muon
 from muonclip.optax.plan import Plan, PlannedParameter, plan
@@ -28,5 +29,6 @@ __all__ = [
     "muonclip",
     "plan",
     "qk_clip",
+    "qk_projections_of",
     "scale_by_muon",
 ]

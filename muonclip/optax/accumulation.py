@@ -16,8 +16,8 @@ import optax
 from muonclip.core.arguments import check_kind, check_whole
 from muonclip.optax.arguments import check_if_concrete
 from muonclip.optax.dtypes import wide
-from muonclip.optax.paths import name_of
-from muonclip.optax.qk_clip import QKClipState, check_max_logits, check_shape, is_narrow
+from muonclip.optax.paths import named_leaves
+from muonclip.optax.qk_clip import QKClipState, by_attention, check_max_logits, check_shape, is_narrow
 
 
 class AccumulateState(NamedTuple):
@@ -69,13 +69,12 @@ def accumulate(
         if max_logits is None:
             raise TypeError("accumulate needs max_logits=… in every micro-step: their maximum decides the clip.")
         check_max_logits(max_logits)
-        wanted, given = jax.tree.structure(state.max_logits), jax.tree.structure(max_logits)
-        if wanted != given:
-            raise ValueError(f"max_logits has the structure {given}; qk_projections has {wanted}.")
-        for (path, maximum), so_far in zip(
-            jax.tree_util.tree_flatten_with_path(max_logits)[0], jax.tree.leaves(state.max_logits), strict=True
-        ):
-            check_shape(name_of(path), maximum, so_far.shape)
+        so_far, treedef = jax.tree.flatten(state.max_logits)
+        names = list(named_leaves(state.max_logits))
+        given = by_attention(names, treedef, max_logits)
+        for name, maximum, old in zip(names, given, so_far, strict=True):
+            check_shape(name, maximum, old.shape)
+        max_logits = treedef.unflatten(given)
         seen = state.micro_step + 1
         gradients = jax.tree.map(
             lambda mean, g: mean + (g.astype(mean.dtype) - mean) / seen.astype(mean.dtype), state.gradients, updates

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muonclip.core.arguments import check_kind
+from muonclip.core.arguments import check_flag, check_kind, check_whole
 from muonclip.optax.paths import below
 
 
@@ -35,6 +35,7 @@ class HeadRows:
       are [in, *out], `weight` is [*out, in]); else 0 where there are three axes.
     - `layer_axis`: the axis of scanned layers; None where layers are arrays of their own.
     - `rows`: rows of the array, which are checked; None: any that hold the heads.
+    - `heads_last`: the heads are the last axis of the output, [in, d, heads], or run fastest along it.
 
     Raises ValueError for numbers that are out of range.
     """
@@ -47,14 +48,26 @@ class HeadRows:
     in_axis: int | None = None
     layer_axis: int | None = None
     rows: int | None = None
+    heads_last: bool = False
 
     def __post_init__(self) -> None:
         check_kind("path", self.path, str, "the name of an array or of a module")
-        for name in ("num_heads", "size", "stride", "rows"):
-            _check_integer(self.path, name, getattr(self, name), at_least=1, none=name != "num_heads")
-        _check_integer(self.path, "start", self.start, at_least=0, none=False)
-        for name in ("in_axis", "layer_axis"):
-            _check_integer(self.path, name, getattr(self, name), at_least=-8, none=True)
+        least = dict.fromkeys(("num_heads", "size", "stride", "rows"), 1) | {
+            "start": 0,
+            "in_axis": -8,
+            "layer_axis": -8,
+        }
+        for name, at_least in least.items():
+            value = getattr(self, name)
+            if value is None and name not in ("num_heads", "start"):
+                continue
+            try:
+                object.__setattr__(self, name, check_whole(name, value, at_least))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self.path!r}: {error}") from None
+        check_flag("heads_last", self.heads_last)
+        if self.heads_last and self.stride is not None:
+            raise ValueError(f"{self.path!r}: stride={self.stride} has no meaning with heads_last; leave it away.")
 
     def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RowsOfArray]:
         """Return the arrays at `path`, the kernel first, from the shapes of all by name.
@@ -173,15 +186,18 @@ class HeadRows:
         blocks = [math.prod(out[i:]) for i in range(1, len(out))]  # rows in one entry of the leading axes
         if not blocks:
             return
-        if self.stride is None and self.size is None:
+        if self.heads_last:
+            fits = self.num_heads in blocks
+        elif self.stride is None and self.size is None:
             fits = math.prod(out) // self.num_heads in blocks
         else:
             stride = self.stride or self.size
             assert stride is not None
             fits = stride in blocks or out[-1] % stride == 0 or stride == math.prod(out)
         if not fits:
+            where = "last" if self.heads_last else "leading"
             raise ValueError(
-                f"{name!r} of shape {shape} has {self.num_heads} heads in no leading axes of its output {out} "
+                f"{name!r} of shape {shape} has {self.num_heads} heads in no {where} axes of its output {out} "
                 f"(in_axis={axis}). Are axes of the input (in_axis) or of layers (layer_axis) declared otherwise than "
                 "they are?"
             )
@@ -205,10 +221,10 @@ class HeadRows:
 
         Raises ValueError where they do not fit.
         """
-        stride = self.stride or self.size or rows // self.num_heads
+        stride = (not self.heads_last and (self.stride or self.size)) or rows // self.num_heads
         size = stride - self.start if self.size is None else self.size
         # The whole block must divide evenly; a part of fused rows need only fit.
-        whole = self.size is None and self.stride is None
+        whole = self.heads_last or (self.size is None and self.stride is None)
         last = (self.num_heads - 1) * stride + self.start + size
         if (whole and rows % self.num_heads) or size < 1 or last > rows or self.rows not in (None, rows):
             raise ValueError(
@@ -216,7 +232,8 @@ class HeadRows:
                 f"{self.start} on, do not fit."
                 + ("" if self.rows is None else f" The heads that are declared have {self.rows} rows in all.")
             )
-        return self.start + stride * np.arange(self.num_heads)[:, None] + np.arange(size)
+        heads, of_head = np.arange(self.num_heads)[:, None], self.start + np.arange(size)
+        return self.num_heads * of_head + heads if self.heads_last else stride * heads + of_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,14 +265,6 @@ class RowsOfArray:
         if self.layer_axis is None:
             return spread
         return jnp.moveaxis(spread, 0, self.layer_axis)
-
-
-def _check_integer(path: str, name: str, value: Any, *, at_least: int, none: bool) -> None:
-    if (value is None and none) or (
-        isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= at_least
-    ):
-        return
-    raise ValueError(f"{name}={value!r} for {path!r} must be a whole number, at least {at_least}.")
 
 
 def _adapter_part(name: str) -> str | None:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import check_array
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.cost_model import Form
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
@@ -36,9 +36,10 @@ from muonclip.core.parameter_roles import (
 from muonclip.core.text_table import table
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
 from muonclip.optax.head_rows import HeadRows, is_adapter
+from muonclip.optax.known_attention import attentions_by_shape
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
-from muonclip.optax.qk_clip import QKProjection, QKProjections
+from muonclip.optax.qk_clip import QKProjection, QKProjections, flatten_projections
 
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
 _OUTPUT_NAMES = {"out", "o", "o_proj", "out_proj", "output_proj"}
@@ -94,11 +95,21 @@ def plan(
 def _lines(
     params: Any, weight_dimension_numbers: Any, qk_projections: QKProjections | None
 ) -> tuple[PlannedParameter, ...]:
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_arrays(params).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, leaf in named_arrays(params).items():
+        check_array(f"params: {name!r}", leaf)
+        shapes[name] = tuple(leaf.shape)
     if weight_dimension_numbers is not None:
         given = weight_layouts(weight_dimension_numbers, params)
         return tuple(_as_declared(name, shape, given[name]) for name, shape in shapes.items())
-    projections = jax.tree.leaves(qk_projections, is_leaf=lambda leaf: isinstance(leaf, QKProjection))
+    declared = [] if qk_projections is None else flatten_projections(qk_projections)[0]
+    projections = [projection for _, projection in declared]
+    parts = [rows for projection in projections for rows in projection.parts()]
+    projections += [
+        each
+        for each in attentions_by_shape(shapes)
+        if not any(below(own.path, rows.path) or below(rows.path, own.path) for rows in each.parts() for own in parts)
+    ]
     layer_axes = _layer_axes(projections, shapes)
     embeddings = embedding_shapes((name, shape, None) for name, shape in shapes.items())
     roles = {name: role_of(name, shape, None, embeddings) for name, shape in shapes.items()}

@@ -8,7 +8,7 @@ argument `max_logits`; `muonclip.optax.max_logits` measures it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -20,6 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core import ClipFactors, clip_factors
+from muonclip.core.arguments import check_flag
 from muonclip.core.head_parts import (
     FACTOR_OF,
     Factor,
@@ -31,7 +32,7 @@ from muonclip.core.head_parts import (
     latent_parts,
 )
 from muonclip.core.qk_clip import check_alpha, check_tau
-from muonclip.optax.arguments import check_if_concrete
+from muonclip.optax.arguments import check_if_concrete, check_real
 from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
@@ -70,10 +71,25 @@ class QKProjection:
 
     @classmethod
     def mha(
-        cls, *, q: str, k: str, num_heads: int, in_axis: int | None = None, layer_axis: int | None = None
+        cls,
+        *,
+        q: str,
+        k: str,
+        num_heads: int,
+        in_axis: int | None = None,
+        layer_axis: int | None = None,
+        heads_last: bool = False,
     ) -> QKProjection:
-        """Declare multi-head attention: every head has its own query and key. `q`, `k`: paths, see `HeadRows`."""
-        return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, in_axis=in_axis, layer_axis=layer_axis)
+        """Declare multi-head attention: every head has its own query and key. The arguments: see `HeadRows`."""
+        return cls.gqa(
+            q=q,
+            k=k,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            in_axis=in_axis,
+            layer_axis=layer_axis,
+            heads_last=heads_last,
+        )
 
     @classmethod
     def gqa(
@@ -85,6 +101,7 @@ class QKProjection:
         num_kv_heads: int,
         in_axis: int | None = None,
         layer_axis: int | None = None,
+        heads_last: bool = False,
     ) -> QKProjection:
         """Declare grouped-query attention (one key head: multi-query).
 
@@ -92,7 +109,7 @@ class QKProjection:
         same key keep their weights. Raises ValueError for numbers of heads that do not divide.
         """
         _, parts = grouped_parts(num_heads, num_kv_heads)
-        return cls._from_parts(num_heads, parts, {"q": q, "k": k}, in_axis, layer_axis)
+        return cls._from_parts(num_heads, parts, {"q": q, "k": k}, in_axis, layer_axis, heads_last)
 
     @classmethod
     def mla(
@@ -123,6 +140,7 @@ class QKProjection:
         paths: Mapping[str, str],
         in_axis: int | None,
         layer_axis: int | None,
+        heads_last: bool = False,
     ) -> QKProjection:
         rows: dict[str, Any] = {}
         for part in parts:
@@ -136,6 +154,7 @@ class QKProjection:
                     in_axis,
                     layer_axis,
                     part.num_heads * part.stride if part.stride else None,
+                    heads_last,
                 )
                 rows[part.part] = (*rows.get(part.part, ()), own)
         return cls(num_heads, **rows)
@@ -146,8 +165,8 @@ class QKProjection:
 
 
 QKProjections: TypeAlias = Any
-"""A tree with a `QKProjection` for each attention. `max_logits` is a tree of the same structure: [heads], or
-[layers, heads] for a stack."""
+"""A tree with a `QKProjection` for each attention. `max_logits` is a tree of the same structure, or has one
+array at or below the name of each: [heads], or [layers, heads] for a stack."""
 
 
 class QKClipState(NamedTuple):
@@ -197,6 +216,7 @@ def qk_clip(
     if not callable(tau):
         check_if_concrete(tau, check_tau)
     check_if_concrete(alpha, check_alpha)
+    check_flag("wide_updates", wide_updates)
     projections, treedef = flatten_projections(qk_projections)
 
     def init(params: optax.Params) -> QKClipState:
@@ -403,12 +423,7 @@ def _meets(name: str, path: str) -> bool:
 def maxima_of(
     projections: list[tuple[str, QKProjection]], treedef: Any, max_logits: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[jax.Array]:
-    given, given_treedef = jax.tree.flatten(max_logits)
-    if given_treedef != treedef:
-        raise ValueError(
-            f"max_logits and qk_projections have different structures:\n  max_logits     {given_treedef}\n"
-            f"  qk_projections {treedef}"
-        )
+    given = by_attention([name for name, _ in projections], treedef, max_logits)
     maxima: list[jax.Array] = []
     for (name, projection), maximum in zip(projections, given, strict=True):
         maximum, wanted = jnp.asarray(maximum), maxima_shape(projection, shapes)
@@ -424,6 +439,26 @@ def maxima_of(
     return maxima
 
 
+def by_attention(names: Sequence[str], treedef: Any, max_logits: Any) -> list[Any]:
+    """Return the maxima in the order of the attentions with these names.
+
+    They come in a tree of the same structure, or in one that has one array at or below each name, as layers of Flax
+    sow them. Raises ValueError for any other.
+    """
+    given, given_treedef = jax.tree.flatten(max_logits)
+    if given_treedef == treedef:
+        return given
+    named = named_leaves(max_logits)
+    owners = {leaf: max((name for name in names if below(name, leaf)), key=len, default=None) for leaf in named}
+    if sorted(map(str, owners.values())) != sorted(names):
+        raise ValueError(
+            f"max_logits and qk_projections have different structures:\n  max_logits     {given_treedef}\n"
+            f"  qk_projections {treedef}"
+        )
+    of_attention = {name: named[leaf] for leaf, name in owners.items()}
+    return [of_attention[name] for name in names]
+
+
 def check_shape(name: str, maximum: Any, wanted: tuple[int, ...]) -> None:
     """Raise ValueError for maxima of another shape than [heads] or [layers, heads]."""
     if jnp.shape(maximum) != wanted:
@@ -431,8 +466,9 @@ def check_shape(name: str, maximum: Any, wanted: tuple[int, ...]) -> None:
 
 
 def check_max_logits(max_logits: Any) -> None:
-    """Raise ValueError for a maximum that is NaN or +inf, where it can be seen."""
+    """Raise TypeError unless they are arrays of real numbers, ValueError for NaN or +inf, where it can be seen."""
     for path, maximum in jax.tree_util.tree_flatten_with_path(max_logits)[0]:
+        check_real(f"max_logits of {name_of(path) or 'the attention'}", maximum)
         check_if_concrete(maximum, partial(_check_finite, name_of(path)))
 
 

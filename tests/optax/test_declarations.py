@@ -34,6 +34,7 @@ def of(q, k, leaf=""):
         (of((D, W, H), (D, W, H)), mha(q="q", k="k", num_heads=H), "no leading axes"),
         (of((3, D, H, W), (3, D, H, W)), mha(q="q", k="k", num_heads=H), "layer_axis"),
         (of((3, D, H * W), (3, D, H * W), "kernel"), mha(q="q", k="k", num_heads=H), "layer_axis"),
+        (of((D, H, W), (D, H, W)), mha(q="q", k="k", num_heads=H, in_axis=0, heads_last=True), "no last axes"),
         ({"qkv": np.ones((D, 3 * H * W))}, mha(q="qkv", k="qkv", num_heads=H), "same rows of 'qkv'"),
         ({"qkv": np.ones((D, (H + 2 * G) * W))}, gqa(q="qkv", k="qkv", num_heads=H, num_kv_heads=G), "rows"),
         (
@@ -63,11 +64,15 @@ def test_a_declaration_that_the_shapes_contradict_is_an_error_at_init(params, pr
         ((H * W, D), "", -1, 0),
         ((D, H * W), "kernel", None, 1),
         ((7, H * W), "", None, 1),
+        ((D, W, H), "", None, 2),
+        ((D, W, H), "kernel", 0, 2),
     ],
 )
 def test_the_rows_of_the_loud_head_are_scaled_and_no_others(shape, leaf, in_axis, axis):
     params = of(shape, shape, leaf)
-    tx = qk_clip(mha(q="q", k="k", num_heads=H, in_axis=in_axis))
+    # Both axes of the output may be heads: which they are is declared.
+    last = shape[-1] == H and axis == 2
+    tx = qk_clip(mha(q="q", k="k", num_heads=H, in_axis=in_axis, heads_last=last))
     loud = np.full(H, 1.0)
     loud[2] = 400.0
     updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params, max_logits=jnp.asarray(loud))
@@ -81,6 +86,22 @@ def test_the_rows_of_the_loud_head_are_scaled_and_no_others(shape, leaf, in_axis
 def test_a_head_axis_in_front_of_the_input_makes_muon_s_matrix_of_the_other_two():
     (line, _) = plan(of((H, D, W), (H, D, W)), qk_projections=mha(q="q", k="k", num_heads=H, in_axis=1)).parameters
     assert (line.layout.reduction_axis, line.layout.output_axis) == (1, (0, 2))
+
+
+def test_heads_that_run_fastest_share_grouped_keys_and_are_flattened():
+    params = of((D, W * H), (D, W, G), "kernel")
+    tx = qk_clip(gqa(q="q", k="k", num_heads=H, num_kv_heads=G, heads_last=True))
+    maxima = jnp.asarray([1.0, 1.0, 400.0, 1.0])
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params, max_logits=maxima)
+    query = (params["q"]["kernel"] + updates["q"]["kernel"]).reshape(D, W, H) / params["q"]["kernel"].reshape(D, W, H)
+    np.testing.assert_allclose(query, np.broadcast_to([1, 1, 0.25, 1], (D, W, H)), rtol=1e-6)
+    assert not updates["k"]["kernel"].any()
+    (line, _) = plan(of((D, W, H), (D, W, G)), qk_projections=gqa(
+        q="q", k="k", num_heads=H, num_kv_heads=G, heads_last=True
+    )).parameters  # fmt: skip
+    assert (line.layout.reduction_axis, line.layout.output_axis) == (0, (1, 2))
+    with pytest.raises(ValueError, match="'q': stride=4 has no meaning with heads_last"):
+        HeadRows("q", H, 2, stride=4, heads_last=True)
 
 
 ADAPTED = {
@@ -152,8 +173,8 @@ def test_parts_that_share_no_heads_are_refused():
     with pytest.raises(ValueError, match="num_kv_heads=3 must divide num_heads=4"):
         QKProjection(H, query_facing_shared=(HeadRows("q", H),), shared_key=(HeadRows("k", 3),))
     for wrong in (0, -1, 1.5, "4", True, None):
-        with pytest.raises(ValueError, match=f"num_heads={wrong!r} for 'q' must be a whole number"):
+        with pytest.raises(ValueError, match=f"'q': num_heads={wrong!r} must be a whole number"):
             HeadRows("q", wrong)
     for wrong in (0, -2, 2.0, "6"):
-        with pytest.raises(ValueError, match=f"stride={wrong!r} for 'q'"):
+        with pytest.raises(ValueError, match=f"'q': stride={wrong!r} must"):
             HeadRows("q", 4, 2, stride=wrong)

@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_an_error(projections, arguments, message):
         (lambda: QKProjection(H), "needs `query` and `key`"),
         (lambda: QKProjection(H, query=(HeadRows("q", 3),)), "'q' has rows for 3 heads, the attention has 6"),
         (lambda: QKProjection.gqa(q="q", k="k", num_heads=6, num_kv_heads=4), "num_kv_heads=4 must divide"),
-        (lambda: HeadRows("q", 2, in_axis="in"), "in_axis='in' for 'q'"),
+        (lambda: HeadRows("q", 2, in_axis="in"), "'q': in_axis='in' must be a whole number"),
         (lambda: HeadRows("q", 0), "num_heads"),
         (
             lambda: QKProjection(1, query=(HeadRows("q", 1, layer_axis=0),), key=(HeadRows("k", 1),)),

@@ -1,12 +1,16 @@
 """Wrong arguments of the public functions for Optax, by kind: each is named when the transformation is made."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import strategies as st
+from optax.contrib import MuonDimensionNumbers
 from wrong_arguments import (
     NO_COUNT,
+    NO_FLAG,
     NO_INDEX,
     NO_NAME,
     NO_NUMBER,
@@ -15,10 +19,21 @@ from wrong_arguments import (
     NOT_BELOW_ONE,
     NOT_POSITIVE,
     assert_all_named,
+    assert_named,
     but_none,
 )
 
-from muonclip.optax import QKProjection, accumulate, muonclip, qk_clip, scale_by_muon
+from muonclip.optax import (
+    QKProjection,
+    accumulate,
+    certified_max_logits,
+    dot_product_attention,
+    exact_max_logits,
+    muonclip,
+    plan,
+    qk_clip,
+    scale_by_muon,
+)
 from muonclip.optax.head_rows import HeadRows
 
 MHA = {"attn": QKProjection.mha(q="q", k="k", num_heads=2)}
@@ -60,6 +75,121 @@ def table():
     yield from add("gqa", lambda **o: QKProjection.gqa(**gqa | o), num_heads=NO_COUNT, num_kv_heads=NO_COUNT)
     mla = dict(q="q", kv="kv", num_heads=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2)
     yield from add("mla", lambda **o: QKProjection.mla(**mla | o), **dict.fromkeys(list(mla)[2:], NO_COUNT))
+
+
+NO_ARRAY = st.one_of(
+    st.sampled_from([None, "x", 3, 1.5, 1j, [1.0], (1.0,), {}, len, object()]),
+    st.sampled_from([np.ones((1, 2, 1, 2), complex), np.zeros((1, 2, 1, 2), bool)]),
+)
+NO_INTEGERS = st.one_of(but_none(NO_ARRAY), st.just(np.ones(1, np.float32)))
+
+
+def measured():
+    x = jnp.ones((1, 2, 1, 2), jnp.float32)
+    shared = dict(
+        query=NO_ARRAY, key=NO_ARRAY, mask=but_none(NO_ARRAY),
+        scale=but_none(NO_NUMBER), is_causal=NO_FLAG, query_seq_lengths=NO_INTEGERS, key_value_seq_lengths=NO_INTEGERS,
+        local_window_size=st.sampled_from(["x", 1.5, (1, 2, 3), (1.0, 2.0), [1, 2], True, {}, len, (None, 1)]),
+    )  # fmt: skip
+    tiled = dict(block_size=NO_COUNT, segment_ids=NO_INTEGERS.filter(lambda x: not isinstance(x, tuple)))
+    tau, exact = NOT_POSITIVE, dict(query=x, key=x)
+    yield "exact_max_logits", lambda **o: exact_max_logits(**exact | o), shared | tiled
+    certified = exact | dict(tau=0.1)
+    lse = but_none(NO_ARRAY)
+    yield (
+        "certified_max_logits",
+        lambda **o: certified_max_logits(**certified | o),
+        shared | tiled | dict(tau=tau, lse=lse),
+    )
+    whole = exact | dict(value=x)
+    names = dict(value=NO_ARRAY, bias=but_none(NO_ARRAY), tau=but_none(tau), implementation=NO_NAME)
+    yield "dot_product_attention", lambda **o: dot_product_attention(**whole | o), shared | names
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "arguments"), list(measured()), ids=lambda it: it if isinstance(it, str) else ""
+)
+def test_a_wrong_argument_of_what_measures_is_named(name, call, arguments):
+    for argument, wrong in arguments.items():
+        assert_all_named(call, argument, wrong)
+
+
+ADAMW = dict(
+    b1=NOT_BELOW_ONE, b2=NOT_BELOW_ONE, eps=NO_RATE, eps_root=NO_RATE, nesterov=NO_FLAG,
+    learning_rate=no_schedule(but_none(NO_RATE)), weight_decay=no_schedule(but_none(NO_RATE)),
+    mask=st.sampled_from(["x", 3, {"a": 1}]), mu_dtype=OPTIONS["mu_dtype"],
+    beta1=st.just(0.9), betas=st.just((0.9, 0.95)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", ADAMW)
+def test_a_wrong_argument_of_the_adamw_half_is_named(argument):
+    assert_all_named(lambda **o: muonclip(1e-3, qk_projections=None, adamw=o), argument, ADAMW[argument])
+
+
+MATRIX = {"w": jnp.ones((3, 4))}
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "wrong"),
+    [
+        (lambda params: plan(params), "params", [3, "x", {"w": 1.0}, [MATRIX, len]]),
+        (lambda qk_projections: plan(MATRIX, None, qk_projections), "qk_projections", [3, "x", {"a": "q"}, {}, [1]]),
+        (
+            lambda weight_dimension_numbers: plan(MATRIX, weight_dimension_numbers),
+            "dimension_numbers",
+            [3, "x", {"w": 1}, {"a": None}, lambda params: 3],
+        ),
+        (lambda shardings: scale_by_muon(shardings=shardings), "shardings", [3, "x", {"w": 1}]),
+        (lambda shardings: muonclip(1e-3, qk_projections=None, shardings=shardings), "shardings", [3, "x", {"w": 1}]),
+        (
+            lambda wide_updates: muonclip(1e-3, qk_projections=None, wide_updates=wide_updates),
+            "wide_updates",
+            ["x", 2, None],
+        ),
+        (lambda wide_updates: qk_clip(MHA, wide_updates=wide_updates), "wide_updates", ["x", 2, None]),
+        (lambda heads_last: HeadRows("q", 2, heads_last=heads_last), "heads_last", ["x", 2, None]),
+    ],
+)
+def test_trees_and_flags_of_a_wrong_kind_are_named(call, argument, wrong):
+    for value in wrong:
+        assert_named(call, argument, value)
+
+
+@pytest.mark.parametrize("axes", ["x", 0.5, None, (0.5,), (0, "x"), {}, True])
+def test_axes_of_a_wrong_kind_are_named(axes):
+    with pytest.raises((TypeError, ValueError), match="dimension numbers"):
+        scale_by_muon(weight_dimension_numbers={"w": MuonDimensionNumbers(axes, 1)}).init(MATRIX)
+
+
+WRONG_MAXIMA = [
+    None,
+    3,
+    "x",
+    [1.0],
+    {"attn": "x"},
+    {"attn": len},
+    {"attn": np.ones(2, complex)},
+    {"attn": np.ones(3)},
+    {},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_MAXIMA, ids=repr)
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: accumulate(tx, 2)], ids=["plain", "accumulate"])
+def test_wrong_maxima_are_named_and_leave_model_and_state_as_they_were(wrap, wrong):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.q, self.k = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, wrap(muonclip(0.1, qk_projections=MHA, ns_steps=1)), wrt=nnx.Param)
+    before = jax.tree.map(np.array, (nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(optimizer))))
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    with pytest.raises((TypeError, ValueError), match="max_logits"):
+        optimizer.update(model, gradients, max_logits=wrong)
+    after = jax.tree.map(np.array, (nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(optimizer))))
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
 
 
 @pytest.mark.parametrize(("call", "argument", "wrong"), list(table()))

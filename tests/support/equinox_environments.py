@@ -11,7 +11,7 @@ import optax
 from flax_environments import CAUSAL, LAYERS, MLP, TOKENS, Run, named, nats, optimizer, planned
 from tiny_jax import HEAD, HEADS, VOCABULARY, WIDTH, compiled
 
-from muonclip.optax import QKProjection, dot_product_attention
+from muonclip.optax import QKProjection, dot_product_attention, qk_projections_of
 
 # Equinox: weights [out, in]; what is no array becomes None.
 
@@ -61,10 +61,7 @@ class EquinoxModel(eqx.Module):
 @functools.cache
 def equinox():
     model = EquinoxModel(jax.random.key(0))
-    names = [f"blocks/{i}/attention" for i in range(LAYERS)]
-    projections = [
-        QKProjection.mha(q=f"{name}/query_proj", k=f"{name}/key_proj", num_heads=HEADS, in_axis=-1) for name in names
-    ]
+    projections = qk_projections_of(model)
     tx = optimizer(projections)
 
     @eqx.filter_jit
@@ -75,7 +72,12 @@ def equinox():
             return nats(logits), (jax.tree.map(lambda m: m.max(0), maxima), inputs)
 
         grads, (maxima, inputs) = gradients(model)
-        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array), max_logits=maxima)
+        updates, state = tx.update(
+            grads,
+            state,
+            eqx.filter(model, eqx.is_inexact_array),
+            max_logits=dict(zip(projections, maxima, strict=True)),
+        )
         return eqx.apply_updates(model, updates), state, maxima, inputs
 
     arrays = eqx.filter(model, eqx.is_inexact_array)

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from tiny_jax import HEAD, HEADS, LENGTH, VOCABULARY, WIDTH, batches, compiled
 
-from muonclip.optax import QKProjection, dot_product_attention, muonclip, plan
+from muonclip.optax import dot_product_attention, muonclip, plan, qk_projections_of
 
 LAYERS, MLP = 2, 14
 TOKENS = jnp.asarray(batches(1, size=3)[0])
@@ -95,8 +95,7 @@ class LinenModel(nn.Module):
 def linen():
     model = LinenModel()
     params = model.init(jax.random.key(0), TOKENS[:, :-1])["params"]
-    attention = QKProjection.mha(q="layers/attention/query", k="layers/attention/key", num_heads=HEADS, layer_axis=0)
-    projections = {"layers": {"attention": {"maximum": attention}}}
+    projections = qk_projections_of(model, TOKENS[:, :-1])
     tx = optimizer(projections)
 
     def loss(params):
@@ -170,9 +169,7 @@ class NNXModel(nnx.Module):
 
 @functools.cache
 def nnx_list():
-    names = [f"blocks/{i}/attention" for i in range(LAYERS)]
-    attention = [QKProjection.mha(q=f"{name}/query", k=f"{name}/key", num_heads=HEADS) for name in names]
-    projections = {"blocks": {i: {"attention": {"max_logits": each}} for i, each in enumerate(attention)}}
+    projections = qk_projections_of(NNXModel(nnx.Rngs(0)))
 
     @nnx.jit
     def step(model, optimizer):
