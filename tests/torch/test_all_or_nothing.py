@@ -1,12 +1,15 @@
 """A step and a load happen wholly or not at all: after an error weights, states and groups are what they were."""
 
 import copy
+import functools
 import math
+import warnings
 
 import pytest
 import torch
 from tiny_attention import TinyModel
 from torch import nn
+from unchanged import UnchangedByError, differences
 
 from muonclip.torch import Muon, MuonClip
 
@@ -15,10 +18,15 @@ def tokens(seed):
     return torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(seed))
 
 
-def trained(steps=2, **options):
+def trained(steps=2):
+    return copy.deepcopy(trained_once(steps))
+
+
+@functools.cache
+def trained_once(steps):
     torch.manual_seed(0)
     model = TinyModel()
-    optimizer = MuonClip(model, **{"lr": 0.01, "tau": 0.5, **options})
+    optimizer = MuonClip(model, lr=0.01, tau=0.5)
     train(model, optimizer, range(steps))
     return model, optimizer
 
@@ -30,37 +38,13 @@ def train(model, optimizer, seeds):
         optimizer.zero_grad()
 
 
-def everything(model, optimizer):
-    """A copy of the weights, the states by name, and the groups."""
-    states = {name: dict(optimizer.state.get(p, {})) for name, p in model.named_parameters()}
-    groups = [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups]
-    return copy.deepcopy((dict(model.named_parameters()), states, groups))
-
-
 def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+    return not list(differences(a, b))
 
 
-class Unchanged:
+def unchanged(model, optimizer, match, error=ValueError):
     """Asserts that what is done inside raises this error, and changes nothing."""
-
-    def __init__(self, model, optimizer, match, error=ValueError):
-        self.model, self.optimizer, self.raises = model, optimizer, pytest.raises(error, match=match)
-
-    def __enter__(self):
-        self.before = everything(self.model, self.optimizer)
-        return self.raises.__enter__()
-
-    def __exit__(self, *error):
-        raised = self.raises.__exit__(*error)
-        assert same(everything(self.model, self.optimizer), self.before)
-        return raised
+    return UnchangedByError(model, optimizer, match=match, error=error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -68,7 +52,7 @@ def test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_m
     model, optimizer = trained()
     model.to(dtype)
     model.loss(tokens(2)).backward()
-    with Unchanged(model, optimizer, rf"embed.weight is {dtype} .* exp_avg is torch.float32 .*load_state_dict"):
+    with unchanged(model, optimizer, rf"embed.weight is {dtype} .* exp_avg is torch.float32 .*load_state_dict"):
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())  # as the error says
     optimizer.zero_grad()
@@ -77,7 +61,13 @@ def test_a_model_that_was_cast_after_its_first_step_is_refused_before_anything_m
     assert optimizer.state[model.layers[0].q.weight]["momentum_buffer"].dtype == dtype
 
 
-@pytest.mark.parametrize("value", [None, 3, torch.zeros(2), torch.zeros(24, 10, dtype=torch.int32)])
+MATRIX = torch.zeros(24, 10)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, torch.zeros(2), MATRIX.int(), MATRIX.to(torch.float8_e4m3fn), MATRIX.to_sparse(), MATRIX.to("meta")],
+)
 @pytest.mark.parametrize("part", ["momentum_buffer", "exp_avg", "exp_avg_sq"])
 def test_a_state_that_was_replaced_by_hand_is_checked_before_anything_moves(part, value):
     model, optimizer = trained()
@@ -85,10 +75,94 @@ def test_a_state_that_was_replaced_by_hand_is_checked_before_anything_moves(part
     right = optimizer.state[parameter][part]
     optimizer.state[parameter][part] = value
     model.loss(tokens(2)).backward()
-    with Unchanged(model, optimizer, rf"weight is torch.float32 .*, but its {part} is .*Nothing was changed"):
+    with unchanged(model, optimizer, rf"weight is torch.float32 .*, but its {part} is .*Nothing was changed"):
         optimizer.step()
     optimizer.state[parameter][part] = right
     optimizer.step()
+
+
+COUNTS = [None, 3, torch.ones(3), torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor(2.0).bfloat16(), 1j]
+
+
+@pytest.mark.parametrize("value", COUNTS, ids=str)
+def test_a_count_of_steps_that_was_replaced_by_hand_is_checked_before_anything_moves(value):
+    model, optimizer = trained()
+    right = optimizer.state[model.embed.weight]["step"]
+    optimizer.state[model.embed.weight]["step"] = value
+    model.loss(tokens(2)).backward()
+    with unchanged(model, optimizer, "the step of embed.weight is .*, no count; .*Nothing was changed"):
+        optimizer.step()
+    optimizer.state[model.embed.weight]["step"] = right
+    optimizer.step()
+
+
+@pytest.mark.parametrize("value", [None, [1], torch.ones(2)], ids=str)
+def test_a_state_that_is_no_dict_is_named(value):
+    model, optimizer = trained()
+    right = optimizer.state[model.embed.weight]
+    optimizer.state[model.embed.weight] = value
+    model.loss(tokens(2)).backward()
+    with pytest.raises(ValueError, match=r"embed.weight has a \w+ for its state; .*Nothing was changed"):
+        optimizer.step()
+    optimizer.state[model.embed.weight] = right
+    optimizer.step()
+
+
+def test_states_in_a_plain_dict_are_taken_and_others_refused():
+    model, optimizer = trained()
+    other, twin = trained()
+    optimizer.state = {}
+    twin.state.clear()
+    for each in ((model, optimizer), (other, twin)):
+        train(*each, [2])
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    optimizer.state = None
+    with pytest.raises(TypeError, match=r"optimizer.state=None is a NoneType"):
+        optimizer.step()
+
+
+GROUPS = {  # what somebody has made of the groups, and what is said
+    "no params": (lambda o: o.param_groups[0].pop("params"), r"\[0\]\['params'\] holds a NoneType, and 8 were added"),
+    "params None": (lambda o: o.param_groups[1].update(params=None), r"\[1\]\['params'\] holds a NoneType"),
+    "one more": (lambda o: o.param_groups[0]["params"].append(nn.Parameter(MATRIX)), "holds 9 parameters, and 8 were"),
+    "one fewer": (lambda o: o.param_groups[0]["params"].pop(0), "holds 7 parameters, and 8 were added"),
+    "no tensor": (lambda o: o.param_groups[0]["params"].__setitem__(1, "w"), r"\['params'\]\[1\]='w' is a str"),
+    "no rate": (lambda o: o.param_groups[0].pop("lr"), r"param_groups\[0\] has no 'lr' any more"),
+    "no decay": (lambda o: o.param_groups[1].pop("weight_decay"), r"param_groups\[1\] has no 'weight_decay' any more"),
+    "no use": (lambda o: o.param_groups[1].pop("use"), r"\[1\]\['use'\]=None is not what it was added for"),
+    "another use": (lambda o: o.param_groups[0].update(use="adamw"), r"\[0\]\['use'\]='adamw' is not what it was"),
+    "a word of others": (
+        lambda o: o.param_groups[1].update(algorithm="sgd"),
+        "algorithm='sgd' .*use=",
+    ),
+    "misspelt": (lambda o: o.param_groups[0].update(momentm=0.5), "momentm=0.5 .*Did you mean 'momentum'"),
+    "ascends": (
+        lambda o: o.param_groups[0].update(maximize=True),
+        "maximize=True .*negate the loss",
+    ),
+    "AMSGrad": (lambda o: o.param_groups[1].update(amsgrad=True), "amsgrad=True is not an option"),
+    "a group fewer": (lambda o: o.param_groups.pop(), "param_groups holds 2 groups, and 3 were added"),
+    "a group more": (lambda o: o.param_groups.append({"params": [], "lr": 1.0}), "holds 4 groups, and 3 were added"),
+    "no group": (lambda o: o.param_groups.__setitem__(1, None), r"param_groups\[1\]=None is a NoneType, no dict"),
+}
+
+
+@pytest.mark.parametrize("wrong", GROUPS)
+def test_groups_that_were_changed_by_hand_are_checked_before_anything_moves(wrong):
+    change, said = GROUPS[wrong]
+    model, optimizer = trained()
+    model.loss(tokens(2)).backward()
+    change(optimizer)
+    with UnchangedByError(model, match=said, error=(TypeError, ValueError)):
+        optimizer.step()
+
+
+def test_marks_that_hosts_put_into_groups_later_pass():
+    model, optimizer = trained()
+    for group in optimizer.param_groups:
+        group.update(step=3, initial_lr=0.1, wd_mult=1.0, is_decoupled_lr=False, mine=1, maximize=False, foreach=True)
+    train(model, optimizer, [2])
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 OPTIONS = [  # of a group or of a checkpoint: what does not fit, and what is said
@@ -118,12 +192,12 @@ def test_an_option_that_does_not_fit_is_refused_by_the_step_and_by_the_load(use,
     index = next(i for i, group in enumerate(optimizer.param_groups) if group["use"] == use)
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][index][option] = value
-    with Unchanged(model, optimizer, rf"group {index} of the checkpoint: {said}.*Nothing was loaded"):
+    with unchanged(model, optimizer, rf"group {index} of the checkpoint: {said}.*Nothing was loaded"):
         optimizer.load_state_dict(state)
     model.loss(tokens(2)).backward()
     right = optimizer.param_groups[index][option]
     optimizer.param_groups[index][option] = value
-    with Unchanged(model, optimizer, rf"param_groups\[{index}\]: {said}"):
+    with unchanged(model, optimizer, rf"param_groups\[{index}\]: {said}"):
         optimizer.step()
     optimizer.param_groups[index][option] = right
     optimizer.step()
@@ -167,6 +241,35 @@ STATES = {  # what is wrong in a checkpoint, and what is said
     "no rate": (lambda saved: saved["param_groups"][0].pop("lr"), "group 0 of the checkpoint has no 'lr'"),
     "no betas": (lambda saved: saved["param_groups"][1].pop("betas"), "group 1 of the checkpoint has no 'betas'"),
     "later": (lambda saved: saved["param_groups"][0].update(format=2), "format 2, of a later release"),
+    "format 0": (lambda saved: saved["param_groups"][0].update(format=0), "format 0; formats begin with 1"),
+    "format True": (lambda saved: saved["param_groups"][0].update(format=True), "format True, of a later release"),
+    "no names": (lambda saved: saved["param_groups"][0].update(param_names=None), "group 0 .* has param_names=None"),
+    "few names": (
+        lambda saved: saved["param_groups"][1].update(param_names=["a"]),
+        r"group 1 .* param_names=\['a'\]",
+    ),
+    "numbers for names": (
+        lambda saved: saved["param_groups"][2].update(param_names=[1, 2, 3]),
+        "group 2 .* param_names",
+    ),
+    "one name twice": (
+        lambda saved: saved["param_groups"][0]["param_names"].__setitem__(1, "layers.0.q.weight"),
+        "two parameters of the checkpoint are named 'layers.0.q.weight'",
+    ),
+    "one key twice": (
+        lambda saved: saved["param_groups"][1]["params"].__setitem__(0, 0),
+        "params name one parameter twice",
+    ),
+    "a list for a key": (lambda saved: saved["param_groups"][0]["params"].__setitem__(0, [1]), r"params hold \[1\]"),
+    "a state of none": (lambda saved: saved["state"].update({999: {}}), "1 states of parameters .* 999 first"),
+    "a word of others": (lambda saved: saved["param_groups"][0].update(algorithm="sgd"), "algorithm='sgd' in a param"),
+    "misspelt": (lambda saved: saved["param_groups"][0].update(momentm=0.5), "momentm=0.5 .* mean 'momentum'"),
+    "ascends": (lambda saved: saved["param_groups"][1].update(maximize=True), "maximize=True is not an option"),
+    "eps given, perhaps": (lambda saved: saved["param_groups"][0].update(eps_given="x"), "eps_given='x' is a str"),
+    "on meta": (of("momentum_buffer", lambda s: s.update(momentum_buffer=MATRIX.to("meta"))), "is on the meta device"),
+    "sparse": (of("exp_avg", lambda s: s.update(exp_avg=s["exp_avg"].to_sparse())), "exp_avg of .* torch.sparse_coo"),
+    "complex count": (of("exp_avg", lambda s: s.update(step=torch.tensor(1j))), "step of .* is torch.complex64"),
+    "True for a count": (of("exp_avg", lambda s: s.update(step=True)), "step of .* is torch.bool"),
     "text for a format": (lambda saved: saved["param_groups"][0].update(format="1"), "format '1', of a later release"),
 }
 
@@ -177,16 +280,43 @@ def test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced(wrong
     model, optimizer = trained()
     saved = copy.deepcopy(trained(steps=1)[1].state_dict())
     change(saved)
-    with Unchanged(model, optimizer, said):
+    with unchanged(model, optimizer, said):
         optimizer.load_state_dict(saved)
     train(model, optimizer, [2])
 
 
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], (1, 2), torch.ones(2), object()], ids=str)
+@pytest.mark.parametrize("make", [MuonClip, lambda model: Muon([model.embed.weight])], ids=["MuonClip", "Muon"])
+def test_what_is_no_state_at_all_is_named(make, value):
+    model = TinyModel()
+    optimizer = make(model)
+    with unchanged(model, optimizer, "state_dict=.* give what optimizer.state_dict.* Nothing was loaded", TypeError):
+        optimizer.load_state_dict(value)
+
+
+@pytest.mark.parametrize("part", ["momentum_buffer", "exp_avg"])
+def test_a_state_that_is_missing_is_said_and_begins_anew(part):
+    _, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    key = next(key for key, state in saved["state"].items() if part in state)
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    del saved["state"][key]
+    with pytest.warns(UserWarning, match=f"no state for {names[key]}: frozen when it was saved, or lost"):
+        optimizer.load_state_dict(saved)
+    state = optimizer.state_dict()["state"]
+    assert not state[key][part].any()
+    assert all(same(state[other], saved["state"][other]) for other in saved["state"])
+    saved["state"].clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)  # of an optimizer that has made no step, as torch saves it
+
+
 def test_a_whole_checkpoint_and_a_model_s_state_are_refused():
     model, optimizer = trained()
-    with Unchanged(model, optimizer, "it holds 'model', 'optimizer', and should hold"):
+    with unchanged(model, optimizer, "it holds 'model', 'optimizer', and should hold"):
         optimizer.load_state_dict({"model": {}, "optimizer": optimizer.state_dict()})
-    with Unchanged(model, optimizer, r"it holds 'embed\.weight', .*, …, and should hold"):
+    with unchanged(model, optimizer, r"it holds 'embed\.weight', .*, …, and should hold"):
         optimizer.load_state_dict(model.state_dict())
 
 
@@ -209,7 +339,8 @@ def test_a_count_of_steps_that_is_a_number_is_loaded_as_torch_once_saved_it():
     resumed.load_state_dict(saved)
     for each in ((model, optimizer), (other, resumed)):
         train(*each, [2])
-    assert same(everything(model, optimizer)[:2], everything(other, resumed)[:2])
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert same(optimizer.state_dict(), resumed.state_dict())
     assert saved["state"][len(optimizer.param_groups[0]["params"])]["step"] == 2
 
 
@@ -258,10 +389,10 @@ def test_a_layer_that_only_one_side_has_is_refused_by_name():
     saved = of_layers(model, (0, 1, 2)).state_dict()
     advance(model, of_layers(model, (0, 1, 2)), 0)
     shorter = of_layers(model, (0, 1))
-    with Unchanged(model, shorter, r"'2\.weight' is in the checkpoint, and not in the optimizer"):
+    with unchanged(model, shorter, r"'2\.weight' is in the checkpoint, and not in the optimizer"):
         shorter.load_state_dict(saved)
     longer = of_layers(model, (0, 1, 2))
-    with Unchanged(model, longer, r"'2\.weight' is in the optimizer, and not in the checkpoint"):
+    with unchanged(model, longer, r"'2\.weight' is in the optimizer, and not in the checkpoint"):
         longer.load_state_dict(of_layers(model, (0, 1)).state_dict())
 
 
@@ -279,5 +410,5 @@ def test_a_renamed_model_with_fewer_groups_is_refused():
     model = square_layers()
     saved = of_layers(model, (0, 1, 2), "old.").state_dict()
     fewer = MuonClip([dict(params=[("0.weight", model[0].weight)], use="muon")], qk_clip=None)
-    with Unchanged(model, fewer, "different number of parameter groups"):
+    with unchanged(model, fewer, "different number of parameter groups"):
         fewer.load_state_dict(saved)

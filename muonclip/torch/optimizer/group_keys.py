@@ -7,6 +7,7 @@ kept and never read.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Collection
 from dataclasses import fields
@@ -64,6 +65,14 @@ def check_keys(group: Group, use: str) -> None:
             )
 
 
+def check_held_keys(group: Group, use: str) -> None:
+    """Raise ValueError for a key of a group that exists, or was saved, by which a user means what nothing reads: a word
+    of others, or a misspelt option. Other keys are marks of whoever has set them."""
+    for key in group:
+        if key not in _OPTIONS.get(use, set()) and key not in _PASS and (key in WORDS or _is_misspelt(key)):
+            check_keys({key: group[key]}, use)
+
+
 def options_of(use: str, given: Group) -> Group:
     """Return what was given for a group that is divided, without what only the other use reads."""
     of_others = set().union(*_OPTIONS.values()) - _OPTIONS[use]
@@ -72,6 +81,12 @@ def options_of(use: str, given: Group) -> Group:
 
 def _is_mark(key: object) -> bool:
     return isinstance(key, str) and _MARK.match(key) is not None
+
+
+@functools.cache
+def _is_misspelt(key: object) -> bool:
+    options = set[str]().union(*_OPTIONS.values())
+    return isinstance(key, str) and not _is_mark(key) and bool(difflib.get_close_matches(key.lower(), options, 1, 0.8))
 
 
 def _instead(key: str, options: Collection[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from muonclip.core import MatrixLayout
@@ -147,25 +149,53 @@ def check_states(
     for index, group in enumerate(groups):
         is_muon = group["use"] == "muon"
         for position, parameter in enumerate(group["params"]):
-            layout, own = layouts[index][position], state.get(parameter) or {}
-            held: dict[str, Any] = {"grad": parameter.grad} if parameter.grad is not None else {}
+            layout, own = layouts[index][position], state.get(parameter, {})
+            if not isinstance(own, dict):
+                name = name_of(group, index, position)
+                raise ValueError(f"{name} has a {kind(own)} for its state; {_BEGIN_ANEW}")
+            held: dict[str, Any] = {}
+            if parameter.grad is not None and not parameter.grad.is_sparse:  # which is said elsewhere
+                held["grad"] = parameter.grad
             if is_muon and layout is not None:
                 held |= {each.name: own[each.name] for each in rule.states if each.name in own}
             elif own:
-                held |= {name: own.get(name) for name in ADAMW_STATES if name != "step"}
+                held |= {name: own.get(name) for name in ADAMW_STATES}
             for part, value in held.items():
+                if part == "step" and not is_muon:
+                    if not _is_count(value):
+                        name = name_of(group, index, position)
+                        raise ValueError(f"the step of {name} is {shown(value)}, no count; {_BEGIN_ANEW}")
+                    continue
                 expected = _expected(part, parameter, layout, rule)
-                found = (tuple(value.shape), value.device, value.dtype) if isinstance(value, Tensor) else (None,) * 3
-                fits = found[2] is not None and found[2].is_floating_point if is_muon else found[2] == parameter.dtype
-                if found[:2] == (expected, parameter.device) and fits:
+                if _fits(value, parameter, expected, any_width=is_muon):
                     continue
                 name = name_of(group, index, position)
-                seen = f"{found[2]} {found[0]} on {found[1]}" if found[2] else f"a {type(value).__name__}"
+                found = (value.dtype, tuple(value.shape), value.device) if isinstance(value, Tensor) else ()
+                seen = "{} {} on {}".format(*found) if found else f"a {kind(value)}"
+                seen += "" if not found or value.layout is torch.strided else f", {value.layout}"
                 raise ValueError(
                     f"{name} is {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}, but its {part} is "
                     f"{seen}. If the model was cast or moved, optimizer.load_state_dict(optimizer.state_dict()) makes "
-                    f"the state follow; else optimizer.state.pop(parameter) begins it anew. Nothing was changed."
+                    f"the state follow; else {_BEGIN_ANEW}"
                 )
+
+
+_BEGIN_ANEW = "optimizer.state.pop(parameter) begins it anew. Nothing was changed."
+
+
+def _fits(value: Any, parameter: Tensor, shape: tuple[int, ...], *, any_width: bool) -> bool:
+    """Tell whether a state or gradient can be used with its parameter; `any_width`: whatever its floating dtype."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device != parameter.device:
+        return False
+    is_floating = value.dtype.is_floating_point and value.dtype.itemsize > 1
+    return value.layout is torch.strided and (is_floating if any_width else value.dtype == parameter.dtype)
+
+
+def _is_count(value: Any) -> bool:
+    """Tell whether a value can count the steps of AdamW; one on an accelerator is not waited for."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype.is_complex or value.dtype.itemsize < 4:
+        return False
+    return value.device.type != "cpu" or 0 <= float(value) < math.inf
 
 
 def _expected(part: str, parameter: Tensor, layout: MatrixLayout | None, rule: MuonRule) -> tuple[int, ...]:

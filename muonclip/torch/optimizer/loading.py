@@ -7,6 +7,7 @@ is refused. A group without it is of another optimizer, `torch.optim.Muon` for i
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
+from muonclip.core.arguments import check_flag, kind, shown
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_state, plain_name
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
+from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.groups import name_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
@@ -38,6 +41,15 @@ class SavedParameter(NamedTuple):
     layout: MatrixLayout | None
 
 
+def check_is_mapping(state_dict: Any) -> None:
+    """Raise TypeError for what is not a dict, as a state is."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict={shown(state_dict)} is a {kind(state_dict)}; give what optimizer.state_dict() has returned. "
+            "Nothing was loaded."
+        )
+
+
 def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[str, Any]:
     """Return a saved state with groups and parameters in the order of an optimizer's, found by name.
 
@@ -45,6 +57,7 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
     ValueError for what is not the state of an optimizer, for a later format, and for parameters that the groups divide
     otherwise.
     """
+    check_is_mapping(state_dict)  # as the hooks of others have left it
     groups = state_dict.get("param_groups")
     if not isinstance(groups, list | tuple) or not isinstance(state_dict.get("state"), Mapping):
         raise ValueError(
@@ -54,6 +67,13 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise ValueError(f"group {index} of the checkpoint has no list of params. Nothing was loaded.")
+        names = group.get("param_names", [""] * len(group["params"]))
+        if not isinstance(names, list | tuple) or [*map(type, names)] != [str] * len(group["params"]):
+            raise ValueError(
+                f"group {index} of the checkpoint has param_names={shown(names)}, and should have one for each of its "
+                f"{len(group['params'])} params. Nothing was loaded."
+            )
+    _check_keys_of(groups, state_dict["state"])
     ordered = _by_name(groups, own)
     for index, (theirs, ours) in enumerate(zip(ordered, own, strict=False)):
         use = use_of(theirs)
@@ -63,7 +83,9 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
                 "build the optimizer with the groups it was saved with."
             )
         version = theirs.get("format", FORMAT)
-        if not isinstance(version, int) or version > FORMAT:
+        if type(version) is int and version < 1:
+            raise ValueError(f"the checkpoint has format {version}; formats begin with 1. Nothing was loaded.")
+        if type(version) is not int or version > FORMAT:
             raise ValueError(
                 f"the checkpoint has format {version!r}, of a later release; this one reads formats up to {FORMAT}. "
                 "Nothing was loaded. Install a release that is as new as the one that saved it."
@@ -85,6 +107,8 @@ def checked_options(
         if missing:
             raise ValueError(f"group {index} of the checkpoint has no {missing[0]!r}. Nothing was loaded.")
         try:
+            check_held_keys(dict(theirs), use)
+            check_flag("eps_given", theirs.get("eps_given", True))
             options.append(defaults(use).updated(theirs))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"group {index} of the checkpoint: {error} Nothing was loaded.") from None
@@ -99,6 +123,18 @@ def saved_parameters(
         for position, (key, parameter) in enumerate(zip(saved["params"], group["params"], strict=False)):
             state, name = state_dict["state"].get(key, {}), name_of(group, index, position)
             yield SavedParameter(name, group["use"], index, state, parameter, layouts[index][position])
+
+
+def warn_of_missing(saved: Sequence[SavedParameter]) -> None:
+    """Warn of parameters without a state in a checkpoint that has others: they begin anew."""
+    names = [each.name for each in saved if not each.state and each.parameter.requires_grad and each.parameter.numel()]
+    if names and any(each.state for each in saved):
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"the checkpoint holds no state for {listed}: frozen when it was saved, or lost. They begin anew, the "
+            "others go on.",
+            stacklevel=2,
+        )
 
 
 def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
@@ -125,8 +161,11 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
                 f"{name!r} has {part!r} in the checkpoint, and AdamW keeps only {', '.join(known)}. {_OTHER_GROUPS}"
             )
         elif part in known and not (isinstance(value, Tensor) and value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"{part} of {name!r} in the checkpoint is {kind}. Nothing was loaded.")
+            found = value.dtype if isinstance(value, Tensor) else f"a {kind(value)}"
+            raise ValueError(f"{part} of {name!r} in the checkpoint is {found}. Nothing was loaded.")
+        elif part in known and (value.is_meta or value.layout is not torch.strided):
+            found = "on the meta device" if value.is_meta else value.layout
+            raise ValueError(f"{part} of {name!r} in the checkpoint is {found}. Nothing was loaded.")
     if use == "muon":
         if each.layout is not None:
             check_matrix_states(name, saved, rule, parameter, each.layout)
@@ -172,6 +211,10 @@ _OTHER_GROUPS = (
 
 def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
     theirs, ours = _names(saved), _names(own)
+    if theirs is None and ours is not None and all("param_names" in group for group in saved):
+        counts = Counter(plain_name(name) for group in saved for name in group["param_names"])
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"two parameters of the checkpoint are named {twice!r}. Nothing was loaded.")
     if theirs is None or ours is None:
         return list(saved)
     if not theirs.keys() & ours.keys():  # a model that was renamed
@@ -223,7 +266,25 @@ def _names(groups: Sequence[Group]) -> dict[str, tuple[int, int]] | None:
     return places if len(places) == sum(len(group["params"]) for group in groups) else None
 
 
+def _check_keys_of(groups: Sequence[Group], states: Mapping[Any, Any]) -> None:
+    """Raise ValueError for keys by which parameters could not have been saved, and for states of none of them."""
+    keys = [key for group in groups for key in group["params"]]
+    wrong = [key for key in keys if isinstance(key, bool) or not isinstance(key, int | str)]
+    if wrong or len(set(keys)) < len(keys):
+        what = f"params hold {shown(wrong[0])}" if wrong else "params name one parameter twice"
+        raise ValueError(f"the checkpoint's {what}; each is a number or a name of its own. Nothing was loaded.")
+    left = sorted(key for key in states.keys() - set(keys) if isinstance(key, int))
+    if left:
+        raise ValueError(
+            f"the checkpoint holds {len(left)} states of parameters that its groups do not list, {left[0]} first. "
+            "Nothing was loaded."
+        )
+
+
 def _check_count(name: str, value: float | Tensor) -> None:
+    dtype = value.dtype if isinstance(value, Tensor) else torch.bool if isinstance(value, bool) else torch.float32
+    if dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"step of {name!r} in the checkpoint is {dtype}. Nothing was loaded.")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"step of {name!r} in the checkpoint has shape {tuple(value.shape)}. Nothing was loaded.")
     if not 0 <= float(value) < math.inf:

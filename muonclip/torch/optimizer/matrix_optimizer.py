@@ -5,6 +5,7 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import check_whole
+from muonclip.core.arguments import check_kind, check_whole
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
@@ -28,13 +29,16 @@ from muonclip.torch.optimizer.groups import (
     listed_params,
     name_of,
 )
+from muonclip.torch.optimizer.held_groups import check_held_groups, check_tensors
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.loading import (
     FORMAT,
+    check_is_mapping,
     check_saved_state,
     checked_options,
     in_own_order,
     saved_parameters,
+    warn_of_missing,
     with_tensor_counts,
 )
 from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states
@@ -106,6 +110,7 @@ class MatrixOptimizer(Optimizer):
         groups, options and states that this optimizer would not have.
         """
         restored: list[tuple[Tensor, dict[str, Tensor]]] = []
+        check_is_mapping(state_dict)
 
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             ready = in_own_order(given, self.param_groups)
@@ -113,6 +118,7 @@ class MatrixOptimizer(Optimizer):
             for each in saved:
                 check_saved_state(each, self.rule)
             options = checked_options(ready["param_groups"], self._defaults)
+            warn_of_missing(saved)
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
@@ -211,7 +217,14 @@ class MatrixOptimizer(Optimizer):
     def _refresh_plan(self) -> None:
         """Check options and parameters, and plan the update anew, if what these depend on has changed."""
         self._check_options()
-        inputs = plan_inputs(self.param_groups, self._topology.version)
+        try:
+            inputs = plan_inputs(self.param_groups, self._topology.version)
+        except AttributeError:
+            check_tensors(self.param_groups)
+            raise
+        if not isinstance(self.state, defaultdict):
+            check_kind("optimizer.state", self.state, dict, "a dict of the states by parameter")
+            self.state = defaultdict(dict, self.state)
         states = [id(value) for own in self.state.values() if isinstance(own, dict) for value in own.values()]
         changed = inputs != self._inputs
         if changed:
@@ -225,6 +238,7 @@ class MatrixOptimizer(Optimizer):
 
     def _check_options(self) -> None:
         """Read the options of the groups, which schedulers and users set; raise for those that do not fit."""
+        check_held_groups(self.param_groups, self._layouts)
         options: list[MuonOptions | AdamWOptions] = []
         for index, (group, known) in enumerate(zip_longest(self.param_groups, self._options)):
             try:

@@ -56,7 +56,7 @@ class MuonOptions(StepOptions):
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
-        _check_off(group)
+        check_off(group)
         options = replace(self, **_given(type(self), group))
         options.check()
         return options
@@ -144,7 +144,7 @@ class AdamWOptions:
 
     def updated(self, group: Mapping[str, Any]) -> Self:
         """Return these options where a group says nothing else. Raises ValueError for what does not fit."""
-        _check_off(group)
+        check_off(group)
         options = replace(self, **_given(type(self), group))
         options.check()
         return options
@@ -179,7 +179,8 @@ def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None
         group["betas"] = (group["momentum"], *group["betas"][1:])
 
 
-def _check_off(group: Mapping[str, Any]) -> None:
+def check_off(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of torch's that a group switches on, and nothing here would do."""
     for name in OFF:
         if group.get(name):
             instead = "It descends: negate the loss." if name == "maximize" else "Leave it out."
