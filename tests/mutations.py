@@ -2277,6 +2277,41 @@ MUTATIONS = (
         tests_of("torch/test_stages.py", "test_a_clip_that_is_interrupted_gives_no_head_its_factor_twice"),
     ),
     Mutation(
+        "groups-changed-by-hand",
+        "A group that somebody has made ascend, or given a misspelt option, descends as before.",
+        "            check_off(group)\n            check_held_keys(group, str(use))\n",
+        "            pass\n",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_groups_that_were_changed_by_hand_are_checked_before_anything_moves"
+        ),
+    ),
+    Mutation(
+        "parameters-taken-out-by-hand",
+        "A parameter that is taken out of a group shifts the layouts of those behind it.",
+        "not isinstance(parameters, list) or len(parameters) != len(own)",
+        "not isinstance(parameters, list)",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_groups_that_were_changed_by_hand_are_checked_before_anything_moves"
+        ),
+    ),
+    Mutation(
+        "a-state-lost-in-silence",
+        "A parameter without a state in a checkpoint begins anew, and nobody is told.",
+        "if names and any(each.state for each in saved):",
+        "if False:",
+        tests_of("torch/test_all_or_nothing.py", "test_a_state_that_is_missing_is_said_and_begins_anew"),
+    ),
+    Mutation(
+        "narrow-count-of-steps",
+        "A count of AdamW's steps in bfloat16 is taken, and stops at 256.",
+        "value.dtype.is_complex or value.dtype.itemsize < 4",
+        "value.dtype.is_complex",
+        tests_of(
+            "torch/test_all_or_nothing.py",
+            "test_a_count_of_steps_that_was_replaced_by_hand_is_checked_before_anything_moves",
+        ),
+    ),
+    Mutation(
         "checkpoint-read-in-the-order-it-has",
         "Parameters in another order than saved take each other's states where their shapes are the same.",
         'keys = [saved[places[index]]["params"][theirs[plain_name(name)][1]] for name in group["param_names"]]',
