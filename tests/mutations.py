@@ -2365,7 +2365,7 @@ MUTATIONS = (
     Mutation(
         "later-formats-are-read",
         "A checkpoint of a later release is loaded as if it were of this one.",
-        "if not isinstance(version, int) or version > FORMAT:",
+        "if type(version) is not int or version > FORMAT:",
         "if False:",
         tests_of(
             "torch/test_all_or_nothing.py", "test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced"
