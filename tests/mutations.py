@@ -2690,6 +2690,13 @@ MUTATIONS = (
         tests_of("optax/test_declarations.py", "test_a_declaration_that_the_shapes_contradict_is_an_error_at_init"),
     ),
     Mutation(
+        "optax-adamw-half-unchecked",
+        "Keys and values of the AdamW half are handed on as they come.",
+        "    _check_adamw(options)\n",
+        "",
+        tests_of("optax/test_wrong_arguments.py", "test_a_wrong_argument_of_the_adamw_half_is_named"),
+    ),
+    Mutation(
         "optax-heads-last-as-heads-first",
         "Rows of heads that run fastest are taken for rows of heads that follow one another.",
         "return self.num_heads * of_head + heads if self.heads_last else stride * heads + of_head",

@@ -38,18 +38,19 @@ def test_a_state_of_pytorch_goes_on_as_it_would_have(folder, how):
 
 @releases
 @pytest.mark.parametrize("how", ["leaves", "orbax"])
-def test_a_state_of_optax_goes_on_as_it_would_have(folder, how):
-    params, tx, state = golden.optax_start()
+@pytest.mark.parametrize("ending", golden.OPTAX_STARTS)
+def test_a_state_of_optax_goes_on_as_it_would_have(folder, ending, how):
+    params, tx, state = golden.OPTAX_STARTS[ending]()
     if how == "orbax":
         target = jax.eval_shape(lambda: (params, tx.init(params)))
         with ocp.StandardCheckpointer() as checkpointer:
-            params, state = checkpointer.restore(Path(folder / "orbax").absolute(), target)
+            params, state = checkpointer.restore(Path(folder / f"orbax{ending}").absolute(), target)
     else:
-        saved = dict(np.load(folder / "optax.npz"))
+        saved = dict(np.load(folder / f"optax{ending}.npz"))
         assert saved.keys() == golden.by_path((params, state)).keys()
         params, state = jax.tree.unflatten(jax.tree.structure((params, state)), list(saved.values()))
     params, _ = golden.optax_step(params, tx, state, 2)
-    for path, after in np.load(folder / "optax_after.npz").items():
+    for path, after in np.load(folder / f"optax{ending}_after.npz").items():
         np.testing.assert_allclose(golden.by_path(params)[path], after, rtol=1e-4, atol=1e-5)
 
 

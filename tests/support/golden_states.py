@@ -3,7 +3,8 @@
     python tests/support/golden_states.py        writes tests/golden/VERSION of the version that is installed
 
 Each folder holds `torch.pt` (torch.save), `dcp` (torch.distributed.checkpoint), `optax.npz` (a state's leaves by their
-paths) and `orbax`, with the weights before and after the step that follows.
+paths) and `orbax`, with the weights before and after the step that follows; `optax_clip.npz` and `orbax_clip` are of a
+state with QK-Clip.
 """
 
 import shutil
@@ -21,6 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import muonclip
+from muonclip.optax import QKProjection
 from muonclip.optax import muonclip as optax_muonclip
 from muonclip.torch import MuonClip
 
@@ -69,11 +71,35 @@ def optax_start():
     return params, tx, tx.init(params)
 
 
+def optax_clip_start():
+    """The same of an attention with scanned layers and one without, both clipped."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embed": {"embedding": (5, 4)},
+        "layers": {side: {"kernel": (3, 4, 2, 3), "bias": (3, 2, 3)} for side in ("query", "key")},
+        "last": {"query": {"kernel": (4, 2, 3)}, "key": {"kernel": (4, 1, 3)}},
+    }
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    projections = {
+        "layers": QKProjection.mha(q="layers/query", k="layers/key", num_heads=2, layer_axis=0),
+        "last": QKProjection.gqa(q="last/query", k="last/key", num_heads=2, num_kv_heads=1),
+    }
+    tx = optax_muonclip(0.01, qk_projections=projections, tau=optax.linear_schedule(2.0, 1.0, 4))
+    return params, tx, tx.init(params)
+
+
+OPTAX_STARTS = {"": optax_start, "_clip": optax_clip_start}
+"""How each state begins, by what its files end in."""
+
+
 def optax_step(params, tx, state, seed):
-    """Return arrays and state after gradients that depend on the seed alone."""
+    """Return arrays and state after gradients, and maxima, that depend on the seed alone."""
     rng = np.random.default_rng(seed)
     gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
-    updates, state = tx.update(gradients, state, params)
+    maxima = {"layers": jnp.asarray(rng.uniform(0, 4, (3, 2)), jnp.float32), "last": jnp.asarray([9.0, seed / 2])}
+    updates, state = tx.update(gradients, state, params, max_logits=maxima)
     return optax.apply_updates(params, updates), state
 
 
@@ -96,15 +122,16 @@ def main(folder):
     torch_step(model, optimizer, 2)
     torch.save(model.state_dict(), folder / "torch_after.pt")
 
-    params, tx, state = optax_start()
-    for seed in (0, 1):
-        params, state = optax_step(params, tx, state, seed)
-    np.savez(folder / "optax.npz", **by_path((params, state)))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "orbax", (params, state))
-    # Orbax writes the folder's path, which is this machine's; that the file is there is what it reads.
-    (folder / "orbax" / "commit_success.txt").write_text("Checkpoint commit was successful\n")
-    np.savez(folder / "optax_after.npz", **by_path(optax_step(params, tx, state, 2)[0]))
+    for ending, start in OPTAX_STARTS.items():
+        params, tx, state = start()
+        for seed in (0, 1):
+            params, state = optax_step(params, tx, state, seed)
+        np.savez(folder / f"optax{ending}.npz", **by_path((params, state)))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / f"orbax{ending}", (params, state))
+        # Orbax writes the folder's path, which is this machine's; that the file is there is what it reads.
+        (folder / f"orbax{ending}" / "commit_success.txt").write_text("Checkpoint commit was successful\n")
+        np.savez(folder / f"optax{ending}_after.npz", **by_path(optax_step(params, tx, state, 2)[0]))
 
 
 if __name__ == "__main__":
