@@ -2099,6 +2099,13 @@ MUTATIONS = (
         tests_of("optax/test_wrong_arguments.py", "test_a_wrong_argument_is_named"),
     ),
     Mutation(
+        "tall-and-wide-in-turn",
+        "Matrices that are tall and wide in turn, as the layers of most models are, step one by one.",
+        "segments.sort(key=lambda segment: (segment.tall, id(segment.step.options)))",
+        "pass",
+        tests_of("torch/test_update_pieces.py", "test_tall_and_wide_matrices_in_turn_step_in_two_lists"),
+    ),
+    Mutation(
         "form-chosen-in-torch-alone",
         "JAX iterates wide matrices in the standard form, which takes longer.",
         "return self.form or choose_form(m, n, name, jax.default_backend(), polynomials, None)",

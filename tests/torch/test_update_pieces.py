@@ -98,6 +98,38 @@ def test_matrices_that_step_together_move_as_they_do_alone(dtype, options, monke
             assert torch.equal(value, truth), at
 
 
+def test_tall_and_wide_matrices_in_turn_step_in_two_lists(monkeypatch):
+    """As the layers of a model have them, up and down or a and b of an adapter."""
+    parameters = [nn.Parameter(random(*shape)) for shape in ((12, 20), (20, 12)) * 3]
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    joined, real = [], execute_module.together
+
+    def spied(segments):
+        joined.append(list(real(segments)))
+        return joined[-1]
+
+    monkeypatch.setattr(execute_module, "together", spied)
+    Muon(parameters).step()
+    assert [[each.count for each in steps] for steps in joined] == [[3, 3]]
+
+
+@pytest.mark.parametrize("products", ["baddbmm", "halves"])
+@pytest.mark.parametrize("options", [dict(), dict(ns_form="gram"), dict(ns_dtype=torch.bfloat16)], ids=str)
+def test_one_matrix_alone_is_multiplied_without_a_batch_to_the_same_bits(products, options, monkeypatch):
+    def moved():
+        parameter = nn.Parameter(random(24, 130))
+        parameter.grad = random(24, 130, seed=1)
+        Muon([parameter], products=products, **options).step()
+        return parameter.detach()
+
+    alone = moved()
+    calls = []
+    monkeypatch.setattr(execute_module, "for_one_matrix", lambda *_: calls.append(None))
+    assert torch.equal(alone, moved())
+    assert calls
+
+
 def test_matrices_too_small_to_gain_by_bf16_are_multiplied_in_float32():
     def dtype(m, n, **options):
         config = NewtonSchulzConfig(torch.bfloat16, "jordan", None, **options)

@@ -21,7 +21,7 @@ from muonclip.torch.mesh import Mesh, RankPosition
 from muonclip.torch.update.normalization import normalized
 from muonclip.torch.update.plain_segments import together
 from muonclip.torch.update.plan import UpdatePlan
-from muonclip.torch.update.products import choose_products
+from muonclip.torch.update.products import choose_products, for_one_matrix
 from muonclip.torch.update.rounds import Bucket, NewtonSchulzConfig, Round
 from muonclip.torch.update.stages import ParameterStep, SegmentStep
 
@@ -56,8 +56,9 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
     alone = cut is None and replicas is None
     shares = [sum(owned) for owned in round_.counts]
     segments = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in round_.segments]
-    if alone:
+    if alone:  # nobody else counts on an order
         segments = [segment for segment in segments if segment.step.gradient is not None]
+        segments.sort(key=lambda segment: (segment.tall, id(segment.step.options)))  # so that equal ones are neighbours
         shares = [sum(segment.count for segment in segments)]
     if not segments:
         return
@@ -96,6 +97,9 @@ def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGro
     del stack
     steps = iteration.ns_coefficients, iteration.ns_steps
     assert iteration.form is not None, "the plan chooses it by the shape"
+    one = for_one_matrix(products, normal) if cut is None else None
+    if one is not None:
+        return iterate(normal[0], *steps, form=iteration.form, xp=torch, products=one)[None]
     return iterate(normal, *steps, form=iteration.form, xp=torch, products=products)
 
 

@@ -26,8 +26,8 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
     wide = torch.float64 if stack.dtype == torch.float64 else torch.float32
     small = stack[0].numel() <= _SMALL
     lines = stack.to(wide).flatten(1) if small else stack
-    parts = torch.linalg.vector_norm(lines, dim=-1, dtype=wide).reshape(len(stack), -1)
-    norms = torch.linalg.vector_norm(parts, dim=-1, dtype=torch.float64).tolist()
+    parts = torch.linalg.vector_norm(lines, dim=-1, dtype=wide)
+    norms = (parts if small else torch.linalg.vector_norm(parts, dim=-1, dtype=torch.float64)).tolist()
     sure = [_SURE[0] < norm < _SURE[1] for norm in norms]
     careful = {
         index: normalize(stack[index : index + 1], products, xp=torch, eps=floor).to(dtype)
@@ -36,7 +36,8 @@ def normalized(stack: Tensor, products: Products, dtype: torch.dtype, floor: flo
     }
     factors = [1 / max(norm, floor) if is_sure else 1.0 for norm, is_sure in zip(norms, sure, strict=True)]
     if small:
-        result = lines.mul_(torch.tensor(factors, dtype=wide, device=stack.device)[:, None]).to(dtype).view_as(stack)
+        by_matrix = factors[0] if len(factors) == 1 else torch.tensor(factors, dtype=wide, device=stack.device)[:, None]
+        result = lines.mul_(by_matrix).to(dtype).view_as(stack)
     elif stack.dtype == dtype:
         result = stack
         torch._foreach_mul_(list(stack), factors)  # pyright: ignore[reportPrivateImportUsage]

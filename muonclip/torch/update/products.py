@@ -14,7 +14,7 @@ from muonclip.torch.update.symmetric_products import divides, symmetric_product,
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
     """XXᵀ; a batch of one as a plain product, which reads the transpose where the batched one copies it."""
-    return (x[0] @ x[0].mT)[None] if len(x) == 1 else x @ x.mT
+    return (x[0] @ x[0].mT)[None] if x.shape[0] == 1 else x @ x.mT
 
 
 # The addition rides in the matrix product: fewer passes over memory, and one rounding less in bf16.
@@ -23,6 +23,15 @@ _BADDBMM = Products(
     gram=_gram,
     polynomial=lambda gram, b, c: torch.baddbmm(gram, gram, gram, beta=b, alpha=c),
     update=lambda x, polynomial, a: torch.baddbmm(x, polynomial, x, beta=a),
+)
+
+
+# The same sums for a single matrix (m, n), with less work for the host.
+_ADDMM = Products(
+    sum_squares=_BADDBMM.sum_squares,
+    gram=lambda x: x @ x.mT,
+    polynomial=lambda gram, b, c: torch.addmm(gram, gram, gram, beta=b, alpha=c),
+    update=lambda x, polynomial, a: torch.addmm(x, polynomial, x, beta=a),
 )
 
 
@@ -49,6 +58,15 @@ PRODUCTS: Mapping[str, Products] = MappingProxyType(
         "halves": replace(_BADDBMM, gram=_halved_gram, polynomial=_halved_polynomial, symmetric_update=_halved_update),
     }
 )
+
+
+def for_one_matrix(products: Products, stack: torch.Tensor) -> Products | None:
+    """Return products of a matrix (m, n) that make the same sums as these of a stack of one; None where there are none.
+
+    Where a product is not divided, it is a whole one.
+    """
+    same = products is _BADDBMM or (products is PRODUCTS["halves"] and not divides(stack))
+    return _ADDMM if same and stack.shape[0] == 1 else None
 
 
 def choose_products(name: str | None, device_type: str = "cpu") -> Products:
