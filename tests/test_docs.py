@@ -86,7 +86,7 @@ def run(page):
     torch.manual_seed(0)
     names, everything = {"__name__": page.stem}, ""
     for block in blocks_of(page):
-        if block.language != "python" or LAUNCHED.match(block.code):
+        if block.language != "python" or LAUNCHED.match(block.code) or block.code.startswith("--8<--"):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
@@ -199,6 +199,8 @@ def check_command(words):
     elif words[:3] == ["python", "-m", "benchmarks"]:
         if len(words) > 3:
             assert accepts(words[3:]), words
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / "docs" / "examples" / words[1]).exists(), words
     elif words[:3] == ["python", "-m", "muonclip"]:
         assert accepts(words[3:], make_parser_of_library()), words
     elif words[0] == "torchrun":

@@ -1,4 +1,4 @@
-"""LoRA with PEFT: adapters first, then the optimizer. The base stays frozen to the bit, so the clip only reports loud heads.
+"""LoRA with PEFT: adapters first, then the optimizer. The base is frozen, so that loud heads are only reported.
 
     python peft_lora.py         # seconds on two cores
 

@@ -5,6 +5,7 @@
 Needs muonclip[torch], transformers, trl. The model is a small Llama over bytes, made from a config.
 """
 
+import copy
 import inspect
 import tempfile
 from pathlib import Path
@@ -33,19 +34,10 @@ def make_tokenizer():
 
 
 def make_model(tokenizer):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **special))
 
 
 def fine_tune(model, tokenizer, lines, out, steps, resume=None):
@@ -76,12 +68,10 @@ def main():
     lines = [line for line in Path(inspect.__file__).read_text().splitlines() if len(line) > 30]
     with tempfile.TemporaryDirectory() as folder:
         first = make_model(tokenizer)
-        state = {name: value.clone() for name, value in first.state_dict().items()}
+        again = copy.deepcopy(first)
         trainer = fine_tune(first, tokenizer, lines, f"{folder}/sft", 20)
         tell("SFT", trainer)
 
-        again = make_model(tokenizer)
-        again.load_state_dict(state)
         fine_tune(again, tokenizer, lines, f"{folder}/again", 20, resume=f"{folder}/sft/checkpoint-10")
         same = all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
         print("resumed after ten steps: the same weights to the bit:", same)
