@@ -43,11 +43,13 @@ READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
 SWEEP = ROOT / "docs" / "architectures" / "sweep.md"  # of docs/architectures.md
 SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in (READING, SPEED, SCALING, SWEEP))
+COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
+INCLUDED = {READING, SPEED, SCALING, SWEEP, COLLECTIVES}
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
-LANGUAGES = {"", "python", "sh", "text", "{ .text .wrap }"}
+LANGUAGES = {"", "python", "{ .python }", "sh", "text", "{ .text .wrap }"}
 LAUNCHED = re.compile(r"# torchrun --nproc-per-node (\d+) (\w+\.py)\n")  # first line of a script for several ranks
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -86,7 +88,7 @@ def run(page):
     torch.manual_seed(0)
     names, everything = {"__name__": page.stem}, ""
     for block in blocks_of(page):
-        if block.language != "python" or LAUNCHED.match(block.code) or block.code.startswith("--8<--"):
+        if block.language != "python" or LAUNCHED.match(block.code):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
