@@ -63,7 +63,9 @@ HEAVY = set({HEAVY!r})
 import torch
 before = set(sys.modules)
 import muonclip.torch
-assert not HEAVY & (set(sys.modules) - before), HEAVY & (set(sys.modules) - before)
+own = {{"muonclip", *sys.stdlib_module_names}}
+others = {{name for name in set(sys.modules) - before if name.partition(".")[0] not in own}}
+assert not others, f"not even a light module of torch: {{others}}"
 {MODEL}
 optimizer = torch.optim.AdamW(model.parameters())
 model(x).sum().backward()

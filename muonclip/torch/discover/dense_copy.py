@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
-from muonclip.torch.mesh import is_dtensor, is_replicate
+from muonclip.torch.mesh import imported, is_dtensor, is_replicate
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -52,7 +51,9 @@ def is_whole(tensor: Tensor) -> bool:
 
 def without_engine(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a module without what torch.distributed has put there, and without foreign hooks."""
-    kept = {name: value for name, value in state.items() if name not in (STATE_KEY, REGISTRY_KEY)}
+    contract = "torch.distributed._composable.contract"
+    engines = {imported(contract, name) for name in ("STATE_KEY", "REGISTRY_KEY")}
+    kept = {name: value for name, value in state.items() if name not in engines}
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = kept.get(name)
         if hooks:

@@ -21,8 +21,9 @@ from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: igno
 from torch._C._functorch import peek_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+from muonclip.torch.mesh import is_device_context
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,7 +101,7 @@ def unseen(function: Callable[P, R]) -> Callable[P, R]:
 def outside_modes(*, keeps_default_device: bool = True) -> Iterator[None]:
     """Take the modes of the host off this thread meanwhile. A model needs the default device, which is one of them."""
     functions = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    kept = [mode for mode in functions if keeps_default_device and isinstance(mode, DeviceContext)]
+    kept = [mode for mode in functions if keeps_default_device and is_device_context(mode)]
     with ExitStack() as stack:
         stack.callback(_replace_function_modes, functions[::-1])
         if torch._C._len_torch_dispatch_stack():
@@ -117,7 +118,7 @@ def is_seen(*, by_functions: bool = False) -> bool:
     `by_functions`: a mode of the host that sees functions of torch, and not only the operators below them.
     """
     if by_functions:
-        return any(not isinstance(mode, (DeviceContext, InnermostMode)) for mode in _function_modes())
+        return any(not (isinstance(mode, InnermostMode) or is_device_context(mode)) for mode in _function_modes())
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -133,7 +134,7 @@ class InnermostMode(TorchFunctionMode):
             torch._C._push_on_torch_function_stack(self)
             return self
         modes = _function_modes()
-        outer = sum(isinstance(mode, DeviceContext) for mode in modes[:1])  # which wants to be the first of all
+        outer = sum(map(is_device_context, modes[:1]))  # which wants to be the first of all
         _replace_function_modes([*modes[:outer], self, *modes[outer:]])
         return self
 

@@ -70,6 +70,11 @@ def is_block_mask(mask: object) -> TypeIs[BlockMask]:
     return not isinstance(mask, Tensor) and _is_a(mask, "torch.nn.attention.flex_attention", "BlockMask")
 
 
+def is_device_context(mode: object) -> bool:
+    """Tell whether a mode is the one that `torch.set_default_device` or `with torch.device(…)` has put there."""
+    return _is_a(mode, "torch.utils._device", "DeviceContext")
+
+
 def imported(module: str, name: str) -> Any:
     """Return what a module has by a name; None where nobody has imported it, or not to this line yet."""
     return getattr(sys.modules.get(module), name, None)
