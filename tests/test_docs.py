@@ -318,6 +318,16 @@ def test_the_table_of_scaling_is_that_of_its_figures():
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
 
 
+LAUNCH_PAGES = ("ddp", "fsdp2", "tensor-expert", "pipeline", "checkpoints", "harness")
+
+
+def test_what_was_run_is_said_where_one_begins():
+    status = (ROOT / "docs" / "status.txt").read_text(encoding="utf-8")
+    assert status in README.read_text(encoding="utf-8")
+    for page in ("index", "distributed", *(f"parallel/{name}" for name in LAUNCH_PAGES)):
+        assert '--8<-- "docs/status.txt"' in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), page
+
+
 def test_the_reading_is_included_without_its_title():
     assert re.match(r"# [^\n]*\n\n", READING.read_text(encoding="utf-8"))
     assert '--8<-- "docs/evidence/reading.md:2:"' in EVIDENCE.read_text(encoding="utf-8")
