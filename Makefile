@@ -42,7 +42,7 @@ reproduce: env ## train on real text, draw the curves, print the table (OUT=runs
 	$(PY) -m benchmarks reproduce --out "$(OUT)"
 
 evidence: OUT = runs/evidence
-evidence: env ## rate sweep, token efficiency, every arm: at most 40 minutes on two cores (OUT=runs/evidence)
+evidence: env ## rate sweep, token efficiency, every arm: about 45 minutes on two cores (OUT=runs/evidence)
 	$(PY) -m benchmarks evidence --out "$(OUT)"
 
 docs: env ## build the pages into site/; links, anchors and names must hold

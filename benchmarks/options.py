@@ -119,7 +119,9 @@ _SHARED: dict[str, dict[str, Any]] = {
         positive, "S", f"a rank that waits longer ends (default: {ranks.DEFAULT_TIMEOUT:g})", ranks.DEFAULT_TIMEOUT
     ),
 }
-_TRAINING = ("--data", "--out", "--jobs", "--precision", "--checkpoint-seconds", "--checkpoint-every")
+_FIGURES = ("--data", "--out", "--jobs", "--checkpoint-seconds", "--checkpoint-every")
+_TRAINING = (*_FIGURES, "--precision")
+_SAME = {"--precision": _one_of(get_args(PrecisionChoice), "fp32", "default: fp32, the same on every machine")}
 _EXPLOSION = {
     "--arms": _of(
         several(arm), "A,B", f"of {', '.join(ARMS)} (default: {','.join(DEFAULT_ARMS)}); {_OWN}", choices(*DEFAULT_ARMS)
@@ -185,8 +187,8 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "train arms side by side and draw their attention logits", _EXPLOSION,
         ("--preset", "--device", *_TRAINING, "--async-checkpoints", "--collective-timeout"),
     ),
-    "reproduce": ("the README's figures: logits under a hot rate and under each one's own", {}, _TRAINING),
-    "evidence": ("rates, token efficiency, cost of clipping, all arms: 40 minutes on two cores", {}, _TRAINING),
+    "reproduce": ("the README's figures: logits under a hot rate and under each one's own", _SAME, _FIGURES),
+    "evidence": ("rates, token efficiency, cost of clipping, all arms: 45 minutes on two cores", _SAME, _FIGURES),
     "clip-cost": ("time whole training steps with QK-Clip and without: 25 minutes", _CLIP_COST, ["--out"]),
     "optax-speed": (
         "Muon's update in JAX next to Optax's own: three minutes on two cores",
