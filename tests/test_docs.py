@@ -6,6 +6,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from torchrun import torchrun
 
 import muonclip.core
 import muonclip.models
+import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
@@ -43,6 +45,7 @@ READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that
 SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
 SWEEP = ROOT / "docs" / "architectures" / "sweep.md"  # of docs/architectures.md
 SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
+CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
 COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
 INCLUDED = {READING, SPEED, SCALING, SWEEP, COLLECTIVES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
@@ -146,7 +149,7 @@ def test_every_script_for_several_ranks_runs_and_prints_what_the_page_says(page,
 def test_the_readme_s_model_is_planned_and_learns_and_its_attention_is_clipped():
     names, printed = run(README)
     assert "layers.0…2.attn.kv_b_proj.weight ×3" in printed
-    assert "QK-Clip: 0 of 12 heads clipped at tau = 100" in printed
+    assert re.search(r"QK-Clip: [1-9]\d? of 12 heads clipped at tau = 5", printed)
     assert float(re.search(r"loss (\d+\.\d+)", printed)[1]) < 4.5
 
     torch.manual_seed(0)
@@ -318,6 +321,15 @@ def test_the_table_of_scaling_is_that_of_its_figures():
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
 
 
+def test_the_lines_of_the_cheat_sheet_run():
+    lines = re.findall(r"`((?:clip = )?(?:MuonClip|QKClip)\(model[,)][^`]*)`", CHEAT_SHEET.read_text(encoding="utf-8"))
+    lines = [line for line in lines if "…" not in line]
+    assert len(lines) >= 14
+    for line in lines:
+        model = muonclip.models.torch.MoE(muonclip.models.MoEConfig.cpu(num_layers=1))
+        exec(line, {**vars(muonclip.torch), "torch": torch, "math": math, "model": model})
+
+
 LAUNCH_PAGES = ("ddp", "fsdp2", "tensor-expert", "pipeline", "checkpoints", "harness")
 
 
@@ -382,6 +394,13 @@ def test_the_site_builds_strictly_and_links_nothing_from_elsewhere(site):
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?((?:https?:)?//[^\"' >]*)", text)
         loaded += re.findall(r"<link[^>]*\shref=[\"']?((?:https?:)?//[^\"' >]*)", text)
         assert not loaded, page
+    listed = (site / "llms.txt").read_text(encoding="utf-8")
+    for path in PAGES:
+        address = path.relative_to(ROOT / "docs").as_posix()
+        assert f"]({address})" in listed
+        text = (site / address).read_text(encoding="utf-8")
+        assert text.startswith("# ")
+        assert "--8<--" not in text
 
 
 @pytest.mark.slow
