@@ -2319,6 +2319,20 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "rows-from-an-iterator",
+        "Parts of a QKProjection that are given as an iterator are checked, and are empty when the clip scales them.",
+        'check_kind(part, given, (tuple, list), "a tuple of HeadRows")',
+        "pass",
+        tests_of("torch/test_wrong_arguments.py", "test_rows_from_an_iterator_are_refused"),
+    ),
+    Mutation(
+        "integers-orthogonalised",
+        "An integer matrix is orthogonalised, and its factor rounded to zeros.",
+        'if "float" not in str(value.dtype):',
+        "if False:",
+        tests_of("torch/test_wrong_arguments.py", "test_integers_and_complex_numbers_are_not_orthogonalised"),
+    ),
+    Mutation(
         "checkpoint-read-in-the-order-it-has",
         "Parameters in another order than saved take each other's states where their shapes are the same.",
         'keys = [saved[places[index]]["params"][theirs[plain_name(name)][1]] for name in group["param_names"]]',

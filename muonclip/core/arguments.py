@@ -19,6 +19,8 @@ NOT_NEGATIVE: Rule = ("a finite number, zero or more", lambda x: 0 <= x < math.i
 FINITE: Rule = ("a finite number", math.isfinite)
 POSITIVE: Rule = ("positive", lambda x: x > 0)
 BELOW_ONE: Rule = ("in [0, 1)", lambda x: 0 <= x < 1)
+_LARGEST = 2**63 - 1  # which frameworks can count to
+
 SHARE: Rule = ("in [0, 1]", lambda x: 0 <= x <= 1)
 
 
@@ -29,6 +31,8 @@ def check_number(name: str, value: Any, rule: Rule, hint: str = "") -> None:
     if number is None:
         number_wanted = wanted if "number" in wanted else f"a number, {wanted}"
         raise TypeError(f"{name}={shown(value)} is a {kind(value)}; it must be {number_wanted}{_ending(hint)}")
+    if isinstance(number, int) and abs(number) > _LARGEST:
+        raise ValueError(f"{name}={shown(number)} is an integer beyond 64 bits; write it as a float{_ending(hint)}")
     if not holds(number):
         raise ValueError(f"{name}={shown(number)} must be {wanted}{_ending(hint)}")
 
@@ -37,13 +41,13 @@ def check_whole(name: str, value: Any, at_least: int = 1, at_most: int | None = 
     """Return a whole number as an int. Raises TypeError for another kind, ValueError out of range."""
     bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
     try:
-        whole = None if isinstance(value, bool) else operator.index(value)
+        whole = None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
     except TypeError:
         whole = None
     if whole is None:
         error = ValueError if isinstance(value, float) else TypeError
         raise error(f"{name}={shown(value)} must be a whole number {bounds}, not a {kind(value)}{_ending(hint)}")
-    if whole < at_least or (at_most is not None and whole > at_most):
+    if whole < at_least or whole > (_LARGEST if at_most is None else at_most):
         raise ValueError(f"{name}={shown(value)} must be a whole number {bounds}{_ending(hint)}")
     return whole
 
@@ -52,6 +56,13 @@ def check_array(name: str, value: Any) -> None:
     """Raise TypeError unless it is an array of some framework."""
     if not is_array(value):
         raise TypeError(f"{name}={shown(value)} is a {kind(value)}; give an array.")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raise TypeError unless it is an array of real floating numbers, of some framework."""
+    check_array(name, value)
+    if "float" not in str(value.dtype):
+        raise TypeError(f"{name} is an array of {value.dtype}; give one of floating numbers.")
 
 
 def is_array(value: Any) -> bool:

@@ -70,6 +70,7 @@ class MatrixLayout:
 
         Raises ValueError, naming what does not fit, for a shape that the layout cannot read.
         """
+        check_kind("shape", shape, Sequence, "the sizes of a parameter's axes")
         batch, fan_out, fan_in = self._read(shape)
         blocks = self.blocks or (fan_out // self.repeats,)
         heads = self.heads or (1,) * len(blocks)

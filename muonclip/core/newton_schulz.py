@@ -11,9 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Number
 from typing import Any, Literal, TypeAlias
 
-from muonclip.core.arguments import NOT_NEGATIVE, check_array, check_choice, check_number, is_array
+from muonclip.core.arguments import (
+    NOT_NEGATIVE,
+    check_choice,
+    check_floating,
+    check_kind,
+    check_number,
+    is_array,
+    kind,
+    shown,
+)
 from muonclip.core.coefficients import Coefficients, Polynomial, checked_gram_restarts, resolve_coefficients
 
 Array: TypeAlias = Any
@@ -62,6 +72,8 @@ def newton_schulz(
     as well. `ns_coefficients` and `ns_steps` as in `resolve_coefficients`; `products`: None for the plain ones. Raises
     ValueError for a polynomial that does not exist.
     """
+    check_floating("x", x)
+    _check_products(products)
     products = products or plain_products(None)
     for a, b, c in resolve_coefficients(ns_coefficients, ns_steps):
         x = products.update(x, products.polynomial(products.gram(x), b, c), a)
@@ -85,6 +97,8 @@ def gram_newton_schulz(
     steps of `restarts` (None: `gram_restarts` in x's dtype), X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between
     two restarts is one of the standard form. Raises ValueError for polynomials with which the form may not run.
     """
+    check_floating("x", x)
+    _check_products(products)
     products = products or plain_products(xp)
     wide = xp.finfo(x.dtype).eps < 1e-4
     restarts = checked_gram_restarts(ns_coefficients, ns_steps, wide=wide) if restarts is None else restarts
@@ -170,8 +184,13 @@ def orthogonalize(
 
     Raises ValueError for a polynomial that does not exist and for x with fewer than two axes.
     """
-    check_array("x", x)
+    check_floating("x", x)
     check_choice("form", form, "standard", "gram")
+    _check_products(products)
+    if not hasattr(xp, "asarray") or not hasattr(xp, "float32"):
+        raise TypeError(f"xp={shown(xp)} is a {kind(xp)}; give the namespace of the arrays: numpy, torch or jax.numpy.")
+    if dtype is not None and (is_array(dtype) or isinstance(dtype, Number | bytes)):
+        raise TypeError(f"dtype={shown(dtype)} is a {kind(dtype)}; give a floating dtype of xp, or None.")
     if not is_array(eps):
         check_number("eps", eps, NOT_NEGATIVE)
     if x.ndim < 2:
@@ -182,6 +201,11 @@ def orthogonalize(
     wide = wide if dtype is None else _cast(wide, dtype, xp)
     wide = iterate(wide, ns_coefficients, ns_steps, form=form, xp=xp, products=products)
     return _cast(wide.mT if tall else wide, x.dtype, xp)
+
+
+def _check_products(products: Any) -> None:
+    if products is not None:
+        check_kind("products", products, Products, "Products, or None for the plain ones")
 
 
 def _cast(x: Array, dtype: Any, xp: Any) -> Array:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from muonclip.core.arguments import check_kind
 from muonclip.torch.clip import QKClip
 from muonclip.torch.optimizer import MuonClip
 
@@ -49,6 +50,9 @@ class QKClipCallback(TrainerCallback):
     """
 
     def __init__(self, clip: QKClip | None = None, prefix: str = "qk_clip/") -> None:
+        if clip is not None:
+            check_kind("clip", clip, QKClip, "the QKClip that follows the optimizer, or None")
+        check_kind("prefix", prefix, str, "text for the names in the logs")
         self._given, self._prefix = clip, prefix
         self._clip: QKClip | None = None
         self._extremes: Tensor | None = None

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unchanged import differences, snapshot
 
 NONE_OF_ANY_KIND = st.one_of(
     st.just(None),
@@ -35,20 +36,32 @@ def but_none(strategy):
     return strategy.filter(lambda x: x is not None)
 
 
-def assert_named(call, argument, value):
-    """Assert that a call is refused by an error that names the argument, not by one of an operator in passing."""
+RAW = (
+    *("unsupported operand", "not supported between", "ambiguous", "object is not", "has no attribute", "has no len"),
+    *("is not iterable", "not subscriptable", "not callable", "invalid combination", "expected sequence", "unpack"),
+    *("too big to convert", "out of range", "must match", "Boolean value", "unhashable", "not implemented for"),
+    *("got an unexpected", "missing 1 required", "positional argument", "takes from", "Error('", "operand"),
+)
+"""Words of operators and of Python, which say nothing to a user."""
+
+
+def assert_named(call, argument, value, held=()):
+    """Assert that a call is refused by an error that names the argument, not by one of an operator in passing, and that
+    it has changed nothing of what is `held` (see `unchanged.snapshot`)."""
+    before = snapshot(held)
     try:
         call(value)
     except (TypeError, ValueError) as error:
         said = str(error)
         assert argument in said, f"{argument}={value!r}: {said}"
-        raw = ("unsupported operand", "not supported between", "ambiguous", "object is not", "has no attribute")
-        assert not any(words in said for words in raw), f"{argument}={value!r}: {said}"
+        assert not any(words in said for words in RAW), f"{argument}={value!r}: {said}"
     else:
         raise AssertionError(f"{argument}={value!r} is accepted")
+    changed = list(differences(before, snapshot(held)))
+    assert not changed, f"{argument}={value!r} changes {changed}"
 
 
-def assert_all_named(call, argument, wrong):
+def assert_all_named(call, argument, wrong, held=()):
     """Assert it of some values of a strategy, given to a call by keyword, and print how many they were."""
     tried = []
 
@@ -56,7 +69,7 @@ def assert_all_named(call, argument, wrong):
     @given(wrong)
     def every(value):
         tried.append(value)
-        assert_named(lambda it: call(**{argument: it}), argument, value)
+        assert_named(lambda it: call(**{argument: it}), argument, value, held)
 
     every()
     print(f"{len(tried)} wrong values of {argument} were named")

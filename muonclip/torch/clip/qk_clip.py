@@ -97,6 +97,11 @@ class QKClip:
         check_choice("observe", observe, "needed", "always")
         check_flag("clip_frozen", clip_frozen)
         check_flag("clip_gains", clip_gains)
+        check_flag("required", required)
+        if example_inputs is not None:
+            check_kind("example_inputs", example_inputs, (Tensor, tuple, Mapping), _INPUTS)
+        if process_group is not None:
+            check_kind("process_group", process_group, dist.ProcessGroup, "a process group, or None")
         if master_of is not None and not callable(master_of):
             raise TypeError(f"master_of={shown(master_of)}; give a function of a parameter, or None.")
         if declare is not None:
@@ -348,6 +353,9 @@ class QKClip:
             where = not_observed(self._left_out[names[0]].where)
             listed = ", ".join(name or "the model" for name in names)
             warnings.warn(f"QK-Clip observed not all forwards of {listed} in this step: {where}", stacklevel=2)
+
+
+_INPUTS = "what the model is called with: a tensor, a tuple of its arguments, or a dict of them by name"
 
 
 def _unnamed_copies(parameter: Tensor) -> list[Tensor]:

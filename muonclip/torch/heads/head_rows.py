@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,8 @@ class HeadRows:
         cls, index: Tensor, module: nn.Module, weight: str = "weight", bias: str = "bias", axis: Axes = 0
     ) -> Self:
         """Make the rows `index` [heads, size], by start and stride where they follow one."""
+        check_kind("module", module, nn.Module, "a module")
+        _check_index("index", index)
         heads, size = index.shape
         index = index.sort(1).values.cpu()
         start = int(index[0, 0])
@@ -113,7 +115,9 @@ class HeadRows:
 
     def check(self, name: str) -> None:
         """Raise ValueError where the weight does not have these rows, or its placements do not say where a row is."""
+        check_kind(f"{name}: module", self.module, nn.Module, "a module")
         check_kind(f"{name}: weight", self.weight, str, "the name of an attribute")
+        check_kind(f"{name}: bias", self.bias, str, 'the name of an attribute, or "" for none')
         weight = getattr(self.module, self.weight, None)
         if weight is None:
             raise ValueError(f"{name}: {type(self.module).__name__} has no weight={self.weight!r}.")
@@ -127,7 +131,7 @@ class HeadRows:
             if option != "stride" or self.stride is not None:
                 check_whole(f"{name}: {option}", getattr(self, option), least)
         axes = tuple(check_whole(f"{name}: axis", each, 0) for each in axes_of(self.axis))
-        if list(axes) != sorted(set(axes)) or not 0 <= axes[0] <= axes[-1] < weight.ndim:
+        if not axes or list(axes) != sorted(set(axes)) or not 0 <= axes[0] <= axes[-1] < weight.ndim:
             raise ValueError(
                 f"{name}: axis={self.axis} does not name axes, in ascending order, of a weight of shape "
                 f"{tuple(weight.shape)}."
@@ -135,6 +139,7 @@ class HeadRows:
         rows = math.prod(weight.shape[each] for each in axes)
         if self.index is not None:
             index = self.index
+            _check_index(f"{name}: index", index)
             if index.shape != (self.num_heads, self.size) or index.min() < 0 or index.max() >= rows:
                 raise ValueError(
                     f"{name}: index has shape {tuple(index.shape)} and rows {int(index.min())} to {int(index.max())}; "
@@ -171,6 +176,12 @@ def scale_heads(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor) 
     one = torch.ones_like(factors[:1])  # for rows of no head
     factors = torch.cat([factors, one])[head_of_rows(rows, sizes, held, factors.device)].view(shape)
     parameter.copy_(torch.where(_changes(factors), (parameter * factors).to(parameter.dtype), parameter))
+
+
+def _check_index(name: str, index: Any) -> None:
+    check_kind(name, index, Tensor, "an int64 tensor [heads, size]")
+    if index.dtype not in (torch.int64, torch.int32) or index.ndim != 2 or not index.numel():
+        raise ValueError(f"{name} is {index.dtype} {tuple(index.shape)}; give an int64 tensor [heads, size].")
 
 
 def _changes(factors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from muonclip.core.arguments import check_kind, check_whole
+from muonclip.core.arguments import check_choice, check_flag, check_kind, check_whole
 from muonclip.core.head_parts import FACTOR_OF, SIDE_OF, HeadPart, Part, check_parts, grouped_parts, latent_parts
 from muonclip.torch.heads.head_rows import HeadRows
 from muonclip.torch.heads.query_heads import QueryHeads
@@ -46,10 +46,20 @@ class QKProjection:
     def __post_init__(self) -> None:
         check_whole("num_heads", self.num_heads)
         check_kind("max_logits", self.max_logits, MaxLogits, "a MaxLogits")
+        check_kind("kind", self.kind, str, "a word for the plan")
+        check_kind("reason", self.reason, str, 'why nothing is scaled, in words, or ""')
+        check_flag("counts_added", self.counts_added)
+        check_kind("fixed", self.fixed, (tuple, list), f"a tuple of parts: {', '.join(SIDE_OF)}")
+        for part in self.fixed:
+            check_choice("fixed", part, *SIDE_OF)
         if self.max_logits.num_heads != self.num_heads:
             raise ValueError(f"max_logits counts {self.max_logits.num_heads} heads, the projection {self.num_heads}.")
         for part in SIDE_OF:
-            for rows in getattr(self, part):
+            given = getattr(self, part)
+            check_kind(part, given, (tuple, list), "a tuple of HeadRows")
+            object.__setattr__(self, part, tuple(given))
+            for rows in given:
+                check_kind(part, rows, HeadRows, "HeadRows in its tuple")
                 rows.check(part)
                 if part in FACTOR_OF and rows.num_heads != self.num_heads:
                     raise ValueError(

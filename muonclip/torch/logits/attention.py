@@ -47,7 +47,7 @@ def attention(
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
     _check_batches(q, attn_mask, document_ids)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale) if isinstance(scale, int) else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
     y, lse = _attend(q, k, v, scale, mask, softcap)
     if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
@@ -108,7 +108,7 @@ def _check_batches(q: Tensor, attn_mask: Tensor | None, document_ids: Tensor | N
     """Raise ValueError for masks of another number of sequences or heads."""
     batch, heads = q.shape[:2]
     of_mask = () if attn_mask is None else tuple(attn_mask.shape)
-    if document_ids is not None and len(document_ids) not in (1, batch):
+    if document_ids is not None and (not document_ids.ndim or len(document_ids) not in (1, batch)):
         raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; q has {batch} sequences.")
     if any(size not in (1, whole) for size, whole in zip(of_mask[-3::-1], (heads, batch), strict=False)):
         raise ValueError(

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from muonclip.core.arguments import FINITE, check_kind, check_number
 from muonclip.torch.logits.mask import AttentionMask
 
 _TILE_ROWS, _TILE_COLUMNS = 128, 512  # of all heads: a few megabytes, which stay in the cache
@@ -35,11 +37,36 @@ def measure_max_logits(
     computed tile by tile. A head with no allowed pair gives −inf; NaN is kept. `slopes`: of queries and keys, a tile of
     factors of the logits, broadcastable to [B, H, rows, columns].
     """
+    check_forward(q, k, scale, mask)
     maxima = torch.full((q.shape[1],), -math.inf, dtype=statistic_dtype(q, k), device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for _, rows in _tiles(q, k, scale, mask, maxima.dtype, slopes=slopes):
             maxima = torch.maximum(maxima, rows.amax((0, 2)))
     return maxima
+
+
+def check_forward(q: Any, k: Any, scale: Any, mask: Any, lse: Any = None) -> None:
+    """Raise TypeError or ValueError, naming the argument, for what is not a forward of attention."""
+    if torch.compiler.is_compiling():  # where sizes and scale are symbols
+        return
+    for name, each in (("q", q), ("k", k)):
+        check_kind(name, each, Tensor, "a tensor")
+    check_kind("mask", mask, AttentionMask, "an AttentionMask")
+    if isinstance(scale, bool) or not isinstance(scale, int | float | Tensor | torch.SymFloat):
+        check_number("scale", scale, FINITE)
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be a finite number.")
+    shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes}: q is [B, H, Tq, d] and k [B, G, Tk, d].")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
+    if (mask.query_length, mask.key_length) != (q.shape[2], k.shape[2]):
+        raise ValueError(f"mask is of {mask.query_length} queries and {mask.key_length} keys, of {shapes}.")
+    if lse is not None:
+        check_kind("lse", lse, Tensor, "a tensor, or None")
+        if lse.shape != q.shape[:3]:
+            raise ValueError(f"lse has shape {tuple(lse.shape)}; it is [B, H, Tq], here {tuple(q.shape[:3])}.")
 
 
 @torch.no_grad()

@@ -9,8 +9,11 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from muonclip.core.arguments import check_flag, check_kind, check_whole
 from muonclip.torch.logits.added_mask import highest_masked
 from muonclip.torch.logits.pair_condition import PairCondition
+
+_FAR = 2**62
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class AttentionMask:
     condition: PairCondition | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if isinstance(self.window, int) and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: the query's own position.")
         if self.attn_mask is not None:
@@ -61,6 +65,26 @@ class AttentionMask:
                 f"document_ids of the keys has shape {tuple(of_keys.shape)}; it must be [B, T] with T = "
                 f"{self.key_length} keys. Give key_document_ids where they are not those of the queries."
             )
+
+    def _check_kinds(self) -> None:
+        for name in ("query_length", "key_length"):
+            if type(length := getattr(self, name)) is not torch.SymInt and not (type(length) is int and length >= 0):
+                check_whole(name, length, 0)
+        if type(self.is_causal) is not bool:
+            check_flag("is_causal", self.is_causal)
+        for name in ("document_ids", "attn_mask", "key_document_ids"):
+            if (tensor := getattr(self, name)) is not None:
+                check_kind(name, tensor, Tensor, "a tensor, or None")
+        if not isinstance(self.query_offset, int | torch.SymInt | Tensor) or isinstance(self.query_offset, bool):
+            check_whole("query_offset", self.query_offset, -_FAR)
+        if self.condition is not None:
+            check_kind("condition", self.condition, PairCondition, "a PairCondition, or None")
+        sides = self.window if isinstance(self.window, tuple) else (self.window,)
+        for side in sides:
+            if side is not None and type(side) not in (int, torch.SymInt):
+                check_whole("window", side, hint="or a pair (left, right) of such numbers, or None.")
+        if isinstance(self.window, tuple) and len(sides) != 2:
+            raise ValueError(f"window={self.window} must be one number of keys, or a pair (left, right).")
 
     @property
     def documents_of_keys(self) -> Tensor | None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from muonclip.core.arguments import check_whole
-from muonclip.torch.logits.exact_maxima import observe, observe_opaquely
+from muonclip.core.arguments import check_kind, check_whole
+from muonclip.torch.logits.exact_maxima import check_forward, observe, observe_opaquely
 from muonclip.torch.logits.host_modes import FAKE, Unobservable, unobservable, unseen
 from muonclip.torch.logits.mask import AttentionMask
 
@@ -122,6 +122,9 @@ class MaxLogits:
 
         Raises ValueError for another number of heads.
         """
+        check_kind("maxima", maxima, Tensor, "a tensor [heads]")
+        if maxima.is_complex() or maxima.dtype == torch.bool:
+            raise TypeError(f"maxima is {maxima.dtype}; give real numbers [heads].")
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
         first = self.first_of(len(maxima))
@@ -149,6 +152,7 @@ class MaxLogits:
         from q · k to a logit. `mask`: the pairs that count. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits
         under this mask, if known. Raises ValueError for another number of heads.
         """
+        check_forward(q, k, scale, mask, lse)
         first = self.first_of(q.shape[1])
         if (reason := unobservable()) is not None:
             self.leave_out(reason)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from muonclip.core.arguments import check_number
+from muonclip.core.arguments import check_kind, check_number, kind, shown
 from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, local_part
 from muonclip.torch.mesh.late_types import is_dtensor
 from muonclip.torch.mesh.process_groups import group_over
@@ -29,7 +29,13 @@ def clip_grad_norm_(
     `step` would refuse.
     """
     check_number("max_norm", max_norm, ("a number, zero or more", lambda x: x >= 0))
+    if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes | Mapping | nn.Module):
+        raise TypeError(f"parameters={shown(parameters)} is a {kind(parameters)}; give tensors, model.parameters().")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for index, parameter in enumerate(given):
+        check_kind(f"parameters[{index}]", parameter, Tensor, "a tensor")
+    if stages is not None:
+        check_kind("stages", stages, dist.ProcessGroup, "a process group, or None")
     device = given[0].device if given else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for index, parameter in enumerate(given):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import kind, shown
+from muonclip.core.arguments import check_flag, kind, shown
 from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.options import AdamWOptions, MuonOptions, check_off
 
@@ -34,16 +34,21 @@ def check_held_groups(groups: Sequence[Any], layouts: Sequence[Sequence[MatrixLa
         if not isinstance(parameters, list) or len(parameters) != len(own):
             count = f"{len(parameters)} parameters" if isinstance(parameters, list) else f"a {kind(parameters)}"
             raise ValueError(f"param_groups[{index}]['params'] holds {count}, and {len(own)} were added. {_ANEW}")
-        if own and use != ("adamw" if own[0] is None else "muon"):
-            raise ValueError(f"param_groups[{index}]['use']={use!r} is not what it was added for. {_ANEW}")
+        names = group.get("param_names", parameters)
+        if not isinstance(names, list | tuple) or len(names) != len(own):
+            raise ValueError(f"param_groups[{index}]['param_names']={shown(names)} is not a name for each. {_ANEW}")
+        if own and not (isinstance(use, str) and use == ("adamw" if own[0] is None else "muon")):
+            raise ValueError(f"param_groups[{index}]['use']={shown(use)} is not what it was added for. {_ANEW}")
         missing = sorted(_NEEDED.get(str(use), frozenset()) - group.keys())
         if missing:
             raise ValueError(f"param_groups[{index}] has no {missing[0]!r} any more. {_ANEW}")
         try:
+            if "eps_given" in group:
+                check_flag("eps_given", group["eps_given"])
             check_off(group)
             check_held_keys(group, str(use))
-        except ValueError as error:
-            raise ValueError(f"param_groups[{index}]: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_groups[{index}]: {error}") from None
 
 
 def check_tensors(groups: Sequence[dict[str, Any]]) -> None:

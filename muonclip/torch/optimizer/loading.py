@@ -77,9 +77,9 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
     ordered = _by_name(groups, own)
     for index, (theirs, ours) in enumerate(zip(ordered, own, strict=False)):
         use = use_of(theirs)
-        if use != ours["use"]:
+        if not (isinstance(use, str) and use == ours["use"]):
             raise ValueError(
-                f"group {index} of the checkpoint is for {use!r}, of the optimizer for {ours['use']!r}; "
+                f"group {index} of the checkpoint is for {shown(use)}, of the optimizer for {ours['use']!r}; "
                 "build the optimizer with the groups it was saved with."
             )
         version = theirs.get("format", FORMAT)
@@ -273,10 +273,11 @@ def _check_keys_of(groups: Sequence[Group], states: Mapping[Any, Any]) -> None:
     if wrong or len(set(keys)) < len(keys):
         what = f"params hold {shown(wrong[0])}" if wrong else "params name one parameter twice"
         raise ValueError(f"the checkpoint's {what}; each is a number or a name of its own. Nothing was loaded.")
-    left = sorted(key for key in states.keys() - set(keys) if isinstance(key, int))
+    others = states.keys() - set(keys)
+    left = [key for key in others if isinstance(key, int) or not isinstance(states[key], Mapping)]
     if left:
         raise ValueError(
-            f"the checkpoint holds {len(left)} states of parameters that its groups do not list, {left[0]} first. "
+            f"the checkpoint holds {len(left)} states of parameters that its groups do not list, {left[0]!r} first. "
             "Nothing was loaded."
         )
 

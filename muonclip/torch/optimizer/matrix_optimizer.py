@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import check_kind, check_whole
+from muonclip.core.arguments import check_kind, check_whole, kind, shown
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import Topology, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
@@ -69,8 +69,7 @@ class MatrixOptimizer(Optimizer):
     def __init__(
         self, groups: Iterable[Group], muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
     ) -> None:
-        if workspace_bytes is not None:
-            check_whole("workspace_bytes", workspace_bytes, hint="a number of bytes, or None.")
+        check_workspace(workspace_bytes)
         muon.check()
         check_iterable(groups)
         self._muon, self._adamw = muon, adamw
@@ -88,6 +87,7 @@ class MatrixOptimizer(Optimizer):
         A Muon group may carry `layout`, a `MatrixLayout` or one per parameter; by default the shape decides. Raises
         ValueError, and adds nothing, for parameters and options that do not fit.
         """
+        check_kind("param_group", param_group, dict, "a dict with `params` and options")
         group = dict(param_group)
         group["params"] = listed_params(group)
         use = group.setdefault("use", "muon")
@@ -158,6 +158,8 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter once. `closure` re-evaluates the loss with gradients enabled and is returned from."""
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure={shown(closure)} is a {kind(closure)}; give a function of no argument, or None.")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -286,6 +288,12 @@ class MatrixOptimizer(Optimizer):
             for position, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
                 if layout is not None and parameter.numel() and _moves(parameter):
                     yield Matrix(parameter, layout, index, position)
+
+
+def check_workspace(workspace_bytes: Any) -> None:
+    """Raise TypeError or ValueError unless it is a number of bytes, or None."""
+    if workspace_bytes is not None:
+        check_whole("workspace_bytes", workspace_bytes, hint="a number of bytes, or None.")
 
 
 def _moves(parameter: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from muonclip.core.arguments import check_flag, shown
+from muonclip.core.arguments import check_flag, check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
 from muonclip.core.parameter_roles import Use
 from muonclip.core.qk_clip import check_tau
@@ -27,7 +27,7 @@ from muonclip.torch.mesh import check_engine, unwrap
 from muonclip.torch.optimizer.filled_parameters import take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
-from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer
+from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer, check_workspace
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
@@ -147,6 +147,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     ) -> None:
         muon = MuonOptions.from_mapping(locals())
         muon.check()
+        check_workspace(workspace_bytes)
         check_flag("per_head", per_head)
         check_tau(tau)
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
@@ -181,6 +182,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
+        check_kind("param_group", param_group, dict, "a dict with `params` and options")
         param_group = dict(param_group)
         planned: list[PlannedParameter] | None = param_group.pop("planned", None)
         if planned is None and "use" not in param_group:
