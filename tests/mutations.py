@@ -2258,7 +2258,7 @@ MUTATIONS = (
     Mutation(
         "checkpoint-of-the-other-half-accepted",
         "A group of AdamW takes the state of a Muon group.",
-        'if use != ours["use"]:',
+        'if not (isinstance(use, str) and use == ours["use"]):',
         "if False:",
         tests_of("torch/test_muonclip.py", "test_a_checkpoint_with_other_groups_is_refused"),
     ),
