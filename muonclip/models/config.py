@@ -79,8 +79,11 @@ class MoEConfig:
                 least = _LEAST.get(field.name, 1)
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise ValueError(f"{field.name}={value!r} must be an integer of at least {least}.")
+            elif "bool" in str(field.type):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name}={value!r} must be True or False.")
             elif "float" in str(field.type):
-                if not isinstance(value, int | float) or not math.isfinite(value):
+                if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                     raise ValueError(f"{field.name}={value!r} must be a finite number.")
                 if value < 0 or (value == 0 and field.name not in _MAY_BE_ZERO):
                     raise ValueError(f"{field.name}={value!r} must be positive.")

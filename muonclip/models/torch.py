@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muonclip.core.arguments import check_kind
 from muonclip.models.config import MoEConfig
 from muonclip.models.shards import fill_normal, local, local_gate_up
 from muonclip.torch import MaxLogits, QKProjection, attention
@@ -34,6 +35,7 @@ class MoE(nn.Module):
     """
 
     def __init__(self, config: MoEConfig) -> None:
+        check_kind("config", config, MoEConfig, "a MoEConfig, as MoEConfig.cpu()")
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -49,6 +51,9 @@ class MoE(nn.Module):
         `document_ids`, int [B, T]: a token attends only to its own document. Raises ValueError for more than
         max_seq_len positions.
         """
+        check_kind("tokens", tokens, Tensor, "an int64 tensor [B, T]")
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens is {tokens.dtype} {tuple(tokens.shape)}; it must be int64 [B, T].")
         length, limit = tokens.shape[-1], self.config.max_seq_len
         if length > limit:
             raise ValueError(f"tokens has {length} positions; max_seq_len={limit}. Cut them, or build with more.")
@@ -63,7 +68,10 @@ class MoE(nn.Module):
 
         `tokens` and `targets`: int64 [B, T], targets already shifted; targets of −100 are ignored.
         """
+        check_kind("targets", targets, Tensor, "an int64 tensor [B, T]")
         logits = at_least_float32(self(tokens, document_ids))
+        if targets.dtype != torch.int64 or targets.shape != tokens.shape:
+            raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}; int64 {tuple(tokens.shape)} is due.")
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()

@@ -487,3 +487,29 @@ def test_gate_rows_come_first():
     x = torch.randn(3, 40, dtype=torch.float64)
     gate, up = mlp.gate_up_proj.weight[:56], mlp.gate_up_proj.weight[56:]
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ mlp.down_proj.weight.T)
+
+
+@pytest.mark.parametrize("config", [None, {}, "cpu", MoEConfig])
+def test_what_is_no_configuration_is_named(config):
+    with pytest.raises(TypeError, match=r"config=.* give a MoEConfig"):
+        MoE(config)
+
+
+TOKENS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "message"),
+    [
+        (None, TOKENS, "tokens=None is a NoneType"),
+        ([[1]], TOKENS, "tokens=.* is a list"),
+        (TOKENS.float(), TOKENS, r"tokens is torch.float32 \(2, 5\)"),
+        (TOKENS[0], TOKENS[0], r"tokens is torch.int64 \(5,\)"),
+        (TOKENS, None, "targets=None is a NoneType"),
+        (TOKENS, TOKENS[:, :3], r"targets is torch.int64 \(2, 3\)"),
+        (TOKENS, TOKENS.int(), "targets is torch.int32"),
+    ],
+)
+def test_what_are_no_tokens_or_targets_is_named(tokens, targets, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        MoE(MoEConfig.cpu(num_layers=1)).loss(tokens, targets)

@@ -1,7 +1,7 @@
 """PyTorch's own optimizer cases, `torch.testing._internal.common_optimizers`, on `Muon` and `MuonClip`.
 
-The cases and the errors are PyTorch's, for its Muon. What is asked of every case follows `test/test_optim.py`, which is
-not installed with PyTorch.
+The cases and the errors are PyTorch's, for its Muon, and for its AdamW on MuonClip's AdamW half. What is asked of every
+case follows `test/test_optim.py`, which is not installed with PyTorch.
 """
 
 import copy
@@ -18,7 +18,9 @@ from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
     OptimizerInfo,
     optim_db,
+    optim_error_inputs_func_adamw,
     optim_error_inputs_func_muon,
+    optim_inputs_func_adamw,
     optim_inputs_func_muon,
 )
 
@@ -289,3 +291,82 @@ def test_named_parameters_keep_their_names(info):
     assert names == ["layer.0", "layer.1"]
     optimizer.load_state_dict(through_a_file(state))
     assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+
+
+class AdamWHalf(MuonClip):
+    """All parameters are the AdamW half's, with torch's defaults; other options are those of the group."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **others):
+        groups = [dict(params=list(params), use="adamw", betas=betas, **others)]
+        super().__init__(groups, lr, weight_decay, qk_clip=None, adamw=dict(eps=eps))
+
+
+NOT_HERE = ("amsgrad", "maximize")
+ADAMW_CASES = [
+    pytest.param(case.kwargs, dtype, id=f"{case.desc}, {dtype}")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    for case in optim_inputs_func_adamw("cpu", dtype)
+]
+
+
+def of_dtype(dtype):
+    """Tensors of several shapes, a number and nothing among them."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((5, 4), (7,), (), (2, 0), (3,))
+    ]
+
+
+def adamw_steps(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        for index, p in enumerate(params):
+            p.grad = None if index == 4 else torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("options", "dtype"), ADAMW_CASES)
+def test_the_adamw_half_is_torch_s_to_the_bit_or_refuses_by_name(options, dtype):
+    refused = [name for name in NOT_HERE if options.get(name)]
+    ours, theirs = of_dtype(dtype), of_dtype(dtype)
+    if refused:
+        with pytest.raises(ValueError, match=f"{refused[0]}=True is not an option of this optimizer"):
+            make_half(ours, options)
+        return
+    adamw_steps(make_half(ours, options), ours, 5)
+    adamw_steps(torch.optim.AdamW(theirs, **copy.deepcopy(options)), theirs, 5)
+    assert_equal(ours, theirs)
+
+
+def make_half(params, options):
+    return AdamWHalf(params, **copy.deepcopy(options))
+
+
+@pytest.mark.parametrize(("options", "dtype"), ADAMW_CASES)
+def test_load_nontensor_step(options, dtype):
+    options = {name: value for name, value in options.items() if name not in NOT_HERE}
+    params = of_dtype(dtype)
+    optimizer = make_half(params, options)
+    adamw_steps(optimizer, params, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].item()
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    loaded = make_half(others, options)
+    loaded.load_state_dict(saved)
+    assert {state["step"].dtype for state in loaded.state_dict()["state"].values()} == {torch.float32}
+    assert all(isinstance(state["step"], float) for state in saved["state"].values())
+    for each in ((optimizer, params), (loaded, others)):
+        adamw_steps(*each, 2, first=1)
+    assert_equal(params, others)
+
+
+def test_what_torch_s_adamw_refuses_of_its_options_is_refused_by_name():
+    refused = 0
+    for case in optim_error_inputs_func_adamw("cpu", torch.float32):
+        options = case.optimizer_error_input.kwargs
+        if case.optimizer_error_input.params is None and options and "foreach" not in options:
+            with pytest.raises(ValueError, match="|".join(map(str, options))):
+                make_half(of_dtype(torch.float32), options)
+            refused += 1
+    assert refused >= 3

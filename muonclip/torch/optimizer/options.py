@@ -160,6 +160,8 @@ class AdamWOptions:
         numbers = [plain_number("betas", beta) for beta in self.betas]
         if len(numbers) != 2 or not all(beta is not None and 0 <= beta < 1 for beta in numbers):
             raise ValueError(f"betas={shown(self.betas)} must be two numbers, (β₁, β₂), each in [0, 1).")
+        if isinstance(self.betas[0], Tensor) != isinstance(self.betas[1], Tensor):
+            raise ValueError(f"betas={shown(self.betas)} must be both numbers or both tensors, as torch has it.")
         check_number("eps", self.eps, NOT_NEGATIVE)
         if self.fused is not None:
             check_flag("fused", self.fused)
