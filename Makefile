@@ -10,7 +10,7 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 NAME := import sys; print("python%d.%d" % sys.version_info[:2])
 
-.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce evidence docs clean
+.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce evidence docs release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ evidence: env ## rate sweep, token efficiency, every arm: about 45 minutes on tw
 
 docs: env ## build the pages into site/; links, anchors and names must hold
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+release: env ## build sdist and wheel into dist/, check them, try them in a new environment; publishes nothing
+	TORCH_INDEX="$(TORCH_INDEX)" $(PY) .ci/release.py
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

@@ -272,6 +272,53 @@ def test_a_lora_adapter_is_all_that_has_to_be_saved(tmp_path):
         assert torch.equal(reloaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which PEFT asks for
+@pytest.mark.parametrize("clip_frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:.*cannot be clipped")
+def test_a_lora_run_that_is_resumed_goes_on_to_the_bit(tmp_path, clip_frozen):
+    """From the adapter, the optimizer's state, and the frozen weights that the plan names; dropout in the adapter."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
+        num_key_value_heads=2, head_dim=10, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config)
+    fresh, tau = copy.deepcopy(base), 0.01
+
+    def optimizer_of(model):
+        model.train()
+        return MuonClip(model, lr=3e-2, qk_clip=QKClip(model, tau, clip_frozen=clip_frozen))
+
+    def train(model, optimizer, numbers):
+        clipped = []
+        for number in numbers:
+            torch.manual_seed(number)
+            tokens = torch.randint(3, 50, (2, 9))
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            clipped.append(optimizer.qk_clip.report().clipped_heads)
+        return clipped
+
+    adapter = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.3)
+    model = peft.get_peft_model(base, adapter)
+    optimizer = optimizer_of(model)
+    clipped = train(model, optimizer, range(3))
+    names = optimizer.plan.weights_to_save
+    assert len(names) == 2 * clip_frozen  # the queries of two layers: keys that heads share are not scaled
+    assert (sum(clipped) > 0) == clip_frozen
+    model.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save({name: model.get_parameter(name) for name in names}, tmp_path / "frozen.pt")
+
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
+    again.load_state_dict(torch.load(tmp_path / "frozen.pt", weights_only=True), strict=False)
+    resumed = optimizer_of(again)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert train(model, optimizer, range(3, 5)) == train(again, resumed, range(3, 5))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
 def test_rows_of_a_frozen_fused_weight_are_not_touched_from_either_side():
     torch.manual_seed(0)
     fused, statistic = nn.Linear(WIDTH, 2 * HEADS * HEAD), MaxLogits(HEADS)

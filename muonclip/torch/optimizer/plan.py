@@ -51,6 +51,18 @@ class Plan:
     update_plan: UpdatePlan | None = None
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
+    @property
+    def weights_to_save(self) -> list[str]:
+        """The names of the frozen weights that the clip scales, which have to be saved with what is trained.
+
+        There are none without `QKClip(…, clip_frozen=True)`.
+        """
+        clip = self.qk_clip
+        if clip is None or not clip.clip_frozen:
+            return []
+        weights = [weight for projection in clip.projections.values() for weight in frozen_weights(projection)]
+        return clip.attentions.names_of(weights)
+
     def __str__(self) -> str:
         clip = self.qk_clip
         to_come = "" if clip is None else clip.attentions.to_come
@@ -81,7 +93,9 @@ class Plan:
         over_ranks = ""
         if self.update_plan is not None and len(self.update_plan.ranks) > 1:
             over_ranks = str(self.update_plan)
-        to_save = "" if clip is None or not clip.clip_frozen else _to_save(clip)
+        to_save = "\n  ".join(self.weights_to_save)
+        if to_save:
+            to_save = f"frozen weights that the clip scales; save them with what is trained:\n  {to_save}"
         parts = [parameters, over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
@@ -198,14 +212,6 @@ def _others(clip: QKClip) -> str:
     without = clip.attentions.without_logits.items()
     lines = [f"{name or '(model)'}: {what}" for name, what in without]
     return "\n".join(lines + [f"{name or '(model)'}: ignored" for name in clip.attentions.ignored])
-
-
-def _to_save(clip: QKClip) -> str:
-    weights = [weight for projection in clip.projections.values() for weight in frozen_weights(projection)]
-    if not weights:
-        return ""
-    names = "\n".join(f"  {name}" for name in clip.attentions.names_of(weights))
-    return f"frozen weights that the clip scales; save them with what is trained:\n{names}"
 
 
 def _adamw(name: str, parameter: Tensor, role: Role) -> PlannedParameter:
