@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from muonclip.selftest.kernels import Kernel, kernels
+from muonclip.selftest.kernels import COMPILED, Kernel, kernels
 from muonclip.selftest.outcomes import Outcome
 
 _HEADS, _WIDTH, _LENGTH, _INTO = 4, 32, 40, 48
@@ -21,13 +21,20 @@ _CLIPPED = {"float32": 1e-4, "bfloat16": 4e-2}  # and of what a head ends at: we
 def clip(device: str) -> Iterator[Outcome]:
     """Try each kernel that is installed and runs on the device."""
     for kernel in kernels(device):
-        name = f"clip, {kernel.name}"
-        if not kernel.is_installed():
-            yield Outcome(name, None, "not installed")
-        elif kernel.device not in ("", device):
-            yield Outcome(name, None, f"runs on {kernel.device} alone")
-        else:
-            yield clipped_by(kernel, device)
+        yield _tried(kernel, device)
+
+
+def clip_compiled(device: str) -> Iterator[Outcome]:
+    """Try FlexAttention as it is used on GPUs."""
+    yield _tried(COMPILED, device)
+
+
+def _tried(kernel: Kernel, device: str) -> Outcome:
+    if not kernel.is_installed():
+        return Outcome(f"clip, {kernel.name}", None, "not installed")
+    if kernel.device not in ("", device):
+        return Outcome(f"clip, {kernel.name}", None, f"runs on {kernel.device} alone")
+    return clipped_by(kernel, device)
 
 
 def clipped_by(kernel: Kernel, device: str) -> Outcome:

@@ -54,7 +54,6 @@ def kernels(device: str) -> Iterator[Kernel]:
     yield Kernel("xFormers", _xformers, "xformers", "cuda", "bfloat16")
     yield Kernel("TransformerEngine", _transformer_engine, "transformer_engine", "cuda", "bfloat16")
     yield Kernel("varlen_attn", _varlen, "torch.nn.attention.varlen", "cuda", "bfloat16")
-    yield Kernel("FlexAttention, compiled", _flex_compiled, device="cuda", causal=False)
 
 
 def _sdpa() -> Callable[[Any, Any, Any], Any]:
@@ -164,3 +163,7 @@ def _varlen() -> Callable[[Any, Any, Any], Any]:
 
 def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
+
+
+COMPILED = Kernel("FlexAttention, compiled", _flex_compiled, device="cuda", causal=False)
+"""FlexAttention as it is used on GPUs, which takes long to compile."""

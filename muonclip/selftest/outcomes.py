@@ -39,12 +39,14 @@ def within(name: str, error: float, tolerance: float, of: str = "") -> Outcome:
     return Outcome(name, error <= tolerance, f"largest relative error {error:.1e} of {tolerance:.0e}{more}")
 
 
-def outcomes_of(parts: Sequence[Part], device: str, seconds: float) -> Iterator[Outcome]:
-    """Run the parts one after the other, none after the time is over. An error of a part is an outcome of its own."""
-    end = time.monotonic() + seconds
+def outcomes_of(parts: Sequence[Part], device: str, end: float) -> Iterator[Outcome]:
+    """Run the parts one after the other, none that would begin after `end`, a time of `time.monotonic`.
+
+    An error of a part is an outcome of its own.
+    """
     for part in parts:
         if time.monotonic() > end:
-            yield Outcome(part.name, None, f"not tried, the {seconds:.0f} seconds are over")
+            yield Outcome(part.name, None, "not tried, the time is over")
             continue
         try:
             with warnings.catch_warnings(action="ignore"):

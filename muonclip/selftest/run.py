@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from muonclip.selftest.clip import clip
+from muonclip.selftest.clip import clip, clip_compiled
 from muonclip.selftest.environment import environment, torch_devices
 from muonclip.selftest.iteration import iteration
 from muonclip.selftest.jax_parts import jax_clip, jax_iteration
@@ -19,11 +19,12 @@ SECONDS = 50.0
 
 OF_TORCH = (
     Part("iteration", iteration),
+    Part("clip", clip),
     Part("training", training),
     Part("maxima of all ranks", collective),
-    Part("clip", clip),
 )
 OF_JAX = (Part("JAX, iteration", jax_iteration), Part("JAX, clip", jax_clip))
+LAST = (Part("clip, compiled", clip_compiled),)
 
 
 def results(device: str | None, seconds: float = SECONDS) -> Iterator[Outcome]:
@@ -31,9 +32,9 @@ def results(device: str | None, seconds: float = SECONDS) -> Iterator[Outcome]:
     end = time.monotonic() + seconds
     if importlib.util.find_spec("torch") is None:
         yield Outcome("torch", None, "not installed")
+        yield from outcomes_of(OF_JAX, "", end)
     else:
-        yield from outcomes_of(OF_TORCH, device or torch_devices()[0], seconds)
-    yield from outcomes_of(OF_JAX, "", end - time.monotonic())
+        yield from outcomes_of((*OF_TORCH, *OF_JAX, *LAST), device or torch_devices()[0], end)
 
 
 def check(device: str | None = None) -> int:
