@@ -213,15 +213,17 @@ def test_ranks_share_their_maxima(tmp_path):
         "from muonclip.selftest.outcomes import Part, outcomes_of\n"
         "from muonclip.selftest.steps import collective\n"
         "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
         "for outcome in outcomes_of([Part('ranks', collective)], 'cpu', float('inf')):\n"
         "    print(os.environ['RANK'], outcome, flush=True)\n"
         "reduce = dist.all_reduce\n"
         "dist.all_reduce = lambda tensor, *args, **options: reduce(tensor.clone(), *args, **options)\n"
         "for outcome in outcomes_of([Part('ranks', collective)], 'cpu', float('inf')):\n"
-        "    print(os.environ['RANK'], outcome, flush=True)\n",
+        "    print(os.environ['RANK'], outcome, flush=True)\n"
+        "dist.destroy_process_group()\n",
         encoding="utf-8",
     )
-    printed = torchrun(2, script, cwd=tmp_path)
+    printed = torchrun(2, script, cwd=tmp_path, timeout=300)
     for rank in range(2):
         assert f"{rank} holds   maxima of all ranks: 2 ranks by gloo" in printed
         assert f"{rank} FAILED  maxima of all ranks: 2 ranks by gloo" in printed
