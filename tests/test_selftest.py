@@ -142,6 +142,8 @@ def test_a_part_that_fails_does_not_stop_the_next_and_none_begins_too_late():
     assert "    RuntimeError: out of order" in str(found[1])
     (late,) = outcomes_of([Part("works", works)], "cpu", -math.inf)
     assert late.holds is None
+    (waited_for,) = outcomes_of([Part("works", works, always=True)], "cpu", -math.inf)
+    assert waited_for.holds
 
 
 def test_nan_is_no_small_error():

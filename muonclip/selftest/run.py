@@ -21,7 +21,7 @@ OF_TORCH = (
     Part("iteration", iteration),
     Part("clip", clip),
     Part("training", training),
-    Part("maxima of all ranks", collective),
+    Part("maxima of all ranks", collective, always=True),
 )
 OF_JAX = (Part("JAX, iteration", jax_iteration), Part("JAX, clip", jax_clip))
 LAST = (Part("clip, compiled", clip_compiled),)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 from muonclip.selftest.outcomes import Outcome
 
 _WARM_UP, _STEPS = 3, 5
+_PATIENCE = timedelta(seconds=60)  # with ranks that do not come
 _TAU = 0.02  # which heads pass, so that the clip does something
 
 
@@ -121,7 +123,7 @@ def collective(device: str) -> Iterator[Outcome]:
 
     is_own = not dist.is_initialized()
     if is_own:
-        dist.init_process_group({"cpu": "gloo"}.get(device))
+        dist.init_process_group({"cpu": "gloo"}.get(device), timeout=_PATIENCE)
     try:
         yield _shared(name, device)
     finally:
