@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from muonclip.core.arguments import check_kind, check_whole
-from muonclip.optax.arguments import check_if_concrete
+from muonclip.optax.arguments import check_if_concrete, check_scalar
 from muonclip.optax.dtypes import wide
 from muonclip.optax.paths import named_leaves
 from muonclip.optax.qk_clip import QKClipState, by_attention, check_max_logits, check_shape, is_narrow
@@ -68,6 +68,7 @@ def accumulate(
     ) -> tuple[optax.Updates, AccumulateState]:
         if max_logits is None:
             raise TypeError("accumulate needs max_logits=… in every micro-step: their maximum decides the clip.")
+        check_kind("state", state, AccumulateState, "what init or the last update returned")
         check_max_logits(max_logits)
         so_far, treedef = jax.tree.flatten(state.max_logits)
         names = list(named_leaves(state.max_logits))
@@ -103,7 +104,9 @@ def accumulate(
             still = jax.tree.map(lambda u, like: jnp.zeros_like(u, dtype=like.dtype), updates, emitted)
             return still, state._replace(micro_step=seen, gradients=gradients, max_logits=maxima)
 
-        due = seen >= (every(state.step) if callable(every) else every)
+        steps = every(state.step) if callable(every) else every
+        check_scalar("every", steps, ("a number of micro-steps, at least 1", lambda number: number >= 1))
+        due = seen >= steps
         return jax.lax.cond(due, emit, wait, None)
 
     return optax.GradientTransformationExtraArgs(init, update)

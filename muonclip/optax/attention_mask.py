@@ -132,10 +132,15 @@ def as_bool(mask: Array) -> Array:
     return mask.astype(bool)  # Flax makes masks of 0 and 1 in float32
 
 
+def check_broadcasts(name: str, x: Array, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError unless an array is broadcastable to logits of shape [B, H, T, S]."""
+    if x.ndim > 4 or any(size not in (1, whole) for size, whole in zip(x.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} has shape {x.shape}; it must be broadcastable to [B, H, T, S], here {shape}.")
+
+
 def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
     mask = as_bool(mask)
-    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in zip(mask.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"mask has shape {mask.shape}; it must be broadcastable to [B, H, T, S], here {shape}.")
+    check_broadcasts("mask", mask, shape)
     return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from muonclip.core.arguments import check_array, kind, shown
 from muonclip.core.head_parts import Part
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import map_named, named_arrays
@@ -38,12 +39,21 @@ def check(apply: Callable[[Any, Any], Any], params: Any, batch: Any, qk_projecti
     """
     projections, treedef = flatten_projections(qk_projections)
     arrays = named_arrays(params)
+    for name, array in arrays.items():
+        check_array(f"params: {name!r}", array)
+    if not callable(apply):
+        raise TypeError(
+            f"apply={shown(apply)} is a {kind(apply)}; give a function (params, batch) → (output, max_logits)."
+        )
     shapes = shapes_of(arrays)
     params = map_named(_filled, params)
     run = jax.jit(apply)
 
     def measured(tree: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        output, max_logits = run(tree, batch)
+        returned = run(tree, batch)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(f"apply returned a {kind(returned)}; it must return a pair, (output, max_logits).")
+        output, max_logits = returned
         maxima = maxima_of(projections, treedef, max_logits, shapes)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(output)], [np.asarray(each) for each in maxima]
 

@@ -32,7 +32,7 @@ from muonclip.core.arguments import FINITE, check_array, check_choice, check_who
 from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
 from muonclip.optax.arguments import check_if_concrete, check_real, check_scalar
-from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, cut
+from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, check_broadcasts, cut
 from muonclip.optax.dtypes import wide
 
 
@@ -144,6 +144,10 @@ def dot_product_attention(
     allowed = mask
     if bias is not None:
         check_real("bias", bias)
+        shape = _logits_shape(query, key)
+        for name, each in (("bias", bias), ("mask", mask)):
+            if each is not None:
+                check_broadcasts(name, each, shape)
         permitted = ~is_masked(bias, xp=jnp)
         allowed = permitted if mask is None else mask & permitted
     if tau is None:

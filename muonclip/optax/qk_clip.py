@@ -20,7 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muonclip.core import ClipFactors, clip_factors
-from muonclip.core.arguments import check_flag
+from muonclip.core.arguments import check_array, check_flag, check_kind, check_whole
 from muonclip.core.head_parts import (
     FACTOR_OF,
     Factor,
@@ -56,6 +56,14 @@ class QKProjection:
     shared_key: tuple[HeadRows, ...] = ()
 
     def __post_init__(self) -> None:
+        check_whole("num_heads", self.num_heads)
+        check_kind("reason", self.reason, str, "words, or an empty string")
+        for name in ("query", "key", "query_facing_shared", "shared_key"):
+            given = getattr(self, name)
+            check_kind(name, given, Sequence, f"a tuple of HeadRows, {name}=(HeadRows(…),)")
+            for each in given:
+                check_kind(name, each, HeadRows, f"a tuple of HeadRows, {name}=(HeadRows(…),)")
+            object.__setattr__(self, name, tuple(given))
         for rows in self.shared_key:
             grouped_parts(self.num_heads, rows.num_heads)
         for rows in self.parts():
@@ -245,11 +253,14 @@ def qk_clip(
             )
         if params is None:
             raise ValueError("qk_clip corrects params + updates: call update(grads, state, params, max_logits=…).")
+        check_kind("state", state, QKClipState, "what init or the last update returned")
         leaves = named_leaves(params)
         check_max_logits(max_logits)
         maxima = maxima_of(projections, treedef, max_logits, shapes_of(leaves))
         scalings = _scalings(projections, leaves)
         now: Any = tau(state.step) if callable(tau) else tau
+        if not isinstance(now, jax.Array):
+            check_tau(now)
         usable = jnp.logical_and(now > 0, jnp.logical_and(alpha >= 0, alpha <= 1))
         now, share = (_where(usable, number, default) for number, default in ((now, 100.0), (alpha, 0.5)))
         floors = [jnp.zeros((), jnp.float32)] * len(projections)
@@ -273,7 +284,7 @@ def qk_clip(
             own = rows.spread(getattr(factors[number], side))
             spread[rows.name] = own if rows.name not in spread else spread[rows.name] * own
         clipped = map_named(
-            lambda name, update, weight: _clipped(update, weight, spread.get(name), wide_updates), updates, params
+            lambda name, update, weight: _clipped(name, update, weight, spread.get(name), wide_updates), updates, params
         )
         gamma = [
             factors[number].gamma.astype(jnp.float32) if number in scaled else jnp.ones_like(old)
@@ -290,10 +301,15 @@ def qk_clip(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clipped(update: jax.Array, weight: jax.Array, factor: jax.Array | None, wide_updates: bool) -> jax.Array:
+def _clipped(
+    name: str, update: jax.Array, weight: jax.Array, factor: jax.Array | None, wide_updates: bool
+) -> jax.Array:
     """Return the update that ends at factor · (weight + update)."""
+    check_array(f"updates: {name!r}", update)
     if factor is None:
         return update
+    if update.shape != weight.shape:
+        raise ValueError(f"updates: {name!r} has shape {update.shape}, and params {weight.shape}.")
     dtype = wide(weight.dtype)
     factor, old = factor.astype(dtype), weight.astype(dtype)
     loud = (factor < 1) | jnp.zeros_like(update, bool)  # sharded as the update, which a select wants

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec, Sharding
 
 from muonclip.core import update_scale
-from muonclip.core.arguments import check_array
+from muonclip.core.arguments import check_array, check_kind
 from muonclip.core.matrix_state import MatrixState
 from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
 from muonclip.core.update_scale import AdjustLR
@@ -70,6 +70,7 @@ def scale_by_rule(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        check_kind("state", state, (ScaleByMuonState, ScaleByRuleState), "what init or the last update returned")
         layouts = _layouts(weight_dimension_numbers, updates)
         placed = declared_for(updates, shardings, Sharding, "shardings")
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -24,9 +24,11 @@ from wrong_arguments import (
 )
 
 from muonclip.optax import (
+    AccumulateState,
     QKProjection,
     accumulate,
     certified_max_logits,
+    check,
     dot_product_attention,
     exact_max_logits,
     muonclip,
@@ -63,6 +65,15 @@ def table():
         weight_decay_mask=st.sampled_from(["x", 3, 0.5, {"a": 1}, jnp.ones(3)]),
     )  # fmt: skip
     yield from add("qk_clip", lambda **o: qk_clip(MHA, **o), tau=no_schedule(NOT_POSITIVE), alpha=NO_SHARE)
+    part = (HeadRows("q", 2),)
+    parts = dict(query=part, key=(HeadRows("k", 2),))
+    yield from add(
+        "QKProjection", lambda **o: QKProjection(**dict(num_heads=2, **parts) | o), num_heads=NO_COUNT,
+        reason=NO_NUMBER.filter(lambda x: not isinstance(x, str)),
+        **dict.fromkeys(
+            ["query", "key", "query_facing_shared", "shared_key"], st.sampled_from([3, None, "q", ("q",), *part])
+        ),
+    )  # fmt: skip
     yield from add("accumulate", lambda every: accumulate(qk_clip(MHA), every), every=no_schedule(NO_COUNT))
     yield from add("accumulate", lambda inner: accumulate(inner, 2), inner=NO_NUMBER)
     rows = dict(path="q", num_heads=2)
@@ -154,6 +165,68 @@ MATRIX = {"w": jnp.ones((3, 4))}
 def test_trees_and_flags_of_a_wrong_kind_are_named(call, argument, wrong):
     for value in wrong:
         assert_named(call, argument, value)
+
+
+PAIR = {"q": jnp.ones((4, 2, 3)), "k": jnp.ones((4, 2, 3))}
+MAXIMA = {"attn": jnp.ones(2)}
+LOUD = {"attn": jnp.full(2, 500.0)}
+
+
+@pytest.mark.parametrize(("tx", "inside"), [(qk_clip(MHA), 0), (accumulate(qk_clip(MHA), 2), 0), (scale_by_muon(
+    weight_dimension_numbers=MuonDimensionNumbers(0, (1, 2))
+), 1)], ids=["qk_clip", "accumulate", "scale_by_muon"])  # fmt: skip
+def test_a_state_of_another_transformation_and_updates_of_a_wrong_kind_are_named(tx, inside):
+    state = tx.init(PAIR)
+    for wrong in (None, 3, "x", (), {}, [state]):
+        assert_named(lambda it: tx.update(PAIR, it, PAIR, max_logits=MAXIMA), "state", wrong)
+    for wrong in (3, "x", {"q": "x", "k": 1}):
+        if not isinstance(state, AccumulateState):  # JAX's own words, which name the structures
+            assert_named(
+                lambda it: tx.update(it, state, PAIR, max_logits=MAXIMA), ("updates", "parameter")[inside], wrong
+            )
+
+
+def test_updates_of_another_shape_are_refused_before_they_are_broadcast():
+    tx = qk_clip(MHA)
+    narrow = {name: x[:1] for name, x in PAIR.items()}
+    with pytest.raises(ValueError, match=r"updates: '[qk]' has shape \(1, 2, 3\), and params \(4, 2, 3\)"):
+        tx.update(narrow, tx.init(PAIR), PAIR, max_logits=LOUD)
+
+
+def test_what_schedules_return_is_checked():
+    tx = accumulate(qk_clip(MHA), 2)
+    for wrong in (0, "x", None, -1.0, [2]):
+        assert_named(
+            lambda it: accumulate(qk_clip(MHA), lambda _: it).update(PAIR, tx.init(PAIR), PAIR, max_logits=MAXIMA),
+            "every", wrong,
+        )  # fmt: skip
+        tau = -1.0 if wrong == 0 else wrong
+        assert_named(
+            lambda it: qk_clip(MHA, lambda _: it).update(PAIR, qk_clip(MHA).init(PAIR), PAIR, max_logits=MAXIMA),
+            "tau",
+            tau,
+        )
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("apply", [3, None, "x", lambda params, batch: 1, lambda params, batch: [1, 2]]),
+        ("params", [3, {"q": "x"}, [1.0]]),
+        ("qk_projections", [3, None, "x", {"a": 1}]),
+    ],
+)
+def test_a_wrong_argument_of_check_is_named(argument, wrong):
+    right = dict(apply=lambda params, batch: (batch, MAXIMA), params=PAIR, batch=jnp.ones(2), qk_projections=MHA)
+    for value in wrong:
+        assert_named(lambda it: check(**right | {argument: it}), argument, value)
+
+
+def test_a_bias_of_another_shape_is_not_called_a_mask():
+    x = jnp.ones((1, 2, 1, 2), jnp.float32)
+    for name in ("bias", "mask"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 3\)"):
+            dot_product_attention(x, x, x, **{"bias": jnp.ones((1, 1, 2, 2)), name: jnp.ones((3, 3))})
 
 
 @pytest.mark.parametrize("axes", ["x", 0.5, None, (0.5,), (0, "x"), {}, True])
