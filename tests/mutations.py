@@ -122,8 +122,15 @@ MUTATIONS = (
     Mutation(
         "nothing-to-clip-by-products",
         "A model that mixes tokens by products without a softmax counts as one that has nothing to clip.",
-        "not (self.projections or self.required or self.without_logits)",
+        "not (self.projections or self.required or by_products)",
         "not (self.projections or self.required)",
+        tests_of("torch/test_nothing_to_clip.py"),
+    ),
+    Mutation(
+        "state-space-is-an-error",
+        "A state space, which has no logits, is refused as an attention that nobody found.",
+        "if not holds_a_state_space(self.model.get_submodule(name))",
+        "if name is not None",
         tests_of("torch/test_nothing_to_clip.py"),
     ),
     Mutation(

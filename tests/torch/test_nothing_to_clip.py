@@ -39,11 +39,30 @@ class LinearAttention(nn.Module):
         return self.q(x) @ (self.k(x).mT @ self.v(x))
 
 
+class StateSpace(nn.Module):
+    """h_t = exp(−A Δ) h_{t−1} + Δ B_t x_t, y_t = C_t · h_t, as Mamba has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(6, 4))
+        self.b, self.c, self.into, self.delta = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        b, c, x, delta = self.b(x), self.c(x), self.into(x), nn.functional.softplus(self.delta(x))
+        state, outputs = x.new_zeros(len(x), 6, 4), []
+        for t in range(x.shape[1]):
+            decay = (-self.A_log.exp() * delta[:, t, :, None]).exp()
+            state = decay * state + (delta[:, t] * x[:, t])[..., None] * b[:, t, None]
+            outputs.append((state @ c[:, t, :, None])[..., 0])
+        return torch.stack(outputs, 1)
+
+
 IMAGES = torch.randn(2, 3, 8, 8)
 WITHOUT = {
     "convolutions": (Convolutions, lambda m: m(IMAGES)),
     "by name": (ByName, lambda m: m(pixels=IMAGES)),
     "perceptron": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)), lambda m: m(torch.randn(2, 6))),
+    "state space": (StateSpace, lambda m: m(torch.randn(2, 4, 6))),
     "stage with the embedding": (lambda: nn.Embedding(7, 6), lambda m: m(torch.arange(4)[None])),
     "stage with the head": (
         lambda: nn.ModuleDict({"norm": nn.LayerNorm(6), "head": nn.Linear(6, 7)}),
@@ -99,6 +118,15 @@ def test_a_product_of_projections_without_a_softmax_is_not_nothing(how):
     if how == "guessed":
         with pytest.raises(ValueError, match="no attention was found"):
             MuonClip(model)
+
+
+def test_why_there_is_nothing_is_said():
+    with pytest.warns(UserWarning, match="nothing to clip.* model mix activations without a softmax, as state"):
+        MuonClip(StateSpace())
+    with pytest.raises(ValueError, match=r"no attention was found.* mix activations without a softmax"):
+        MuonClip(StateSpace(), qk_clip="required")
+    with pytest.raises(ValueError, match=r"no attention was found.* mix activations without a softmax"):
+        MuonClip(LinearAttention())
 
 
 def test_attention_that_comes_later_is_an_error_or_found():

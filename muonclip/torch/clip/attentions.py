@@ -14,7 +14,7 @@ from muonclip.core.parameter_roles import Use
 from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
-from muonclip.torch.discover import NOTHING_FOUND, Inputs
+from muonclip.torch.discover import NOTHING_FOUND, Inputs, nothing_found
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits, Unobservable
 from muonclip.torch.mesh import is_fsdp_module
@@ -158,7 +158,7 @@ class ClipAttentions:
             self._monitor.warn_of_nothing()
         if not self.projections and not self.has_nothing:
             if self.to_come == NOTHING_FOUND:
-                raise RuntimeError(NOTHING_FOUND)
+                raise RuntimeError(nothing_found(self.without_logits))
             left_out = None if self._monitor is None else self._monitor.left_out
             if left_out is not None and left_out.where:
                 raise RuntimeError(f"QK-Clip has seen no forward with an attention: {not_observed(left_out.where)}")
@@ -280,7 +280,7 @@ def attentions_of_model(
         else:
             monitor.discover(Inputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}))
         if monitor.to_come == NOTHING_FOUND:
-            raise ValueError(NOTHING_FOUND)
+            raise ValueError(nothing_found(monitor.without_logits))
         monitor.warn_of_nothing()
     elif not declared:
         monitor.discover_ahead()

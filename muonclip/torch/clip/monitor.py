@@ -26,7 +26,6 @@ from muonclip.core.parameter_roles import Use
 from muonclip.torch.clip.live_forwards import LiveForwards
 from muonclip.torch.discover import (
     NOTHING_FOUND,
-    NOTHING_TO_CLIP,
     Discovery,
     Inputs,
     NotTraced,
@@ -35,9 +34,12 @@ from muonclip.torch.discover import (
     discover,
     guess_inputs,
     has_a_foreign_forward,
+    holds_a_state_space,
     is_experiment,
     joint_uses,
     message,
+    nothing_found,
+    nothing_to_clip,
     parameter_names,
 )
 from muonclip.torch.heads import QKProjection
@@ -212,7 +214,7 @@ class AttentionMonitor:
                 with suppress(NotTraced):  # what runs in training alone
                     self._take(self._ask(inputs, training=True), inputs)
             if self.to_come == NOTHING_FOUND:
-                raise ValueError(NOTHING_FOUND)
+                raise ValueError(nothing_found(self.without_logits))
             self._guess, self._names_at_guess = inputs, parameter_names(self.model)
             self.warn_of_nothing()
             return
@@ -221,7 +223,7 @@ class AttentionMonitor:
         """Warn once where a search has seen nothing to clip."""
         if self.has_nothing and not self._warned_of_nothing:
             self._warned_of_nothing = True
-            warnings.warn(NOTHING_TO_CLIP, stacklevel=2)
+            warnings.warn(nothing_to_clip(self.without_logits), stacklevel=2)
 
     def finish_step(self) -> str:
         """End the forwards of a step. Returns what is wrong where attention ran that is not known, or ""."""
@@ -387,7 +389,8 @@ class AttentionMonitor:
         self.projections.clear()
         self.projections.update(found)
         self.sites = sites
-        self.has_nothing = not (self.projections or self.required or self.without_logits)
+        by_products = [name for name in self.without_logits if not holds_a_state_space(self.model.get_submodule(name))]
+        self.has_nothing = not (self.projections or self.required or by_products)
         self.to_come = "" if self.projections or self.has_nothing else NOTHING_FOUND
         for projection in self.projections.values():
             projection.max_logits.threshold = self.threshold

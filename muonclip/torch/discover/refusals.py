@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,6 +83,32 @@ def _not_seen(name: str) -> list[str]:
     ]
 
 
+def nothing_found(without_logits: Mapping[str, str]) -> str:
+    """Write that no attention was found, and, by module, what mixes activations without one."""
+    return NOTHING_FOUND + _mixing(without_logits)
+
+
+def nothing_to_clip(without_logits: Mapping[str, str]) -> str:
+    """Write that a model trains without a clip, and, by module, what mixes activations there."""
+    return NOTHING_TO_CLIP + _mixing(without_logits)
+
+
+def holds_a_state_space(module: nn.Module) -> bool:
+    """Tell whether a module has the parameters of a state space (Mamba, S4): its products have no logits."""
+    return any(_OF_STATE_SPACES.fullmatch(name) for name, _ in module.named_parameters(recurse=False))
+
+
+_OF_STATE_SPACES = re.compile(r"A_logs?|log_A(_real|_imag)?|A_(real|imag)|dt_bias")
+
+
+def _mixing(without_logits: Mapping[str, str]) -> str:
+    names = [name or "the model" for name in without_logits]
+    if not names:
+        return ""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f" {listed} mix activations without a softmax, as state spaces and linear attention do, and have no logits."
+
+
 NOTHING_FOUND = (
     "QK-Clip: no attention was found. It sees torch's scaled_dot_product_attention, FlexAttention and varlen_attn, "
     "flash-attn, xFormers, TransformerEngine, the attention interface of Hugging Face models, and a product of queries "
@@ -92,8 +119,7 @@ NOTHING_FOUND = (
 )
 
 NOTHING_TO_CLIP = (
-    "QK-Clip: nothing to clip. A search has seen no attention in the model, and nothing that mixes activations by "
-    "products of two projections, so it trains without a clip. If there is attention that the search did not reach, "
-    "give inputs that reach it, qk_clip=QKClip(model, example_inputs=…). qk_clip=None says that there is none, "
-    'qk_clip="required" makes this an error.'
+    "QK-Clip: nothing to clip. A search has seen no attention in the model, so it trains without a clip. If there is "
+    "attention that the search did not reach, give inputs that reach it, qk_clip=QKClip(model, example_inputs=…). "
+    'qk_clip=None says that there is none, qk_clip="required" makes this an error.'
 )
