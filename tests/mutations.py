@@ -2113,6 +2113,22 @@ MUTATIONS = (
         tests_of("torch/test_update_pieces.py", "test_tall_and_wide_matrices_in_turn_step_in_two_lists"),
     ),
     Mutation(
+        "quack-on-any-device",
+        "products='quack' on a device that it has no kernels for fails in the middle of a step.",
+        "check_products_on(parameter.device, self.products, dtype)",
+        "pass",
+        tests_of("torch/test_quack_products.py", "test_a_device_that_cannot_run_them_is_named_before_anything_moves"),
+    ),
+    Mutation(
+        "quack-with-the-wrong-factors",
+        "The polynomial of the iteration has its two factors exchanged, with quack-kernels alone.",
+        "C=gram, alpha=c, beta=b",
+        "C=gram, alpha=b, beta=c",
+        tests_of(
+            "torch/test_quack_products.py", "test_the_iteration_is_the_same_and_asks_for_symmetric_products_alone"
+        ),
+    ),
+    Mutation(
         "form-chosen-in-torch-alone",
         "JAX iterates wide matrices in the standard form, which takes longer.",
         "return self.form or choose_form(m, n, name, jax.default_backend(), polynomials, None)",

@@ -90,7 +90,12 @@ def _gram_newton_schulz(matrices: Sequence[Tensor]) -> Step:
     return importlib.import_module("gram_newton_schulz").Muon(matrices, lr=LR, weight_decay=DECAY).step
 
 
+def _quack(matrices: Sequence[Tensor]) -> Step:
+    return Muon(matrices, lr=LR, weight_decay=DECAY, ns_form="gram", products="quack").step
+
+
 _EAGER: dict[str, Callable[[Sequence[Tensor]], Step]] = {
+    "muonclip, Gram form, quack": _quack,
     "torch": PEERS["torch.optim.Muon"].make,
     "dion": _dion,  # with the kernels that it has for GPUs
     "gram-newton-schulz": _gram_newton_schulz,

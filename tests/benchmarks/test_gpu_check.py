@@ -57,7 +57,11 @@ def test_sets_are_timed_next_to_each_peer_that_runs(records_of, part, peers):
     for record in records_of(part):
         ours = {"muonclip", "muonclip, again"}
         assert ours | peers <= record["ms"].keys()
-        assert record["ms"].keys() | record["absent"].keys() <= ours | peers | {"dion", "gram-newton-schulz"}
+        assert record["ms"].keys() | record["absent"].keys() <= ours | peers | {
+            "dion",
+            "gram-newton-schulz",
+            "muonclip, Gram form, quack",
+        }
         assert record["over_ours"]["muonclip"] == 1.0
         assert all(len(samples) == 3 for samples in record["samples"].values())
 

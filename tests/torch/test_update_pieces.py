@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate
 from muonclip.core import MatrixLayout, orthogonalize
 from muonclip.torch import Muon
 from muonclip.torch.distributed import NewtonSchulzConfig, PlacedParameter, plan
-from muonclip.torch.update.products import choose_products
+from muonclip.torch.update.products import PRODUCTS, choose_products
 from muonclip.torch.update.symmetric_products import divides
 
 execute_module = importlib.import_module("muonclip.torch.update.execute")  # its package hands on the function
@@ -166,7 +166,7 @@ def test_matrices_of_every_size_share_a_batch(ns_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 515, 771), (2, 512, 1024)])
 def test_symmetric_products_by_halves_are_the_whole_ones(shape, dtype):
-    halves, whole = choose_products("halves"), choose_products("baddbmm")
+    halves, whole = PRODUCTS["halves"], PRODUCTS["baddbmm"]
     x = random(*shape, dtype=torch.float64)
     x = x / x.norm(dim=(1, 2), keepdim=True) * 4
     made = [(products.gram(x.to(dtype)), products) for products in (halves, whole)]
@@ -188,8 +188,8 @@ def test_symmetric_products_by_halves_are_the_whole_ones(shape, dtype):
 def test_small_products_are_not_divided():
     assert not divides(torch.empty(256, 512, device="meta", dtype=torch.bfloat16))
     assert divides(torch.empty(2048, 7168, device="meta", dtype=torch.bfloat16))
-    assert choose_products(None, "cuda") is choose_products("baddbmm")
-    assert choose_products(None, "cpu") is choose_products("halves")
+    assert choose_products(None, "cuda") is PRODUCTS["baddbmm"]
+    assert choose_products(None, "cpu") is PRODUCTS["halves"]
 
 
 def on_one_rank(name, shape, config):

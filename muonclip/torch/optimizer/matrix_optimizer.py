@@ -262,12 +262,17 @@ class MatrixOptimizer(Optimizer):
         for parameter, layout, index, position in self._matrices:
             muon = options[index]
             assert muon is not None
+            name = name_of(self.param_groups[index], index, position)
+            try:
+                iteration = muon.newton_schulz(parameter)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             placed.append(
                 PlacedParameter(
-                    name_of(self.param_groups[index], index, position),
+                    name,
                     tuple(parameter.shape),
                     layout,
-                    muon.newton_schulz(parameter),
+                    iteration,
                     self._topology.position(parameter).mesh,
                     self._topology.placements(parameter),
                 )

@@ -51,7 +51,8 @@ class Muon(MatrixOptimizer):
       float64 for float64.
     - `ns_form`: "gram" iterates on small square products, faster the less square a matrix is, and a little less
       accurate; None: on processors the one that multiplies less for a shape, else "standard".
-    - `products`: "plain", "baddbmm", or "halves", which makes half of each symmetric product; None: the fastest one.
+    - `products`: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
+      of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was measured.
     - `momentum_dtype`: of the momentum; None: the parameter's.
     - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
       such a matrix, for instance an expert that got no token, still moves by a full-size update along its decaying

@@ -25,7 +25,13 @@ from muonclip.core.arguments import (
     shown,
 )
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
-from muonclip.torch.update import NewtonSchulzConfig, StepOptions, choose_products, iteration_dtype
+from muonclip.torch.update import (
+    NewtonSchulzConfig,
+    StepOptions,
+    check_products,
+    check_products_on,
+    iteration_dtype,
+)
 
 Group: TypeAlias = dict[str, Any]
 
@@ -85,7 +91,7 @@ class MuonOptions(StepOptions):
             check_number("eps", self.eps, NOT_NEGATIVE)
         resolve_coefficients(self.ns_coefficients, self.ns_steps)
         update_scale(1, 1, self.adjust_lr_fn)
-        choose_products(self.products)
+        check_products(self.products)
         check_choice("ns_form", self.ns_form, "standard", "gram", None, hint="None takes the cheaper one.")
         _check_dtype("ns_dtype", self.ns_dtype)
         _check_dtype("momentum_dtype", self.momentum_dtype)
@@ -97,9 +103,12 @@ class MuonOptions(StepOptions):
         return _dtype(self.momentum_dtype) or parameter.dtype
 
     def newton_schulz(self, parameter: Tensor) -> NewtonSchulzConfig:
-        """Return how the matrices of a parameter are iterated."""
+        """Return how the matrices of a parameter are iterated. Raises ValueError for what its device cannot do."""
+        momentum = self.momentum_dtype_of(parameter)
+        dtype = iteration_dtype(parameter.device.type, momentum, _dtype(self.ns_dtype))
+        check_products_on(parameter.device, self.products, dtype)
         return NewtonSchulzConfig(
-            iteration_dtype(parameter.device.type, self.momentum_dtype_of(parameter), _dtype(self.ns_dtype)),
+            dtype,
             _hashable(self.ns_coefficients),
             self.ns_steps,
             self.ns_form,

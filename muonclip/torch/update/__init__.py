@@ -6,7 +6,7 @@ Matrices only: parameter groups, options and state are `optimizer`'s, facts abou
 from muonclip.torch.update.cost_model import iteration_dtype
 from muonclip.torch.update.execute import execute
 from muonclip.torch.update.plan import UpdatePlan, plan
-from muonclip.torch.update.products import PRODUCTS, choose_products
+from muonclip.torch.update.products import PRODUCTS, check_products, check_products_on, choose_products
 from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
 from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, rescale
 
@@ -18,6 +18,8 @@ __all__ = [
     "PlacedParameter",
     "StepOptions",
     "UpdatePlan",
+    "check_products",
+    "check_products_on",
     "choose_products",
     "execute",
     "iteration_dtype",

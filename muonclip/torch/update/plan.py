@@ -65,19 +65,20 @@ class UpdatePlan:
         return total
 
     def __str__(self) -> str:
-        groups: dict[tuple[Mesh, int, int, tuple[str, str | None], Method, bool], list[Round]] = {}
+        groups: dict[tuple[Mesh, int, int, tuple[str, str | None, str | None], Method, bool], list[Round]] = {}
         for each in self.rounds:
             bucket = each.bucket
-            iterated = str(bucket.iteration.dtype).removeprefix("torch."), bucket.iteration.form
+            iteration = bucket.iteration
+            iterated = str(iteration.dtype).removeprefix("torch."), iteration.form, iteration.products
             key = bucket.mesh, bucket.m, bucket.n, iterated, each.method, bucket.num_replicas > 1
             groups.setdefault(key, []).append(each)
         rows = [("matrices", "products", "ranks", "how", "sent per rank and step")]
-        for (mesh, m, n, (dtype, form), _, divided), rounds in groups.items():
+        for (mesh, m, n, (dtype, form, by), _, divided), rounds in groups.items():
             sent: Counter[int] = Counter()
             for by_rank in (by_rank for each in rounds for by_rank in each.sent().values()):
                 sent.update(by_rank)
             number = sum(each.count for each in rounds)
-            products = f"{dtype}, {'Gram' if form == 'gram' else form} form"
+            products = f"{dtype}, {'Gram' if form == 'gram' else form} form" + (f", {by}" if by else "")
             how = _how(rounds[0], divided=divided)
             rows.append((f"{number} × ({m}×{n})", products, str(mesh), how, _range(sent)))
         lines = [table(rows)]

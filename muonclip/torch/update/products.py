@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from muonclip.core import Products, plain_products
+from muonclip.torch.update.quack_products import check_device, check_installed, quack_products
 from muonclip.torch.update.symmetric_products import divides, symmetric_product, symmetric_sum
 
 
@@ -69,9 +70,22 @@ def for_one_matrix(products: Products, stack: torch.Tensor) -> Products | None:
     return _ADDMM if same and stack.shape[0] == 1 else None
 
 
-def choose_products(name: str | None, device_type: str = "cpu") -> Products:
-    """Return the products by name; None takes the fastest of a device type. Raises ValueError for an unknown name."""
-    if name is not None and not (isinstance(name, str) and name in PRODUCTS):
-        *others, last = map(repr, PRODUCTS)
-        raise ValueError(f"products={name!r} is not known; use None, {', '.join(others)} or {last}.")
+def choose_products(name: str | None, device_type: str) -> Products:
+    """Return the products by name; None takes the fastest of those that are measured on a device type."""
+    if name == "quack":
+        return quack_products(_BADDBMM)
     return PRODUCTS[name or ("halves" if device_type == "cpu" else "baddbmm")]
+
+
+def check_products(name: str | None) -> None:
+    """Raise ValueError for a name that is not known, or of a package that is not installed."""
+    if name is not None and not (isinstance(name, str) and name in (*PRODUCTS, "quack")):
+        raise ValueError(f"products={name!r} is not known; use None, {', '.join(map(repr, PRODUCTS))} or 'quack'.")
+    if name == "quack":
+        check_installed()
+
+
+def check_products_on(device: torch.device, name: str | None, dtype: torch.dtype) -> None:
+    """Raise ValueError for products that a device does not make in a dtype; where "meta" will be is not known."""
+    if name == "quack" and device.type != "meta":
+        check_device(device, dtype)
