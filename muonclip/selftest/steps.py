@@ -140,9 +140,9 @@ def _shared(name: str, device: str) -> Outcome:
     torch.manual_seed(0)  # the same weights on all ranks
     model = layer(64, 4).to(device)
     batch = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
-    alone = QKClip(
-        model, tau=float("inf"), process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    )
+    own_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert isinstance(own_group, dist.ProcessGroup)
+    alone = QKClip(model, tau=float("inf"), process_group=own_group)
     model(batch).square().mean().backward()
     alone.step()
     of_ranks: list[list[float]] = [[]] * dist.get_world_size()
