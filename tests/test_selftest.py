@@ -146,6 +146,23 @@ def test_a_part_that_fails_does_not_stop_the_next_and_none_begins_too_late():
     assert waited_for.holds
 
 
+def test_a_dtype_or_a_kernel_that_raises_does_not_stop_the_others(monkeypatch):
+    muon = importlib.import_module("muonclip.torch.optimizer.muonclip").Muon
+
+    def step(self, original=muon.step):
+        if self.param_groups[0]["ns_dtype"] == "float32":
+            raise RuntimeError("not on this device")
+        return original(self)
+
+    monkeypatch.setattr(muon, "step", step)
+    found = tried(iteration.iteration)
+    assert {name: each.holds for name, each in found.items()} == {name: "float32" not in name for name in found}
+    assert len(found) == 6
+    written = kernels.Kernel("broken", lambda: 1 / 0, is_everywhere=True)
+    monkeypatch.setattr(clip, "kernels", lambda device: iter([written, *list(kernels.kernels(device))[:1]]))
+    assert [each.holds for each in tried(clip.clip).values()] == [False, True]
+
+
 def test_nan_is_no_small_error():
     assert not within("x", float("nan"), 1.0).holds
 

@@ -7,10 +7,11 @@ scale   S > τ                   the head ends at min(S, τ); all others keep th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from muonclip.selftest.kernels import COMPILED, Kernel, kernels
-from muonclip.selftest.outcomes import Outcome
+from muonclip.selftest.outcomes import Outcome, attempted
 
 _HEADS, _WIDTH, _LENGTH, _INTO = 4, 32, 40, 48
 _LOUDNESS = (3.0, 0.5, 6.0, 1.0)  # of the heads' queries
@@ -34,7 +35,7 @@ def _tried(kernel: Kernel, device: str) -> Outcome:
         return Outcome(f"clip, {kernel.name}", None, "not installed")
     if kernel.device not in ("", device):
         return Outcome(f"clip, {kernel.name}", None, f"runs on {kernel.device} alone")
-    return clipped_by(kernel, device)
+    return attempted(f"clip, {kernel.name}", partial(clipped_by, kernel, device))
 
 
 def clipped_by(kernel: Kernel, device: str) -> Outcome:

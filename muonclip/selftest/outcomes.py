@@ -58,5 +58,17 @@ def outcomes_of(parts: Sequence[Part], device: str, end: float) -> Iterator[Outc
                 while (outcome := next(found, None)) is not None:
                     yield outcome
         except Exception as error:  # whatever a host raises: the next part is tried all the same
-            lines = traceback.format_exc().splitlines()[-_LINES_OF_A_TRACE:]
-            yield Outcome(part.name, False, f"{type(error).__name__}: {error}".splitlines()[0], "\n".join(lines))
+            yield _of_error(part.name, error)
+
+
+def attempted(name: str, run: Callable[[], Outcome]) -> Outcome:
+    """Return what a function returns; what it raises is an outcome by its name."""
+    try:
+        return run()
+    except Exception as error:  # of a host, as above
+        return _of_error(name, error)
+
+
+def _of_error(name: str, error: Exception) -> Outcome:
+    lines = traceback.format_exc().splitlines()[-_LINES_OF_A_TRACE:]
+    return Outcome(name, False, f"{type(error).__name__}: {error}".splitlines()[0], "\n".join(lines))
