@@ -107,8 +107,8 @@ MUTATIONS = (
     Mutation(
         "targets-are-not-guessed",
         "A forward that asks for targets is called without them, and the plan is not complete.",
-        "others = _asked_for(model)[1:]",
-        "others = _asked_for(model)[:0]",
+        "others = asked[1:]",
+        "others = asked[:0]",
         tests_of("torch/test_guessed_inputs.py"),
     ),
     Mutation(

@@ -95,6 +95,7 @@ def test_before_the_first_step_the_plan_asks_for_nothing_that_it_shows():
     optimizer = MuonClip(model, lr=0.0)
     before = str(optimizer.plan)
     assert "declare the attention" not in before
+    assert "positional argument" not in before  # no more are tried than it takes
     assert "fused q, k, v: the first step shows its heads, read the plan again then" in before
     assert "\nread the plan again after the first step\n" in before
     tokens = torch.randint(WORDS, (2, 7))

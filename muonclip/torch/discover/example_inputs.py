@@ -42,9 +42,10 @@ def _calls(model: nn.Module, first: Tensor) -> list[Inputs]:
     Whatever else it asks for has the shape and dtype of that, as targets of tokens and a memory have; or it is a whole
     number for each sequence, as classes and times are; masks let everything pass.
     """
-    others = _asked_for(model)[1:]
+    asked, most = _positions(model)
+    others = asked[1:]
     if not others:
-        return [Inputs((first,), {}), Inputs((first, first), {})]
+        return [Inputs((first,), {}), Inputs((first, first), {})][:most]
     for_sequences = torch.arange(len(first), device=first.device)
     return [
         Inputs((first, *(_open_mask(first) if "mask" in name else value for name in others)), {})
@@ -52,14 +53,18 @@ def _calls(model: nn.Module, first: Tensor) -> list[Inputs]:
     ]
 
 
-def _asked_for(model: nn.Module) -> list[str]:
-    """Return the names of the positions that a model's forward has no default for, as far as its signature tells."""
+def _positions(model: nn.Module) -> tuple[list[str], int | None]:
+    """Return the names of the positions that a model's forward has no default for, and how many it has in all, None for
+    any number, as far as its signature tells."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
-        return []
+        return [], None
     positions = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [each.name for each in parameters if each.kind in positions and each.default is inspect.Parameter.empty]
+    known = [each for each in parameters if each.kind in positions]
+    several = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters)
+    asked = [each.name for each in known if each.default is inspect.Parameter.empty]
+    return asked, None if several else max(1, len(known))
 
 
 def _open_mask(first: Tensor) -> Tensor:
