@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from muonclip.core.arguments import check_kind, kind
+from muonclip.core.arguments import check_kind, is_array, kind
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import below, name_of, named_arrays
 from muonclip.optax.qk_clip import QKProjection
@@ -65,7 +65,8 @@ def qk_projections_of(
     """Declare the attentions of a Flax or Equinox model that have a known type, by the names of their modules.
 
     - `model`: an `nnx.Module`, an Equinox module, or a linen module. Of a linen module the attentions appear when it is
-      called: `inputs` and `named_inputs` are what `model.init` takes after the key. Nothing is computed.
+      called: `inputs` and `named_inputs` are what `model.init` takes after the key, arrays or their shapes. Nothing is
+      computed.
     - `declare`: for attentions of classes of your own, by the names of their modules, which rows make their queries and
       keys; None where a module is not an attention.
 
@@ -214,7 +215,7 @@ def _read(model: Any, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) 
         return {name: _of_nnx(nnx, module) for name, module in named}, nnx.state(model, nnx.Param)
     if equinox is not None and isinstance(model, equinox.Module):
         modules = {name: _of_equinox(equinox, module) for name, module in _equinox_modules(equinox, model, "")}
-        return modules, equinox.filter(model, equinox.is_array)
+        return modules, model
     raise TypeError(
         f"model is a {kind(model)}; give a module of Flax (nnx or linen) or Equinox. For trees of arrays declare the "
         "attentions: {name: QKProjection.mha(q=…, k=…, num_heads=…)}."
@@ -232,9 +233,17 @@ def _read_linen(
 
     if model.scope is not None:
         model, _ = model.unbind()
+    leaves, treedef = jax.tree.flatten((inputs, named_inputs))
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+
+    def init(arrays: Any) -> Any:
+        given = [leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)]
+        inputs, named_inputs = treedef.unflatten(given)
+        return model.init(jax.random.key(0), *inputs, **named_inputs)
+
     try:
         with linen.intercept_methods(see):
-            variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **named_inputs))
+            variables = jax.eval_shape(init, arrays)
     except Exception as error:
         raise ValueError(
             f"{kind(model)} could not be called: {kind(error)}: {error}\nThe attentions of a linen module appear when "

@@ -181,13 +181,13 @@ def test_scanned_layers_grouped_keys_and_normalised_queries_are_told_apart():
     behind = linen.vmap(
         linen.MultiHeadAttention, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=None, axis_size=4
     )(HEADS, qkv_features=HEADS * HEAD)
-    (projection,) = qk_projections_of(behind, X).values()
+    (projection,) = qk_projections_of(behind, jax.eval_shape(lambda: X)).values()
     assert rows(projection) == [("query", HEADS, 1), ("key", HEADS, 1)]
     lifted = linen.remat(linen.MultiHeadAttention)(HEADS, qkv_features=HEADS * HEAD)
     assert rows(*qk_projections_of(lifted, X).values())[0] == ("query", HEADS, None)
     with pytest.warns(DeprecationWarning, match="SelfAttention"):
         assert list(qk_projections_of(linen.SelfAttention(HEADS, qkv_features=HEADS * HEAD), X)) == [""]
-    layers = eqx.filter_vmap(EquinoxModel)(KEYS)
+    layers = eqx.filter_eval_shape(eqx.filter_vmap(EquinoxModel), KEYS)
     assert rows(qk_projections_of(layers)["branches/1"])[0] == ("branches/1/query_proj", HEADS, 0)
     for normalised in (
         NNXModel(normalize_qk=True),
