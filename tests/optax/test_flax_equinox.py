@@ -13,6 +13,7 @@ from flax_environments import LAYERS, MLP, linen, nnx_list
 from tiny_jax import HEAD, HEADS, WIDTH, dense_max_logits, distance
 
 from muonclip.optax import QKProjection, muonclip, plan, qk_clip
+from muonclip.optax.array_layout import ArrayLayout
 
 pytestmark = pytest.mark.slow  # compiles much
 
@@ -48,16 +49,19 @@ def test_a_step_brings_loud_heads_to_tau_and_leaves_the_others(environment):
 
 @ENVIRONMENTS
 def test_the_plan_sees_the_hidden_matrices_and_no_more(environment):
-    rows = [re.split(r"  +", row) for row in environment()[0].splitlines()[1:]]
+    lines = environment()[0].parameters
     stack = f"{LAYERS} × " if environment is linen else ""
     matrices = [(HEADS * HEAD, WIDTH)] * 3 + [(WIDTH, HEADS * HEAD)]
     matrices += [] if environment is haiku else [(MLP, WIDTH), (WIDTH, MLP)]
     expected = [f"{stack}({fan_out}×{fan_in})" for fan_out, fan_in in matrices] * (1 if stack else LAYERS)
-    assert sorted(row[3] for row in rows if row[2] == "muon") == sorted(expected)
-    for name, _, use, *_, reason in rows:
-        vector = re.search(r"(bias|/b|scale)$", name) is not None
-        assert (use == "adamw") == (vector or re.search("embed|lm_head", name) is not None), name
-        assert reason.endswith(", no decay") == vector, name
+    muon = [line for line in lines if line.use == "muon"]
+    assert sorted(ArrayLayout.from_layout(line.layout, line.shape).describe(line.shape) for line in muon) == sorted(
+        expected
+    )
+    for line in lines:
+        vector = re.search(r"(bias|/b|scale)$", line.name) is not None
+        assert (line.use == "adamw") == (vector or re.search("embed|lm_head", line.name) is not None), line.name
+        assert line.decays != vector, line.name
 
 
 def test_a_gamma_for_each_layer_of_a_scan_or_an_error():

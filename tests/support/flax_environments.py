@@ -49,7 +49,7 @@ def optimizer(projections):
 
 
 def planned(params, projections):
-    return str(plan(params, None, projections))
+    return plan(params, None, projections)
 
 
 # Flax linen: scanned layers; the statistic is sown.
