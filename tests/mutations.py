@@ -2544,6 +2544,13 @@ MUTATIONS = (
         tests_of("torch/test_host_modes.py", "test_a_wrapper_around_the_forward_of_every_module"),
     ),
     Mutation(
+        "monitor-after-the-fact",
+        "A monitor compares weights with themselves: what it keeps before a step is no copy.",
+        "name: (parameter, parameter.detach().clone())",
+        "name: (parameter, parameter.detach())",
+        tests_of("torch/test_monitor.py", "test_matrices_are_those_of_linear_algebra"),
+    ),
+    Mutation(
         "half-precision-gauge",
         "Powers of two are tried in float16, where small numbers lose bits.",
         "self._keeps_graph, self._widens = False, _is_half(model)",

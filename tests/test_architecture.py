@@ -33,7 +33,19 @@ MAY_IMPORT = {
     "selftest": {"muonclip", *FRAMEWORKS},
 }
 TORCH_MAY_IMPORT = {  # package of muonclip.torch → the packages below it, of which its files may import
-    "": {"optimizer", "clip", "prove", "discover", "observe", "heads", "update", "logits", "mesh"},  # doors to engines
+    "": {
+        "monitor",
+        "optimizer",
+        "clip",
+        "prove",
+        "discover",
+        "observe",
+        "heads",
+        "update",
+        "logits",
+        "mesh",
+    },  # doors to engines
+    "monitor": {"optimizer", "clip", "mesh"},
     "optimizer": {"clip", "prove", "discover", "observe", "heads", "update", "logits", "mesh"},
     "clip": {"prove", "discover", "observe", "heads", "update", "logits", "mesh"},
     "prove": {"discover", "observe", "heads"},

@@ -6,7 +6,6 @@ Needs muonclip[torch], matplotlib, tqdm.
 """
 
 import inspect
-import math
 from pathlib import Path
 
 import matplotlib
@@ -18,15 +17,15 @@ from tqdm import trange
 
 from muonclip.models import MoEConfig
 from muonclip.models.torch import MoE
-from muonclip.torch import QKClip
+from muonclip.torch import Monitor
 
 torch.manual_seed(0)
 model = MoE(MoEConfig.cpu(num_layers=2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)  # a hot rate, to have something to see
-watch = QKClip(model, tau=math.inf, observe="always")  # τ = ∞ scales nothing
+monitor = Monitor(model, optimizer)
 
 text = torch.tensor(list(Path(inspect.__file__).read_bytes()))
-maxima = {name: [] for name in watch.projections}
+logged = []
 for _ in (bar := trange(150)):
     starts = torch.randint(len(text) - 65, (8, 1))
     windows = text[starts + torch.arange(65)]
@@ -34,15 +33,20 @@ for _ in (bar := trange(150)):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    watch.step()  # reads the maxima of this step's forwards, and starts anew
-    for name, layer in watch.report().layers.items():
-        maxima[name].append(layer.max_logits)
-    bar.set_postfix(loss=f"{loss.item():.2f}", max=f"{max(each[-1].max().item() for each in maxima.values()):.1f}")
+    logged.append(monitor.scalars("", details=True))
+    bar.set_postfix(loss=f"{loss.item():.2f}", max_logit=f"{logged[-1]['max_logit']:.1f}")
 
-figure, axes = plt.subplots(1, len(maxima), figsize=(4 * len(maxima), 3.5), sharey=True, layout="constrained")
-for axis, (name, steps) in zip(axes, maxima.items(), strict=True):
-    axis.plot(torch.stack(steps), linewidth=1)
-    axis.set(title=name, xlabel="step")
-axes[0].set_ylabel("largest logit of each head")
+panels = {
+    "largest logit of each layer": [name for name in logged[0] if name.startswith("bound/")],
+    "update over weight, ‖ΔW‖ / ‖W‖": ["relative_update.max", "relative_update.median"],
+    "largest singular value of a weight": ["weight_norm.max", "weight_norm.median"],
+}
+figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    for name in names:
+        axis.plot([values[name] for values in logged], label=name.removeprefix("bound/"))
+    axis.set(title=title, xlabel="step")
+    axis.legend()
+axes[1].set_yscale("log")
 figure.savefig("monitor_only.png", dpi=150)
-print("largest logit at the end:", round(max(steps[-1].max().item() for steps in maxima.values()), 1))
+print(f"largest logit at the end: {logged[-1]['max_logit']:.1f}")

@@ -2,14 +2,15 @@
 
     optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)  # was AdamW(model.parameters(), lr=2e-4, weight_decay=0.1)
 
-The packages, from top to bottom: `optimizer`, `clip`, `discover`, `observe`, `heads` and `update`, `logits` and `mesh`;
-each imports only from those below it. The files next to this one are the integrations with engines.
+The packages, from top to bottom: `monitor`, `optimizer`, `clip`, `discover`, `observe`, `heads` and `update`, `logits`
+and `mesh`; each imports only from those below it. The files next to this one are the integrations with engines.
 """
 
 from muonclip.core import MatrixLayout
 from muonclip.torch.clip import LayerReport, QKClip, QKClipReport
 from muonclip.torch.heads import HeadRows, QKProjection
 from muonclip.torch.logits import AttentionMask, MaxLogits, attention, measure_max_logits
+from muonclip.torch.monitor import MatrixStatistics, Monitor
 from muonclip.torch.optimizer import Muon, MuonClip, Plan, PlannedParameter
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "HeadRows",
     "LayerReport",
     "MatrixLayout",
+    "MatrixStatistics",
     "MaxLogits",
+    "Monitor",
     "Muon",
     "MuonClip",
     "Plan",

@@ -18,6 +18,7 @@ from transformers.training_args import TrainingArguments
 
 from muonclip.core.arguments import check_kind
 from muonclip.torch.clip import QKClip
+from muonclip.torch.monitor import Monitor
 from muonclip.torch.optimizer import MuonClip
 
 
@@ -106,6 +107,48 @@ class QKClipCallback(TrainerCallback):
         values = {self._prefix + name: value for name, value in values.items()}
         logs.update(values)
         state.log_history[-1].update(values)
+
+
+class MonitorCallback(TrainerCallback):
+    """Adds what a `Monitor` saw to the training logs of the Trainer, next to any optimizer; nothing is clipped.
+
+    `options`: those of `Monitor`. For the loggers of `report_to` see `QKClipCallback`. A log waits for the device.
+    """
+
+    def __init__(self, prefix: str = "monitor/", **options: Any) -> None:
+        self._prefix, self._options = prefix, options
+        self.monitor: Monitor | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.monitor = Monitor(model, getattr(optimizer, "optimizer", optimizer), **self._options)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.monitor is None or logs is None or "loss" not in logs:
+            return  # of an evaluation, or the summary at the end
+        values = self.monitor.scalars(self._prefix)
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.monitor is not None:
+            self.monitor.remove()
 
 
 def _extremes(clip: QKClip) -> Tensor:

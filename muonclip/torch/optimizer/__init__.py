@@ -4,12 +4,15 @@
 measured and heads scaled, `clip`'s.
 """
 
+from muonclip.torch.optimizer.layouts import default_layout
 from muonclip.torch.optimizer.muonclip import Muon, MuonClip
-from muonclip.torch.optimizer.plan import Plan, PlannedParameter
+from muonclip.torch.optimizer.plan import Plan, PlannedParameter, plan_module
 
 __all__ = [
     "Muon",
     "MuonClip",
     "Plan",
     "PlannedParameter",
+    "default_layout",
+    "plan_module",
 ]

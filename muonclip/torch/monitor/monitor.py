@@ -1,0 +1,194 @@
+"""Shows what a training does to logits and matrices, next to any optimizer, and scales nothing."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from muonclip.core import MatrixLayout
+from muonclip.core.arguments import check_flag, check_kind, check_whole
+from muonclip.torch.clip import JointMaxima, QKClip
+from muonclip.torch.mesh import is_dtensor
+from muonclip.torch.monitor.matrix_statistics import MatrixStatistics
+from muonclip.torch.optimizer import MuonClip, default_layout, plan_module
+
+_FIELDS = tuple(each.name for each in fields(MatrixStatistics))
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+class Monitor:
+    """Watch a training: the largest attention logit of every head, and what each step does to every weight matrix.
+
+        monitor = Monitor(model, optimizer)
+        …
+        optimizer.step()
+        log(monitor.scalars())
+
+    - `optimizer`: any of torch; its steps are watched by its own hooks, and nothing in them changes. A `MuonClip` has a
+      clip already, whose observation is shown, with heads under τ as bounds; next to others every maximum is exact.
+    - `every`: steps from one look at the matrices to the next. Such a step copies the weights that have gradients.
+    - `logits`, `matrices`: what is watched.
+
+    Matrices are logical ones: each expert, head that is a matrix of its own, and fused block. The host waits for the
+    device only in `scalars` and the like. A Monitor replaces a QKClip that is on the model already; give that one to
+    `MuonClip`, or watch with `logits=False`.
+
+    Raises ValueError for wrong arguments, for sharded matrices (`matrices=False` watches the logits of such models),
+    and for attention that is not understood, here or in the first forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int = 1,
+        logits: bool = True,
+        matrices: bool = True,
+    ) -> None:
+        check_kind("model", model, nn.Module, "a torch.nn.Module")
+        check_kind("optimizer", optimizer, Optimizer, "a torch optimizer, whose steps are watched")
+        check_whole("every", every)
+        check_flag("logits", logits)
+        check_flag("matrices", matrices)
+        self._model, self._optimizer, self._every = model, optimizer, every
+        self._clip: QKClip | None = None
+        self._steps, self._before = 0, {}
+        self._statistics: dict[str, MatrixStatistics] = {}
+        self._hooks: list[Any] = []
+        if logits and isinstance(optimizer, MuonClip):
+            self._clip = optimizer.qk_clip
+        elif logits:
+            self._clip = QKClip(model, tau=math.inf, observe="always", required=False)
+            self._hooks.append(self._clip.attach(optimizer))
+        self._layouts: dict[str, MatrixLayout] = {}
+        self._known = -1  # the version of the attentions that the layouts are made with
+        if matrices:
+            self._refresh()
+            watcher = weakref.WeakMethod(self._begin), weakref.WeakMethod(self._end)
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: _call(watcher[0])))
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: _call(watcher[1])))
+
+    def matrices(self) -> dict[str, MatrixStatistics]:
+        """Return what the last step that was looked at did to each parameter, on the device."""
+        return dict(self._statistics)
+
+    def scalars(self, prefix: str = "monitor/", *, details: bool = False) -> dict[str, float]:
+        """Return numbers to log, for `SummaryWriter.add_scalar`, `wandb.log` and similar. Waits for the device.
+
+        `max_logit` and `bound` of the last step; of the matrices the largest and the median of each statistic,
+        `relative_update.max`, … . `details`: also the largest of each parameter, `relative_update/layers.0.up.weight`,
+        and of each attention, `max_logit/layers.0.attn`.
+        """
+        values: dict[str, float] = {}
+        if self._clip is not None and self._clip.last_layers:
+            report = self._clip.report()
+            seen = report.scalars("")
+            values |= {name: seen[name] for name in ("max_logit", "bound") if name in seen}
+            if details:
+                values |= {f"bound/{name}": layer.bound.max().item() for name, layer in report.layers.items()}
+        for name in _FIELDS if self._statistics else ():
+            by_parameter = {key: getattr(each, name) for key, each in self._statistics.items()}
+            together = torch.cat([each.cpu() for each in by_parameter.values()])
+            together = together[~together.isnan()]
+            if len(together):
+                values |= {f"{name}.max": together.max().item(), f"{name}.median": together.median().item()}
+            if details:
+                values |= {f"{name}/{key}": each.max().item() for key, each in by_parameter.items()}
+        return {prefix + name: value for name, value in values.items()}
+
+    @torch.enable_grad()  # without, forwards are not those of a training, and not observed
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Call the model in evaluation mode, and return the largest logits of this call by attention, fp32 [heads].
+
+        Raises RuntimeError where a forward of the training waits for its step, which would lose what was observed.
+        """
+        clip = self._clip
+        if clip is None:
+            raise ValueError("logits are not watched: Monitor(…, logits=True), next to an optimizer with a clip.")
+        if any(bool(state.observed) for state in clip.attentions.states()):
+            raise RuntimeError("a forward of the training was observed, and its step is to come; evaluate after it.")
+        with _evaluating(self._model):
+            self._model(*args, **kwargs)
+        states = clip.attentions.states()
+        maxima = JointMaxima.from_states(states, clip.attentions.device)
+        clip.reset()
+        return dict(zip(clip.projections, maxima.upper_bound.split(maxima.sizes), strict=True))
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer, and the observers off a model that has no clip of its own."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._clip is not None and not isinstance(self._optimizer, MuonClip):
+            self._clip.remove()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Keep the weights that are about to move."""
+        if self._steps % self._every == 0:
+            self._refresh()
+            held = {
+                name: p for name, p in self._model.named_parameters() if name in self._layouts and p.grad is not None
+            }
+            self._before = {name: (parameter, parameter.detach().clone()) for name, parameter in held.items()}
+        self._steps += 1
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """Compare them with what has become of them."""
+        if not self._before:
+            return
+        self._statistics = {
+            name: MatrixStatistics.of_step(self._layouts[name], before, parameter, self._momentum_of(parameter))
+            for name, (parameter, before) in self._before.items()
+        }
+        self._before = {}
+
+    def _refresh(self) -> None:
+        """Read the parameters as matrices anew where the first forward has found attentions."""
+        version = 0 if self._clip is None else self._clip.attentions.version
+        if version != self._known:
+            self._layouts, self._known = _layouts_of(self._model, self._clip), version
+
+    def _momentum_of(self, parameter: Tensor) -> Tensor | None:
+        state = self._optimizer.state.get(parameter, {})
+        return next((state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor)), None)
+
+
+def _layouts_of(model: nn.Module, clip: QKClip | None) -> dict[str, MatrixLayout]:
+    """Return how each parameter with at least two axes is read as matrices, by name."""
+    projections = {} if clip is None else clip.projections
+    named = dict(model.named_parameters())
+    sharded = [name for name, parameter in named.items() if is_dtensor(parameter)]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]} is sharded, and matrices are looked at whole; Monitor(…, matrices=False) watches the logits."
+        )
+    lines = plan_module(model, projections, per_head=False)
+    return {line.name: line.layout or default_layout(line.shape) for line in lines if len(line.shape) >= 2}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _call(method: weakref.WeakMethod[Any]) -> None:
+    bound = method()
+    if bound is not None:
+        bound()

@@ -1,0 +1,204 @@
+"""What is watched: logits against a dense probe, matrices against linear algebra; nothing of the training changes."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muonclip.torch import Monitor, MuonClip, QKClip
+
+WIDTH, HEADS, LENGTH = 20, 4, 9
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * HEADS * 6)
+        self.out = nn.Linear(HEADS * 6, WIDTH)
+
+    def heads(self, x):
+        return self.qkv(x).unflatten(-1, (3, HEADS, 6)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(32, WIDTH)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.up = nn.Linear(WIDTH, 30)
+
+    def forward(self, tokens):
+        return self.up(self.blocks(self.embedding(tokens)))
+
+
+def data(step):
+    return torch.randint(32, (3, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def made(optimizer):
+    torch.manual_seed(0)
+    model = Model()
+    if optimizer == "muonclip":
+        return model, MuonClip(model, lr=1e-2, qk_clip=QKClip(model, tau=0.3, observe="always"))
+    if optimizer == "no clip":
+        return model, MuonClip(model, lr=1e-2, qk_clip=None)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer, number):
+    model(data(number)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def largest_logits(model, tokens):
+    x, found = model.embedding(tokens), {}
+    for index, block in enumerate(model.blocks):
+        q, k, _ = block.heads(x)
+        logits = (q.double() @ k.double().mT / math.sqrt(6)).masked_fill(
+            torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -math.inf
+        )
+        found[f"blocks.{index}"] = logits.amax((0, 2, 3)).float()
+        x = block(x)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "adamw", "no clip"])
+def test_watching_changes_no_bit(optimizer):
+    results = []
+    for watched in (False, True):
+        model, own = made(optimizer)
+        monitor = Monitor(model, own) if watched else None
+        for number in range(4):
+            step(model, own, number)
+            if monitor:
+                monitor.scalars()
+        results.append((model.state_dict(), torch.get_rng_state()))
+    (one, before), (other, after) = results
+    assert torch.equal(before, after)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
+def test_logits_are_those_of_the_step(optimizer):
+    model, own = made(optimizer)
+    monitor = Monitor(model, own)
+    for number in range(3):
+        with torch.no_grad():
+            expected = largest_logits(model, data(number))
+        step(model, own, number)
+        highest = max(each.max().item() for each in expected.values())
+        assert monitor.scalars("")["max_logit"] == pytest.approx(highest, rel=1e-5)
+    details = monitor.scalars("", details=True)
+    assert details["bound/blocks.1"] == pytest.approx(expected["blocks.1"].max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "adamw", "no clip"])
+def test_matrices_are_those_of_linear_algebra(optimizer):
+    model, own = made(optimizer)
+    monitor = Monitor(model, own)
+    for number in range(2):
+        before = copy.deepcopy(model.state_dict())
+        step(model, own, number)
+    seen = monitor.matrices()
+    assert seen.keys() == {name for name, p in model.named_parameters() if p.ndim > 1}
+    state = own.state[model.blocks[0].qkv.weight]
+    momentum = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
+    for name, parts in (("blocks.0.qkv.weight", 3), ("up.weight", 1)):
+        after = dict(model.named_parameters())[name].detach()
+        if optimizer == "no clip" and "qkv" in name:
+            parts = len(seen[name].update_rms)  # as much as shows without attention
+        matrices = zip(before[name].chunk(parts), after.chunk(parts), strict=True)
+        for index, (old, new) in enumerate(matrices):
+            moved = new - old
+            of = {field: getattr(seen[name], field)[index].item() for field in seen[name].__slots__}
+            assert of["relative_update"] == pytest.approx((moved.norm() / old.norm()).item(), rel=1e-4)
+            assert of["update_rms"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-4)
+            for field, matrix in (("weight_norm", new), ("update_norm", moved)):
+                sigma = torch.linalg.matrix_norm(matrix, 2).item()
+                assert 0.85 * sigma < of[field] <= sigma * (1 + 1e-5)
+            rank = (new.norm() / torch.linalg.matrix_norm(new, 2)).square().item()
+            assert rank * (1 - 1e-4) <= of["stable_rank"] < 1.4 * rank
+            if "qkv" in name:
+                assert of["momentum_norm"] == pytest.approx(momentum.chunk(parts)[index].norm().item(), rel=1e-4)
+
+
+def test_one_dict_of_plain_numbers():
+    model, own = made("adamw")
+    monitor = Monitor(model, own)
+    assert monitor.scalars() == {}
+    step(model, own, 0)
+    values = monitor.scalars()
+    assert all(type(value) is float and math.isfinite(value) for value in values.values())
+    assert {"monitor/max_logit", "monitor/bound", "monitor/relative_update.max", "monitor/momentum_norm.median"} <= {
+        *values
+    }
+    assert (
+        monitor.scalars("", details=True)["update_rms/up.weight"] == monitor.matrices()["up.weight"].update_rms.item()
+    )
+
+
+def test_matrices_are_looked_at_as_often_as_asked():
+    model, own = made("adamw")
+    monitor = Monitor(model, own, every=3, logits=False)
+    seen = []
+    for number in range(5):
+        step(model, own, number)
+        seen.append(monitor.matrices()["up.weight"])
+    assert seen[0] is seen[1] is seen[2]
+    assert seen[3] is seen[4] is not seen[0]
+
+
+def test_logits_of_an_evaluation():
+    model, own = made("adamw")
+    model.train()
+    model.up.eval()
+    monitor = Monitor(model, own)
+    step(model, own, 0)
+    with torch.no_grad():
+        found, expected = monitor.evaluate(data(7)), largest_logits(model, data(7))
+    for name, maxima in expected.items():
+        torch.testing.assert_close(found[name], maxima, rtol=1e-5, atol=0)
+    assert model.training
+    assert not model.up.training
+    step(model, own, 1)  # sees its own forward alone
+    with torch.no_grad():
+        model(data(2))
+    model(data(2)).sum().backward()
+    with pytest.raises(RuntimeError, match="a forward of the training was observed"):
+        monitor.evaluate(data(7))
+
+
+def test_removed_it_leaves_nothing():
+    model, own = made("adamw")
+    monitor = Monitor(model, own)
+    step(model, own, 0)
+    seen = monitor.matrices()["up.weight"]
+    monitor.remove()
+    step(model, own, 1)
+    assert monitor.matrices()["up.weight"] is seen
+    assert not own._optimizer_step_pre_hooks
+    assert not own._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda model, own: dict(model=3, optimizer=own), TypeError, "model=3 is a int"),
+        (lambda model, own: dict(model=model, optimizer=model), TypeError, "a torch optimizer"),
+        (lambda model, own: dict(model=model, optimizer=own, every=0), ValueError, "every=0"),
+        (lambda model, own: dict(model=model, optimizer=own, logits="x"), TypeError, "logits='x'"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    model, own = made("adamw")
+    with pytest.raises(error, match=message):
+        Monitor(**arguments(model, own))
