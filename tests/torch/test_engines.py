@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
 from muonclip.torch import MuonClip, QKClip
-from muonclip.torch.huggingface import MuonClipFactory, QKClipCallback
+from muonclip.torch.huggingface import MonitorCallback, MuonClipFactory, QKClipCallback
 
 pytestmark = [
     # Lightning's loaders ask torch in a way that torch has given up.
@@ -282,6 +282,22 @@ def test_logs_have_the_numbers_of_the_report(tmp_path, capsys):
     assert [clip_values(logs) for logs in heard] == [*reports, {}]
     assert len({report["qk_clip/max_logit"] for report in reports}) == 4
     assert capsys.readouterr().out.count("'qk_clip/clipped_heads'") == 4  # the printer is behind the callback, too
+
+
+def test_a_monitor_is_logged_next_to_muonclip_and_changes_nothing(tmp_path):
+    trainers = []
+    for callbacks in ([], [monitored := MonitorCallback()]):
+        trainers.append(
+            trainer_of(tmp_path, batches_of(3), callbacks=callbacks, logging_strategy="steps", logging_steps=1)
+        )
+        trainers[-1].train()
+    first, *_, last, summary = trainers[1].state.log_history
+    assert "monitor/max_logit" in first
+    assert last["monitor/update_rms.max"] == max(
+        each.update_rms.max() for each in monitored.monitor.matrices().values()
+    )
+    assert not any(name.startswith("monitor/") for name in summary)
+    assert_same_weights(trainers[1].model, trainers[0].model)
 
 
 def test_logs_have_the_extremes_of_the_steps_since_the_last_log(tmp_path):

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -214,9 +215,8 @@ def _half_autocasts(model: nn.Module) -> list[str]:
 def _widened(copy: Replica) -> Iterator[None]:
     """Let a copy compute in bfloat16 where it would in float16."""
 
-    def widened(value: object) -> object:
-        is_half = isinstance(value, Tensor) and value.dtype == torch.float16
-        return value.to(torch.bfloat16) if is_half else value
+    def widened(value: Any) -> Any:
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
     for tensor in (*copy.module.parameters(), *copy.module.buffers()):
         if tensor.dtype == torch.float16 and id(tensor) not in copy.stand_ins:
