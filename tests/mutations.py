@@ -105,6 +105,13 @@ MUTATIONS = (
         tests_of("test_selftest.py", "test_nan_is_no_small_error"),
     ),
     Mutation(
+        "replicas-gather-by-the-old-name",
+        "torch warns at each step of replicas that it gives up a name.",
+        'getattr(dist, "all_gather_single", None) or dist',
+        "dist",
+        tests_of("torch/test_distributed.py", "test_sharded_equals_whole[2]"),
+    ),
+    Mutation(
         "targets-are-not-guessed",
         "A forward that asks for targets is called without them, and the plan is not complete.",
         "others = asked[1:]",
