@@ -10,9 +10,12 @@ _INCLUDED = re.compile(r'^--8<-- "(.*?)(?::(\d+):)?"$', re.MULTILINE)
 _pages: dict[str, str] = {}  # by address: the page as Markdown
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
-    """Keep a page with what it includes."""
-    _pages[page.file.src_uri] = _INCLUDED.sub(_included, markdown)
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
+    """Keep a page with what it includes; the list of changes, which is above `docs`, links to pages by `docs/…`."""
+    text = _INCLUDED.sub(_included, markdown)
+    outside = page.file.src_uri == "changelog.md"
+    _pages[page.file.src_uri] = text = text.replace("](docs/", "](") if outside else text
+    return text if outside else None
 
 
 def on_post_build(config: Any, **_: Any) -> None:
