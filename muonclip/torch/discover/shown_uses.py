@@ -20,7 +20,9 @@ def joint_uses(shown: Iterable[Mapping[str, Use]]) -> dict[str, Use]:
     joint: dict[str, Use] = {}
     for each in shown:
         for name, use in each.items():
-            joint[name] = max(use, joint.get(name, use), key=_LEAST.index)
+            known = joint.get(name)
+            if known is None or _LEAST.index(use) > _LEAST.index(known):
+                joint[name] = use
     return joint
 
 

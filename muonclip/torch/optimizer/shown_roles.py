@@ -35,7 +35,7 @@ class FirstForward:
 
 def warn_of_other_roles(planned: Iterable[PlannedParameter], shown: Mapping[str, Use], *, with_clip: bool) -> None:
     """Warn of parameters whose use, as forwards have shown it, is the other half's. None of them moves."""
-    uses = {plain_name(name): use for name, use in shown.items()}
+    uses: dict[str, Use] = {plain_name(name): use for name, use in shown.items()}
     of_adamw: list[str] = []
     hidden: list[str] = []
     for line in planned:
