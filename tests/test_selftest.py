@@ -5,6 +5,7 @@ import importlib
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,8 @@ def test_a_part_that_fails_does_not_stop_the_next_and_none_begins_too_late():
     assert "    RuntimeError: out of order" in str(found[1])
     (late,) = outcomes_of([Part("works", works)], "cpu", -math.inf)
     assert late.holds is None
+    slow = Part("slow", lambda device: (time.sleep(0.2) or Outcome(str(i), True, "seen") for i in range(9)))
+    assert [each.name for each in outcomes_of([slow], "cpu", time.monotonic() + 0.1)] == ["0", "slow, the rest"]
     (waited_for,) = outcomes_of([Part("works", works, always=True)], "cpu", -math.inf)
     assert waited_for.holds
 

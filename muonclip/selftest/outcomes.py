@@ -57,6 +57,9 @@ def outcomes_of(parts: Sequence[Part], device: str, end: float) -> Iterator[Outc
                 found = part.run(device)
                 while (outcome := next(found, None)) is not None:
                     yield outcome
+                    if time.monotonic() > end and not part.always:
+                        yield Outcome(f"{part.name}, the rest", None, "not tried, the time is over")
+                        break
         except Exception as error:  # whatever a host raises: the next part is tried all the same
             yield _of_error(part.name, error)
 
