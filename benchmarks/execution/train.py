@@ -100,7 +100,7 @@ def _begin(experiment: Experiment, corpus: Corpus, folder: Path, execution: Exec
         try:
             recorded = json.loads(config.read_bytes())
             decided, made = Precision(**recorded["config"]["precision"]), recorded["environment"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"{config} is damaged, or of another version ({error!r}). Restore it, or choose another folder."
             raise UsageError("--out", message) from error
         if execution.precision != "auto":

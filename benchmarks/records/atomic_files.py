@@ -28,22 +28,38 @@ def load(path: Path, device: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    again = f"Restore it, or remove it: then the run in {path.parent} begins anew with its first step."
+    again = begin_anew(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise DamagedFile(path, _first_line(error), again) from error
+        raise DamagedFile(path, first_line(error), again) from error
     if not isinstance(state, dict) or "done" not in state:
         raise DamagedFile(path, "it holds no state of a run", again)
     return state
+
+
+def begin_anew(checkpoint: Path) -> str:
+    """Say what to do about a checkpoint that cannot be used."""
+    return f"Restore it, or remove it: then the run in {checkpoint.parent} begins anew with its first step."
 
 
 def read_json(path: Path, what_to_do: str = "Restore it, or remove it and run the command that made it.") -> Any:
     """Return what `write_json` has written. Raises DamagedFile for what is not JSON."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(path, _first_line(error), what_to_do) from error
+    except (OSError, ValueError) as error:
+        raise DamagedFile(path, first_line(error), what_to_do) from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the values by name that `write_json` has written. Raises DamagedFile where one of these is missing."""
+    record = read_json(path)
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise DamagedFile(
+            path, f"it has no {missing[0]!r}", "Restore it, or remove it and run the command that made it."
+        )
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,6 +91,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

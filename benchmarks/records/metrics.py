@@ -65,6 +65,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             if _step_of(line) != number:
                 raise damaged(f"{path}, line {number},", f"it is not the record of step {number}", path)
             records.append(from_json(json.loads(line)))
+            wrong = next((name for name, value in records[-1].items() if not _is_measure(value)), None)
+            if wrong is not None:
+                raise damaged(f"{path}, line {number},", f"its {wrong} is not a measure", path)
     return records
 
 
@@ -88,6 +91,17 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _each(item, change) for key, item in value.items()}
     return [_each(item, change) for item in value] if isinstance(value, list | tuple) else change(value)
+
+
+def _is_measure(value: Any) -> bool:
+    """Tell whether it is a number, or has a list of numbers for each attention."""
+    if isinstance(value, dict):
+        return all(isinstance(heads, list) and all(map(_is_number, heads)) for heads in value.values())
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _step_of(line: bytes) -> int | None:

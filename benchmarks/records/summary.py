@@ -87,6 +87,10 @@ def collect(experiment: Experiment, folder: Path, environment: dict[str, Any]) -
                 found = metrics.read(path) if path.exists() else []
                 if not found or len(found) != ended["steps"]:
                     raise metrics.damaged(path, f"it has {len(found)} records of {ended['steps']} steps", path)
+                for number, record in enumerate(found, 1):
+                    for name, kind in (("loss", int | float), ("max_logits", dict)):
+                        if not isinstance(record.get(name), kind):
+                            raise metrics.damaged(f"{path}, line {number},", f"its {name} is not a measure", path)
                 records = run_records(found)
                 results.records.setdefault(arm.name, {})[seed] = records
                 results.summaries.setdefault(arm.name, {})[seed] = summarise(experiment, arm, records, ended)
@@ -144,7 +148,7 @@ def _read(folder: Path) -> Results:
     try:
         recorded = json.loads(path.read_bytes())
         experiment, environment = Experiment.from_json(recorded["config"]), recorded["environment"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError("DIR", f"{path} is not a configuration that this version wrote ({error}).") from error
     return collect(experiment, folder, environment)
 
@@ -155,4 +159,7 @@ def _read_result(path: Path) -> Result:
     result = metrics.from_json(atomic_files.read_json(path, again))
     if not isinstance(result, dict) or not Result.__required_keys__ <= result.keys():
         raise DamagedFile(path, "it is not the result of a run", again)
+    for name, kind in (("steps", int), ("diverged", bool), ("final_val_loss", float), ("wall_seconds", float)):
+        if type(result[name]) is not kind and not (kind is float and type(result[name]) is int):
+            raise DamagedFile(path, f"its {name} is {result[name]!r}", again)
     return cast("Result", result)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,7 @@ def write_into(page: Path, written: Path) -> None:
     """Put the sections between the marks of the page. Raises UsageError without marks, or what is to be written."""
     if not written.exists():
         raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
-    write_between_marks(page, read_clip_cost(json.loads(written.read_text(encoding="utf-8"))))
+    write_between_marks(page, read_clip_cost(atomic_files.read_record(written)))
 
 
 def _measure(models: Sequence[str], device: str, plan: Plan, out: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def _measure_host(written: Path) -> None:
     """Measure the host's time anew, in what was measured before."""
     if not written.exists():
         raise UsageError("--host", f"needs {written}, which the same command without --host measures.")
-    result = json.loads(written.read_text(encoding="utf-8")) | {"host": _host(PLANS["cpu"])}
+    result = atomic_files.read_record(written) | {"host": _host(PLANS["cpu"])}
     atomic_files.write_json(written, result)
     print(f"figures  {written}", file=sys.stderr)
 

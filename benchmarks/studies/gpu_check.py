@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import subprocess
 import time
 from pathlib import Path
@@ -93,7 +92,7 @@ def _run_part(name: str, out: Path, limit: float, dry_run: bool) -> dict[str, An
             status = None
         finally:
             kill_session(process)
-    records = json.loads(found.read_text())["records"] if found.exists() else []
+    records = atomic_files.read_record(found, "records")["records"] if found.exists() else []
     good = [record["ok"] for record in records if "ok" in record]
     if status is None:
         ended = "out of time"

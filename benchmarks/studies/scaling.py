@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         if status:
             raise UsageError("--processes", f"{count} ended with status {status}; it said why above.")
         part = out / f"ranks-{count}.json"
-        rows += json.loads(part.read_text())["rows"]
+        rows += atomic_files.read_record(part, "rows")["rows"]
         part.unlink()
     result = {"environment": environment(device), "notes": notes(options.processes, device)}
     result["rows"] = with_efficiency(rows)

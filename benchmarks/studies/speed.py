@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         measure(options, written)
     elif not written.exists():
         raise UsageError("--page", f"needs {written}, which the same command without --page measures.")
-    result = json.loads(written.read_text(encoding="utf-8"))
+    result = atomic_files.read_record(written, "parts")
     if options.page is not None:
         write_between_marks(options.page, read_speed(result))
     else:
@@ -66,7 +65,7 @@ def measure(options: argparse.Namespace, written: Path) -> None:
         rows: list[dict[str, Any]] = []
         for row in PARTS[part](options):
             rows.append(row)
-            result = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {"parts": {}}
+            result = atomic_files.read_record(written, "parts") if written.exists() else {"parts": {}}
             result["parts"][part] = {"environment": made_with, "rows": rows}
             atomic_files.write_json(written, result)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.data import Corpus
+from benchmarks.experiment.errors import DamagedFile
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.records import atomic_files, metrics
 from benchmarks.records.folders import CHECKPOINT, METRICS, RESULT
@@ -68,10 +69,23 @@ class Store:
 
     def find(self) -> State | None:
         """Return the state of the newest checkpoint that is complete."""
-        return atomic_files.load(self.folder / CHECKPOINT, self.device)
+        path = self.folder / CHECKPOINT
+        state = atomic_files.load(path, self.device)
+        kinds = {"done": int, "last": dict, "wall_seconds": float, "train_seconds": float}
+        wrong = [] if state is None else [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+        if wrong or (state is not None and state["done"] < 0):
+            why = f"its {wrong[0] if wrong else 'done'} is not that of a run"
+            raise DamagedFile(path, why, atomic_files.begin_anew(path))
+        return state
 
     def load(self, learner: Learner, found: State) -> None:
-        learner.restore(found)
+        """Put the state into the learner. Raises DamagedFile for the state of another run."""
+        path = self.folder / CHECKPOINT
+        try:
+            learner.restore(found)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            why = f"it is not of this run: {atomic_files.first_line(error)}"
+            raise DamagedFile(path, why, atomic_files.begin_anew(path)) from error
 
     def begin(self, done: int) -> None:
         """Begin the run at this step: where it is 0, nothing that was found is used."""

@@ -1,5 +1,6 @@
 """A file of a run that was cut or overwritten is named, with what to do, and without a traceback."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from benchmarks.experiment.errors import DamagedFile, UsageError
 from benchmarks.records import metrics
 from benchmarks.records.folders import CHECKPOINT, CONFIG, METRICS, RESULT, run_folder
 from benchmarks.records.summary import read_folder
+from benchmarks.studies import speed
 from benchmarks.training.run import Run, Schedule
 
 
@@ -68,6 +70,62 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_begins_anew(
     assert "Traceback" not in said
     (folder / CHECKPOINT).unlink()
     assert Run(experiment, corpus, folder, arm, 3).done == 0
+
+
+OF_ANOTHER_RUN = (
+    *(dict(done="2"), dict(done=-1), dict(last=None), dict(wall_seconds="x"), dict(model=None), dict(optimizer=None)),
+    *(dict(model={}), dict(optimizer=[1]), dict(model={"w": torch.ones(2)})),
+)  # a checkpoint with other values, or without those that are None
+
+
+def test_a_checkpoint_that_is_not_of_this_run_is_named(experiment, corpus, tmp_path):
+    folder, arm = run_folder(tmp_path, "muon", 3), experiment.arm("muon")
+    trained(Run(experiment, corpus, folder, arm, 3), until=1)
+    right = torch.load(folder / CHECKPOINT, weights_only=True)
+    for values in OF_ANOTHER_RUN:
+        wrong = {name: value for name, value in (right | values).items() if value is not None}
+        torch.save(wrong, folder / CHECKPOINT)
+        with pytest.raises(DamagedFile, match=rf"{CHECKPOINT} is damaged \(.+\)\. Restore it, or remove it: .* anew"):
+            Run(experiment, corpus, folder, arm, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [b'{"step": 5}', b'{"step": 5, "loss": "x", "max_logits": {}}', b'{"step": 5, "loss": 1, "max_logits": 3}',
+     b'{"step": 5, "loss": 1, "max_logits": {"a": 3}}', b'{"step": 5, "loss": null, "max_logits": {}}',
+     b'{"step": 5, "loss": 1, "max_logits": {}, "query_norms": {"a": ["x"]}}'],
+)  # fmt: skip
+def test_a_record_without_its_measures_is_named(results, wrong):
+    path = results / "runs" / "muon-0" / METRICS
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], wrong + b"\n", *lines[5:]]))
+    with pytest.raises(DamagedFile, match=r"line 5, is damaged \(its (loss|max_logits|query_norms) is not a measure\)"):
+        read_folder(results)
+
+
+@pytest.mark.parametrize("value", [{"steps": "8"}, {"diverged": 0}, {"final_val_loss": None}, {"wall_seconds": [1]}])
+def test_a_result_with_a_wrong_value_is_named(results, value):
+    path = results / "runs" / "muon-0" / RESULT
+    path.write_text(json.dumps(json.loads(path.read_text()) | value))
+    with pytest.raises(DamagedFile, match=rf"result\.json is damaged \(its {next(iter(value))} is"):
+        read_folder(results)
+
+
+@pytest.mark.parametrize("file", [CONFIG, f"runs/muon-0/{RESULT}"])
+def test_a_folder_in_the_place_of_a_file_is_named(results, file):
+    (results / file).unlink()
+    (results / file).mkdir()
+    with pytest.raises((DamagedFile, UsageError), match=file.rpartition("/")[2]):
+        read_folder(results)
+
+
+@pytest.mark.parametrize("text", [b"", b"[3]", b'{"rows": []', b"{}"])
+def test_figures_that_a_command_has_measured_are_named_where_they_are_damaged(tmp_path, text):
+    (tmp_path / speed.FILE).write_bytes(text)
+    page = tmp_path / "page.md"
+    page.write_text("")
+    with pytest.raises(DamagedFile, match=rf"{speed.FILE} is damaged \(.+\)\. Restore it, or remove it and run"):
+        speed.run(argparse.Namespace(out=tmp_path, page=page))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
