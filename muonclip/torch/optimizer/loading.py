@@ -233,10 +233,10 @@ def _by_name(saved: Sequence[Group], own: Sequence[Group]) -> list[Group]:
             )
     places: dict[int, int] = {}  # which group of the checkpoint holds most of each of the optimizer's
     for index, group in enumerate(own):
-        counts = Counter(theirs[plain_name(name)][0] for name in group.get("param_names", ()))
-        if counts:
-            left = [other for other in counts if other not in places.values()]
-            places[index] = max(left, key=lambda other: (counts[other], other == index), default=-1)
+        held = Counter(theirs[plain_name(name)][0] for name in group.get("param_names", ()))
+        if held:
+            left = [other for other in held if other not in places.values()]
+            places[index] = max(left, key=lambda other: (held[other], other == index), default=-1)
     for name, (other, _) in theirs.items():
         index = ours[name][0]
         if places[index] != other:
