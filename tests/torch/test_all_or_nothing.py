@@ -285,7 +285,9 @@ def test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced(wrong
     train(model, optimizer, [2])
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], [1], (1, 2), torch.ones(2), object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [None, 3, "x", [], [1], (1, 2), torch.ones(2), object()], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("make", [MuonClip, lambda model: Muon([model.embed.weight])], ids=["MuonClip", "Muon"])
 def test_what_is_no_state_at_all_is_named(make, value):
     model = TinyModel()
