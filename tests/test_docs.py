@@ -20,6 +20,7 @@ from statistics import fmean
 
 import jax
 import pytest
+import readme_figures
 import torch
 from forked_ranks import run_ranks
 from model_zoo import ZOO
@@ -328,6 +329,11 @@ def test_the_lines_of_the_cheat_sheet_run():
     for line in lines:
         model = muonclip.models.torch.MoE(muonclip.models.MoEConfig.cpu(num_layers=1))
         exec(line, {**vars(muonclip.torch), "torch": torch, "math": math, "model": model})
+
+
+def test_the_figures_of_the_readme_are_those_recorded():
+    text = README.read_text(encoding="utf-8")
+    assert text == readme_figures.written(text)
 
 
 LAUNCH_PAGES = ("ddp", "fsdp2", "tensor-expert", "pipeline", "checkpoints", "harness")
