@@ -48,8 +48,8 @@ def _cost() -> str:
     made = part["environment"]
     return _filled(
         f"A training step with MuonClip takes {a} times that with fused AdamW for a Llama of 5M parameters and 1024 "
-        f"tokens a step, {b} times for 8192 tokens; {c} and {d} times for the mixture above. `torch.optim.Muon`, with AdamW "
-        f"for what is not its own, takes {', '.join(first)} and {last} times. Once, the attention is found: "
+        f"tokens a step, {b} times for 8192 tokens; {c} and {d} times for the mixture above. `torch.optim.Muon`, with "
+        f"AdamW for what is not its own, takes {', '.join(first)} and {last} times. Once, the attention is found: "
         f"{small['built']:.1f} s at the construction and {small['found']:.1f} s in the first forward for "
         f"{small['layers']} layers, {deep['built']:.1f} and {deep['found']:.1f} s for {deep['layers']}. Measured with "
         f"one thread of an {made['cpu']} in float32, {made['date'][:10]}; [speed](docs/speed.md) and "
