@@ -17,9 +17,9 @@ def update_scale(fan_out: int, fan_in: int, adjust_lr_fn: AdjustLR) -> float:
     """Return what the update of one logical matrix (fan_out × fan_in) is multiplied by, besides the rate.
 
     "original" (or None): √max(1, fan_out/fan_in) (K. Jordan 2024). "match_rms_adamw": 0.2 √max(fan_out, fan_in), the
-    RMS of AdamW's updates, so that its rate and decay carry over (Moonlight, arXiv 2502.16982, §2.2; Kimi K2). A number
-    is taken as it is. The shape is that of the block, not of a parameter that stores several. Raises ValueError for
-    another name and for numbers that are not positive and finite.
+    RMS of AdamW's updates, so that its decay carries over and rates are near its own (Moonlight, arXiv 2502.16982,
+    §2.2; Kimi K2). A number is taken as it is. The shape is that of the block, not of a parameter that stores several.
+    Raises ValueError for another name and for numbers that are not positive and finite.
     """
     for name, size in (("fan_out", fan_out), ("fan_in", fan_in)):
         if not (type(size) is int and size > 0):

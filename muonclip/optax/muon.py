@@ -108,10 +108,11 @@ def muonclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Chain Muon for the hidden matrices, AdamW for the rest, then QK-Clip.
 
-        tx = muonclip(2e-4, qk_projections={"attn": QKProjection.mha(q="attn/query", k="attn/key", num_heads=8)})
+        tx = muonclip(5e-3, qk_projections={"attn": QKProjection.mha(q="attn/query", k="attn/key", num_heads=8)})
         updates, state = tx.update(grads, state, params, max_logits={"attn": …})
 
-    - `learning_rate`: per step, a number or a schedule; with the default `adjust_lr_fn` AdamW's carries over.
+    - `learning_rate`: per step, a number or a schedule; with the default `adjust_lr_fn` from AdamW's own, in large
+      runs, to five times that in small ones.
     - `weight_decay`: decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says.
     - `qk_projections`: see `qk_clip`; None: no clip, and no `max_logits`.
     - `muon_weight_dimension_numbers`: see `plan`, which shows what becomes of each parameter.

@@ -1,6 +1,6 @@
 """MuonClip for PyTorch.
 
-    optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)  # was AdamW(model.parameters(), lr=2e-4, weight_decay=0.1)
+    optimizer = MuonClip(model, lr=5e-3, weight_decay=0.1)  # was AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
 The packages, from top to bottom: `monitor`, `optimizer`, `clip`, `discover`, `observe`, `heads` and `update`, `logits`
 and `mesh`; each imports only from those below it. The files next to this one are the integrations with engines.

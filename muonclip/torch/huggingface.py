@@ -1,6 +1,6 @@
 """MuonClip in the Hugging Face Trainer.
 
-    Trainer(model, arguments, …, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1)),
+    Trainer(model, arguments, …, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=5e-3, weight_decay=0.1)),
             callbacks=[QKClipCallback()])
 
 Imported only where transformers is.
@@ -25,7 +25,7 @@ from muonclip.torch.optimizer import MuonClip
 class MuonClipFactory:
     """Makes a `MuonClip` for the Trainer, which calls it with the model:
 
-        Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=2e-4, weight_decay=0.1, tau=100.0)))
+        Trainer(…, optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=5e-3, weight_decay=0.1, tau=100.0)))
 
     It needs transformers 5.2. The options are `MuonClip`'s; `lr` and `weight_decay` have no default here, because those
     of `TrainingArguments` do not reach it. The Trainer's schedule, gradient clipping, accumulation and checkpoints work

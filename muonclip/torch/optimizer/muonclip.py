@@ -93,14 +93,15 @@ class Muon(MatrixOptimizer):
 class MuonClip(MatrixOptimizer, Generic[Clip]):
     """Kimi K2's optimizer (arXiv 2507.20534, Algorithm 1), a replacement for `AdamW(model.parameters(), …)`:
 
-        optimizer = MuonClip(model, lr=2e-4, weight_decay=0.1)
+        optimizer = MuonClip(model, lr=5e-3, weight_decay=0.1)
         print(optimizer.plan)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     - `model`: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given
       or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's; `plan` says which and why.
     - `lr`: the rate of both halves, per step. `weight_decay`: decoupled, times the rate. With the default
-      `adjust_lr_fn` a rate and decay tuned for AdamW carry over (Moonlight, arXiv 2502.16982).
+      `adjust_lr_fn` updates have the RMS of AdamW's (Moonlight, arXiv 2502.16982): its decay carries over, and rates
+      from its own, in large runs, to five times that in small ones.
     - `per_head`: every head of q, k (and v) is a matrix of its own.
     - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step.
     - `qk_clip`: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
