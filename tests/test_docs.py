@@ -48,7 +48,8 @@ SWEEP = ROOT / "docs" / "architectures" / "sweep.md"  # of docs/architectures.md
 SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
 CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
 COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
-INCLUDED = {READING, SPEED, SCALING, SWEEP, COLLECTIVES}
+RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
+INCLUDED = {READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 

@@ -12,7 +12,13 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("muonclip", "benchmarks") for path in (ROOT / room).rglob("*.py"))
 GENERATED = {
     ROOT / "docs" / name
-    for name in ("architectures/sweep.md", "evidence/reading.md", "optax-speed/cpu.md", "scaling/scaling.md")
+    for name in (
+        "architectures/sweep.md",
+        "evidence/rates.md",
+        "evidence/reading.md",
+        "optax-speed/cpu.md",
+        "scaling/scaling.md",
+    )
 }
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path not in GENERATED]
 FENCE = re.compile(r"^( *)```.*\n(?:.*\n)*?\1```$", re.MULTILINE)

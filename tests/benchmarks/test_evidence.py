@@ -209,9 +209,10 @@ def test_the_committed_figures_are_those_of_the_text():
     folder = ROOT / "docs" / "evidence"
     written = {
         name: metrics.from_json(json.loads((folder / f"{name}.json").read_text()))
-        for name in ("sweep", "efficiency", "clip-cost", "hot")
+        for name in ("sweep", "rates", "efficiency", "clip-cost", "hot")
     }
     assert (folder / "reading.md").read_text() == read_evidence(written)
+    assert (folder / "rates.md").read_text() == read_rates(written["rates"])
     for entry in written.values():
         assert entry["environment"]["command"].startswith("python -m benchmarks evidence")
         assert len(entry["config"]["seeds"]) >= 3

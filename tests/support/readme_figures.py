@@ -35,7 +35,7 @@ def _read(name: str) -> dict:
 
 
 def _rates() -> str:
-    return "\n" + read_rates(_read("evidence/rates.json"))
+    return "\n" + read_rates(_read("evidence/rates.json")) + "\n"
 
 
 def _cost() -> str:
