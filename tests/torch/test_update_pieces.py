@@ -1,6 +1,7 @@
 """The update in pieces that stay in the cache, and symmetric products by halves."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,3 +240,29 @@ def test_the_plan_prints_the_form():
     assert "1 × (64×64)     bfloat16, standard form" in text
     operations = 3 * 4 * 256**2 * 1024 + 11 * 2 * 256**3 + 5 * 6 * 64**3
     assert f"{operations / 1e9:.3g} GFLOP" in text
+
+
+def placed(**options):
+    iteration = NewtonSchulzConfig(torch.float32, "jordan", None)
+    return PlacedParameter("w", (4, 6), MatrixLayout(), iteration, placements=(Replicate(),), **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plan(3), "parameters=3 is a int"),
+        (lambda: plan("x"), "parameters='x' is a str"),
+        (lambda: plan([placed(), None]), r"parameters\[1\]=None is a NoneType"),
+        (lambda: plan([placed()], workspace_bytes=0), "workspace_bytes=0"),
+        (lambda: plan([placed()], workspace_bytes="1"), "workspace_bytes='1'"),
+        (lambda: plan([replace(placed(), placements=())]), r"w: placements=\(\) must be one for each of the 1 axes"),
+        (lambda: execute_module.execute(3, [], {}), "update_plan=3 is a int"),
+        (lambda: execute_module.execute(plan([placed()]), None, {}), "steps=None is a NoneType"),
+        (lambda: execute_module.execute(plan([placed()]), [], {}), "0 steps for a plan of 1 parameters"),
+        (lambda: execute_module.execute(plan([placed()]), [None], {}), "positions lacks"),
+        (lambda: execute_module.execute(plan([placed()]), [None], 3), "positions=3 is a int"),
+    ],
+)
+def test_plans_and_steps_of_another_kind_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.core import Products, iterate, normalize
+from muonclip.core.arguments import check_kind
 from muonclip.core.index_ranges import length
 from muonclip.torch.mesh import Mesh, RankPosition
 from muonclip.torch.update.normalization import normalized
@@ -29,8 +30,19 @@ from muonclip.torch.update.stages import ParameterStep, SegmentStep
 def execute(update_plan: UpdatePlan, steps: Sequence[ParameterStep], positions: Mapping[Mesh, RankPosition]) -> None:
     """Update all parameters once; `steps` in the order of the plan's, `positions`: of this rank, by mesh.
 
-    Every rank of a mesh must call it with the same plan.
+    Every rank of a mesh must call it with the same plan. Raises TypeError and ValueError, before anything moves, for
+    what is of another kind, and for steps that are not one for each parameter.
     """
+    check_kind("update_plan", update_plan, UpdatePlan, "what `plan` returns")
+    check_kind("steps", steps, Sequence, "a list of ParameterSteps")
+    check_kind("positions", positions, Mapping, "a dict with this rank's position in each mesh")
+    if len(steps) != len(update_plan.parameters):
+        raise ValueError(
+            f"{len(steps)} steps for a plan of {len(update_plan.parameters)} parameters; give one for each."
+        )
+    for mesh in {each.bucket.mesh for each in update_plan.rounds}:
+        if mesh not in positions:
+            raise ValueError(f"positions lacks {mesh}, a mesh of the plan.")
     mine = {each.slot: each for each in update_plan.rounds if each.bucket.has_part_on(positions[each.bucket.mesh])}
     running: list[Generator[None]] = []
     # Every rank passes every slot, so that all of them come to the collectives that they share in one order. The parts

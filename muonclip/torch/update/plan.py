@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from muonclip.core.arguments import check_kind, check_whole
 from muonclip.core.text_table import table
 from muonclip.torch.mesh import Mesh
 from muonclip.torch.update.cost_model import matrices_at_once
@@ -98,10 +99,19 @@ def plan(parameters: Sequence[PlacedParameter], workspace_bytes: int | None = No
 
     In each bucket every owner gets the same number; the rest goes to those that have the least to do. Owners iterate
     at most `workspace_bytes` (None: 256 MiB), counted in float32, at once. Raises ValueError, naming the parameter, for
-    placements that are neither `Replicate` nor a shard.
+    placements that are neither `Replicate` nor a shard, or not one for each axis of the mesh.
     """
+    check_kind("parameters", parameters, Sequence, "a list of PlacedParameters")
+    if workspace_bytes is not None:
+        check_whole("workspace_bytes", workspace_bytes)
     buckets: dict[Bucket, list[Segment]] = {}
     for index, parameter in enumerate(parameters):
+        check_kind(f"parameters[{index}]", parameter, PlacedParameter, "a PlacedParameter")
+        if len(parameter.placements) != len(parameter.mesh.shape):
+            raise ValueError(
+                f"{parameter.name}: placements={parameter.placements} must be one for each of the "
+                f"{len(parameter.mesh.shape)} axes of its mesh."
+            )
         try:
             found = matrix_shards(parameter.shape, parameter.layout, parameter.placements, parameter.mesh.shape)
         except ValueError as error:
