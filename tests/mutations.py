@@ -2558,6 +2558,13 @@ MUTATIONS = (
         tests_of("torch/test_monitor.py", "test_matrices_are_those_of_linear_algebra"),
     ),
     Mutation(
+        "evaluation-clips",
+        "What a monitor sees in an evaluation counts for the next step of the training.",
+        "clip.reset()  # the next step",
+        "pass  # the next step",
+        tests_of("torch/test_monitor.py", "test_an_evaluation_is_no_forward_of_the_training"),
+    ),
+    Mutation(
         "half-precision-gauge",
         "Powers of two are tried in float16, where small numbers lose bits.",
         "self._keeps_graph, self._widens = False, _is_half(model)",

@@ -39,7 +39,7 @@ for _ in (bar := trange(150)):
 panels = {
     "largest logit of each layer": [name for name in logged[0] if name.startswith("bound/")],
     "update over weight, ‖ΔW‖ / ‖W‖": ["relative_update.max", "relative_update.median"],
-    "largest singular value of a weight": ["weight_norm.max", "weight_norm.median"],
+    "largest singular value of a weight": ["weight_spectral_norm.max", "weight_spectral_norm.median"],
 }
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
 for axis, (title, names) in zip(axes, panels.items(), strict=True):

@@ -66,7 +66,7 @@ class QKClipCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        inner = _unwrapped(optimizer)
         self._clip = self._given if self._given is not None else getattr(inner, "qk_clip", None)
         self._extremes = None
         if self._clip is None:
@@ -104,9 +104,7 @@ class QKClipCallback(TrainerCallback):
         values |= {"bound": bound, "clipped_heads": clipped_heads, "min_gamma": -negative_gamma}
         if max_logit > -math.inf:
             values["max_logit"] = max_logit
-        values = {self._prefix + name: value for name, value in values.items()}
-        logs.update(values)
-        state.log_history[-1].update(values)
+        _add({self._prefix + name: value for name, value in values.items()}, logs, state)
 
 
 class MonitorCallback(TrainerCallback):
@@ -128,7 +126,9 @@ class MonitorCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.monitor = Monitor(model, getattr(optimizer, "optimizer", optimizer), **self._options)
+        if self.monitor is not None:  # of a training that was interrupted
+            self.monitor.remove()
+        self.monitor = Monitor(model, _unwrapped(optimizer), **self._options)
 
     def on_log(
         self,
@@ -140,15 +140,24 @@ class MonitorCallback(TrainerCallback):
     ) -> None:
         if self.monitor is None or logs is None or "loss" not in logs:
             return  # of an evaluation, or the summary at the end
-        values = self.monitor.scalars(self._prefix)
-        logs.update(values)
-        state.log_history[-1].update(values)
+        _add(self.monitor.scalars(self._prefix), logs, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.monitor is not None:
             self.monitor.remove()
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside of accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _add(values: dict[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    """Add numbers to what is being logged, and to the history, which the Trainer writes first."""
+    logs.update(values)
+    state.log_history[-1].update(values)
 
 
 def _extremes(clip: QKClip) -> Tensor:

@@ -1,5 +1,6 @@
 """What is watched: logits against a dense probe, matrices against linear algebra; nothing of the training changes."""
 
+import contextlib
 import copy
 import math
 
@@ -122,7 +123,7 @@ def test_matrices_are_those_of_linear_algebra(optimizer):
             of = {field: getattr(seen[name], field)[index].item() for field in seen[name].__slots__}
             assert of["relative_update"] == pytest.approx((moved.norm() / old.norm()).item(), rel=1e-4)
             assert of["update_rms"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-4)
-            for field, matrix in (("weight_norm", new), ("update_norm", moved)):
+            for field, matrix in (("weight_spectral_norm", new), ("update_spectral_norm", moved)):
                 sigma = torch.linalg.matrix_norm(matrix, 2).item()
                 assert 0.85 * sigma < of[field] <= sigma * (1 + 1e-5)
             rank = (new.norm() / torch.linalg.matrix_norm(new, 2)).square().item()
@@ -175,6 +176,64 @@ def test_logits_of_an_evaluation():
     model(data(2)).sum().backward()
     with pytest.raises(RuntimeError, match="a forward of the training was observed"):
         monitor.evaluate(data(7))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_evaluation_is_no_forward_of_the_training(raises):
+    """The next step clips by its own forward alone, whatever the evaluation saw, and however it ended."""
+    results = []
+    for evaluated in (False, True):
+        model, own = made("muonclip")
+        step(model, own, 0)
+        if evaluated:
+            with torch.no_grad():
+                model.embedding.weight.mul_(20)
+                hook = model.up.register_forward_hook(lambda *_: 1 / 0) if raises else None
+                with pytest.raises(ZeroDivisionError) if raises else contextlib.nullcontext():
+                    Monitor(model, own).evaluate(data(5))
+                if hook:
+                    hook.remove()
+                model.embedding.weight.div_(20)
+        step(model, own, 1)
+        results.append(own.qk_clip.report().to_dict()["layers"])
+    for one, other in zip(*(each.values() for each in results), strict=True):
+        assert one["max_logits"] == pytest.approx(other["max_logits"], rel=1e-5)
+        assert one["gamma"] == pytest.approx(other["gamma"], rel=1e-5)
+
+
+def test_a_clip_that_is_there_is_shown_and_goes_on():
+    model, own = made("adamw")
+    clip = QKClip(model, tau=0.2, observe="always")
+    clip.attach(own)
+    monitor = Monitor(model, own, clip=clip)
+    step(model, own, 0)
+    assert clip.report().clipped_heads
+    assert monitor.scalars("")["max_logit"] == clip.report().max_logit
+    monitor.remove()
+    step(model, own, 1)
+    assert clip.report().steps == 2
+
+
+def test_weights_before_a_step_that_failed_are_not_compared_with_later_ones():
+    model, own = made("adamw")
+    monitor = Monitor(model, own, every=2, logits=False)
+    failing = own.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(model, own, 0)
+    failing.remove()
+    step(model, own, 1)
+    assert monitor.matrices() == {}
+    step(model, own, 2)
+    assert monitor.matrices()
+
+
+def test_sharded_matrices_are_refused_before_anything_is_put_on(monkeypatch):
+    monkeypatch.setattr("muonclip.torch.monitor.monitor.is_dtensor", lambda parameter: parameter.ndim > 1)
+    model, own = made("adamw")
+    with pytest.raises(ValueError, match=r"embedding\.weight is sharded.*matrices=False"):
+        Monitor(model, own)
+    assert not own._optimizer_step_pre_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_removed_it_leaves_nothing():

@@ -18,16 +18,16 @@ class MatrixStatistics:
 
     - `relative_update`: ‖ΔW‖ / ‖W‖ in the Frobenius norm, W before the step; 0 where both are 0.
     - `update_rms`: the root mean square of the entries of ΔW, not divided by the rate.
-    - `weight_norm`, `update_norm`: the largest singular values of W after the step and of ΔW, by eight power iterations
-      from a random vector: lower bounds, within a few percent for spectra of weights and updates.
+    - `weight_spectral_norm`, `update_spectral_norm`: the largest singular values of W after the step and of ΔW; lower
+      bounds, by eight power iterations from a random vector.
     - `stable_rank`: ‖W‖² / σ², from 1 to the smaller side; an upper bound, as σ is a lower one.
     - `momentum_norm`: the Frobenius norm of the momentum (`momentum_buffer`, `exp_avg`); NaN without one.
     """
 
     relative_update: Tensor
     update_rms: Tensor
-    weight_norm: Tensor
-    update_norm: Tensor
+    weight_spectral_norm: Tensor
+    update_spectral_norm: Tensor
     stable_rank: Tensor
     momentum_norm: Tensor
 
@@ -49,13 +49,15 @@ def _matrices(layout: MatrixLayout, x: Tensor) -> list[Tensor]:
 def _of_group(before: Tensor, after: Tensor, momentum: Tensor | None) -> tuple[Tensor, ...]:
     update = after - before
     size, moved, now = (each.square().sum((1, 2)).sqrt() for each in (before, update, after))
-    weight_norm, update_norm = _largest_singular_values(after), _largest_singular_values(update)
+    weight_spectral_norm, update_spectral_norm = _largest_singular_values(after), _largest_singular_values(update)
     relative = moved / size.masked_fill((size == 0) & (moved == 0), 1)
-    rank = (now / weight_norm.masked_fill(now == 0, 1)).square()
+    rank = (now / weight_spectral_norm.masked_fill(now == 0, 1)).square()
     nothing = torch.full_like(size, torch.nan)
     momentum_norm = nothing if momentum is None else momentum.square().sum((1, 2)).sqrt()
     rms = update.square().mean((1, 2)).sqrt()
-    return tuple(each.float() for each in (relative, rms, weight_norm, update_norm, rank, momentum_norm))
+    return tuple(
+        each.float() for each in (relative, rms, weight_spectral_norm, update_spectral_norm, rank, momentum_norm)
+    )
 
 
 def _largest_singular_values(x: Tensor) -> Tensor:

@@ -36,10 +36,11 @@ class Monitor:
       clip already, whose observation is shown, with heads under τ as bounds; next to others every maximum is exact.
     - `every`: steps from one look at the matrices to the next. Such a step copies the weights that have gradients.
     - `logits`, `matrices`: what is watched.
+    - `clip`: the QKClip that is on the model already, next to another optimizer than MuonClip; without it a second one
+      would take its place, and its next step raise.
 
     Matrices are logical ones: each expert, head that is a matrix of its own, and fused block. The host waits for the
-    device only in `scalars` and the like. A Monitor replaces a QKClip that is on the model already; give that one to
-    `MuonClip`, or watch with `logits=False`.
+    device only in `scalars` and the like.
 
     Raises ValueError for wrong arguments, for sharded matrices (`matrices=False` watches the logits of such models),
     and for attention that is not understood, here or in the first forward.
@@ -53,6 +54,7 @@ class Monitor:
         every: int = 1,
         logits: bool = True,
         matrices: bool = True,
+        clip: QKClip | None = None,
     ) -> None:
         check_kind("model", model, nn.Module, "a torch.nn.Module")
         check_kind("optimizer", optimizer, Optimizer, "a torch optimizer, whose steps are watched")
@@ -60,17 +62,23 @@ class Monitor:
         check_flag("logits", logits)
         check_flag("matrices", matrices)
         self._model, self._optimizer, self._every = model, optimizer, every
-        self._clip: QKClip | None = None
-        self._steps, self._before = 0, {}
+        if clip is not None:
+            check_kind("clip", clip, QKClip, "the QKClip of the model, or None")
+        if matrices:
+            _check_whole(model)
+        self._steps = 0
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._statistics: dict[str, MatrixStatistics] = {}
-        self._hooks: list[Any] = []
-        if logits and isinstance(optimizer, MuonClip):
-            self._clip = optimizer.qk_clip
-        elif logits:
-            self._clip = QKClip(model, tau=math.inf, observe="always", required=False)
-            self._hooks.append(self._clip.attach(optimizer))
         self._layouts: dict[str, MatrixLayout] = {}
         self._known = -1  # the version of the attentions that the layouts are made with
+        self._hooks: list[Any] = []
+        self._clip = optimizer.qk_clip if clip is None and isinstance(optimizer, MuonClip) else clip
+        self._clip_is_own = logits and self._clip is None and not isinstance(optimizer, MuonClip)
+        if self._clip_is_own:
+            self._clip = QKClip(model, tau=math.inf, observe="always", required=False)
+            self._hooks.append(self._clip.attach(optimizer))
+        elif not logits:
+            self._clip = None
         if matrices:
             self._refresh()
             watcher = weakref.WeakMethod(self._begin), weakref.WeakMethod(self._end)
@@ -86,7 +94,7 @@ class Monitor:
 
         `max_logit` and `bound` of the last step; of the matrices the largest and the median of each statistic,
         `relative_update.max`, … . `details`: also the largest of each parameter, `relative_update/layers.0.up.weight`,
-        and of each attention, `max_logit/layers.0.attn`.
+        and of each attention, `bound/layers.0.attn`.
         """
         values: dict[str, float] = {}
         if self._clip is not None and self._clip.last_layers:
@@ -116,11 +124,12 @@ class Monitor:
             raise ValueError("logits are not watched: Monitor(…, logits=True), next to an optimizer with a clip.")
         if any(bool(state.observed) for state in clip.attentions.states()):
             raise RuntimeError("a forward of the training was observed, and its step is to come; evaluate after it.")
-        with _evaluating(self._model):
-            self._model(*args, **kwargs)
-        states = clip.attentions.states()
-        maxima = JointMaxima.from_states(states, clip.attentions.device)
-        clip.reset()
+        try:
+            with _evaluating(self._model):
+                self._model(*args, **kwargs)
+            maxima = JointMaxima.from_states(clip.attentions.states(), clip.attentions.device)
+        finally:
+            clip.reset()  # the next step must not take this for a forward of the training
         return dict(zip(clip.projections, maxima.upper_bound.split(maxima.sizes), strict=True))
 
     def remove(self) -> None:
@@ -128,12 +137,13 @@ class Monitor:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._clip is not None and not isinstance(self._optimizer, MuonClip):
+        if self._clip is not None and self._clip_is_own:
             self._clip.remove()
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Keep the weights that are about to move."""
+        """Keep the weights that are about to move; those of a step that failed are forgotten."""
+        self._before = {}
         if self._steps % self._every == 0:
             self._refresh()
             held = {
@@ -166,15 +176,16 @@ class Monitor:
 
 def _layouts_of(model: nn.Module, clip: QKClip | None) -> dict[str, MatrixLayout]:
     """Return how each parameter with at least two axes is read as matrices, by name."""
-    projections = {} if clip is None else clip.projections
-    named = dict(model.named_parameters())
-    sharded = [name for name, parameter in named.items() if is_dtensor(parameter)]
-    if sharded:
-        raise ValueError(
-            f"{sharded[0]} is sharded, and matrices are looked at whole; Monitor(…, matrices=False) watches the logits."
-        )
-    lines = plan_module(model, projections, per_head=False)
+    lines = plan_module(model, {} if clip is None else clip.projections, per_head=False)
     return {line.name: line.layout or default_layout(line.shape) for line in lines if len(line.shape) >= 2}
+
+
+def _check_whole(model: nn.Module) -> None:
+    sharded = next((name for name, parameter in model.named_parameters() if is_dtensor(parameter)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded, and matrices are looked at whole; Monitor(…, matrices=False) watches the logits."
+        )
 
 
 @contextmanager
