@@ -235,13 +235,15 @@ def test_ranks_share_their_maxima(tmp_path):
         "from muonclip.selftest.outcomes import Part, outcomes_of\n"
         "from muonclip.selftest.steps import collective\n"
         "import torch.distributed as dist\n"
+        "def say(outcome):  # in one write, since the ranks share a pipe\n"
+        "    os.write(1, f\"{os.environ['RANK']} {outcome}\\n\".encode())\n"
         "dist.init_process_group('gloo')\n"
         "for outcome in outcomes_of([Part('ranks', collective)], 'cpu', float('inf')):\n"
-        "    print(os.environ['RANK'], outcome, flush=True)\n"
+        "    say(outcome)\n"
         "reduce = dist.all_reduce\n"
         "dist.all_reduce = lambda tensor, *args, **options: reduce(tensor.clone(), *args, **options)\n"
         "for outcome in outcomes_of([Part('ranks', collective)], 'cpu', float('inf')):\n"
-        "    print(os.environ['RANK'], outcome, flush=True)\n"
+        "    say(outcome)\n"
         "dist.destroy_process_group()\n",
         encoding="utf-8",
     )
