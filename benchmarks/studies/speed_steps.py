@@ -121,7 +121,7 @@ def _arm(
 
     if name != TORCH:
         optimizer = (
-            MuonClip(model, LR, DECAY)
+            MuonClip(model, LR, DECAY, adamw={"fused": True})
             if name == OURS
             else torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
         )

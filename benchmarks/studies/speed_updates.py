@@ -135,7 +135,11 @@ def _ours(weights: Sequence[Weight], gradients: Sequence[Tensor]) -> Arm:
     layouts = [each.layout for each in weights if each.layout is not None]
     groups: list[dict[str, Any]] = [{"params": muon, "use": "muon", "layout": layouts}]
     groups += [{"params": rest, "use": "adamw"}] if rest else []
-    return Arm(parameters, [g.clone() for g in gradients], MuonClip(groups, LR, DECAY, qk_clip=None).step)
+    return Arm(
+        parameters,
+        [g.clone() for g in gradients],
+        MuonClip(groups, LR, DECAY, adamw={"fused": True}, qk_clip=None).step,
+    )
 
 
 def _peer(
