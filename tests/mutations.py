@@ -1994,8 +1994,8 @@ MUTATIONS = (
     Mutation(
         "root-of-the-wrong-thing",  # 13
         "The scale is √(0.2 · max) for 0.2 · √max.",
-        "return 0.2 * math.sqrt(max(fan_out, fan_in))",
-        "return math.sqrt(0.2 * max(fan_out, fan_in))",
+        "return MOONLIGHT_RMS * math.sqrt(max(fan_out, fan_in))",
+        "return math.sqrt(MOONLIGHT_RMS * max(fan_out, fan_in))",
         tests_of("core/test_schedules_and_scale.py", "test_update_scales"),
     ),
     Mutation(
@@ -2004,6 +2004,20 @@ MUTATIONS = (
         "return math.sqrt(max(1.0, fan_out / fan_in))",
         "return math.sqrt(max(1.0, fan_in / fan_out))",
         tests_of("core/test_schedules_and_scale.py", "test_update_scales"),
+    ),
+    Mutation(
+        "unclamped-scale-clamped",
+        "The unclamped spectral scale is 1 for wide matrices.",
+        "            return math.sqrt(fan_out / fan_in)\n",
+        "            return math.sqrt(max(1.0, fan_out / fan_in) * 1)\n",
+        tests_of("core/test_schedules_and_scale.py", "test_update_scales"),
+    ),
+    Mutation(
+        "rms-of-the-wrong-beta",
+        "The RMS of AdamW's updates has its two sums exchanged.",
+        "return math.sqrt((1 - beta1) / (1 + beta1))",
+        "return math.sqrt((1 + beta1) / (1 - beta1))",
+        tests_of("core/test_schedules_and_scale.py", "test_the_closed_form_is_the_rms_of_adamw_under_noise"),
     ),
     Mutation(
         "repeats-of-blocks-not-gathered",

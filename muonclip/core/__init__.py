@@ -19,7 +19,7 @@ from muonclip.core.newton_schulz import (
 from muonclip.core.polar_express import polar_express
 from muonclip.core.qk_clip import ClipFactors, clip_factors
 from muonclip.core.schedules import WarmupConstantCosine
-from muonclip.core.update_scale import update_scale
+from muonclip.core.update_scale import adamw_update_rms, update_scale
 
 __all__ = [
     "COEFFICIENT_SETS",
@@ -28,6 +28,7 @@ __all__ = [
     "MatrixLayout",
     "Products",
     "WarmupConstantCosine",
+    "adamw_update_rms",
     "clip_factors",
     "gram_newton_schulz",
     "iterate",

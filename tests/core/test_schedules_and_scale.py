@@ -2,10 +2,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
-from muonclip.core import WarmupConstantCosine, update_scale
+from muonclip.core import WarmupConstantCosine, adamw_update_rms, update_scale
 
 
 def test_warms_up_stays_and_decays():
@@ -57,9 +58,26 @@ def test_update_scales():
     assert update_scale(12, 3, "original") == 2.0
     assert update_scale(9, 4, "match_rms_adamw") == update_scale(4, 9, "match_rms_adamw") == pytest.approx(0.6)
     assert update_scale(9, 4, 0.3) == 0.3
+    assert (update_scale(12, 3, "spectral_unclamped"), update_scale(3, 12, "spectral_unclamped")) == (2.0, 0.5)
+    assert update_scale(9, 4, ("match_rms_adamw", 0.18)) == update_scale(9, 4, ["match_rms_adamw", 0.18]) == 0.18 * 3
+    assert update_scale(4, 9, "match_rms_adamw_closed_form") == adamw_update_rms(0.9) * 3
 
 
-@pytest.mark.parametrize("wrong", ["match_rms", 0, -1.0, math.inf, math.nan])
+def test_the_closed_form_is_the_rms_of_adamw_under_noise():
+    """AdamW's two moments, on gradients that are noise alone."""
+    rng, first, second, squares = np.random.default_rng(0), np.zeros(200), np.ones(200), []
+    for step in range(4000):
+        gradient = rng.normal(size=200)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        if step > 1000:
+            squares.append((first**2 / second).mean())
+    assert np.mean(squares) ** 0.5 == pytest.approx(adamw_update_rms(), rel=0.02)
+    assert adamw_update_rms() == pytest.approx(0.2294, abs=1e-4)
+    with pytest.raises(ValueError, match="beta1=1.0 must be in"):
+        adamw_update_rms(1.0)
+
+
+@pytest.mark.parametrize("wrong", ["match_rms", 0, -1.0, math.inf, math.nan, ("original", 0.2), ("match_rms_adamw", 0)])
 def test_unknown_scales_are_refused(wrong):
     with pytest.raises(ValueError, match="adjust_lr_fn="):
         update_scale(2, 2, wrong)

@@ -38,7 +38,7 @@ def run(tx, gradients, jit=jax.jit):
     nesterov=st.booleans(),
     beta=st.floats(0, 0.99),
     coefficients=st.sampled_from(["jordan", "polar_express", "deepseek_v4", (3.4, -4.7, 2.0)]),
-    adjust=st.sampled_from([None, "match_rms_adamw", 1.0, 0.3]),
+    adjust=st.sampled_from([None, "match_rms_adamw", "spectral_unclamped", ("match_rms_adamw", 0.18), 1.0, 0.3]),
     seed=st.integers(0, 10**6),
 )
 def test_trajectory_is_that_of_numpy_with_an_svd(shape, nesterov, beta, coefficients, adjust, seed):

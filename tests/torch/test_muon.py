@@ -321,6 +321,29 @@ def test_loads_torch_s_state_and_goes_on_from_it():
     torch.optim.Muon(clones(theirs)).load_state_dict(loaded.state_dict())
 
 
+def test_a_state_of_torch_s_muon_brings_the_unclamped_scale():
+    """torch 2.14 knows the name; before it no state has it, and only the group differs."""
+    params = parameters((6, 10), (10, 6), dtype=torch.float64)
+    theirs = torch.optim.Muon(clones(params), lr=0.1, weight_decay=0.3)
+    set_gradients(theirs.param_groups[0]["params"], 0)
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"][0]["adjust_lr_fn"] = "spectral_unclamped"
+    ours = Muon(params)
+    ours.load_state_dict(saved)
+    for p, buffer in zip(params, [saved["state"][i]["momentum_buffer"] for i in (0, 1)], strict=True):
+        set_gradients([p], 1)
+        expected, _ = muon_step(
+            p.detach().numpy().copy(), buffer.numpy().copy(), p.grad.numpy(), lr=0.1, weight_decay=0.3, mu=0.95,
+            nesterov=True, coefficients=resolve_coefficients("jordan"), scale=(p.shape[0] / p.shape[1]) ** 0.5,
+        )  # fmt: skip
+        p.expected = expected
+    ours.step()
+    for p in params:
+        np.testing.assert_allclose(p.detach(), p.expected, atol=1e-9)
+    assert ours.state_dict()["param_groups"][0]["adjust_lr_fn"] == "spectral_unclamped"
+
+
 def test_torch_s_state_brings_torch_s_floor():
     (p,), (q,) = parameters((32, 48)), parameters((32, 48))
     theirs = torch.optim.Muon([q], lr=1.0, weight_decay=0.0)
