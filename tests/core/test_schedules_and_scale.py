@@ -73,7 +73,7 @@ def test_the_closed_form_is_the_rms_of_adamw_under_noise():
             squares.append((first**2 / second).mean())
     assert np.mean(squares) ** 0.5 == pytest.approx(adamw_update_rms(), rel=0.02)
     assert adamw_update_rms() == pytest.approx(0.2294, abs=1e-4)
-    with pytest.raises(ValueError, match="beta1=1.0 must be in"):
+    with pytest.raises(ValueError, match=r"beta1=1\.0 must be in"):
         adamw_update_rms(1.0)
 
 
