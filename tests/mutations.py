@@ -587,8 +587,8 @@ MUTATIONS = (
     Mutation(
         "observation-not-forgotten",  # 37
         "A step leaves its maxima for the next one.",
-        "            self.reset()  # interrupted, too",
-        "            pass  # interrupted, too",
+        "            try:\n                self.reset()\n            except BaseException:  #",
+        "            try:\n                pass\n            except BaseException:  #",
         tests_of("torch/test_qk_clip.py", "test_gamma_uses_the_maximum_of_all_forwards_since_the_last_step"),
     ),
     Mutation(
@@ -2266,8 +2266,8 @@ MUTATIONS = (
     Mutation(
         "steps-counted-in-the-default-dtype",  # 39
         "AdamW's count of steps has torch's default dtype: in bfloat16 it stops at 256.",
-        'state["step"] = torch.zeros((), dtype=torch.float32, device=device)',
-        'state["step"] = torch.zeros((), device=device)',
+        "step = torch.zeros((), dtype=torch.float32, device=device)",
+        "step = torch.zeros((), device=device)",
         tests_of("torch/test_defaults.py", "test_the_count_of_steps_goes_on_as_torch_s_does"),
     ),
     Mutation(
@@ -2323,9 +2323,72 @@ MUTATIONS = (
     Mutation(
         "interrupted-clip-scales-twice",
         "What was observed is kept when the clip is interrupted, so that scaled heads get their factor once more.",
-        "        finally:\n            self.reset()",
-        "        finally:\n            pass\n        self.reset()",
+        "        finally:\n            try:\n                self.reset()\n",
+        "        finally:\n            pass\n        if True:\n            try:\n                self.reset()\n",
         tests_of("torch/test_stages.py", "test_a_clip_that_is_interrupted_gives_no_head_its_factor_twice"),
+    ),
+    Mutation(
+        "interrupted-in-forgetting",
+        "An interrupt while the clip forgets leaves what some attentions observed, whose heads are scaled already.",
+        "            except BaseException:  # in this, too",
+        "            except ZeroDivisionError:  # in this, too",
+        tests_of("torch/test_interrupts.py", "test_an_interrupt_at_every_second_operator_leaves_what_the_page_says[1]"),
+    ),
+    Mutation(
+        "averages-half-made",
+        "An interrupt between the states of a parameter in AdamW's half leaves one of them, and no step is made again.",
+        "state.update(step=step, exp_avg",
+        'state["step"] = step\n        state.update(exp_avg',
+        tests_of("torch/test_interrupts.py", "test_an_interrupt_at_every_second_operator_leaves_what_the_page_says[0]"),
+    ),
+    Mutation(
+        "counts-of-heads-half-made",
+        "An interrupt in the first step leaves counts of no heads under the names of all, and no step is made again.",
+        "            tensors = torch.full_like(maxima, torch.inf), ",
+        "            self._names, self._sizes = names, sizes\n"
+        "            tensors = torch.full_like(maxima, torch.inf), ",
+        tests_of("torch/test_interrupts.py", "test_an_interrupt_at_every_second_operator_leaves_what_the_page_says[0]"),
+    ),
+    Mutation(
+        "a-diverged-checkpoint-is-loaded",
+        "NaN or infinity in the states of a checkpoint is loaded, and the next step makes weights NaN.",
+        "if not (math.isfinite(low) and math.isfinite(high)):",
+        "if False:",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced"
+        ),
+    ),
+    Mutation(
+        "negative-squares-are-loaded",
+        "A mean of squares below zero is loaded, of which the next step takes the root.",
+        'if part == "exp_avg_sq" and low < 0:',
+        "if False:",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced"
+        ),
+    ),
+    Mutation(
+        "graphs-on-the-cpu",
+        "A checkpoint for CUDA graphs is loaded on the CPU, and the step refuses it.",
+        'own.capturable and each.parameter.device.type == "cpu"',
+        "False",
+        tests_of(
+            "torch/test_all_or_nothing.py", "test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced"
+        ),
+    ),
+    Mutation(
+        "half-made-keeps-its-hooks",
+        "The hooks of an optimizer that was not made stay on the model, as long as the error does.",
+        "                self.qk_clip.attentions.withdraw()",
+        "                pass",
+        tests_of("torch/test_all_or_nothing.py", "test_a_construction_that_fails_leaves_the_model_as_it_was"),
+    ),
+    Mutation(
+        "half-made-ends-the-clip-before",
+        "A construction that fails ends the clip that was on the model.",
+        'other.__setstate__(other.__getstate__() | {"removed": ""})',
+        "pass",
+        tests_of("torch/test_all_or_nothing.py", "test_a_construction_that_fails_leaves_the_model_as_it_was"),
     ),
     Mutation(
         "groups-changed-by-hand",

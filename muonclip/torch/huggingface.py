@@ -8,6 +8,7 @@ Imported only where transformers is.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.training_args import TrainingArguments
 
 from muonclip.core.arguments import check_kind
 from muonclip.torch.clip import QKClip
-from muonclip.torch.monitor import Monitor
+from muonclip.torch.monitor import Monitor, check_options
 from muonclip.torch.optimizer import MuonClip
 
 
@@ -29,11 +30,26 @@ class MuonClipFactory:
 
     It needs transformers 5.2. The options are `MuonClip`'s; `lr` and `weight_decay` have no default here, because those
     of `TrainingArguments` do not reach it. The Trainer's schedule, gradient clipping, accumulation and checkpoints work
-    as with its own optimizers.
+    as with its own optimizers. Raises TypeError where one of them is missing and for options that there are not, and
+    what `MuonClip` raises.
     """
 
-    def __call__(self, model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> MuonClip:
-        return MuonClip(model, lr=lr, weight_decay=weight_decay, **options)
+    def __call__(
+        self, model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None, **options: Any
+    ) -> MuonClip:
+        check_kind("model", model, nn.Module, "the model, as the Trainer does")
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if value is None:
+                raise TypeError(
+                    f"{name!r} is missing, and that of TrainingArguments does not reach the optimizer. Write "
+                    "optimizer_cls_and_kwargs=(MuonClipFactory, dict(lr=…, weight_decay=…))."
+                )
+        unknown = options.keys() - inspect.signature(MuonClip).parameters.keys()
+        if unknown:
+            raise TypeError(
+                f"{min(unknown)!r} is not an option of MuonClip; see its documentation for those there are."
+            )
+        return MuonClip(model, **dict(options, lr=lr, weight_decay=weight_decay))
 
 
 class QKClipCallback(TrainerCallback):
@@ -67,7 +83,8 @@ class QKClipCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         inner = _unwrapped(optimizer)
-        self._clip = self._given if self._given is not None else getattr(inner, "qk_clip", None)
+        found = self._given if self._given is not None else getattr(inner, "qk_clip", None)
+        self._clip = found if isinstance(found, QKClip) else None
         self._extremes = None
         if self._clip is None:
             raise ValueError(
@@ -83,8 +100,8 @@ class QKClipCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._clip is None or getattr(optimizer, "step_was_skipped", False):
-            return
+        if self._clip is None or getattr(optimizer, "step_was_skipped", False) or not self._clip.last_layers:
+            return  # there may be nothing to clip
         extremes = _extremes(self._clip)
         self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
 
@@ -110,11 +127,24 @@ class QKClipCallback(TrainerCallback):
 class MonitorCallback(TrainerCallback):
     """Adds what a `Monitor` saw to the training logs of the Trainer, next to any optimizer; nothing is clipped.
 
-    `options`: those of `Monitor`. For the loggers of `report_to` see `QKClipCallback`. A log waits for the device.
+    `every`, `logits`, `matrices`, `clip`: those of `Monitor`. For the loggers of `report_to` see `QKClipCallback`. A
+    log waits for the device. Raises TypeError and ValueError for wrong arguments, and at the start of training what
+    `Monitor` raises.
     """
 
-    def __init__(self, prefix: str = "monitor/", **options: Any) -> None:
-        self._prefix, self._options = prefix, options
+    def __init__(
+        self,
+        prefix: str = "monitor/",
+        *,
+        every: int = 1,
+        logits: bool = True,
+        matrices: bool = True,
+        clip: QKClip | None = None,
+    ) -> None:
+        check_kind("prefix", prefix, str, "text for the names in the logs")
+        check_options(every=every, logits=logits, matrices=matrices, clip=clip)
+        self._prefix = prefix
+        self._options: dict[str, Any] = dict(every=every, logits=logits, matrices=matrices, clip=clip)
         self.monitor: Monitor | None = None
 
     def on_train_begin(
@@ -128,6 +158,7 @@ class MonitorCallback(TrainerCallback):
     ) -> None:
         if self.monitor is not None:  # of a training that was interrupted
             self.monitor.remove()
+        self.monitor = None
         self.monitor = Monitor(model, _unwrapped(optimizer), **self._options)
 
     def on_log(

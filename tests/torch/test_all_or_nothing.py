@@ -4,14 +4,16 @@ import copy
 import functools
 import math
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 from tiny_attention import TinyModel
 from torch import nn
-from unchanged import UnchangedByError, differences
+from torch.utils._python_dispatch import TorchDispatchMode
+from unchanged import Unchanged, UnchangedByError, differences
 
-from muonclip.torch import Muon, MuonClip
+from muonclip.torch import Monitor, Muon, MuonClip, QKClip
 
 
 def tokens(seed):
@@ -270,6 +272,30 @@ STATES = {  # what is wrong in a checkpoint, and what is said
     "sparse": (of("exp_avg", lambda s: s.update(exp_avg=s["exp_avg"].to_sparse())), "exp_avg of .* torch.sparse_coo"),
     "complex count": (of("exp_avg", lambda s: s.update(step=torch.tensor(1j))), "step of .* is torch.complex64"),
     "True for a count": (of("exp_avg", lambda s: s.update(step=True)), "step of .* is torch.bool"),
+    "negative squares": (
+        of("exp_avg", lambda s: s["exp_avg_sq"][:1].fill_(-0.5)),
+        "exp_avg_sq of .* holds -0.5, and is a",
+    ),
+    "squares NaN": (
+        of("exp_avg", lambda s: s["exp_avg_sq"][-1:].fill_(math.nan)),
+        "exp_avg_sq of .* holds nan: .*diverg",
+    ),
+    "squares infinite": (of("exp_avg", lambda s: s["exp_avg_sq"][:1].fill_(math.inf)), "exp_avg_sq of .* holds inf"),
+    "average NaN": (of("exp_avg", lambda s: s["exp_avg"][:1].fill_(math.nan)), "exp_avg of .* holds nan: .*diverged"),
+    "momentum NaN": (of("momentum_buffer", lambda s: s["momentum_buffer"][-1, -1].fill_(math.nan)), "holds nan: .*ear"),
+    "momentum −inf": (
+        of("momentum_buffer", lambda s: s["momentum_buffer"][0, 0].fill_(-math.inf)),
+        "momentum_buffer of 'layers.0.q.weight' in the checkpoint holds -inf: .*Nothing was loaded. Load an earlier",
+    ),
+    "NaN in float8": (
+        of("momentum_buffer", lambda s: s.update(momentum_buffer=(0 * MATRIX / 0).to(torch.float8_e5m2))),
+        r"is \(\(24, 10\), 'a plain|holds nan",
+    ),
+    "cycled NaN": (lambda saved: saved["param_groups"][1].update(momentum=math.nan), "group 1 .*momentum=nan must be"),
+    "for CUDA graphs": (
+        lambda saved: saved["param_groups"][1].update(capturable=True),
+        "group 1 of the checkpoint has capturable=True, .*embed.weight is on the CPU. Nothing was loaded. Set it to",
+    ),
     "text for a format": (lambda saved: saved["param_groups"][0].update(format="1"), "format '1', of a later release"),
 }
 
@@ -283,6 +309,39 @@ def test_a_checkpoint_that_is_wrong_is_refused_before_anything_is_replaced(wrong
     with unchanged(model, optimizer, said):
         optimizer.load_state_dict(saved)
     train(model, optimizer, [2])
+
+
+def test_the_state_that_is_said_to_be_wrong_may_be_left_out():
+    _, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][3]["momentum_buffer"].fill_(math.nan)
+    with pytest.raises(ValueError, match=r"holds nan.*take the state of this parameter out of the checkpoint"):
+        optimizer.load_state_dict(saved)
+    del saved["state"][3]
+    with pytest.warns(UserWarning, match="begin anew"):
+        optimizer.load_state_dict(saved)
+
+
+def test_the_numbers_of_a_checkpoint_are_read_once_and_waited_for_together():
+    """A float32 state of 1e20 or a float64 one of 1e300 is finite; what counts is each state's own dtype."""
+    model = square_layers().double()
+    optimizer = of_layers(model, (0, 1, 2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for part, value in state.items():
+            value.add_(1e300 if part == "exp_avg_sq" else 0)
+
+    calls = Counter()
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls[func.overloadpacket] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        optimizer.load_state_dict(saved)
+    assert calls[torch.ops.aten.aminmax] == 3 + 2 * 3
+    assert same(optimizer.state_dict(), saved)
 
 
 @pytest.mark.parametrize(
@@ -414,3 +473,53 @@ def test_a_renamed_model_with_fewer_groups_is_refused():
     fewer = MuonClip([dict(params=[("0.weight", model[0].weight)], use="muon")], qk_clip=None)
     with unchanged(model, fewer, "different number of parameter groups"):
         fewer.load_state_dict(saved)
+
+
+def hooked(model):
+    """The hooks and observers on a model, by module: as many as before are others after another clip's."""
+    return {
+        name: (dict(m._forward_hooks), dict(m._forward_pre_hooks), m.__dict__.get("_qk_observer"))
+        for name, m in model.named_modules()
+    }
+
+
+CONSTRUCTIONS = {  # what is made, and fails or is interrupted
+    "no attention": lambda m: MuonClip(m.lm_head, qk_clip="required"),
+    "per head without heads": lambda m: MuonClip(m.lm_head, per_head=True),
+    "example inputs": lambda m: QKClip(m.norm, example_inputs=torch.ones(3)),
+    "a group": lambda m: MuonClip(m, products="quack"),
+    "interrupted": lambda m: MuonClip(m),
+    "a role": lambda m: MuonClip(m, qk_clip=None),
+    "Monitor": lambda m: Monitor(m, torch.optim.AdamW(m.parameters())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:QK-Clip. nothing to clip")
+@pytest.mark.parametrize("before", ["nobody", "a clip"])
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_a_construction_that_fails_leaves_the_model_as_it_was(monkeypatch, construction, before):
+    """While the error, and with it what was half made, is still there."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(inner=TinyModel())).inner
+    clip = QKClip(model, tau=0.01, observe="always") if before == "a clip" else None
+    if construction in ("interrupted", "a role"):
+        monkeypatch.setattr(torch.optim.Optimizer, "__init__", interrupted)
+    if construction == "Monitor":
+        monkeypatch.setattr(Monitor, "_refresh", interrupted)
+    with Unchanged(model):
+        was = hooked(model)
+        with pytest.raises((ValueError, RuntimeError, KeyboardInterrupt)) as caught:
+            CONSTRUCTIONS[construction](model)
+        assert {name: tuple(map(len, each[:2])) for name, each in hooked(model).items()} == {
+            name: tuple(map(len, each[:2])) for name, each in was.items()
+        }
+        assert clip is not None or hooked(model) == was
+    if clip is not None:
+        model.loss(tokens(0)).backward()
+        clip.step()
+        assert clip.report().clipped_heads > 0
+    assert caught.tb is not None
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt

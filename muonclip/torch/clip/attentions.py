@@ -180,6 +180,11 @@ class ClipAttentions:
         if self._monitor is not None:
             self._monitor.remove("it was removed")
 
+    def withdraw(self) -> None:
+        """Leave a model, where what was to own these could not be made, as it was before they were."""
+        if self._monitor is not None:
+            self._monitor.withdraw()
+
     def refresh(self) -> None:
         """Put an optimizer's shards in place of the whole weights that FSDP may have left after a forward.
 
@@ -272,8 +277,19 @@ def attentions_of_model(
         model, projections, on_forward, clip_gains=clip_gains, ignored=ignored, required=required
     )
     attentions = ClipAttentions(projections, model, monitor)
-    attentions.set_threshold(threshold)
-    monitor.start()
+    monitor.threshold = threshold
+    try:
+        monitor.start()
+        _discover(monitor, example_inputs, declared=declared)
+    except BaseException:
+        monitor.withdraw()
+        raise
+    return attentions
+
+
+def _discover(
+    monitor: AttentionMonitor, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None, *, declared: bool
+) -> None:
     if example_inputs is not None:
         if isinstance(example_inputs, Mapping):
             monitor.discover(Inputs((), dict(example_inputs)))
@@ -284,7 +300,6 @@ def attentions_of_model(
         monitor.warn_of_nothing()
     elif not declared:
         monitor.discover_ahead()
-    return attentions
 
 
 def _modules_named(model: nn.Module, patterns: Collection[str]) -> list[str]:

@@ -100,10 +100,10 @@ class DeferredErrors:
         Take what was counted for other attentions before: their counts end here.
         """
         if self.names != names or self._counts.device != errors.device:
-            self.names = names
-            self._taken = torch.zeros(errors.shape, dtype=torch.int64, device="cpu")
-            self._counts = self._taken.to(errors.device, copy=True)
-            self._on_host = torch.zeros_like(self._taken, pin_memory=errors.device.type == "cuda")
+            taken = torch.zeros(errors.shape, dtype=torch.int64, device="cpu")
+            on_host = torch.zeros_like(taken, pin_memory=errors.device.type == "cuda")
+            self._counts = taken.to(errors.device, copy=True)
+            self._taken, self._on_host, self.names = taken, on_host, names  # behind what an interrupt may come into
         self._counts.add_(errors != 0)
         copy_to_host(self._on_host, self._counts)
         if errors.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():

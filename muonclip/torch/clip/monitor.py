@@ -43,7 +43,7 @@ from muonclip.torch.discover import (
     parameter_names,
 )
 from muonclip.torch.heads import QKProjection
-from muonclip.torch.logits import Unobservable, outside_modes, unobservable
+from muonclip.torch.logits import MaxLogits, Unobservable, outside_modes, unobservable
 from muonclip.torch.observe import (
     DECLARED,
     PATCHES,
@@ -109,14 +109,20 @@ class AttentionMonitor:
         self._guess: Inputs | None = None  # with which attention was found before the first forward
         self._names_at_guess: dict[str, str] = {}  # of its parameters, see parameter_names
         self._is_first_step = True
+        self._replaced: list[weakref.ref[AttentionMonitor]] = []  # that observed the model before
+        self._thresholds: list[tuple[MaxLogits, float]] = []  # of declared statistics before
         self._warned_of_compiled = self._warned_of_nothing = False
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
-        others = {monitor() for module in self.model.modules() if (monitor := _monitors.get(module)) is not None}
+        known = {monitor() for module in self.model.modules() if (monitor := _monitors.get(module)) is not None}
+        others = [other for other in known if other is not None and other is not self and not other.removed]
+        self._replaced = [weakref.ref(other) for other in others]
         for other in others:
-            if other is not None:
-                other.remove("another QKClip was made for the same model, and observes it now")
+            other.remove("another QKClip was made for the same model, and observes it now")
+        self._thresholds = [(each.max_logits, each.max_logits.threshold) for each in self.projections.values()]
+        for statistic, _ in self._thresholds:
+            statistic.threshold = self.threshold
         PATCHES.add_user(self.model)
         hooks = self._observers, self._loads, self._root, self._entries
         self._end = weakref.finalize(self, _take_down, self._live, *hooks)
@@ -132,6 +138,14 @@ class AttentionMonitor:
         if not self.removed:
             self._end()
         self.removed = why
+
+    def withdraw(self) -> None:
+        """Undo `start` where a construction has failed: the model is observed as it was before, or not at all."""
+        self.remove("its construction failed")
+        for statistic, threshold in self._thresholds:
+            statistic.threshold = threshold
+        for other in [there for each in self._replaced if (there := each()) is not None]:
+            other.__setstate__(other.__getstate__() | {"removed": ""})
 
     @outside_modes()
     def _wait_for_weights(self) -> bool:

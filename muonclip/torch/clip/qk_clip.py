@@ -223,7 +223,11 @@ class QKClip:
                 copies = SecondCopies(OPTIMIZER_STEPS.optimizers(), self.master_of)
                 scale(self.projections, factors, copies.of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
         finally:
-            self.reset()  # interrupted, too: heads that are scaled must not get these factors a second time
+            try:
+                self.reset()
+            except BaseException:  # in this, too: heads that are scaled must not get these factors a second time
+                self.reset()
+                raise
         self.attentions.leave()
         self._returned.give(self.attentions.names_of, wait=may_wait)
 

@@ -52,10 +52,9 @@ class StuckHeads:
         learned. With other attentions than in the step before all begin anew.
         """
         if (names, sizes) != (self._names, self._sizes) or self._expected.device != maxima.device:
-            self._names, self._sizes = names, sizes
-            self._expected = torch.full_like(maxima, torch.inf)
-            self._times = torch.zeros_like(maxima)
-            self._needed = torch.full_like(maxima, _TIMES)
+            tensors = torch.full_like(maxima, torch.inf), torch.zeros_like(maxima), torch.full_like(maxima, _TIMES)
+            self._expected, self._times, self._needed = tensors
+            self._names, self._sizes = names, sizes  # behind what an interrupt may come into
         ran = maxima > -torch.inf
         failed = maxima > self._expected
         times = torch.where(failed, self._times + 1, 0.0)

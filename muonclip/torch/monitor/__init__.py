@@ -4,6 +4,6 @@ What is observed comes from the clip; nothing here scales a weight.
 """
 
 from muonclip.torch.monitor.matrix_statistics import MatrixStatistics
-from muonclip.torch.monitor.monitor import Monitor
+from muonclip.torch.monitor.monitor import Monitor, check_options
 
-__all__ = ["MatrixStatistics", "Monitor"]
+__all__ = ["MatrixStatistics", "Monitor", "check_options"]

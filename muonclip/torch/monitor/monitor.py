@@ -58,12 +58,8 @@ class Monitor:
     ) -> None:
         check_kind("model", model, nn.Module, "a torch.nn.Module")
         check_kind("optimizer", optimizer, Optimizer, "a torch optimizer, whose steps are watched")
-        check_whole("every", every)
-        check_flag("logits", logits)
-        check_flag("matrices", matrices)
+        check_options(every=every, logits=logits, matrices=matrices, clip=clip)
         self._model, self._optimizer, self._every = model, optimizer, every
-        if clip is not None:
-            check_kind("clip", clip, QKClip, "the QKClip of the model, or None")
         if matrices:
             _check_whole(model)
         self._steps = 0
@@ -74,6 +70,16 @@ class Monitor:
         self._hooks: list[Any] = []
         self._clip = optimizer.qk_clip if clip is None and isinstance(optimizer, MuonClip) else clip
         self._clip_is_own = logits and self._clip is None and not isinstance(optimizer, MuonClip)
+        try:
+            self._put_on(model, optimizer, logits=logits, matrices=matrices)
+        except BaseException:
+            self._take_off()
+            if self._clip is not None and self._clip_is_own:
+                self._clip.attentions.withdraw()
+            raise
+
+    def _put_on(self, model: nn.Module, optimizer: Optimizer, *, logits: bool, matrices: bool) -> None:
+        """Put the observers on the model, and the hooks on the optimizer."""
         if self._clip_is_own:
             self._clip = QKClip(model, tau=math.inf, observe="always", required=False)
             self._hooks.append(self._clip.attach(optimizer))
@@ -134,11 +140,14 @@ class Monitor:
 
     def remove(self) -> None:
         """Take the hooks off the optimizer, and the observers off a model that has no clip of its own."""
+        self._take_off()
+        if self._clip is not None and self._clip_is_own:
+            self._clip.remove()
+
+    def _take_off(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._clip is not None and self._clip_is_own:
-            self._clip.remove()
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -172,6 +181,15 @@ class Monitor:
     def _momentum_of(self, parameter: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(parameter, {})
         return next((state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor)), None)
+
+
+def check_options(*, every: Any, logits: Any, matrices: Any, clip: Any) -> None:
+    """Raise TypeError or ValueError, naming it, for an option of `Monitor` that does not fit."""
+    check_whole("every", every)
+    check_flag("logits", logits)
+    check_flag("matrices", matrices)
+    if clip is not None:
+        check_kind("clip", clip, QKClip, "the QKClip of the model, or None")
 
 
 def _layouts_of(model: nn.Module, clip: QKClip | None) -> dict[str, MatrixLayout]:

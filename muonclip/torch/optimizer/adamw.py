@@ -17,12 +17,11 @@ ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOptions) -> None:
-    """Fill the state of a parameter that has none."""
+    """Fill the state of a parameter that has none, wholly or not at all."""
     if not state:
         device = parameter.device if options.capturable or options.fused else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        step = torch.zeros((), dtype=torch.float32, device=device)
+        state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
 
 
 def adamw_step(

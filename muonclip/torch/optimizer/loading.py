@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import check_flag, kind, shown
+from muonclip.core.arguments import BELOW_ONE, check_flag, check_number, kind, shown
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_state, plain_name
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
@@ -109,10 +109,24 @@ def checked_options(
         try:
             check_held_keys(dict(theirs), use)
             check_flag("eps_given", theirs.get("eps_given", True))
+            if "momentum" in theirs:  # of an AdamW group, too: schedulers cycle β₁ by it
+                check_number("momentum", theirs["momentum"], BELOW_ONE)
             options.append(defaults(use).updated(theirs))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"group {index} of the checkpoint: {error} Nothing was loaded.") from None
     return options
+
+
+def check_capturable(saved: Iterable[SavedParameter], options: Sequence[MuonOptions | AdamWOptions]) -> None:
+    """Raise ValueError, naming the parameter, for a group that was saved for CUDA graphs and has one on the CPU."""
+    for each in saved:
+        own = options[each.group]
+        if isinstance(own, AdamWOptions) and own.capturable and each.parameter.device.type == "cpu":
+            raise ValueError(
+                f"group {each.group} of the checkpoint has capturable=True, which is for CUDA graphs, but {each.name} "
+                "is on the CPU. Nothing was loaded. Set it to False in the param_groups of the checkpoint, or move the "
+                "model to its device first."
+            )
 
 
 def saved_parameters(

@@ -33,6 +33,7 @@ from muonclip.torch.optimizer.held_groups import check_held_groups, check_tensor
 from muonclip.torch.optimizer.layouts import layouts_of
 from muonclip.torch.optimizer.loading import (
     FORMAT,
+    check_capturable,
     check_is_mapping,
     check_saved_state,
     checked_options,
@@ -44,6 +45,7 @@ from muonclip.torch.optimizer.loading import (
 from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
+from muonclip.torch.optimizer.saved_values import check_saved_values
 from muonclip.torch.update import MUON, ParameterStep, PlacedParameter, UpdatePlan, execute
 from muonclip.torch.update import plan as plan_update
 
@@ -118,6 +120,8 @@ class MatrixOptimizer(Optimizer):
             for each in saved:
                 check_saved_state(each, self.rule)
             options = checked_options(ready["param_groups"], self._defaults)
+            check_capturable(saved, options)
+            check_saved_values(saved, self.rule)
             warn_of_missing(saved)
             for each in saved:
                 own = options[each.group]

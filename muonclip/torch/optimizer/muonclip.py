@@ -155,6 +155,27 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
         self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
+        try:
+            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head)
+        except (
+            BaseException
+        ):  # wholly or not at all: the error keeps this object, and its hooks, for as long as it lasts
+            if self.qk_clip is not None and self.qk_clip is not qk_clip:
+                self.qk_clip.attentions.withdraw()
+            if self._first_forward is not None:
+                self._first_forward.remove()
+            raise
+
+    def _make(
+        self,
+        model: nn.Module | Iterable[Any],
+        muon: MuonOptions,
+        adamw_options: AdamWOptions,
+        workspace_bytes: int | None,
+        *,
+        per_head: bool,
+    ) -> None:
+        """Divide the parameters, and add their groups."""
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
         if self.qk_clip is not None:
             projections = self.qk_clip.projections
@@ -192,7 +213,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             try:
                 for group in given_groups([param_group]):
                     self.add_param_group(group)
-            except (TypeError, ValueError):
+            except BaseException:
                 del self.param_groups[before[0] :], self._layouts[before[0] :]
                 self.plan = before[1]
                 raise

@@ -26,6 +26,10 @@ class FirstForward:
         hook = model.register_forward_pre_hook(_Hook(self), prepend=True, with_kwargs=True)
         self._end = weakref.finalize(self, hook.remove)
 
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._end()
+
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a forward that begins with these arguments."""
         self._end()

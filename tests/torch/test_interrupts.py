@@ -1,0 +1,72 @@
+"""A step that is interrupted at any operator or collective leaves what docs/stages.md says, and the run goes on."""
+
+import copy
+from contextlib import suppress
+
+import interrupted_ranks as ranks
+import pytest
+import torch
+from forked_ranks import run_ranks
+from interrupted_ranks import TAU, Interrupting, Reference, assert_as_the_page_says, largest_logits
+from stages_worker import Model, batch, step
+
+from muonclip.torch import MuonClip
+
+ERRORS = [KeyboardInterrupt, torch.OutOfMemoryError]
+
+
+def trained(steps):
+    model = Model(2)
+    optimizer = MuonClip(model, lr=0.01, tau=TAU, workspace_bytes=4000)
+    for seed in range(steps):
+        step(model, optimizer, seed)
+    return model, optimizer
+
+
+def interrupt_everywhere(steps, points):
+    """Interrupt the step after some at many of its operators, each time from the same state."""
+    start = trained(steps)
+    model, optimizer = copy.deepcopy(start)
+    model(batch(steps)).square().mean().backward()
+    reference = Reference(model, optimizer)
+    assert largest_logits(start[0], batch(steps)).max() > TAU
+    reached = set()
+    stride = max(reference.operators // points, 1)
+    for number, at in enumerate(range(1, reference.operators + 1, stride)):
+        model, optimizer = copy.deepcopy(start)
+        model(batch(steps)).square().mean().backward()
+        error = ERRORS[number % 2]
+        with suppress(error), Interrupting(error, at) as interrupting:
+            optimizer.step()
+        if interrupting.at is not None:  # the first step of all has filled caches
+            assert at > 0.9 * reference.operators
+            break
+        reached.add(assert_as_the_page_says(model, optimizer, reference))
+        optimizer.zero_grad()
+        loudest = largest_logits(model, batch(steps + 1)).max()
+        step(model, optimizer, steps + 1)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert optimizer.qk_clip.report().bound >= loudest * (1 - 1e-5)
+        assert largest_logits(model, batch(steps + 1)).max() < 1.5 * TAU, f"operator {at} of {reference.operators}"
+    print(f"{reference.operators} operators, interrupted at every {stride}th; reached {sorted(reached)}")
+    assert reached == {"measured", "adamw", "muon", "clip"}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_at_some_operators_leaves_what_the_page_says(steps):
+    interrupt_everywhere(steps, points=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_interrupt_at_every_second_operator_leaves_what_the_page_says(steps):
+    interrupt_everywhere(steps, points=375)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_interrupted_at_any_collective_ends_the_others_which_have_what_the_page_says(tmp_path):
+    run_ranks(2, ranks.__file__, timeout=300, prints=tmp_path)
+    for rank in range(2):
+        lines = (tmp_path / f"rank{rank}.txt").read_text().splitlines()
+        assert len(lines) >= 4, lines
+        print(*lines, sep="\n")
