@@ -102,6 +102,7 @@ _STUDIES = (
     "kill-trials",
     "ownership",
     "gram-accuracy",
+    "primer",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

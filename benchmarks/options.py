@@ -207,6 +207,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "where the Gram form may run: its error on saved momenta, half a minute",
         {"--train": _flag("train the momenta anew, and save them in the repository")}, ["--out"],
     ),
+    "primer": ("draw what Muon does to gradients, singular values and logits: one minute", {}, ["--out"]),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip

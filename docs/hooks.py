@@ -1,21 +1,30 @@
-"""Makes every page available as Markdown next to its HTML, and `llms.txt`, a list of them all for language models."""
+"""Marks code that needs the code above it; makes every page available as Markdown, and `llms.txt`, a list of them."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
+import symtable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_PYTHON = re.compile(r"^```python\n((?:.*\n)*?)```$", re.MULTILINE)
 _INCLUDED = re.compile(r'^--8<-- "(.*?)(?::(\d+):)?"$', re.MULTILINE)
 _pages: dict[str, str] = {}  # by address: the page as Markdown
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
-    """Keep a page with what it includes; the list of changes, which is above `docs`, links to pages by `docs/…`."""
-    text = _INCLUDED.sub(_included, markdown)
+    """Mark blocks, and keep the page with what it includes.
+
+    The list of changes, which is above `docs`, links to pages by `docs/…`.
+    """
+    marked = _PYTHON.sub(_marked, markdown)
+    text = _INCLUDED.sub(_included, marked)
     outside = page.file.src_uri == "changelog.md"
     _pages[page.file.src_uri] = text = text.replace("](docs/", "](") if outside else text
-    return text if outside else None
+    return text if outside else marked
 
 
 def on_post_build(config: Any, **_: Any) -> None:
@@ -25,6 +34,43 @@ def on_post_build(config: Any, **_: Any) -> None:
         (site / address).write_text(text, encoding="utf-8")
     listed = [f"# {config['site_name']}", f"> {config['site_description']}", *_listed(config["nav"])]
     (site / "llms.txt").write_text("\n\n".join(listed) + "\n", encoding="utf-8")
+
+
+def needs(code: str) -> set[str]:
+    """Return the names that a block of Python uses and does not make: others must run before it.
+
+    What a function's body uses may be made after it.
+    """
+    made, later, lacking = set(dir(builtins)), set[str](), set[str]()
+    for statement in ast.parse(code).body:
+        used, bound = _names(statement)
+        deferred = isinstance(statement, ast.FunctionDef | ast.ClassDef)
+        (later if deferred else lacking).update(used if deferred else used - made)
+        made |= bound
+    return lacking | (later - made)
+
+
+def _names(statement: ast.stmt) -> tuple[set[str], set[str]]:
+    """Return the names of the module that a statement uses before it may have made them, and those that it makes."""
+    tables = list(_tables(symtable.symtable(ast.unparse(statement), "block", "exec")))
+    module = tables[0].get_symbols()
+    bound = {each.get_name() for each in module if each.is_assigned() or each.is_imported() or each.is_namespace()}
+    used = {each.get_name() for each in module if each.is_referenced()}
+    used |= {each.get_name() for table in tables[1:] for each in table.get_symbols() if each.is_global()}
+    if isinstance(statement, ast.Assign):  # x = f(x) uses x first; a loop's variable is made first
+        return {each.id for each in ast.walk(statement.value) if isinstance(each, ast.Name)} & used, bound
+    return used | bound if isinstance(statement, ast.AugAssign) else used - bound, bound
+
+
+def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for child in table.get_children():
+        yield from _tables(child)
+
+
+def _marked(found: re.Match[str]) -> str:
+    title = ' title="continues from above"' if needs(found[1]) else ""
+    return f"```python{title}\n{found[1]}```"
 
 
 def _included(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """The README and the pages: their code runs and prints what they say, their commands exist, their links hold."""
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -40,6 +40,9 @@ from muonclip.core import COEFFICIENT_SETS, coefficients
 from muonclip.torch import distributed
 
 ROOT = Path(__file__).parents[1]
+HOOKS = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+hooks = importlib.util.module_from_spec(HOOKS)
+HOOKS.loader.exec_module(hooks)
 README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
@@ -59,6 +62,22 @@ LAUNCHED = re.compile(r"# torchrun --nproc-per-node (\d+) (\w+\.py)\n")  # first
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CUT = """[...document.querySelectorAll("pre > code, .md-typeset__scrollwrap")]
     .filter(each => each.scrollWidth > each.clientWidth).map(each => each.innerText.slice(0, 80))"""
+FOUND = {  # words that people type → the page that must be among the first five
+    "orthogonalize": "algorithm.html",
+    "learning rate": "switching.html",
+    "vit": "examples/digits_vit.html",
+    "dpo": "examples/trl_trainers.html",
+    "overhead": "clip-cost.html",
+    "faq": "faq.html",
+    "slower": "faq.html",
+    "changelog": "changelog.html",
+    "lora": "faq.html",
+    "gradient clipping": "faq.html",
+    "modulenotfounderror": "faq.html",
+    "glossary": "glossary.html",
+}
+LISTS = """address => [...document.querySelectorAll(".md-search-result__item > .md-search-result__link")]
+    .slice(0, 5).some(each => each.pathname.endsWith("/" + address))"""
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -91,7 +110,10 @@ def blocks_of(page):
 
 
 def run(page):
-    """The blocks of Python in order and in one namespace; returns it and everything printed."""
+    """The blocks of Python in order; returns their names and everything printed.
+
+    One that the page does not mark "continues from above" runs alone, in a namespace of its own.
+    """
     torch.manual_seed(0)
     names, everything = {"__name__": page.stem}, ""
     for block in blocks_of(page):
@@ -99,8 +121,10 @@ def run(page):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
+        own = dict(names) if hooks.needs(block.code) else {"__name__": page.stem}
         with contextlib.redirect_stdout(printed), jax.enable_x64(False):  # as it is for a reader
-            exec(code, names)
+            exec(code, own)
+        names |= own
         everything += printed.getvalue()
         if block.output is not None:
             assert printed.getvalue() == block.output, f"{name_of(page)}, line {block.line}, prints something else"
@@ -169,6 +193,48 @@ def test_headings_and_tables_are_read_as_such(page):
     for before, line in itertools.pairwise(lines):
         begins = re.match("#+ ", line) or (line.startswith("|") and not before.startswith("|"))
         assert not begins or not before.strip() or before.startswith("<!--"), line
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("import torch\nx = torch.ones(2)\nprint(x)", set()),
+        ("print(x)", {"x"}),
+        ("x = x + 1", {"x"}),
+        ("x += 1", {"x"}),
+        ("for x in range(3):\n    print(x, y)", {"y"}),
+        ("def f(a):\n    b = a\n    return b + c + late\nlate = 1", {"c"}),
+        ("print(f)\ndef f(): ...", {"f"}),
+        ("class A(B):\n    x = 1\n    def f(self): return g(self.x)", {"B", "g"}),
+        ("xs = [a + b for a in range(3)]", {"b"}),
+        ("key = lambda a: a + b", {"b"}),
+        ("try:\n    f()\nexcept ValueError as error:\n    print(error)", {"f"}),
+        ("with added:\n    from math import pi\nprint(pi)", {"added"}),
+    ],
+)
+def test_a_block_that_needs_those_above_is_known(code, names):
+    assert hooks.needs(code) == names
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_first_blocks_run_alone(page):
+    """And all of those of the README, which marks none."""
+    blocks = [block.code for block in blocks_of(page) if block.language == "python"]
+    for code in blocks if page == README else blocks[:1]:
+        assert hooks.needs(code) == set()
+
+
+def test_every_page_is_within_three_clicks_of_the_first_by_links_in_the_text():
+    reached = nearest = {ROOT / "docs" / "index.md"}
+    for _ in range(3):
+        nearest = {to for page in nearest for to in linked_from(page)} - reached
+        reached = reached | nearest
+    assert reached >= set(PAGES)
+
+
+def linked_from(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return {(page.parent / target).resolve() for target in re.findall(r"\]\(([^):#]*\.md)[^)]*\)", text)}
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
@@ -364,23 +430,29 @@ def test_the_figures_of_the_two_frameworks_are_those_recorded():
     text = (ROOT / "docs" / "optax.md").read_text(encoding="utf-8")
     runs = {}
     for path in (ROOT / "docs" / "frameworks").glob("*.json"):
-        for arm, seeds in json.loads(path.read_text(encoding="utf-8"))["arms"].items():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert not result["config"]["training"]["nesterov"]
+        assert "They were trained with `nesterov=False`" in text
+        for arm, seeds in result["arms"].items():
             runs |= {(path.name.partition("-")[0], arm, int(seed)): run for seed, run in seeds.items()}
     apart, seeds_apart = [], []
     for arm, label in (("adamw", "AdamW"), ("muon", "Muon"), ("muonclip", "MuonClip")):
         for framework, name in (("torch", "PyTorch"), ("jax", "JAX")):
             cells = [
                 " ".join(f"{runs[framework, arm, seed][key]:.{digits}f}" for seed in range(4))
-                for key, digits in (("final_val_loss", 3), ("max_logit_peak", 0), ("max_logit_median_last_quarter", 1))
+                for key, digits in (
+                    ("val_bits_per_byte", 3),
+                    ("max_logit_peak", 0),
+                    ("max_logit_median_last_quarter", 1),
+                )
             ]
             assert f"| {label} | {name} | {' | '.join(cells)} |" in text
-        torch_, jax_ = ([runs[f, arm, seed]["final_val_loss"] for seed in range(4)] for f in ("torch", "jax"))
+        torch_, jax_ = ([runs[f, arm, seed]["val_bits_per_byte"] for seed in range(4)] for f in ("torch", "jax"))
         apart.append(fmean(abs(a - b) for a, b in zip(torch_, jax_, strict=True)))
         seeds_apart.append(fmean(abs(a - b) for a, b in itertools.combinations(torch_, 2)))
-    words = (
-        "differ by {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) nats on average, those of two PyTorch seeds by "
-    )
-    assert words.format(*apart) + "{:.3f}, {:.3f} and {:.3f}".format(*seeds_apart) in " ".join(text.split())
+    words = "differ by {:.3f} (AdamW), {:.3f} (Muon) and {:.3f} (MuonClip) bits per byte on average, ".format(*apart)
+    words += "those of two PyTorch seeds by {:.3f}, {:.3f} and {:.3f}".format(*seeds_apart)
+    assert words in " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +480,10 @@ def test_the_site_builds_strictly_and_links_nothing_from_elsewhere(site):
         text = (site / address).read_text(encoding="utf-8")
         assert text.startswith("# ")
         assert "--8<--" not in text
+        marked = sum(block.language == "python" and bool(hooks.needs(block.code)) for block in blocks_of(path))
+        assert text.count('```python title="continues from above"\n') == marked
+        shown = (site / address).with_suffix(".html").read_text(encoding="utf-8")
+        assert shown.count('<span class="filename">continues from above</span>') == marked
 
 
 @pytest.mark.slow
@@ -431,8 +507,8 @@ def test_the_pages_open_without_a_server_and_can_be_searched(site):
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (path, width)
                 assert width < 1280 or not page.evaluate(CUT), path
             if width == 1280:
-                page.click("input.md-search__input")
-                page.keyboard.type("orthogonalize", delay=30)
-                page.wait_for_selector(".md-search-result__item")
+                for words, address in FOUND.items():
+                    page.fill("input.md-search__input", words)
+                    page.wait_for_function(LISTS, arg=address)
             assert not heard
         browser.close()
