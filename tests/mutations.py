@@ -2196,8 +2196,8 @@ MUTATIONS = (
     Mutation(
         "decay-without-the-rate",
         "Weight decay is not multiplied by the rate.",
-        "weight.mul_(1 - options.lr * options.weight_decay)",
-        "weight.mul_(1 - options.weight_decay)",
+        "kept_share = 1 - options.lr * options.weight_decay",
+        "kept_share = 1 - options.weight_decay",
         tests_of("torch/test_muon.py", "test_a_float64_trajectory_is_the_oracle_s"),
     ),
     Mutation(
@@ -2474,7 +2474,7 @@ MUTATIONS = (
     Mutation(
         "states-of-a-cast-model-not-checked",
         "A model that was cast after its first step fails in the middle of the next one.",
-        "check_states(self.param_groups, self._layouts, self.state, self.rule)",
+        "check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)])",
         "pass",
         tests_of(
             "torch/test_all_or_nothing.py",
@@ -2523,9 +2523,102 @@ MUTATIONS = (
     Mutation(
         "state-of-rows-not-told-of-the-clip",
         "A state that follows the norm of its rows does not learn that the clip has scaled them.",
-        "if type(self.rule).rescale is not MuonRule.rescale:",
+        "if any(type(self._rule(each)).rescale is not MuonRule.rescale for each in self._options):",
         "if False:",
         tests_of("torch/test_row_state.py", "test_the_clip_tells_a_state_which_rows_it_has_scaled"),
+    ),
+    # Variants of the update
+    Mutation(
+        "hyperball-of-the-parameter",
+        "Norms are those of the parameter and not of each matrix in it.",
+        "sum=lambda x: x.sum((-2, -1), keepdim=True),",
+        "sum=lambda x: x.sum(),",
+        tests_of("torch/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[hyperball]"),
+    ),
+    Mutation(
+        "hyperball-of-the-array-in-optax",
+        "Norms are those of the array and not of each block in it.",
+        "jnp.broadcast_to(jnp.sum(block, axis=-2, keepdims=True), block.shape)",
+        "jnp.broadcast_to(jnp.sum(rows), block.shape)",
+        tests_of("optax/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[hyperball]"),
+    ),
+    Mutation(
+        "norms-of-the-shard",
+        "Norms are those of this rank's part of a matrix.",
+        "        x = x.sum((-2, -1), keepdim=True)\n        dist.all_reduce(x, group=cut)",
+        "        x = x.sum((-2, -1), keepdim=True)",
+        tests_of("torch/test_row_state.py", "test_sharded_equals_whole_and_every_row_is_kept_by_those_who_have_it"),
+    ),
+    Mutation(
+        "hyperball-undoes-the-clip",
+        "The radius is that of the first step, whatever the clip has done since.",
+        "where, radius = operations.xp.where, _norm(weight, operations)",
+        "where, radius = operations.xp.where, self.__dict__.setdefault(\n"
+        "            weight.data_ptr(), _norm(weight, operations) + 0\n        )",
+        tests_of("torch/test_variants.py", "test_the_next_step_goes_on_from_what_the_clip_has_scaled"),
+    ),
+    Mutation(
+        "hyperball-scaled-twice-in-optax",
+        "A decay and a rate are applied to what has moved the weight already.",
+        "    if not _moves(update):\n        decay =",
+        "    if True:\n        decay =",
+        tests_of("optax/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[hyperball]"),
+    ),
+    Mutation(
+        "hyperball-decays",
+        "A decay that would be undone is accepted.",
+        "if weight_decay is not None and decay != 0:",
+        "if False:",
+        tests_of("torch/test_variants.py", "test_what_does_not_exist_or_makes_no_sense_is_refused"),
+    ),
+    Mutation(
+        "normuon-without-its-norm",
+        "Rows are divided, and the update has another size than Muon's.",
+        "return scaled * size, {",
+        "return scaled, {",
+        tests_of("torch/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[normuon]"),
+    ),
+    Mutation(
+        "cautious-decay-the-wrong-way",
+        "Entries that grow decay, and those that shrink do not.",
+        "torch.where(agree(update, weight), weight * kept_share, weight)",
+        "torch.where(agree(update, weight), weight, weight * kept_share)",
+        tests_of("torch/test_variants.py", "test_cautious_decay_leaves_entries_alone_that_grow"),
+    ),
+    Mutation(
+        "cautious-decay-by-products",
+        "The product of two small numbers is zero.",
+        "return ((update > 0) & (weight > 0)) | ((update < 0) & (weight < 0))",
+        "return update * weight > 0",
+        tests_of("torch/test_variants.py", "test_signs_decide_where_a_product_would_be_zero"),
+    ),
+    Mutation(
+        "cautious-decay-not-in-lists",
+        "Matrices that step together decay plainly.",
+        "if not is_by_entry(rule) or not is_plain or options.cautious_decay:",
+        "if not is_by_entry(rule) or not is_plain:",
+        tests_of("torch/test_variants.py", "test_matrices_of_one_group_step_as_each_alone[cautious]"),
+    ),
+    Mutation(
+        "cautious-decay-not-in-optax",
+        "The decay is added everywhere.",
+        "decay = _cautiously(decay) if cautious_decay else decay",
+        "decay = decay if cautious_decay else decay",
+        tests_of("optax/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[cautious]"),
+    ),
+    Mutation(
+        "update-of-a-group-ignored",
+        "A group's own update is not read.",
+        "return UPDATES[update] if known else self.rule",
+        "return self.rule",
+        tests_of("torch/test_variants.py", "test_groups_have_updates_of_their_own"),
+    ),
+    Mutation(
+        "later-options-in-every-group",
+        "Groups have keys that checkpoints of before do not have, and DCP refuses them.",
+        "if group[name] == default:",
+        "if False:",
+        tests_of("test_golden_states.py", "test_a_state_of_pytorch_goes_on_as_it_would_have"),
     ),
     # Sharding: the plan
     Mutation(

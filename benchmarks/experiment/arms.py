@@ -32,6 +32,7 @@ class Entry:
     baseline: str | None = None  # the entry that is the same but for the clip
     late: bool = False  # whether the clip waits for `Training.rescue_at`
     per_head: bool = False  # whether each head's rows are a matrix of their own
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of MuonClip, the same in torch and Optax
     model: Callable[[MoEConfig, Training], MoEConfig] = lambda config, training: config
 
 
@@ -41,6 +42,11 @@ ARMS: dict[str, Entry] = {
     "muonclip": Entry("MuonClip", "#009E73", "muon", clips=True, baseline="muon"),
     "rescue": Entry("Muon, clip switched on midway", "#8C6BB1", "muon", clips=True, baseline="muon", late=True),
     "per-head": Entry("MuonClip per head", "#CC79A7", "muon", clips=True, per_head=True),
+    "normuon": Entry("MuonClip, NorMuon", "#117733", "muon", clips=True, options={"update": "normuon"}),
+    "hyperball": Entry(
+        "MuonClip, hyperball", "#332288", "muon", clips=True, options={"update": "hyperball", "weight_decay": 0.0}
+    ),
+    "cautious": Entry("MuonClip, cautious decay", "#AA4499", "muon", clips=True, options={"cautious_decay": True}),
     "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
     "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
     "softcap": Entry("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),
@@ -59,6 +65,7 @@ class Arm:
     clips: bool
     clips_from: int  # updates that are done before the clip may act
     per_head: bool
+    options: Mapping[str, Any]
     model: MoEConfig
     training: Training
     lr: float
@@ -142,6 +149,7 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
                 clips=entry.clips,
                 clips_from=round(own.rescue_at * own.steps) if entry.late else 0,
                 per_head=entry.per_head,
+                options=entry.options,
                 model=config,
                 training=own,
                 lr=lr,

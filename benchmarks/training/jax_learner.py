@@ -86,14 +86,20 @@ def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationE
     if arm.optimizer == "muon":
         update = muonclip(
             lr,
-            training.weight_decay,
-            training.momentum,
+            beta=training.momentum,
             qk_projections=projections,
             tau=tau,
             nesterov=training.nesterov,
             ns_dtype=jnp.float32,
             muon_weight_dimension_numbers=models.matrix_layouts(arm.model, per_head=arm.per_head),
-            adamw={"learning_rate": lr * arm.adamw_share, "b1": b1, "b2": b2, "eps": ADAM_EPS},
+            adamw={
+                "learning_rate": lr * arm.adamw_share,
+                "weight_decay": training.weight_decay,
+                "b1": b1,
+                "b2": b2,
+                "eps": ADAM_EPS,
+            },
+            **{"weight_decay": training.weight_decay, **arm.options},
         )
     else:
         adamw = optax.adamw(lr, b1, b2, eps=ADAM_EPS, weight_decay=training.weight_decay, mask=_matrices)

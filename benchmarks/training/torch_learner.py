@@ -104,12 +104,17 @@ def make_optimizer(
     muon = MuonClip(
         model,
         lr=arm.lr,
-        weight_decay=training.weight_decay,
         momentum=training.momentum,
         nesterov=training.nesterov,
         per_head=arm.per_head,
         qk_clip=qk_clip,
-        adamw={"lr": training.adamw_lr, "betas": training.betas, "eps": ADAM_EPS},
+        adamw={
+            "lr": training.adamw_lr,
+            "weight_decay": training.weight_decay,
+            "betas": training.betas,
+            "eps": ADAM_EPS,
+        },
         ns_dtype=getattr(torch, precision.ns_dtype),
+        **{"weight_decay": training.weight_decay, **arm.options},
     )
     return muon, qk_clip

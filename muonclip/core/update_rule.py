@@ -4,6 +4,7 @@
     X = direction(G, S)       what is orthogonalised
     O = orthogonalize(X)      Newton–Schulz; the adapter's, for it batches matrices and moves them between ranks
     U, S ← apply(O, S)        what the weight moves by, before its scale, the rate and the decay
+    W, S ← move(W, U, S)      the weight itself; by default W − η (scale · U + λ W), which adapters do in place
 
 A variant of Muon is a subclass of `MuonRule` that declares its states and overrides the stages in which it differs.
 """
@@ -52,6 +53,26 @@ class Momentum:
     used: Array = None
 
 
+@dataclass(frozen=True, slots=True)
+class Motion:
+    """The motion of the weights in one step: η, λ, and the scale of an update by the shape of its matrix.
+
+    `scale`: a number, or an array that broadcasts over matrices of several shapes.
+    """
+
+    lr: Any
+    weight_decay: Any
+    scale: Any
+
+
+def agree(update: Array, weight: Array) -> Array:
+    """Tell, entry by entry, whether an update takes a weight towards zero: where cautious decay decays.
+
+    By signs: the product of two small numbers may be zero. (Cautious weight decay, arXiv 2510.12402.)
+    """
+    return ((update > 0) & (weight > 0)) | ((update < 0) & (weight < 0))
+
+
 @dataclass(frozen=True)
 class MuonRule:
     """Muon as PyTorch has it: M ← β M + (1−β) G; X = (1−β) G + β M with Nesterov, else M; U = O."""
@@ -77,6 +98,13 @@ class MuonRule:
         """Return what the weight moves by, from the orthogonalised matrices."""
         del operations
         return update, state
+
+    def move(
+        self, weight: Array, update: Array, state: State, motion: Motion, operations: MatrixOperations
+    ) -> tuple[Array, State]:
+        """Return the new weight and state, from what `apply` returned; the weight may be returned wide."""
+        weight, update = operations.wide(weight), operations.wide(update)
+        return weight - motion.lr * (motion.scale * update + motion.weight_decay * weight), state
 
     def rescale(self, state: State, factors: Array) -> State:
         """Follow the weight, of which the clip has multiplied each row by a factor [..., rows, 1]; most states do not.

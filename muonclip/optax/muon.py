@@ -11,6 +11,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
@@ -18,8 +20,9 @@ from muonclip.core import update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
 from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_flag, check_kind
 from muonclip.core.coefficients import Coefficients
-from muonclip.core.update_rule import MuonRule
+from muonclip.core.update_rule import MuonRule, agree
 from muonclip.core.update_scale import AdjustLR
+from muonclip.core.updates import UPDATES, Update, check_update
 from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar, check_tree
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
@@ -43,6 +46,7 @@ def scale_by_muon(
     ns_dtype: Any = None,
     ns_form: Literal["standard", "gram"] | None = None,
     shardings: Any = None,
+    update: Literal["muon", "normuon"] = "muon",
 ) -> optax.GradientTransformationExtraArgs:
     """Replace each logical matrix of the updates by the polar factor of its momentum, times its scale.
 
@@ -61,20 +65,14 @@ def scale_by_muon(
     - `shardings`: a tree with the sharding of each parameter, needed where a jitted update cannot see it (a mesh of
       automatic axes).
 
+    - `update`: "normuon" gives the rows of each matrix one size over time (arXiv 2510.05491).
+
     Raises ValueError for polynomials that do not exist, β outside [0, 1) and arrays that are not matrices.
     """
-    newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form)
-    newton_schulz.check()
-    update_scale(1, 1, adjust_lr_fn)
-    check_dtype("mu_dtype", mu_dtype)
-    check_scalar("eps", eps, NOT_NEGATIVE)
-    check_scalar("beta", beta, BELOW_ONE)
-    check_tree("shardings", shardings, Sharding, "a tree of Shardings")
-    check_if_concrete(nesterov, lambda value: check_choice("nesterov", value, True, False, "bias_corrected"))
-
-    return scale_by_rule(
-        MuonRule(),
-        newton_schulz,
+    check_choice("update", update, *(name for name in UPDATES if not _moves(name)), hint="muonclip has all.")
+    return _by_rule(
+        UPDATES[update],
+        NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form),
         beta,
         nesterov,
         mu_dtype,
@@ -105,6 +103,8 @@ def muonclip(
     adamw: Mapping[str, Any] | None = None,
     shardings: Any = None,
     wide_updates: bool = False,
+    update: Update = "muon",
+    cautious_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain Muon for the hidden matrices, AdamW for the rest, then QK-Clip.
 
@@ -118,6 +118,10 @@ def muonclip(
     - `muon_weight_dimension_numbers`: see `plan`, which shows what becomes of each parameter.
     - `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
 
+    - `update`: "normuon", as in `scale_by_muon`, or "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
+      each matrix, takes the rate relative to it, and has neither decay nor a scale: give `weight_decay=0`.
+    - `cautious_decay`: decay only the entries that Muon's update takes towards zero (arXiv 2510.12402).
+
     The others: see `scale_by_muon` and `qk_clip`.
 
     Under `optax.inject_hyperparams` name as `static_args` the arguments that are functions but not schedules, and
@@ -129,6 +133,9 @@ def muonclip(
     if learning_rate is not None:  # Optax: no scaling
         check_scalar("learning_rate", learning_rate, NOT_NEGATIVE, schedule=True)
     check_scalar("weight_decay", weight_decay, NOT_NEGATIVE, schedule=True)
+    check_flag("cautious_decay", cautious_decay)
+    check_update(update, None, cautious_decay=cautious_decay)
+    check_if_concrete(weight_decay, lambda decay: check_update(update, decay, cautious_decay=cautious_decay))
     check_mask("weight_decay_mask", weight_decay_mask)
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
@@ -147,29 +154,70 @@ def muonclip(
     options |= adamw or {}
     _check_adamw(options)
 
-    muon = optax.chain(
-        scale_by_muon(
-            ns_coefficients,
-            ns_steps,
-            beta,
-            eps,
-            mu_dtype,
-            nesterov=nesterov,
-            adjust_lr_fn=adjust_lr_fn,
-            weight_dimension_numbers=planned("layout"),
-            ns_dtype=ns_dtype,
-            ns_form=ns_form,
-            shardings=shardings,
-        ),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    muon = _by_rule(
+        UPDATES[update],
+        NewtonSchulz(ns_coefficients, ns_steps, eps, ns_dtype, ns_form),
+        beta,
+        nesterov,
+        mu_dtype,
+        adjust_lr_fn=adjust_lr_fn,
+        weight_dimension_numbers=planned("layout"),
+        shardings=shardings,
+        **({"learning_rate": learning_rate, "weight_decay": weight_decay} if _moves(update) else {}),
     )
-    update = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
+    if not _moves(update):
+        decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+        decay = _cautiously(decay) if cautious_decay else decay
+        muon = optax.chain(muon, decay, optax.scale_by_learning_rate(learning_rate))
+    halves = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
     return (
-        update
+        halves
         if qk_projections is None
-        else optax.chain(update, qk_clip(qk_projections, tau, alpha, wide_updates=wide_updates))
+        else optax.chain(halves, qk_clip(qk_projections, tau, alpha, wide_updates=wide_updates))
     )
+
+
+def _by_rule(
+    rule: MuonRule,
+    newton_schulz: NewtonSchulz,
+    beta: Any,
+    nesterov: Nesterov,
+    mu_dtype: Any,
+    *,
+    adjust_lr_fn: AdjustLR,
+    shardings: Any,
+    **others: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Check the arguments of `scale_by_rule` and make it."""
+    newton_schulz.check()
+    update_scale(1, 1, adjust_lr_fn)
+    check_dtype("mu_dtype", mu_dtype)
+    check_scalar("eps", newton_schulz.eps, NOT_NEGATIVE)
+    check_scalar("beta", beta, BELOW_ONE)
+    check_tree("shardings", shardings, Sharding, "a tree of Shardings")
+    check_if_concrete(nesterov, lambda value: check_choice("nesterov", value, True, False, "bias_corrected"))
+    return scale_by_rule(
+        rule, newton_schulz, beta, nesterov, mu_dtype, adjust_lr_fn=adjust_lr_fn, shardings=shardings, **others
+    )
+
+
+def _moves(update: str) -> bool:
+    """Tell whether an update moves the weights itself, with the rate and the decay."""
+    return type(UPDATES[update]).move is not MuonRule.move
+
+
+def _cautiously(decay: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Add decayed weights only to the entries that the update takes towards zero."""
+
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> tuple[optax.Updates, Any]:
+        decayed, state = decay.update(updates, state, params)
+
+        def chosen(update: jax.Array, other: jax.Array, weight: jax.Array) -> jax.Array:
+            return jnp.where(agree(update, weight), other, update)
+
+        return jax.tree.map(chosen, updates, decayed, params), state
+
+    return optax.GradientTransformation(decay.init, update)
 
 
 def _check_adamw(options: Mapping[str, Any]) -> None:

@@ -12,14 +12,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import check_array
+from muonclip.core.arguments import check_array, check_choice
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.cost_model import Form
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
@@ -34,7 +34,11 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.core.text_table import table
+from muonclip.core.update_rule import MuonRule
+from muonclip.core.updates import UPDATES, Update, states_in_words
+from muonclip.optax.arguments import check_dtype
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
+from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, is_adapter
 from muonclip.optax.known_attention import attentions_by_shape
 from muonclip.optax.newton_schulz import NewtonSchulz
@@ -57,13 +61,15 @@ class Plan:
     parameters: tuple[PlannedParameter, ...]
     products: tuple[tuple[str, str], ...] = ()
     """The matrices of each shape, whichever way they lie, and the dtype and form of the products that iterate them."""
+    state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """The bytes of each state of the Muon half, by `update` and name; shown for variants."""
 
     def __str__(self) -> str:
         parameters = parameter_table(
             self.parameters, lambda layout, shape: ArrayLayout.from_layout(layout, shape).describe(shape)
         )
         products = table([("matrices", "products"), *self.products]) if self.products else ""
-        return "\n\n".join(filter(None, (parameters, products)))
+        return "\n\n".join(filter(None, (parameters, states_in_words(self.state_bytes), products)))
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`."""
@@ -80,6 +86,8 @@ def plan(
     ns_steps: int | None = None,
     ns_dtype: Any = None,
     ns_form: Form | None = None,
+    update: Update = "muon",
+    mu_dtype: Any = None,
 ) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
 
@@ -88,8 +96,11 @@ def plan(
     """
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, dtype=ns_dtype, form=ns_form)
     newton_schulz.check()
+    check_choice("update", update, *UPDATES)
+    check_dtype("mu_dtype", mu_dtype)
     lines = _lines(params, weight_dimension_numbers, qk_projections)
-    return Plan(lines, tuple(_products(lines, params, newton_schulz)))
+    sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
+    return Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes})
 
 
 def _lines(
@@ -158,6 +169,20 @@ def _products(lines: Iterable[PlannedParameter], params: Any, newton_schulz: New
     for (m, n, dtype), count in counts.items():
         form = "Gram" if newton_schulz.form_of(m, n, dtype) == "gram" else "standard"
         yield f"{count} × ({m}×{n})", f"{newton_schulz.products_dtype(dtype).name}, {form} form"
+
+
+def _state_bytes(
+    rule: MuonRule, lines: Iterable[PlannedParameter], arrays: Mapping[str, Any], mu_dtype: Any
+) -> dict[str, int]:
+    """Count the bytes of each state that a rule keeps of all matrices."""
+    sizes = {declared.name: 0 for declared in rule.states}
+    for line in lines:
+        if line.use == "muon":
+            own, dtype = ArrayLayout.from_layout(line.layout, line.shape), arrays[line.name].dtype
+            for declared in rule.states:
+                kept = np.dtype(wide(dtype) if declared.dtype == "wide" else mu_dtype or dtype)
+                sizes[declared.name] += math.prod(declared.stored_shape(line.shape, own.fan_in)) * kept.itemsize
+    return sizes
 
 
 def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None) -> PlannedParameter:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec, Sharding
 from muonclip.core import update_scale
 from muonclip.core.arguments import check_array, check_kind
 from muonclip.core.matrix_state import MatrixState
-from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
+from muonclip.core.update_rule import MatrixOperations, Momentum, Motion, MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.array_layout import KERNEL, ArrayLayout
 from muonclip.optax.dtypes import wide
@@ -51,8 +51,18 @@ def scale_by_rule(
     adjust_lr_fn: AdjustLR = 1.0,
     weight_dimension_numbers: Any = None,
     shardings: Any = None,
+    learning_rate: Any = None,
+    weight_decay: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Update matrices by a rule of the core; `scale_by_muon` says what the arguments mean."""
+    """Update matrices by a rule of the core; `scale_by_muon` says what the arguments mean.
+
+    A rule that moves the weights itself needs them, `update(grads, state, params)`, and a `learning_rate`, a number or
+    a schedule; its updates are what is to be added, and nothing may scale them. Other rules read neither this nor
+    `weight_decay`. Raises ValueError without them.
+    """
+    moves = type(rule).move is not MuonRule.move
+    if moves and learning_rate is None:
+        raise ValueError(f"{type(rule).__name__} moves the weights itself, so it needs learning_rate=….")
 
     def init(params: optax.Params) -> Any:
         layouts = _layouts(weight_dimension_numbers, params)
@@ -69,7 +79,9 @@ def scale_by_rule(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
+        del extra_args
+        if moves and params is None:
+            raise ValueError(f"{type(rule).__name__} moves the weights themselves: call update(grads, state, params).")
         check_kind("state", state, (ScaleByMuonState, ScaleByRuleState), "what init or the last update returned")
         layouts = _layouts(weight_dimension_numbers, updates)
         placed = declared_for(updates, shardings, Sharding, "shardings")
@@ -89,7 +101,8 @@ def scale_by_rule(
             rule.direction(each.gradient, advanced, each.momentum, each.operations)
             for each, advanced in zip(arrays, states, strict=True)
         ]
-        plain = type(rule).apply is MuonRule.apply  # then the scale can be taken with the iteration
+        # Else the scale can be taken with the iteration.
+        plain = not moves and type(rule).apply is MuonRule.apply
         done = orthogonalize_arrays(
             directions,
             list(layouts.values()),
@@ -98,7 +111,9 @@ def scale_by_rule(
             [placed[name] for name in layouts],
         )
         if not plain:
-            applied = [_applied(rule, *each) for each in zip(arrays, done, states, strict=True)]
+            now = [rate(state.count) if callable(rate) else rate for rate in (learning_rate, weight_decay)]
+            weights = treedef.flatten_up_to(params) if moves else [None] * len(arrays)
+            applied = [_applied(rule, *each, *now) for each in zip(arrays, done, states, weights, strict=True)]
             done, states = [u for u, _ in applied], [s for _, s in applied]
         done = [u.astype(each.gradient.dtype) for u, each in zip(done, arrays, strict=True)]
         new = {name: treedef.unflatten([each[name] for each in states]) for name in columns}
@@ -119,12 +134,32 @@ class _Array(NamedTuple):
 
 
 def _applied(
-    rule: MuonRule, array: _Array, polar: jax.Array, state: Mapping[str, jax.Array]
+    rule: MuonRule,
+    array: _Array,
+    polar: jax.Array,
+    state: Mapping[str, jax.Array],
+    weight: jax.Array | None,
+    learning_rate: Any,
+    weight_decay: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the scaled update of a rule that changes the polar factor, and its states in their own dtypes."""
+    """Return the scaled update of a rule that changes the polar factor, and its states in their own dtypes.
+
+    With a weight: what the rule moves it by.
+    """
     update, new = rule.apply(polar, state, array.operations)
-    states = {name: value.astype(state[name].dtype) for name, value in new.items()}
-    return update * _by_block(array.layout, update, array.scales), states
+    scale = _by_block(array.layout, update, array.scales)
+    if weight is None:
+        update = update * scale
+    else:
+        dtype = wide(weight.dtype)
+        motion = Motion(_as(learning_rate, dtype), _as(weight_decay, dtype), scale)
+        moved, new = rule.move(weight, update, new, motion, array.operations)
+        update = moved - array.operations.wide(weight)
+    return update, {name: value.astype(state[name].dtype) for name, value in new.items()}
+
+
+def _as(number: Any, dtype: Any) -> Any:
+    return number.astype(dtype) if isinstance(number, jax.Array) else number
 
 
 def _zeros(declared: MatrixState, leaf: jax.Array, layout: ArrayLayout, mu_dtype: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """One rank of `test_row_state.py`: `row_state_worker.py NUMBER FOLDER`.
 
-Trains the variant on sharded parameters in addition to the same on whole ones, which every rank has. Then goes on from
-the checkpoint of the run before, if there was one, and saves its own. Writes what it found as JSON.
+Trains the variants, one group each, on sharded parameters in addition to the same on whole ones, which every rank has.
+Then goes on from the checkpoint of the run before, if there was one, and saves its own. Writes what it found as JSON.
 """
 
 import json
@@ -23,6 +23,11 @@ STEPS = 3
 PLAIN, EXPERTS = MatrixLayout(), MatrixLayout(batch_ndim=1)
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 FUSED = MatrixLayout(blocks=(24, 8, 8))
+VARIANTS = {  # "rows" is the page's class, the others are the library's
+    "rows": {},
+    "normuon": {"update": "normuon", "cautious_decay": True},
+    "hyperball": {"update": "hyperball", "weight_decay": 0.0},
+}
 CASES = {  # name → shape, layout, placements on a mesh of one dimension
     "rows": ((12, 20), PLAIN, (S0,)),
     "uneven_rows": ((13, 10), PLAIN, (S0,)),
@@ -53,14 +58,16 @@ ON_FOUR = {  # on a mesh of two by two
 
 def make(cases, mesh):
     """Parameters by name and their optimizer; whole ones without a mesh."""
-    model = nn.Module()
-    for index, (name, (shape, _, placements)) in enumerate(cases.items()):
-        value = torch.randn(shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
-        if mesh is not None:
-            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-        model.register_parameter(name, nn.Parameter(value))
-    group = {"params": list(model.named_parameters()), "layout": [layout for _, layout, _ in cases.values()]}
-    return model, NorMuon([group], lr=0.1, weight_decay=0.1)
+    model, groups = nn.Module(), []
+    for variant, options in VARIANTS.items():
+        for index, (name, (shape, _, placements)) in enumerate(cases.items()):
+            value = torch.randn(shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+            if mesh is not None:
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            model.register_parameter(f"{variant}_{name}", nn.Parameter(value))
+        params = [(name, each) for name, each in model.named_parameters() if name.startswith(f"{variant}_")]
+        groups.append({"params": params, "layout": [layout for _, layout, _ in cases.values()], **options})
+    return model, NorMuon(groups, lr=0.1, weight_decay=0.1)
 
 
 def train(model, optimizer, steps):
@@ -116,7 +123,9 @@ if __name__ == "__main__":
             train(*expected, range(STEPS)), train(*model, range(STEPS))
             found["errors"] |= errors(everything(*model), everything(*expected))
             for name, (_, layout, _) in cases.items():
-                found["held"][name] = keeps_its_rows_alone(model[1], getattr(model[0], name), layout)
+                for variant in ("rows", "normuon"):
+                    parameter = getattr(model[0], f"{variant}_{name}")
+                    found["held"][f"{variant}_{name}"] = keeps_its_rows_alone(model[1], parameter, layout)
 
     model, optimizer = make(CASES, mesh)
     first = STEPS * number

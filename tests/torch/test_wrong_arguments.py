@@ -240,7 +240,7 @@ KEYS_OF_OTHERS = dict(
     is_adamw="use=", learning_rate="lr", wd="weight_decay", beta="momentum", b1="betas", num_ns_steps="ns_steps",
     adjust_lr="adjust_lr_fn", mu_dtype="momentum_dtype", adamw_lr="lr", tau="of the optimizer", momentm="momentum",
     nestrov="nesterov", weight_decy="weight_decay", ns_step="ns_steps", epss="eps",
-    cautious="Options are", foo="Options",
+    cautious="Did you mean .cautious_decay.", foo="Options",
 )  # fmt: skip
 
 

@@ -140,14 +140,14 @@ def check_states(
     groups: Sequence[Group],
     layouts: Sequence[Sequence[MatrixLayout | None]],
     state: Mapping[Tensor, Mapping[str, Any]],
-    rule: MuonRule,
+    rules: Sequence[MuonRule],
 ) -> None:
     """Raise ValueError, naming the parameter, for a gradient or a state that does not fit its parameter any more.
 
-    So it is where a model was cast, moved or resized after its states were made.
+    So it is where a model was cast, moved or resized after its states were made. `rules`: one for each group.
     """
     for index, group in enumerate(groups):
-        is_muon = group["use"] == "muon"
+        is_muon, rule = group["use"] == "muon", rules[index]
         for position, parameter in enumerate(group["params"]):
             layout, own = layouts[index][position], state.get(parameter, {})
             if not isinstance(own, dict):

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_kind, check_whole, kind, shown
 from muonclip.core.update_rule import MuonRule
+from muonclip.core.updates import UPDATES
 from muonclip.torch.mesh import Topology, local_gradient, local_part
 from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
 from muonclip.torch.optimizer.group_keys import check_keys
@@ -42,7 +43,7 @@ from muonclip.torch.optimizer.loading import (
     warn_of_missing,
     with_tensor_counts,
 )
-from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states
+from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states, state_bytes
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.optimizer.saved_values import check_saved_values
@@ -63,7 +64,8 @@ class MatrixOptimizer(Optimizer):
     """Groups with `use` "muon" or "adamw", a layout for every Muon parameter, and their state.
 
     `_layouts[g][i]` belongs to `param_groups[g]["params"][i]`: by position, because engines replace parameters, and
-    outside the groups, because those are saved. `rule` is what its matrices are updated by.
+    outside the groups, because those are saved. `rule` is what matrices are updated by in groups with the `update`
+    "muon".
     """
 
     rule: ClassVar[MuonRule] = MUON
@@ -118,7 +120,8 @@ class MatrixOptimizer(Optimizer):
             ready = in_own_order(given, self.param_groups)
             saved = list(saved_parameters(ready, self.param_groups, self._layouts))
             for each in saved:
-                check_saved_state(each, self.rule)
+                name = ready["param_groups"][each.group].get("update", self._muon.update)
+                check_saved_state(each, self._rule_named(name))
             options = checked_options(ready["param_groups"], self._defaults)
             check_capturable(saved, options)
             check_saved_values(saved, self.rule)
@@ -126,7 +129,7 @@ class MatrixOptimizer(Optimizer):
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
-                    states = restored_states(each.state, self.rule, each.parameter, own)
+                    states = restored_states(each.state, self._rule(own), each.parameter, own)
                     restored.append((each.parameter, dict(states)))
             return with_tensor_counts(ready)
 
@@ -185,6 +188,14 @@ class MatrixOptimizer(Optimizer):
         known = "'muon'" if self._adamw is None else "'muon', 'adamw'"
         raise ValueError(f"use={use!r} in a parameter group; it is one of {known}.")
 
+    def _rule(self, options: MuonOptions | AdamWOptions) -> MuonRule:
+        """Return what the matrices of a group with these options are updated by."""
+        return self._rule_named(options.update if isinstance(options, MuonOptions) else "muon")
+
+    def _rule_named(self, update: Any) -> MuonRule:
+        known = isinstance(update, str) and update in UPDATES and update != "muon"  # other names are refused elsewhere
+        return UPDATES[update] if known else self.rule
+
     def _update(self) -> None:
         """Update all parameters. What can be wrong raises before the first of them changes."""
         assert self._update_plan is not None
@@ -195,10 +206,11 @@ class MatrixOptimizer(Optimizer):
         for parameter, layout, index, _ in self._matrices:
             state, options = self.state[parameter], self._options[index]
             assert isinstance(options, MuonOptions)
-            make_matrix_states(state, self.rule, parameter, layout, options)
-            held = {each.name: local_part(state[each.name]) for each in self.rule.states}
+            rule = self._rule(options)
+            make_matrix_states(state, rule, parameter, layout, options)
+            held = {each.name: local_part(state[each.name]) for each in rule.states}
             gradient = local_gradient(parameter)
-            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, self.rule))
+            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule))
         adamw = [
             adamw_step(group["params"], options, self.state)
             for group, options in zip(self.param_groups, self._options, strict=True)
@@ -218,7 +230,7 @@ class MatrixOptimizer(Optimizer):
                 if isinstance(options, AdamWOptions):
                     make_adamw_state(self.state[parameter], parameter, options)
                 elif layout is not None:
-                    make_matrix_states(self.state[parameter], self.rule, parameter, layout, options)
+                    make_matrix_states(self.state[parameter], self._rule(options), parameter, layout, options)
 
     def _refresh_plan(self) -> None:
         """Check options and parameters, and plan the update anew, if what these depend on has changed."""
@@ -236,7 +248,7 @@ class MatrixOptimizer(Optimizer):
         if changed:
             check_parameters(self.param_groups)
         if changed or states != self._states:
-            check_states(self.param_groups, self._layouts, self.state, self.rule)
+            check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)])
             self._states = states
         if changed:
             self._plan_update()
@@ -282,6 +294,16 @@ class MatrixOptimizer(Optimizer):
                 )
             )
         self._update_plan = plan_update(placed, self._workspace_bytes)
+
+    def _state_bytes(self) -> dict[str, dict[str, int]]:
+        """Count the bytes of the states of all matrices, over all ranks, by `update` and state."""
+        sizes: dict[str, dict[str, int]] = {}
+        for parameter, layout, index, _ in self._matrices:
+            options = MuonOptions.from_mapping(self.param_groups[index])
+            own = sizes.setdefault(options.update, {})
+            for name, size in state_bytes(self._rule(options), parameter, layout, options):
+                own[name] = own.get(name, 0) + size
+        return sizes
 
     def _forget_plan(self) -> None:
         self._update_plan: UpdatePlan | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,15 @@ def dtype_of(declared: MatrixState, parameter: Tensor, options: MuonOptions) -> 
     if declared.dtype == "wide":
         return torch.promote_types(parameter.dtype, torch.float32)
     return options.momentum_dtype_of(parameter)
+
+
+def state_bytes(
+    rule: MuonRule, parameter: Tensor, layout: MatrixLayout, options: MuonOptions
+) -> Iterator[tuple[str, int]]:
+    """Yield each state that a rule keeps of a whole parameter, and its bytes."""
+    for declared in rule.states:
+        shape = declared.stored_shape(parameter.shape, layout.axes(parameter.ndim).fan_in)
+        yield declared.name, math.prod(shape) * dtype_of(declared, parameter, options).itemsize
 
 
 def check_matrix_states(

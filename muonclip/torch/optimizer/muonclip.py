@@ -20,6 +20,7 @@ from muonclip.core.parameter_roles import Use
 from muonclip.core.qk_clip import check_tau
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
+from muonclip.core.updates import Update
 from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
 from muonclip.torch.discover import guessed_uses
 from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
@@ -57,6 +58,10 @@ class Muon(MatrixOptimizer):
     - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
       such a matrix, for instance an expert that got no token, still moves by a full-size update along its decaying
       momentum, as in torch.
+    - `update`: "normuon" (arXiv 2510.05491), Muon with rows of one size over time, or "hyperball" (arXiv 2606.16899),
+      which holds the Frobenius norm of each matrix, takes `lr` relative to it, and has neither decay nor a scale: give
+      `weight_decay=0`. A group may have its own.
+    - `cautious_decay`: decay only the entries that the update takes towards zero (arXiv 2510.12402).
     - `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32; None: 256 MiB. A processor
       takes 2 MiB at once of what it holds whole.
 
@@ -85,6 +90,8 @@ class Muon(MatrixOptimizer):
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         freeze_unused: bool = False,
+        update: Update = "muon",
+        cautious_decay: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__(params, MuonOptions.from_mapping(locals()), None, workspace_bytes)
@@ -144,6 +151,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         freeze_unused: bool = False,
+        update: Update = "muon",
+        cautious_decay: bool = False,
         capturable: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
@@ -233,7 +242,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     def _plan_update(self) -> None:
         super()._plan_update()
-        self.plan = replace(self.plan, update_plan=self._update_plan)
+        self.plan = replace(self.plan, update_plan=self._update_plan, state_bytes=self._state_bytes())
 
     def _refresh_plan(self) -> None:
         self._take_filled()
@@ -277,7 +286,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._take_findings(self.qk_clip.attentions)
         super()._update()
         self.qk_clip.after_update(factors)
-        if type(self.rule).rescale is not MuonRule.rescale:
+        if any(type(self._rule(each)).rescale is not MuonRule.rescale for each in self._options):
             clip_frozen = self.qk_clip.clip_frozen
             self._rescale_states(scaled_rows(self.qk_clip.projections, factors, clip_frozen=clip_frozen))
 
@@ -288,9 +297,10 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             by_weight.setdefault(id(getattr(rows.module, rows.weight)), []).append((rows, factors))
         assert self._update_plan is not None
         for matrix, placed in zip(self._matrices, self._update_plan.parameters, strict=True):
-            if id(matrix.parameter) in by_weight:
+            rule = self._rule(self._options[matrix.group])
+            if id(matrix.parameter) in by_weight and type(rule).rescale is not MuonRule.rescale:
                 parts, here = by_weight[id(matrix.parameter)], self._topology.position(matrix.parameter)
-                rescale_matrix_states(self.state[matrix.parameter], self.rule, parts, matrix.parameter, placed, here)
+                rescale_matrix_states(self.state[matrix.parameter], rule, parts, matrix.parameter, placed, here)
 
     def _shown_by(self, model: nn.Module) -> Mapping[str, Use]:
         """Return what forwards have shown of parameters; where the clip ran none, one on guessed inputs is traced."""

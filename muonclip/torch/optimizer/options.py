@@ -25,6 +25,7 @@ from muonclip.core.arguments import (
     shown,
 )
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
+from muonclip.core.updates import check_update
 from muonclip.torch.update import (
     NewtonSchulzConfig,
     StepOptions,
@@ -38,6 +39,9 @@ Group: TypeAlias = dict[str, Any]
 TORCH_EPS = 1e-7
 """`torch.optim.Muon`'s default of `eps`, which it has to find in a checkpoint."""
 
+
+_LATER = {"update": "muon", "cautious_decay": False}
+"""Options that a group has only where they are not these."""
 
 OFF = ("amsgrad", "maximize", "differentiable", "dampening")
 """Options of torch's optimizers that are switched off in their groups, and cannot be switched on here."""
@@ -54,6 +58,7 @@ class MuonOptions(StepOptions):
     ns_form: Literal["standard", "gram"] | None = None
     products: str | None = None
     momentum_dtype: torch.dtype | str | None = None
+    update: str = "muon"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -75,6 +80,12 @@ class MuonOptions(StepOptions):
         group: Group = {each.name: getattr(self, each.name) for each in fields(self)}
         group["eps"] = TORCH_EPS if self.eps is None else self.eps
         group["eps_given"] = self.eps is not None
+        for (
+            name,
+            default,
+        ) in _LATER.items():  # a checkpoint of before has none, and DCP wants the keys that it finds here
+            if group[name] == default:
+                del group[name]
         if self.ns_steps is None and _is_triple(self.ns_coefficients):
             group["ns_steps"] = DEFAULT_NS_STEPS
         for name in ("ns_dtype", "momentum_dtype"):
@@ -87,6 +98,8 @@ class MuonOptions(StepOptions):
         check_number("momentum", self.momentum, BELOW_ONE)
         check_flag("nesterov", self.nesterov)
         check_flag("freeze_unused", self.freeze_unused)
+        check_flag("cautious_decay", self.cautious_decay)
+        check_update(self.update, self.weight_decay, cautious_decay=self.cautious_decay)
         if self.eps is not None:
             check_number("eps", self.eps, NOT_NEGATIVE)
         resolve_coefficients(self.ns_coefficients, self.ns_steps)

@@ -6,7 +6,7 @@ Who updates what is decided in `muonclip.core.parameter_roles`; here modules and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
@@ -27,6 +27,7 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.core.text_table import table
+from muonclip.core.updates import states_in_words
 from muonclip.torch.clip import QKClip, clipping_in_words, frozen_weights
 from muonclip.torch.heads import QKProjection, out_axis
 from muonclip.torch.mesh import plain_name
@@ -48,6 +49,8 @@ class Plan:
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
     qk_clip: QKClip | None = None
+    state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """The bytes of each state of the Muon half, over all ranks, by `update` and name; shown for variants."""
     update_plan: UpdatePlan | None = None
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
 
@@ -96,7 +99,7 @@ class Plan:
         to_save = "\n  ".join(self.weights_to_save)
         if to_save:
             to_save = f"frozen weights that the clip scales; save them with what is trained:\n  {to_save}"
-        parts = [parameters, over_ranks, found, to_save, options]
+        parts = [parameters, states_in_words(self.state_bytes), over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
 

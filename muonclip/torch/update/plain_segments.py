@@ -107,7 +107,8 @@ def _views(segment: SegmentStep) -> _Views | None:
     step, rule, options, weight = segment.step, segment.step.rule, segment.step.options, segment.step.parameter
     if step.gradient is None or options.freeze_unused or not isinstance(options.lr, float):
         return None
-    if not is_by_entry(rule) or type(rule).apply is not MuonRule.apply:
+    is_plain = (type(rule).apply, type(rule).move) == (MuonRule.apply, MuonRule.move)
+    if not is_by_entry(rule) or not is_plain or options.cautious_decay:
         return None
     gradient, state = step.gradient, [step.state[each.name] for each in rule.states]
     if not segment.segment.shards.as_stored or weight.ndim != 2:

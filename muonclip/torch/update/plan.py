@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from muonclip.core.arguments import check_kind, check_whole
-from muonclip.core.text_table import table
+from muonclip.core.text_table import in_bytes, table
 from muonclip.torch.mesh import Mesh
 from muonclip.torch.update.cost_model import matrices_at_once
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
@@ -84,7 +84,7 @@ class UpdatePlan:
             rows.append((f"{number} × ({m}×{n})", products, str(mesh), how, _range(sent)))
         lines = [table(rows)]
         for collective, by_rank in self.sent().items():
-            lines.append(f"{collective}: {_range(by_rank)} per rank, {_bytes(sum(by_rank.values()))} in all")
+            lines.append(f"{collective}: {_range(by_rank)} per rank, {in_bytes(sum(by_rank.values()))} in all")
         flops = list(self.flops().values())
         if sum(flops):
             lines.append(
@@ -221,12 +221,4 @@ def _range(by_rank: Mapping[int, int]) -> str:
     if not by_rank:
         return "0"
     low, high = min(by_rank.values()), max(by_rank.values())
-    return _bytes(low) if low == high else f"{_bytes(low)} to {_bytes(high)}"
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024  # pyright: ignore[reportAssignmentType]
-    return f"{count:.4g} GiB"
+    return in_bytes(low) if low == high else f"{in_bytes(low)} to {in_bytes(high)}"

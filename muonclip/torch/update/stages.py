@@ -12,7 +12,7 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout, update_scale
 from muonclip.core.index_ranges import length
-from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
+from muonclip.core.update_rule import MatrixOperations, Momentum, Motion, MuonRule, agree
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.mesh import RankPosition
 from muonclip.torch.update.cost_model import rows_at_once
@@ -33,6 +33,7 @@ class StepOptions:
     nesterov: bool
     adjust_lr_fn: AdjustLR = None
     freeze_unused: bool = False
+    cautious_decay: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +104,9 @@ class SegmentStep:
                 upright.copy_(each.mT)
         if type(step.rule).apply is not MuonRule.apply:
             update = self._apply_rule(update)
+        if type(step.rule).move is not MuonRule.move:
+            self._move_by_rule(update)
+            return
         if step.gradient is None:
             return
         with self._editing(step.parameter) as rows:
@@ -119,7 +123,11 @@ class SegmentStep:
     def _move(self, weight: Tensor, update: Tensor, scale: float) -> None:
         options = self.step.options
         kept = None if self._used is None else weight.clone()
-        weight.mul_(1 - options.lr * options.weight_decay)
+        kept_share = 1 - options.lr * options.weight_decay
+        if options.cautious_decay:
+            weight.copy_(torch.where(agree(update, weight), weight * kept_share, weight))
+        else:
+            weight.mul_(kept_share)
         if isinstance(options.lr, Tensor):
             weight.sub_(update.to(weight.dtype) * (options.lr * scale))
         else:
@@ -137,6 +145,20 @@ class SegmentStep:
             if self.step.gradient is not None:
                 _store(new, state)
         return update
+
+    def _move_by_rule(self, update: Tensor) -> None:
+        """Let a rule move the weight. Every rank that has a part joins in its sums, with or without a gradient."""
+        step, options = self.step, self.step.options
+        operations = _operations(self.segment.shards, self.position, self.cut)
+        motion = Motion(options.lr, options.weight_decay, self.scale)
+        with self._state() as state, self._editing(step.parameter) as weight:
+            moved, new = step.rule.move(weight, update, state, motion, operations)
+            if self._used is not None:
+                moved = torch.where(self._used, moved, weight)
+                new = {name: torch.where(self._used, value, state[name]) for name, value in new.items()}
+            if step.gradient is not None:
+                _store(new, state)
+                weight.copy_(moved)
 
     def gradient(self) -> Tensor | None:
         """Return the gradient of these matrices (matrices, rows, columns)."""

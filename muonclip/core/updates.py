@@ -1,0 +1,46 @@
+"""The updates by name, `update="muon" | "normuon" | …`, and the options that make no sense with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from muonclip.core.arguments import check_choice, plain_number, shown
+from muonclip.core.hyperball import HyperballRule
+from muonclip.core.normuon import NorMuonRule
+from muonclip.core.text_table import in_bytes
+from muonclip.core.update_rule import MuonRule
+
+Update: TypeAlias = Literal["muon", "normuon", "hyperball"]
+
+UPDATES: Mapping[str, MuonRule] = MappingProxyType(
+    {"muon": MuonRule(), "normuon": NorMuonRule(), "hyperball": HyperballRule()}
+)
+
+
+def check_update(update: Any, weight_decay: Any, *, cautious_decay: bool) -> None:
+    """Raise ValueError for an update that does not exist, and for options that would have no effect with it.
+
+    `weight_decay` None: one that cannot be read.
+    """
+    check_choice("update", update, *UPDATES)
+    if update != "hyperball":
+        return
+    decay = None if callable(weight_decay) else plain_number("weight_decay", weight_decay)
+    if weight_decay is not None and decay != 0:
+        raise ValueError(
+            f"weight_decay={shown(weight_decay)} with update='hyperball', which holds the norm of each matrix and "
+            "would undo it. Give weight_decay=0; the AdamW half has its own, adamw=dict(weight_decay=0.1)."
+        )
+    if cautious_decay:
+        raise ValueError("cautious_decay=True with update='hyperball', which has no decay. Leave one of them out.")
+
+
+def states_in_words(sizes: Mapping[str, Mapping[str, int]]) -> str:
+    """Write the bytes of each state by update, for a plan; nothing where Muon itself is the only update."""
+    lines = [
+        f"update {update}: state " + ", ".join(f"{name} {in_bytes(size)}" for name, size in states.items())
+        for update, states in sizes.items()
+    ]
+    return "\n".join(lines) if sizes.keys() - {"muon"} else ""
