@@ -751,6 +751,11 @@ def test_the_report_as_table_dictionary_and_scalars():
     assert clip.report().status == "inactive since step 2"
     assert clip.report().last_clipped_step == 1
     assert "inactive since step 2" in str(clip.report())
+    clip = QKClip(model, tau=1e3)
+    for words in ("none in 1 step", "none in 2 steps"):
+        model(x)
+        clip.step()
+        assert clip.report().status == words
 
 
 def test_a_step_without_a_look_at_the_report_still_counts():

@@ -63,8 +63,8 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
         hint = next(filter(None, (details.hints.get(name) for name in wrong[kind])), "")
         return (
             f"QK-Clip observed no forward of {listed} since the last step or load_state_dict. Run the forward with "
-            "gradients enabled and `max_logits=` handed to its attention before each step; without it a head could "
-            "explode unseen." + hint
+            "gradients enabled before each step, with `max_logits=` handed to the attention where you declared it with "
+            "one; without it a head could explode unseen." + hint
         )
     return (
         f"tau was lowered to {details.tau:g} after a forward that was observed for a larger one: some maxima of "

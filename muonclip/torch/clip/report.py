@@ -69,11 +69,13 @@ class QKClipReport:
 
     @property
     def status(self) -> str:
-        """ "no step yet", "active" where the last step rescaled a head, or since which step none was."""
+        """ "no step yet", "active" where the last step rescaled a head, since when none was, or that none ever was."""
         if self.steps == 0:
             return "no step yet"
         if self.last_clipped_step == self.steps:
             return "active"
+        if self.last_clipped_step == 0:
+            return "none in 1 step" if self.steps == 1 else f"none in {self.steps} steps"
         return f"inactive since step {self.last_clipped_step + 1}"
 
     def scalars(self, prefix: str = "qk_clip/") -> dict[str, float]:

@@ -80,7 +80,8 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
         if not (isinstance(use, str) and use == ours["use"]):
             raise ValueError(
                 f"group {index} of the checkpoint is for {shown(use)}, of the optimizer for {ours['use']!r}; "
-                "build the optimizer with the groups it was saved with."
+                "build the optimizer with the groups it was saved with. Of another optimizer's checkpoint, load "
+                "the weights alone."
             )
         version = theirs.get("format", FORMAT)
         if type(version) is int and version < 1:

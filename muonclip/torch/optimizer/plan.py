@@ -36,7 +36,9 @@ from muonclip.torch.update import UpdatePlan
 
 _FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
-_FUSED_REASON = "fused q, k, v taken as one matrix: declare the attention, or give layout="
+_FUSED_REASON = (
+    "fused q, k, v taken as one matrix: tau=inf for qk_clip=None splits it; or declare the attention, or give layout="
+)
 _FUSED_FOR_NOW = "fused q, k, v: the first step shows its heads, read the plan again then"
 _ATTENTION_HEADING = ("attention", "kind", "heads", "clip", "maximum from")
 
