@@ -2620,6 +2620,20 @@ MUTATIONS = (
         "if False:",
         tests_of("test_golden_states.py", "test_a_state_of_pytorch_goes_on_as_it_would_have"),
     ),
+    Mutation(
+        "heads-together-that-are-no-neighbours",
+        "Pairs of heads are as many matrices as there are heads.",
+        "return heads // together",
+        "return heads",
+        tests_of("torch/test_param_groups.py", "test_some_heads_together"),
+    ),
+    Mutation(
+        "heads-that-do-not-divide",
+        "Matrices are cut through the heads.",
+        "if heads % together:",
+        "if False:",
+        tests_of("torch/test_param_groups.py", "test_heads_that_do_not_divide_are_refused"),
+    ),
     # Sharding: the plan
     Mutation(
         "orientation-of-the-shard",  # 22

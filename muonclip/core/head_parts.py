@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from muonclip.core.arguments import check_whole
+from muonclip.core.arguments import check_choice, check_whole
+
+PerHead: TypeAlias = bool | int | Literal["pairs"]
+"""How many heads of q, k and v make one matrix: all of them (False), one (True), two ("pairs"), or this many."""
 
 Part: TypeAlias = Literal["query", "key", "query_facing_shared", "shared_key", "value"]
 
@@ -104,3 +107,15 @@ def check_parts(parts: Collection[Part], reason: str) -> None:
     """Raises ValueError unless the parts that are there reach every logit, or a `reason` says why nothing is scaled."""
     if not reason and "query_facing_shared" not in parts and not {"query", "key"} <= {*parts}:
         raise ValueError("a QKProjection needs `query` and `key`, or `query_facing_shared`, or a `reason` for neither.")
+
+
+def heads_per_matrix(per_head: Any) -> int:
+    """Return how many heads make one matrix, 0 for all of a projection. Raises TypeError and ValueError for no number.
+
+    `per_head`: see `PerHead`.
+    """
+    if isinstance(per_head, str):
+        check_choice("per_head", per_head, False, True, "pairs", hint="or a number of heads for each matrix.")
+        return 2
+    is_flag = type(per_head).__name__ in ("bool", "bool_")  # NumPy's, too
+    return check_whole("per_head", int(per_head) if is_flag else per_head, 0, hint="True, False, or 'pairs'.")

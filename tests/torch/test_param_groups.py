@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_attention import HEAD, HEADS, NOPE, ROPE, VALUE, WIDTH, TinyAttention, TinyModel
+from tiny_attention import HEAD, HEADS, NOPE, ROPE, VALUE, WIDTH, TinyAttention, TinyModel, UndeclaredAttention
 from torch import nn
 
 from muonclip.core import MatrixLayout
-from muonclip.torch import MuonClip
+from muonclip.torch import MuonClip, QKClip
 
 
 def plan_of(model, **options):
@@ -139,6 +139,43 @@ def test_per_head():
         assert layout_in(kind, "qkv.weight", per_head=True) == " + ".join([each] * 3)
     assert layout_in("mla", "q_up.weight", per_head=True) == f"{HEADS} × ({NOPE + ROPE}×9)"
     assert layout_in("mla", "kv_up.weight", per_head=True) == f"{HEADS} × ({NOPE}×9) + {HEADS} × ({VALUE}×9)"
+
+
+def test_some_heads_together():
+    pair = f"2 × ({2 * HEAD}×{WIDTH})"
+    for together in ("pairs", 2):
+        assert (
+            layout_in("mha", "q.weight", per_head=together) == layout_in("mha", "v.weight", per_head=together) == pair
+        )
+        assert layout_in("gqa", "k.weight", per_head=together) == f"({2 * HEAD}×{WIDTH})"
+        for kind in ("fused_blocks", "fused_interleaved", "transposed"):
+            assert layout_in(kind, "qkv.weight", per_head=together) == " + ".join([pair] * 3)
+        assert layout_in("mla", "kv_up.weight", per_head=together) == f"2 × ({2 * NOPE}×9) + 2 × ({2 * VALUE}×9)"
+    assert layout_in("mha", "q.weight", per_head=4) == f"({HEADS * HEAD}×{WIDTH})"
+    assert layout_in("mha", "q.weight", per_head=1) == layout_in("mha", "q.weight", per_head=True)
+    assert layout_in("mha", "q.weight", per_head=0) == layout_in("mha", "q.weight")
+
+
+@pytest.mark.parametrize(
+    ("per_head", "said"),
+    [
+        (3, r"per_head=3 does not divide the 4 heads of the query of layers\.0\."),
+        ("each", "per_head='each'; use False, True, or 'pairs'; or a number"),
+        (-1, "per_head=-1 must be a whole number"),
+        (1.5, "per_head=1.5 must be a whole number"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(per_head, said):
+    with pytest.raises(ValueError, match=said):
+        MuonClip(TinyModel("mha"), per_head=per_head)
+
+
+def test_heads_of_attention_that_is_found_are_divided_values_too():
+    model = nn.ModuleDict({"attn": UndeclaredAttention()})
+    clip = QKClip(model["attn"], example_inputs=torch.randn(2, 5, WIDTH))
+    lines = {line.name: line for line in MuonClip(model["attn"], per_head="pairs", qk_clip=clip).plan.parameters}
+    for name in ("q.weight", "k.weight", "v.weight"):
+        assert lines[name].layout.describe(lines[name].shape) == f"2 × ({2 * HEAD}×{WIDTH})"
 
 
 @pytest.mark.parametrize("kind", ["fused_interleaved", "transposed", "mla"])

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import kind, shown
+from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.torch.heads import HeadRows, QKProjection, axes_of
 
 T = TypeVar("T")
@@ -58,25 +59,32 @@ def layouts_of(
     return layouts
 
 
-def projection_layouts(projections: Mapping[str, QKProjection], per_head: bool) -> dict[int, MatrixLayout]:
-    """Find the layouts of the weights of attentions, by id: fused q|k|v split, with `per_head` each head."""
+def projection_layouts(projections: Mapping[str, QKProjection], per_head: PerHead) -> dict[int, MatrixLayout]:
+    """Find the layouts of the weights of attentions, by id: fused q|k|v split, with `per_head` each head, or so many.
+
+    Raises ValueError, naming the attention, for heads that do not divide.
+    """
+    together = heads_per_matrix(per_head)
     parts: dict[int, list[tuple[str, HeadRows]]] = {}
-    for projection in projections.values():
+    names: dict[int, str] = {}
+    for name, projection in projections.items():
         for side, rows in projection.parts():
-            parts.setdefault(id(getattr(rows.module, rows.weight)), []).append((side, rows))
-    layouts = {key: _split_by_heads(sides, per_head=per_head) for key, sides in parts.items()}
+            weight = id(getattr(rows.module, rows.weight))
+            parts.setdefault(weight, []).append((side, rows))
+            names.setdefault(weight, f"the {side} of {name or 'the model'}")
+    layouts = {key: _split_by_heads(names[key], sides, together) for key, sides in parts.items()}
     return {key: layout for key, layout in layouts.items() if layout is not None}
 
 
-def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> MatrixLayout | None:
+def _split_by_heads(name: str, parts: list[tuple[str, HeadRows]], together: int) -> MatrixLayout | None:
     """Return the matrices that the rows of the heads cut a weight into; None where its shape says the same, or where
-    the rows follow no pattern.
+    the rows follow no pattern. `together`: how many heads are one matrix; 0: all.
 
     The sequence of blocks may repeat along the rows, once for every head or for every group of heads. K2's W_ukv
-    ([k_nope | v] per head) is such a weight; without `per_head` it stays the one matrix it is in K2. Of rows that are
-    counted along several axes, the first ones are a batch where they number queries, keys and values, [3, …, in].
+    ([k_nope | v] per head) is such a weight; unless heads are divided it stays the one matrix it is in K2. Of rows that
+    are counted along several axes, the first ones are a batch where they number queries, keys and values, [3, …, in].
     """
-    first = parts[0][1]
+    first, per_head = parts[0][1], together > 0
     weight: Tensor = getattr(first.module, first.weight)
     axes = axes_of(first.axis)
     if any(axes_of(rows.axis) != axes for _, rows in parts) or len(axes) == weight.ndim:
@@ -84,7 +92,7 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     sizes = [weight.shape[axis] for axis in axes]
     count = math.prod(sizes)
     if weight.ndim == 3 and axes == (1,):  # [in, heads, width]: each row is a head's slice
-        return MatrixLayout(transposed=True, heads=(count,) if per_head else ())
+        return MatrixLayout(transposed=True, heads=(_divided(name, count, together),) if per_head else ())
     is_convolution = isinstance(first.module, _ConvNd) and first.module.groups == 1
     if weight.ndim > 2 and axes == (0,) and not is_convolution:
         return None
@@ -100,7 +108,7 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
         slices = [(sides[start : start + size], heads[start : start + size]) for start in range(0, count, size)]
         if any(len(set(of_slice)) > 1 for of_slice, _ in slices):
             return None
-        divisions = {_equal_heads(of_slice) for _, of_slice in slices if of_slice[0] >= 0}
+        divisions = {_divided(name, _equal_heads(of_slice), together) for _, of_slice in slices if of_slice[0] >= 0}
         equal = tuple(divisions) if per_head and len(divisions) == 1 else ()
         return MatrixLayout(batch, transposed, heads=equal, out_ndim=out_ndim)
     counts = sorted({1, *(rows.num_heads for _, rows in parts)})
@@ -116,7 +124,7 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
     position = 0
     for _, size in blocks:
         rows = [head for start in range(0, count, count // repeats) for head in heads[start + position :][:size]]
-        divided.append(_equal_heads(rows))
+        divided.append(_divided(name, _equal_heads(rows), together))
         position += size
     return MatrixLayout(
         transposed=transposed,
@@ -125,6 +133,18 @@ def _split_by_heads(parts: list[tuple[str, HeadRows]], *, per_head: bool) -> Mat
         repeats=repeats,
         out_ndim=out_ndim,
     )
+
+
+def _divided(name: str, heads: int, together: int) -> int:
+    """Count the matrices of a projection with these heads, of which so many `together` are one, and fewer too."""
+    if heads <= together or not together:
+        return 1
+    if heads % together:
+        raise ValueError(
+            f"per_head={together} does not divide the {heads} heads of {name}. Give a number that divides the heads of "
+            "every projection, True for each head, or False."
+        )
+    return heads // together
 
 
 def _batch_axes(sides: Sequence[str], sizes: Sequence[int]) -> int:

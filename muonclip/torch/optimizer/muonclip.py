@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from muonclip.core.arguments import check_flag, check_kind, shown
+from muonclip.core.arguments import check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
+from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.core.parameter_roles import Use
 from muonclip.core.qk_clip import check_tau
 from muonclip.core.update_rule import MuonRule
@@ -109,7 +110,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     - `lr`: the rate of both halves, per step. `weight_decay`: decoupled, times the rate. With the default
       `adjust_lr_fn` updates have the RMS of AdamW's (Moonlight, arXiv 2502.16982): its decay carries over, and rates
       from its own, in large runs, to five times that in small ones.
-    - `per_head`: every head of q, k (and v) is a matrix of its own.
+    - `per_head`: every head of q, k and v is a matrix of its own, or every so many: "pairs", or their number.
     - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step.
     - `qk_clip`: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
       by products, the model trains with one warning, and "required" makes that an error. A `QKClip` is used as it is
@@ -142,7 +143,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         ns_steps: int | None = None,
         eps: float | None = None,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
-        per_head: bool = False,
+        per_head: PerHead = False,
         tau: float = 100.0,
         qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
@@ -159,7 +160,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         muon = MuonOptions.from_mapping(locals())
         muon.check()
         check_workspace(workspace_bytes)
-        check_flag("per_head", per_head)
+        heads_per_matrix(per_head)
         check_tau(tau)
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
@@ -192,7 +193,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             projections = declared_qk_projections(model)
         defaults = {**asdict(muon), "adamw": asdict(adamw_options), "tau": self.qk_clip and self.qk_clip.tau}
         self.plan = Plan((), projections, defaults, self.qk_clip)
-        self._per_head, self._finds_layouts = per_head, isinstance(model, nn.Module)
+        self._per_head: PerHead = per_head
+        self._finds_layouts = isinstance(model, nn.Module)
         self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
         self._shown: Mapping[str, Use] = {} if self.qk_clip is None else self.qk_clip.attentions.shown
         to_come = self.qk_clip is not None and self.qk_clip.attentions.to_come

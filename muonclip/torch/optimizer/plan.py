@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout
 from muonclip.core.folded_rows import folded
+from muonclip.core.head_parts import PerHead
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
     GATE_UP_NAMES,
@@ -109,7 +110,7 @@ def plan_module(
     model: nn.Module,
     projections: Mapping[str, QKProjection],
     *,
-    per_head: bool,
+    per_head: PerHead,
     shown: Mapping[str, Use] | None = None,
 ) -> list[PlannedParameter]:
     """Plan each parameter of the model, tied ones once. `shown`: what forwards have shown of them, by name."""
