@@ -42,11 +42,11 @@ class Share(NamedTuple):
 
 
 def swept(sweep: Json) -> Frame:
-    """Make a row for each optimizer and rate: its seeds, mean loss, largest logit; whether that is `loud`, above τ."""
+    """Make a row for each optimizer and rate: its seeds, mean loss, largest logit; whether that is `above_tau`."""
     arms = {name: pd.DataFrame(arm["rates"]).set_index("lr") for name, arm in sweep["arms"].items()}
     rates = pd.concat({name: of.assign(edge=of.index.isin(of.index[[0, -1]])) for name, of in arms.items()})
     rates = rates.assign(mean=rates["loss"].map(fmean), peak=rates["peak_logit"].map(max))
-    return rates.assign(loud=rates["peak"] > sweep["tau"])
+    return rates.assign(above_tau=rates["peak"] > sweep["tau"])
 
 
 def loud_rates(sweep: Json) -> dict[float, Effect]:
@@ -57,7 +57,7 @@ def loud_rates(sweep: Json) -> dict[float, Effect]:
     muon, clipped = (swept(sweep).loc[arm] for arm in ("muon", "muonclip"))
     return {
         lr: Effect("MuonClip", "Muon", compare(clipped["loss"][lr], muon["loss"][lr]))
-        for lr in muon.index[muon["loud"]]
+        for lr in muon.index[muon["above_tau"]]
     }
 
 

@@ -1,4 +1,4 @@
-"""LoRA with PEFT: adapters first, then the optimizer. The base is frozen, so that loud heads are only reported.
+"""LoRA with PEFT: adapters first, then the optimizer. The base is frozen, so that heads above τ are only reported.
 
     python peft_lora.py         # seconds on two cores
 
@@ -30,7 +30,7 @@ base = LlamaForCausalLM(config)  # a pretrained model in practice
 before = {name: value.clone() for name, value in base.state_dict().items()}
 
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-optimizer = MuonClip(model, lr=5e-3, tau=0.5)  # K2's τ is 100; low, so that a model as small as this has loud heads
+optimizer = MuonClip(model, lr=5e-3, tau=0.5)  # K2's τ is 100; low, so that heads of a model as small as this exceed it
 
 text = torch.tensor(list(Path(inspect.__file__).read_bytes()))
 for _ in (bar := trange(60)):

@@ -3,8 +3,7 @@
     γ_h = τ / S_h   where S_h > τ,   else 1            (Kimi K2, arXiv 2507.20534, Algorithm 1)
 
 A logit is bilinear in query and key. Parts private to a head share γ between the two sides, γ^α and γ^(1−α); a query
-part facing a key that heads share takes all of γ, because the shared key cannot be scaled for one head alone. A head
-with S_h > τ is called loud, any other quiet.
+part facing a key that heads share takes all of γ, because the shared key cannot be scaled for one head alone.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from muonclip.core.newton_schulz import Array
 
 
 class ClipFactors(NamedTuple):
-    """Factors of each head, every field [heads], with `query · key == gamma`; those of a quiet head are exactly 1."""
+    """Factors of each head, every field [heads], with `query · key == gamma`; exactly 1 where S ≤ τ."""
 
     gamma: Array
     """γ: for a query part facing a shared key."""
@@ -33,7 +32,7 @@ def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0
     `max_logits`: [heads], after the softmax scale; the factors are computed and returned in its dtype. `tau`: the
     largest logit a head may keep. `alpha`: the query's share of the exponent. `xp`: the array namespace.
 
-    Quiet heads (S ≤ τ, negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
+    Heads with S ≤ τ (negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
     +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked: raises
     ValueError for τ ≤ 0 and α outside [0, 1].
     """

@@ -207,8 +207,8 @@ def qk_clip(
     where query and key are private to the head.
 
     For a head above τ `optax.apply_updates` then ends at its updated weights times their factor, up to rounding in the
-    parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of quiet heads
-    (S ≤ τ, −inf included) are handed on bit for bit, selected by γ < 1 in float32.
+    parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of heads
+    with S ≤ τ (−inf included) are handed on bit for bit, selected by γ < 1 in float32.
 
     Updates have the dtype in which they come. Of a weight narrower than float32 (bfloat16, float16) a step applies a
     factor of ½ at most, since then t − w, where t is factor · (weight + update) rounded to the weight's dtype, is a

@@ -113,7 +113,7 @@ def _compared(name: str, kernel: Kernel, model: Any, x: Any) -> Outcome:
         "the forward returns something else under observation": disturbed <= observed,
         of_maxima: gauge <= observed,
         of_heads: scale <= clipped,
-        "weights have moved that no loud head has": all(kept),
+        "weights of heads at most at tau have moved": all(kept),
     }
     faults = [words for words, holds in wrong.items() if not holds]
     return Outcome(name, not faults, "; ".join(faults or (of_maxima, of_heads)))

@@ -41,7 +41,7 @@ def jax_iteration(device: str) -> Iterator[Outcome]:
 
 
 def jax_clip(device: str) -> Iterator[Outcome]:
-    """Clip an attention above τ, jitted: its heads end at min(S, τ), quiet ones keep their weights bit for bit."""
+    """Clip an attention above τ, jitted: its heads end at min(S, τ), and those at most at τ keep their bits."""
     if _is_missing():
         yield Outcome("JAX, clip", None, "JAX, or Optax, is not installed")
         return
@@ -77,7 +77,7 @@ def jax_clip(device: str) -> Iterator[Outcome]:
     quiet = before <= tau
     kept = all(np.array_equal(after[name]["kernel"][:, quiet], params[name]["kernel"][:, quiet]) for name in "qk")
     yield Outcome(
-        "JAX, quiet heads", kept, "their weights are kept bit for bit" if kept else "their weights have moved"
+        "JAX, heads not above tau", kept, "their weights are kept bit for bit" if kept else "their weights have moved"
     )
 
 

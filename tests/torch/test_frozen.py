@@ -90,7 +90,7 @@ def test_where_no_side_can_be_scaled_nothing_is_and_the_report_says_so(kind, fro
     assert report.layers["attn"].gamma.tolist() == [1.0] * HEADS
     assert (report.clipped_heads, report.frozen_heads) == (0, 2)
     heads = ", ".join(map(str, (before > tau).nonzero()[0]))
-    assert f"loud, cannot be clipped: frozen (heads {heads})" in str(report)
+    assert f"above tau, cannot be clipped: frozen (heads {heads})" in str(report)
     assert report.to_dict()["layers"]["attn"]["frozen"] == (before > tau).tolist()
     np.testing.assert_allclose(report.layers["attn"].max_logits, before, rtol=1e-6)
     step(layer, x, clip)  # it warns the first time: a second warning would be an error here

@@ -53,7 +53,7 @@ class QKClip:
       one.
     - `clip_frozen`: scale frozen weights with the trained ones, as of a LoRA's base and adapter; `MuonClip.plan` lists
       those to save. By default a weight with `requires_grad=False` is never changed: the other side of its heads takes
-      all of γ where all weights of that side are trained; else these heads are reported as loud and not clipped.
+      all of γ where all weights of that side are trained; else those above τ are reported and not clipped.
     - `ignore`: names of modules, or patterns as `"decoder.*.attn"`, whose attention is left alone: it is not clipped,
       and no error where it is not understood.
     - `declare`: projections of attentions in the model, by module name, instead of what would be found.

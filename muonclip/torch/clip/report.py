@@ -14,7 +14,7 @@ from torch import Tensor
 class LayerReport:
     """One attention in the last step; every field [heads].
 
-    - `max_logits`: the largest finite logit seen (−inf: none); NaN where the head was only certified.
+    - `max_logits`: the largest finite logit seen (−inf: none); NaN where a bound shows the head at most at τ.
     - `gamma`: the factor its logits were scaled by; 1 where the head was not clipped.
     - `exact`: whether `max_logits` is the maximum itself.
     - `bound`: an upper bound of the logits; equal to the maximum where that is exact.
@@ -94,7 +94,7 @@ class QKClipReport:
         return {prefix + name: value for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers and lists; NaN where a head was only certified."""
+        """Return everything as plain numbers and lists; NaN where a bound shows a head at most at τ."""
         layers = {
             name: {
                 "max_logits": layer.max_logits.tolist(),
@@ -117,7 +117,7 @@ class QKClipReport:
         """Write a table: the maximum of each head, or ≤ its upper bound."""
         lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
         if self.frozen_heads:
-            lines[0] += f"; {self.frozen_heads} loud, cannot be clipped: frozen"
+            lines[0] += f"; {self.frozen_heads} above tau, cannot be clipped: frozen"
         for name, layer in self.layers.items():
             values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
             logits = " ".join(f"{value:8.2f}" if exact else f"≤{bound:7.2f}" for value, exact, bound in values)
@@ -125,7 +125,7 @@ class QKClipReport:
             lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
             frozen = layer.frozen.nonzero().flatten().tolist()
             if frozen:
-                lines.append(f"    loud, cannot be clipped: frozen (heads {', '.join(map(str, frozen))})")
+                lines.append(f"    above tau, cannot be clipped: frozen (heads {', '.join(map(str, frozen))})")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Finds heads that are clipped again and again and do not become quieter: other weights may make their logits.
+"""Finds heads that are clipped again and again and do not come down: other weights may make their logits.
 
 A head with the maximum S that was clipped by γ has γ·S and what one step adds. If its weights do not reach its logits
 it still has S. So has a head that grows by 1/γ in each step, the explosion that the clip is there for; only an
