@@ -125,7 +125,7 @@ def _pythons() -> list[str]:
     """What the package needs, and what `make` takes: the classifiers, which pip shows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     named = [each.rpartition(" ")[2] for each in project["classifiers"] if re.search(r"Python :: 3\.\d", each)]
-    low, high = re.search(r"\((3, \d+)\) <= .* <= \((3, \d+)\)", (ROOT / "Makefile").read_text("utf-8")).groups()
+    ((low, high),) = re.findall(r"\((3, \d+)\) <= .* <= \((3, \d+)\)", (ROOT / "Makefile").read_text("utf-8"))
     assert [named[0], named[-1]] == [each.replace(", ", ".") for each in (low, high)]
     return [f"Python {project['requires-python'].removeprefix('>=')} or later", f"Python {named[0]} to {named[-1]}"]
 
@@ -151,7 +151,7 @@ def _reproduction() -> list[str]:
 def _minutes_of(command: str) -> str:
     """What the command's own help says."""
     helped = " ".join(make_parser()[0].format_help().split())
-    return re.search(rf" {command} [^()]*?(\d+) minutes on two cores", helped)[1]
+    return re.findall(rf" {command} [^()]*?(\d+) minutes on two cores", helped)[0]
 
 
 def _remedies() -> str:
