@@ -103,6 +103,7 @@ _STUDIES = (
     "ownership",
     "gram-accuracy",
     "primer",
+    "grad-clipping",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

@@ -208,6 +208,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         {"--train": _flag("train the momenta anew, and save them in the repository")}, ["--out"],
     ),
     "primer": ("draw what Muon does to gradients, singular values and logits: one minute", {}, ["--out"]),
+    "grad-clipping": (
+        "clip all gradients, AdamW's alone, or none: five runs on three seeds, ten minutes",
+        {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
+    ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip

@@ -35,7 +35,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import scaling
+from benchmarks.studies import grad_clipping, scaling
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 from muonclip.torch import distributed
@@ -53,7 +53,8 @@ SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.m
 CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
 COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
 RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
-INCLUDED = {READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
+GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
+INCLUDED = {GRAD_CLIPPING, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -386,6 +387,11 @@ def test_the_table_of_scaling_is_that_of_its_figures():
     figures = json.loads(SCALING.with_suffix(".json").read_text(encoding="utf-8"))
     assert SCALING.read_text(encoding="utf-8") == scaling.table(figures)
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
+
+
+def test_the_table_of_gradient_clipping_is_that_of_its_figures():
+    figures = json.loads(GRAD_CLIPPING.with_suffix(".json").read_text(encoding="utf-8"))
+    assert GRAD_CLIPPING.read_text(encoding="utf-8") == grad_clipping.table(figures)
 
 
 def test_the_lines_of_the_cheat_sheet_run():

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from muonclip.core import update_scale
+from muonclip.core import Recipe, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
 from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_flag, check_kind
 from muonclip.core.coefficients import Coefficients
+from muonclip.core.recipes import RecipeName, takes_recipe
 from muonclip.core.update_rule import MuonRule, agree
 from muonclip.core.update_scale import AdjustLR
 from muonclip.core.updates import UPDATES, Update, check_update
@@ -82,12 +83,14 @@ def scale_by_muon(
     )
 
 
+@takes_recipe
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Any = 0.1,
     beta: Any = 0.95,
     *,
     qk_projections: QKProjections | None,
+    recipe: RecipeName | Recipe | None = None,
     tau: Any = 100.0,
     alpha: Any = 0.5,
     nesterov: Nesterov = True,
@@ -115,6 +118,9 @@ def muonclip(
       runs, to five times that in small ones.
     - `weight_decay`: decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says.
     - `qk_projections`: see `qk_clip`; None: no clip, and no `max_logits`.
+    - `recipe`: the values of a published recipe, by its name, for the arguments that are not given here, but never the
+      rate: see `muonclip.core.RECIPES`, and `plan(…, recipe=…)`. One without a clip takes `qk_projections=None`, or a
+      `tau` that is given; one whose heads are matrices of their own takes `muon_weight_dimension_numbers`.
     - `muon_weight_dimension_numbers`: see `plan`, which shows what becomes of each parameter.
     - `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
 
@@ -140,6 +146,8 @@ def muonclip(
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
     check_flag("wide_updates", wide_updates)
+    if isinstance(recipe, Recipe):
+        _check_recipe(recipe, qk_projections, muon_weight_dimension_numbers)
 
     def planned(field: str) -> Callable[[Any], Any]:
         def tree(params: Any) -> Any:
@@ -218,6 +226,20 @@ def _cautiously(decay: optax.GradientTransformation) -> optax.GradientTransforma
         return jax.tree.map(chosen, updates, decayed, params), state
 
     return optax.GradientTransformation(decay.init, update)
+
+
+def _check_recipe(recipe: Recipe, qk_projections: Any, numbers: Any) -> None:
+    """Raise ValueError for what a recipe needs to be told here."""
+    if recipe.tau is None and "tau" not in recipe.given and qk_projections is not None:
+        raise ValueError(
+            f"recipe={recipe.name!r} is without a clip, and qk_projections declares attentions. Pass "
+            "qk_projections=None, or the tau of a clip."
+        )
+    if recipe.per_head and numbers is None:
+        raise ValueError(
+            f"recipe={recipe.name!r} takes heads as matrices of their own ({recipe.heads}). Say which rows these are: "
+            "muon_weight_dimension_numbers= with a MatrixLayout(heads=(…,)) for each, see plan."
+        )
 
 
 def _check_adamw(options: Mapping[str, Any]) -> None:

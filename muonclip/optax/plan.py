@@ -12,13 +12,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
-from muonclip.core import MatrixLayout
+from muonclip.core import MatrixLayout, Recipe
 from muonclip.core.arguments import check_array, check_choice
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.cost_model import Form
@@ -33,6 +33,7 @@ from muonclip.core.parameter_roles import (
     module_of,
     role_of,
 )
+from muonclip.core.recipes import RecipeName, option_lines, takes_recipe
 from muonclip.core.text_table import table
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES, Update, states_in_words
@@ -63,13 +64,18 @@ class Plan:
     """The matrices of each shape, whichever way they lie, and the dtype and form of the products that iterate them."""
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """The bytes of each state of the Muon half, by `update` and name; shown for variants."""
+    recipe: Recipe | None = None
+    """The recipe that was asked for, and what was given next to it."""
+    options: Mapping[str, object] = field(default_factory=dict[str, object])
+    """What the recipe sets, and the options of the products; shown with a recipe."""
 
     def __str__(self) -> str:
         parameters = parameter_table(
             self.parameters, lambda layout, shape: ArrayLayout.from_layout(layout, shape).describe(shape)
         )
         products = table([("matrices", "products"), *self.products]) if self.products else ""
-        return "\n\n".join(filter(None, (parameters, states_in_words(self.state_bytes), products)))
+        options = "" if self.recipe is None else option_lines(self.options, self.recipe)
+        return "\n\n".join(filter(None, (parameters, states_in_words(self.state_bytes), products, options)))
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`."""
@@ -77,6 +83,7 @@ class Plan:
         return map_named(lambda name, _: of(lines[name]), params)
 
 
+@takes_recipe
 def plan(
     params: Any,
     weight_dimension_numbers: Any = None,
@@ -88,8 +95,11 @@ def plan(
     ns_form: Form | None = None,
     update: Update = "muon",
     mu_dtype: Any = None,
+    recipe: RecipeName | Recipe | None = None,
 ) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
+
+    With a `recipe` it shows what that sets where `muonclip` is given nothing else.
 
     `params` may be `jax.ShapeDtypeStruct`s. Raises ValueError, with a list, for arrays whose axes are not understood,
     and for a form that may not run with these polynomials.
@@ -100,7 +110,12 @@ def plan(
     check_dtype("mu_dtype", mu_dtype)
     lines = _lines(params, weight_dimension_numbers, qk_projections)
     sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
-    return Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes})
+    planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes})
+    if not isinstance(recipe, Recipe):
+        return planned
+    options = {**recipe.arguments(recipe.given), "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
+    options.pop("qk_clip", None)  # here it is qk_projections=None
+    return replace(planned, recipe=recipe, options=options)
 
 
 def _lines(

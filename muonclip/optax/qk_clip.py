@@ -32,6 +32,7 @@ from muonclip.core.head_parts import (
     latent_parts,
 )
 from muonclip.core.qk_clip import check_alpha, check_tau
+from muonclip.core.tau_rules import TauRule, check_patterns, check_tau_rules, tau_rule
 from muonclip.optax.arguments import check_if_concrete, check_real
 from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
@@ -203,8 +204,9 @@ def qk_clip(
         tx.update(grads, state, params, max_logits=…)
 
     `qk_projections`: a tree with a `QKProjection` for each attention; `max_logits` is a tree of the same structure.
-    `tau`: the largest logit a head may keep, a number or a schedule, as a rate is. `alpha`: the query's share of γ
-    where query and key are private to the head.
+    `tau`: the largest logit a head may keep, a number or a schedule, as a rate is; or a dict with either for each
+    pattern of the attentions' names, of which the first that fits counts: `tau={"vision/*": 50.0, "*": 100.0}`.
+    `alpha`: the query's share of γ where query and key are private to the head.
 
     For a head above τ `optax.apply_updates` then ends at its updated weights times their factor, up to rounding in the
     parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of heads
@@ -221,11 +223,13 @@ def qk_clip(
     `max_logits`, ValueError without `params`, for a `max_logits` of another structure or shape, for paths that do not
     exist, for τ ≤ 0 and for α outside [0, 1].
     """
-    if not callable(tau):
-        check_if_concrete(tau, check_tau)
+    check_tau_rules(tau, lambda number: check_if_concrete(number, check_tau))
     check_if_concrete(alpha, check_alpha)
     check_flag("wide_updates", wide_updates)
     projections, treedef = flatten_projections(qk_projections)
+    names = [name for name, _ in projections]
+    check_patterns(tau, names)
+    rules = [tau_rule(tau, name) for name in names]
 
     def init(params: optax.Params) -> QKClipState:
         leaves = named_leaves(params)
@@ -258,27 +262,25 @@ def qk_clip(
         check_max_logits(max_logits)
         maxima = maxima_of(projections, treedef, max_logits, shapes_of(leaves))
         scalings = _scalings(projections, leaves)
-        now: Any = tau(state.step) if callable(tau) else tau
-        if not isinstance(now, jax.Array):
-            check_tau(now)
-        usable = jnp.logical_and(now > 0, jnp.logical_and(alpha >= 0, alpha <= 1))
-        now, share = (_where(usable, number, default) for number, default in ((now, 100.0), (alpha, 0.5)))
+        by_rule = {id(rule): _thresholds(rule, alpha, state.step) for rule in rules}
+        now = [by_rule[id(rule)] for rule in rules]
         floors = [jnp.zeros((), jnp.float32)] * len(projections)
         if not wide_updates:
             for number, side, rows in scalings:
                 if is_narrow(leaves[rows.name]):
-                    floors[number] = jnp.maximum(floors[number], _smallest_gamma(side, share))
+                    floors[number] = jnp.maximum(floors[number], _smallest_gamma(side, now[number].alpha))
         factors: list[ClipFactors] = []
         scaled = {number for number, _, _ in scalings}
         nonfinite, frozen, unfinished = state.nonfinite, *[jnp.zeros_like(state.nonfinite)] * 2
         for number, (maximum, floor) in enumerate(zip(maxima, floors, strict=True)):
-            finite, bad = _finite(maximum, usable)
-            limit = _as(now, maximum) / floor.astype(maximum.dtype)  # inf without a floor
+            finite, bad = _finite(maximum, now[number].usable)
+            threshold, share = _as(now[number].tau, maximum), _as(now[number].alpha, maximum)
+            limit = threshold / floor.astype(maximum.dtype)  # inf without a floor
             nonfinite += jnp.sum(bad, dtype=jnp.int32)
             if number not in scaled and not projections[number][1].reason:
-                frozen += jnp.sum(finite > _as(now, maximum), dtype=jnp.int32)
+                frozen += jnp.sum(finite > threshold, dtype=jnp.int32)
             unfinished += jnp.sum(finite > limit, dtype=jnp.int32)
-            factors.append(clip_factors(jnp.minimum(finite, limit), _as(now, maximum), _as(share, maximum), xp=jnp))
+            factors.append(clip_factors(jnp.minimum(finite, limit), threshold, share, xp=jnp))
         spread: dict[str, jax.Array] = {}
         for number, side, rows in scalings:
             own = rows.spread(getattr(factors[number], side))
@@ -299,6 +301,22 @@ def qk_clip(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Thresholds(NamedTuple):
+    """τ and α in one step, and whether they can be used; their defaults where not."""
+
+    tau: Any
+    alpha: Any
+    usable: jax.Array
+
+
+def _thresholds(rule: TauRule, alpha: Any, step: jax.Array) -> _Thresholds:
+    tau: Any = rule(step) if callable(rule) else rule
+    if not isinstance(tau, jax.Array):
+        check_tau(tau)
+    usable = jnp.logical_and(tau > 0, jnp.logical_and(alpha >= 0, alpha <= 1))
+    return _Thresholds(_where(usable, tau, 100.0), _where(usable, alpha, 0.5), usable)
 
 
 def _clipped(

@@ -289,6 +289,41 @@ def test_tau_may_be_a_schedule_as_the_rate_is():
     np.testing.assert_allclose(gammas, [1, 0.75, 0.5, 0.25, 0.25], rtol=1e-6)
 
 
+def test_each_attention_has_its_own_tau():
+    """By patterns of names, numbers and schedules; the first that fits counts."""
+    names = ("text/0", "vision/0", "vision/1")
+    projections = {n: QKProjection.mha(q=f"{n}/q", k=f"{n}/k", num_heads=2, in_axis=0) for n in names}
+    params = {f"{n}/{side}": {"kernel": normal(3, D, 2, W)} for n in names for side in "qk"}
+    updates = jax.tree.map(jnp.zeros_like, params)
+    largest = dict.fromkeys(names, jnp.full(2, 8.0))
+    tau = {"vision/1": 4.0, "vision/*": lambda step: 2.0 + step, "*": 8.0}
+    tx = qk_clip(projections, tau)
+    update = jax.jit(lambda u, s, p, m: tx.update(u, s, p, max_logits=m))
+    state = tx.init(params)
+    for expected in ((1.0, 2 / 8, 4 / 8), (1.0, 3 / 8, 4 / 8)):
+        clipped, state = update(updates, state, params, largest)
+        for name, gamma in zip(names, expected, strict=True):
+            np.testing.assert_allclose(state.gamma[name], gamma, rtol=1e-6)
+            for side in "qk":
+                now = params[f"{name}/{side}"]["kernel"] + clipped[f"{name}/{side}"]["kernel"]
+                np.testing.assert_allclose(now, gamma**0.5 * params[f"{name}/{side}"]["kernel"], rtol=1e-5)
+    alone, _ = clip(projections, params, updates, largest, tau={"*": 3.0})
+    number, _ = clip(projections, params, updates, largest, tau=3.0)
+    assert all(map(np.array_equal, jax.tree.leaves(alone), jax.tree.leaves(number)))
+
+
+@pytest.mark.parametrize(
+    ("tau", "words"),
+    [({"b": 1.0, "*": 2.0}, "tau names 'b'"), ({"a": 0.0}, r"tau\['a'\]=0\.0 must be positive"), ({}, "tau is empty")],
+)
+def test_a_tau_that_fits_no_attention_is_refused(tau, words):
+    projection = QKProjection.mha(q="q", k="k", num_heads=2)
+    with pytest.raises(ValueError, match=words):
+        qk_clip({"a": projection}, tau)
+    with pytest.raises(ValueError, match="says nothing of the attention 'c'"):
+        qk_clip({"a": projection, "c": projection}, {"a": 1.0})
+
+
 def test_a_reason_only_observes():
     params = params_of()
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from muonclip.core.arguments import check_kind
 from muonclip.core.parameter_roles import Use
+from muonclip.core.tau_rules import check_patterns
 from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
+from muonclip.torch.clip.thresholds import Thresholds
 from muonclip.torch.discover import NOTHING_FOUND, Inputs, nothing_found
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits, Unobservable
@@ -132,12 +134,20 @@ class ClipAttentions:
         if self._monitor is not None:
             self._monitor.prove_again(names)
 
-    def set_threshold(self, threshold: float) -> None:
-        """Require maxima to be exact from this logit on, also those of attentions still to be found."""
+    def set_thresholds(self, thresholds: Thresholds) -> None:
+        """Require maxima to be exact from these logits on, also those of attentions still to be found.
+
+        Raises ValueError, and sets none, for an attention of which they say nothing.
+        """
+        each = {name: thresholds.exact_from(name) for name in self.projections}
         if self._monitor is not None:
-            self._monitor.threshold = threshold
-        for state in self.states():
-            state.threshold = threshold
+            self._monitor.thresholds = thresholds
+        for name, projection in self.projections.items():
+            projection.max_logits.threshold = each[name]
+
+    def names(self) -> list[str]:
+        """Return the names that a pattern may fit: of the model's modules, or of the given projections."""
+        return [*self.projections] if self._model is None else [name for name, _ in self._model.named_modules()]
 
     def kernels(self) -> dict[str, AttentionKernel]:
         """Return the kernel by which each attention is observed, by name; `DECLARED` where it fills its statistic."""
@@ -252,7 +262,7 @@ def attentions_of_model(
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
     on_forward: Any,
     *,
-    threshold: float,
+    thresholds: Thresholds,
     clip_gains: bool,
     ignore: Collection[str] = (),
     required: bool = True,
@@ -277,7 +287,8 @@ def attentions_of_model(
         model, projections, on_forward, clip_gains=clip_gains, ignored=ignored, required=required
     )
     attentions = ClipAttentions(projections, model, monitor)
-    monitor.threshold = threshold
+    check_patterns(thresholds.tau, attentions.names())
+    monitor.thresholds = thresholds
     try:
         monitor.start()
         _discover(monitor, example_inputs, declared=declared)

@@ -28,11 +28,12 @@ class Error(IntEnum):
 class Details:
     """The details of the messages, in addition to the names of attentions.
 
-    `unknown`: what is wrong on this rank with attention that was not observed. `hints`: for attentions that were not
-    observed, by name. `left_out`: where forwards ran that could not be observed, by name.
+    `tau`: None where attentions have their own. `unknown`: what is wrong on this rank with attention that was not
+    observed. `hints`: for attentions that were not observed, by name. `left_out`: where forwards ran that could not be
+    observed, by name.
     """
 
-    tau: float
+    tau: float | None
     unknown: str = ""
     nonfinite_heads: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     hints: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -66,8 +67,9 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
             "gradients enabled before each step, with `max_logits=` handed to the attention where you declared it with "
             "one; without it a head could explode unseen." + hint
         )
+    to = "" if details.tau is None else f" to {details.tau:g}"
     return (
-        f"tau was lowered to {details.tau:g} after a forward that was observed for a larger one: some maxima of "
+        f"tau was lowered{to} after a forward that was observed for a larger one: some maxima of "
         f"{listed} between the two were not computed. Set tau before the forward, or call qk_clip.reset() and repeat "
         "it."
     )

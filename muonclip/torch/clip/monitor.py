@@ -24,6 +24,7 @@ from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage
 
 from muonclip.core.parameter_roles import Use
 from muonclip.torch.clip.live_forwards import LiveForwards
+from muonclip.torch.clip.thresholds import Thresholds
 from muonclip.torch.discover import (
     NOTHING_FOUND,
     Discovery,
@@ -84,7 +85,7 @@ class AttentionMonitor:
         self.model, self.projections, self.on_forward, self.clip_gains = model, projections, on_forward, clip_gains
         self.ignored = tuple(ignored)
         self.without_logits: dict[str, str] = {}
-        self.threshold = -math.inf  # of the statistics to come
+        self.thresholds = Thresholds(math.inf)  # of the statistics, those to come too
         self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
         self.to_come = "the first forward with gradients"
@@ -110,19 +111,20 @@ class AttentionMonitor:
         self._names_at_guess: dict[str, str] = {}  # of its parameters, see parameter_names
         self._is_first_step = True
         self._replaced: list[weakref.ref[AttentionMonitor]] = []  # that observed the model before
-        self._thresholds: list[tuple[MaxLogits, float]] = []  # of declared statistics before
+        self._before: list[tuple[MaxLogits, float]] = []  # declared statistics and their thresholds before
         self._warned_of_compiled = self._warned_of_nothing = False
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
+        thresholds = [self.thresholds.exact_from(name) for name in self.projections]
         known = {monitor() for module in self.model.modules() if (monitor := _monitors.get(module)) is not None}
         others = [other for other in known if other is not None and other is not self and not other.removed]
         self._replaced = [weakref.ref(other) for other in others]
         for other in others:
             other.remove("another QKClip was made for the same model, and observes it now")
-        self._thresholds = [(each.max_logits, each.max_logits.threshold) for each in self.projections.values()]
-        for statistic, _ in self._thresholds:
-            statistic.threshold = self.threshold
+        self._before = [(each.max_logits, each.max_logits.threshold) for each in self.projections.values()]
+        for (statistic, _), threshold in zip(self._before, thresholds, strict=True):
+            statistic.threshold = threshold
         PATCHES.add_user(self.model)
         hooks = self._observers, self._loads, self._root, self._entries
         self._end = weakref.finalize(self, _take_down, self._live, *hooks)
@@ -142,7 +144,7 @@ class AttentionMonitor:
     def withdraw(self) -> None:
         """Undo `start` where a construction has failed: the model is observed as it was before, or not at all."""
         self.remove("its construction failed")
-        for statistic, threshold in self._thresholds:
+        for statistic, threshold in self._before:
             statistic.threshold = threshold
         for other in [there for each in self._replaced if (there := each()) is not None]:
             other.__setstate__(other.__getstate__() | {"removed": ""})
@@ -399,6 +401,7 @@ class AttentionMonitor:
             site.module: replace(site, projections=tuple(found[names[id(p)]] for p in site.projections))
             for site in discovery.sites
         }
+        thresholds = {name: self.thresholds.exact_from(name) for name in found}
         self.version += found.keys() != self.projections.keys() or sites.keys() != self.sites.keys()
         self.projections.clear()
         self.projections.update(found)
@@ -406,8 +409,8 @@ class AttentionMonitor:
         by_products = [name for name in self.without_logits if not holds_a_state_space(self.model.get_submodule(name))]
         self.has_nothing = not (self.projections or self.required or by_products)
         self.to_come = "" if self.projections or self.has_nothing else NOTHING_FOUND
-        for projection in self.projections.values():
-            projection.max_logits.threshold = self.threshold
+        for name, projection in self.projections.items():
+            projection.max_logits.threshold = thresholds[name]
         self._observe()
         self._live.expect(self._traces[-1].reached, self._traces[-1].idle, inputs.module)
 
@@ -456,7 +459,7 @@ class AttentionMonitor:
 
 
 _SAVED = (
-    *("projections", "declared", "sites", "model", "on_forward", "threshold", "clip_gains"),
+    *("projections", "declared", "sites", "model", "on_forward", "thresholds", "clip_gains"),
     *("required", "has_nothing", "shown"),
     *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )

@@ -5,9 +5,9 @@ Kimi K2, arXiv 2507.20534, Algorithm 1, lines 8–14; the factors are `muonclip.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from muonclip.core import ClipFactors
-from muonclip.core.arguments import check_choice, check_flag, check_kind, shown
-from muonclip.core.qk_clip import check_alpha, check_tau
+from muonclip.core.arguments import check_choice, check_flag, check_kind, check_whole, shown
+from muonclip.core.qk_clip import check_alpha
+from muonclip.core.tau_rules import Tau, check_patterns, check_tau_rules, is_by_name, varies
 from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
 from muonclip.torch.clip.errors import DeferredErrors, Details, message, not_observed
@@ -31,6 +32,7 @@ from muonclip.torch.clip.returned_weights import ReturnedWeights
 from muonclip.torch.clip.second_copies import SecondCopies, unnamed_copies
 from muonclip.torch.clip.sources import describe
 from muonclip.torch.clip.stuck_heads import StuckHeads
+from muonclip.torch.clip.thresholds import Thresholds
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import Unobservable
 from muonclip.torch.mesh import replicas_of, unwrap
@@ -47,7 +49,9 @@ class QKClip:
 
     - `model_or_projections`: a model, in which the attentions are found (or that declare themselves, see
       `QKProjection`); or projections, by name or in a sequence, whose statistics you fill.
-    - `tau`: the largest logit a head may keep, after the softmax scale; infinity measures, always, and never clips.
+    - `tau`: the largest logit a head may keep, after the softmax scale; infinity measures, always, and never clips. Or
+      a function of the step, 0 at the first; or a dict with either for each pattern of attentions' names, of which the
+      first that fits counts, `tau={"vision.*": 50.0, "*": 100.0}`.
     - `alpha`: the query's share of γ where query and key are private to the head.
     - `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes every
       one.
@@ -79,7 +83,7 @@ class QKClip:
     def __init__(
         self,
         model_or_projections: nn.Module | Mapping[str, QKProjection] | Iterable[QKProjection],
-        tau: float = 100.0,
+        tau: Tau = 100.0,
         alpha: float = 0.5,
         observe: Literal["needed", "always"] = "needed",
         *,
@@ -92,9 +96,10 @@ class QKClip:
         master_of: Callable[[Tensor], Tensor | None] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._tau = check_tau(tau)
+        check_tau_rules(tau)
         self.alpha = check_alpha(alpha)
         check_choice("observe", observe, "needed", "always")
+        self._thresholds = Thresholds(tau, always=observe == "always")
         check_flag("clip_frozen", clip_frozen)
         check_flag("clip_gains", clip_gains)
         check_flag("required", required)
@@ -120,29 +125,49 @@ class QKClip:
         self._unknown = ""  # what is wrong on this rank with attention that nobody observed
         self.last_layers: dict[str, LayerReport] = {}
         """What the last step saw and did, still on the device; `report` waits for it."""
+        self._last_taus: dict[str, float] = {}  # of the last step, by name
         if isinstance(model_or_projections, nn.Module):
             model, replicated = unwrap(model_or_projections)
             self._ranks = ClipRanks(process_group, replicas_of(replicated))
             self.attentions = attentions_of_model(
                 model, declare or {}, example_inputs, self._ranks.find_replicas,
-                threshold=self._threshold(), clip_gains=clip_gains, ignore=ignore, required=required,
+                thresholds=self._thresholds, clip_gains=clip_gains, ignore=ignore, required=required,
             )  # fmt: skip
             return
         if declare or ignore or example_inputs is not None:
             raise ValueError("declare, ignore and example_inputs go with a model, but QKClip was given projections.")
         self._ranks = ClipRanks(process_group)
         self.attentions = given_attentions(model_or_projections)
-        self.attentions.set_threshold(self._threshold())
+        check_patterns(tau, self.attentions.names())
+        self.attentions.set_thresholds(self._thresholds)
 
     @property
-    def tau(self) -> float:
-        """The largest logit a head may keep; may be set between steps."""
-        return self._tau
+    def tau(self) -> Tau:
+        """The largest logit a head may keep, as it was given; may be set between steps."""
+        return self._thresholds.tau
 
     @tau.setter
-    def tau(self, tau: float) -> None:
-        self._tau = check_tau(tau)
-        self.attentions.set_threshold(self._threshold())
+    def tau(self, tau: Tau) -> None:
+        check_tau_rules(tau)
+        check_patterns(tau, self.attentions.names())
+        self._set_thresholds(replace(self._thresholds, tau=tau))
+
+    def tau_of(self, name: str) -> float:
+        """Return τ of an attention, by its name, in the next step."""
+        return self._thresholds.of(name)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of the next step, which a τ that is a function depends on. `MuonClip` saves it itself."""
+        return {"step": self._thresholds.step}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on at the step of a state. Raises ValueError for a number that is none."""
+        step = check_whole("step", state_dict.get("step"), 0)
+        self._set_thresholds(replace(self._thresholds, step=step))
+
+    def _set_thresholds(self, thresholds: Thresholds) -> None:
+        self.attentions.set_thresholds(thresholds)
+        self._thresholds = thresholds
 
     @property
     def projections(self) -> dict[str, QKProjection]:
@@ -229,6 +254,10 @@ class QKClip:
                 self.reset()
                 raise
         self.attentions.leave()
+        following = self._thresholds.following()
+        if varies(self.tau):
+            self.attentions.set_thresholds(following)
+        self._thresholds = following
         self._returned.give(self.attentions.names_of, wait=may_wait)
 
     def reset(self) -> None:
@@ -244,14 +273,9 @@ class QKClip:
         self.raise_deferred()
         self._frozen_warning.give(wait=True)
         self._returned.give(self.attentions.names_of, wait=True)
-        return QKClipReport(self.tau, dict(self.last_layers), *self._steps.read())
-
-    def _threshold(self) -> float:
-        """Return the logit from which on maxima must be exact.
-
-        Without a finite τ none has to be, but whoever asks for that wants to see them: all are.
-        """
-        return self._tau if self.observe == "needed" and self._tau < math.inf else -math.inf
+        own = dict(self._last_taus) if is_by_name(self.tau) or callable(self.tau) else None
+        tau = self._thresholds.of("") if own is None else own
+        return QKClipReport(tau, dict(self.last_layers), *self._steps.read())
 
     @torch.no_grad()
     def _measure(self, *, before_update: bool) -> dict[str, ClipFactors]:
@@ -268,6 +292,9 @@ class QKClip:
                 raise RuntimeError(unknown)
             self.reset()
             return {}
+        following = self._thresholds.following()
+        for name in names if varies(self.tau) else ():
+            following.of(name)  # raises now what would be wrong for the forwards after this step
         # All heads of all attentions in one vector: many small layers would cost many small operations.
         maxima = JointMaxima.from_states(self.attentions.states(), device)
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
@@ -276,9 +303,12 @@ class QKClip:
         if unknown and (group is None or _may_wait_for(device)):
             raise RuntimeError(unknown)
         self._unknown = unknown  # raised with what the other ranks raise
-        self._check(maxima, before_update)
+        tau = self._thresholds.of_heads(names, maxima.sizes, device)
+        self._check(maxima, tau, before_update)
         self._warn_of_left_out()
-        factors, self.last_layers = decide(maxima, self.projections, self.tau, self.alpha, clip_frozen=self.clip_frozen)
+        factors, self.last_layers = decide(maxima, self.projections, tau, self.alpha, clip_frozen=self.clip_frozen)
+        if is_by_name(self.tau) or callable(self.tau):
+            self._last_taus = {name: self._thresholds.of(name) for name in names}
         self._frozen_warning.add(self.projections, self.last_layers, clip_frozen=self.clip_frozen)
         self._frozen_warning.give(wait=_may_wait_for(device))
         gamma = torch.cat([factor.gamma for factor in factors.values()])
@@ -316,15 +346,15 @@ class QKClip:
         device = self.attentions.device
         return torch.stack([note_of(projection, device, ran=ran) for projection in self.projections.values()])
 
-    def _check(self, maxima: JointMaxima, before_update: bool) -> None:
+    def _check(self, maxima: JointMaxima, tau: float | Tensor, before_update: bool) -> None:
         """Raise on all ranks, or leave for later what an accelerator must not be waited for."""
         may_wait = _may_wait_for(maxima.maximum.device)
         if maxima.notes is None:
-            if may_wait and bool(maxima.are_fine(self.tau)):
+            if may_wait and bool(maxima.are_fine(tau)):
                 return
             maxima = maxima.with_notes(self._notes(before_update))
         trains = [projection.trains() for projection in self.projections.values()]
-        errors = maxima.errors(trains, self.tau, before_update=before_update)
+        errors = maxima.errors(trains, tau, before_update=before_update)
         if not may_wait:
             self._deferred.add(errors, tuple(self.projections))
         elif bool(errors.any()):
@@ -341,7 +371,9 @@ class QKClip:
     def _details(self, nonfinite_heads: Mapping[str, list[int]]) -> Details:
         hints = {name: kernel.if_unobserved for name, kernel in self.attentions.kernels().items()}
         left_out = {name: each.where for name, each in self._left_out.items()}
-        return Details(self.tau, self._unknown, nonfinite_heads, hints, left_out)
+        taus = {self._thresholds.of(name) for name in self.projections}
+        tau = taus.pop() if len(taus) == 1 else None
+        return Details(tau, self._unknown, nonfinite_heads, hints, left_out)
 
     def _warn_of_left_out(self) -> None:
         """Warn once, where attentions were observed in this step, and also ran in a way that could not be."""

@@ -75,11 +75,11 @@ class JointMaxima:
         """Add the notes of this rank, which is alone."""
         return self if self.notes is not None else replace(self, notes=notes)
 
-    def are_fine(self, tau: float) -> Tensor:
-        """Tell whether there is certainly no error, whatever the notes say; bool []."""
+    def are_fine(self, tau: float | Tensor) -> Tensor:
+        """Tell whether there is certainly no error, whatever the notes say; bool []. `tau`: of all heads, or each."""
         return self.observed.all() & ~self.nonfinite.any() & ~self._left_open(tau).any()
 
-    def errors(self, trains: Sequence[bool], tau: float, *, before_update: bool) -> Tensor:
+    def errors(self, trains: Sequence[bool], tau: float | Tensor, *, before_update: bool) -> Tensor:
         """Return which `Error` each attention has in this step, bool [attentions, 4].
 
         An attention without a gradient, or with one of zero, on all ranks was not run: there is nothing to clip. That
@@ -105,7 +105,7 @@ class JointMaxima:
         }
         return torch.stack([columns[kind] for kind in Error], dim=1)
 
-    def _left_open(self, tau: float) -> Tensor:
+    def _left_open(self, tau: float | Tensor) -> Tensor:
         """Tell, by head, whether a logit above τ may be larger than all that were computed; bool [heads of all]."""
         return self.upper_bound > self.maximum.clamp(min=tau)
 
@@ -134,7 +134,7 @@ def has_gradient(parameter: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def constant(values: tuple[bool | int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a tensor that is copied to its device once."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,10 @@ class QKClipReport:
     """The report of the last `QKClip.step()`: `layers` by module name.
 
     `steps`: how many there were by then; `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if
-    none did.
+    none did. `tau`: the number, or what each attention had in the last step where it has its own or τ is a function.
     """
 
-    tau: float
+    tau: float | Mapping[str, float]
     layers: dict[str, LayerReport]
     steps: int = 0
     last_clipped_step: int = 0
@@ -106,7 +107,7 @@ class QKClipReport:
             for name, layer in self.layers.items()
         }
         return dict(
-            tau=self.tau,
+            tau=dict(self.tau) if isinstance(self.tau, Mapping) else self.tau,
             steps=self.steps,
             last_clipped_step=self.last_clipped_step,
             clipped_heads=self.clipped_heads,
@@ -115,14 +116,17 @@ class QKClipReport:
 
     def __str__(self) -> str:
         """Write a table: the maximum of each head, or ≤ its upper bound."""
-        lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at tau = {self.tau:g}, {self.status}"]
+        own = self.tau if isinstance(self.tau, Mapping) else {}
+        at = "their own tau" if isinstance(self.tau, Mapping) else f"tau = {self.tau:g}"
+        lines = [f"QK-Clip: {self.clipped_heads} of {self.heads} heads clipped at {at}, {self.status}"]
         if self.frozen_heads:
             lines[0] += f"; {self.frozen_heads} above tau, cannot be clipped: frozen"
         for name, layer in self.layers.items():
             values = zip(layer.max_logits.tolist(), layer.exact.tolist(), layer.bound.tolist(), strict=True)
             logits = " ".join(f"{value:8.2f}" if exact else f"≤{bound:7.2f}" for value, exact, bound in values)
             gammas = " ".join(f"{value:8.3f}" for value in layer.gamma.tolist())
-            lines += [f"  {name}", f"    max logit {logits}", f"    gamma     {gammas}"]
+            heading = f"  {name}, tau = {own[name]:g}" if name in own else f"  {name}"
+            lines += [heading, f"    max logit {logits}", f"    gamma     {gammas}"]
             frozen = layer.frozen.nonzero().flatten().tolist()
             if frozen:
                 lines.append(f"    above tau, cannot be clipped: frozen (heads {', '.join(map(str, frozen))})")

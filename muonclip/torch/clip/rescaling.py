@@ -16,11 +16,16 @@ from muonclip.torch.heads import HeadRows, QKProjection, scale_heads
 
 
 def decide(
-    maxima: JointMaxima, projections: Mapping[str, QKProjection], tau: float, alpha: float, *, clip_frozen: bool
+    maxima: JointMaxima,
+    projections: Mapping[str, QKProjection],
+    tau: float | Tensor,
+    alpha: float,
+    *,
+    clip_frozen: bool,
 ) -> tuple[dict[str, ClipFactors], dict[str, LayerReport]]:
     """Return the factors of each attention's heads, and what to report of them.
 
-    A head without anything to scale keeps 1.
+    `tau`: of all heads, or of each, [heads of all]. A head without anything to scale keeps 1.
     """
     factors = clip_factors(maxima.maximum, tau, alpha, xp=torch)
     each = projections.values()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
-from muonclip.core.arguments import check_kind, check_number, kind, shown
+from muonclip.core.arguments import check_choice, check_kind, check_number, kind, shown
 from muonclip.torch.mesh.dtensors import check_gradient, check_parameter, local_part
 from muonclip.torch.mesh.late_types import is_dtensor
 from muonclip.torch.mesh.process_groups import group_over
@@ -17,26 +19,30 @@ from muonclip.torch.mesh.process_groups import group_over
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, *, stages: dist.ProcessGroup | None = None
+    parameters: Tensor | Iterable[Tensor] | Optimizer,
+    max_norm: float,
+    *,
+    only: Literal["adamw", "muon"] | None = None,
+    stages: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Clip the 2-norm of gradients on any meshes, and of plain tensors, together: experts over one mesh, dense layers
     over another. Returns the norm before, fp32 [], the same on every rank.
 
+    `parameters` may be an optimizer: then they are those of its groups, or, with `only`, of its groups for AdamW or for
+    Muon alone. The norm is theirs, and other gradients stay as they are.
+
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
     same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
     parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
-    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that
-    `step` would refuse.
+    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that `step` would
+    refuse, and for `only` without an optimizer whose groups say whose they are.
     """
     check_number("max_norm", max_norm, ("a number, zero or more", lambda x: x >= 0))
-    if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes | Mapping | nn.Module):
-        raise TypeError(f"parameters={shown(parameters)} is a {kind(parameters)}; give tensors, model.parameters().")
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for index, parameter in enumerate(given):
-        check_kind(f"parameters[{index}]", parameter, Tensor, "a tensor")
+    check_choice("only", only, None, "adamw", "muon")
+    every, given = _listed(parameters, only)
     if stages is not None:
         check_kind("stages", stages, dist.ProcessGroup, "a process group, or None")
-    device = given[0].device if given else torch.device("cpu")
+    device = every[0].device if every else torch.device("cpu")
     by_sharding: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for index, parameter in enumerate(given):
         check_parameter(f"parameter {index}", parameter)
@@ -66,3 +72,26 @@ def clip_grad_norm_(
         for part in parts:
             part.mul_(factor)
     return norm
+
+
+def _listed(parameters: object, only: str | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Return all tensors, and those that are clipped. Raises TypeError and ValueError for what are none."""
+    if isinstance(parameters, Optimizer):
+        groups = parameters.param_groups
+        if only is not None and not all("use" in group for group in groups):
+            raise ValueError(
+                f"only={only!r}, and groups of this {kind(parameters)} do not say whose they are. Give a MuonClip, or "
+                "the parameters to clip."
+            )
+        wanted = [group for group in groups if only is None or group["use"] == only]
+        return [p for group in groups for p in group["params"]], [p for group in wanted for p in group["params"]]
+    if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes | Mapping | nn.Module):
+        raise TypeError(f"parameters={shown(parameters)} is a {kind(parameters)}; give tensors, model.parameters().")
+    if only is not None:
+        raise ValueError(
+            f"only={only!r} chooses among the groups of an optimizer: give that, clip_grad_norm_(optimizer, …)."
+        )
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for index, parameter in enumerate(given):
+        check_kind(f"parameters[{index}]", parameter, Tensor, "a tensor")
+    return given, given

@@ -25,6 +25,7 @@ OF_HOSTS = {
 }  # fmt: skip
 """Keys that torch, its schedulers and engines set in groups; what they scale or mark is theirs."""
 _PASS = {*_OWN, *OF_HOSTS, *OFF}
+_LEFT_BY_MUONCLIP = {"recipe", "clip_step"}
 _MARK = re.compile(r"_|is_|has_|pre_|.*_names?$|.*_labels?$|.*_tags?$|.*_ids?$")
 
 _MATRICES = "layout=MatrixLayout(…), from muonclip.core"
@@ -49,7 +50,9 @@ WORDS = {
     **dict.fromkeys(("mu_dtype", "buffer_dtype"), "momentum_dtype"),
     **dict.fromkeys(("compute_dtype", "dtype", "matmul_dtype"), "ns_dtype"),
     **dict.fromkeys(("backend", "use_triton", "use_syrk"), "products"),
-    **dict.fromkeys(("per_head", "tau", "qk_clip", "workspace_bytes"), "{0}, of the optimizer and not of a group"),
+    **dict.fromkeys(
+        ("per_head", "tau", "qk_clip", "recipe", "workspace_bytes"), "{0}, of the optimizer and not of a group"
+    ),
 }
 """Words of other implementations, or of other places here, and what a group says for them."""
 
@@ -68,7 +71,7 @@ def check_keys(group: Group, use: str) -> None:
 def check_held_keys(group: Group, use: str) -> None:
     """Raise ValueError for a key of a group that exists, or was saved, by which a user means what nothing reads: a word
     of others, or a misspelt option. Other keys are marks of whoever has set them."""
-    for key in group:
+    for key in group.keys() - _LEFT_BY_MUONCLIP:
         if key not in _OPTIONS.get(use, set()) and key not in _PASS and (key in WORDS or _is_misspelt(key)):
             check_keys({key: group[key]}, use)
 

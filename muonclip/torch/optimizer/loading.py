@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import BELOW_ONE, check_flag, check_number, kind, shown
+from muonclip.core.arguments import BELOW_ONE, check_flag, check_number, check_whole, kind, shown
+from muonclip.core.recipes import check_saved_recipe
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_state, plain_name
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
@@ -110,6 +111,8 @@ def checked_options(
         try:
             check_held_keys(dict(theirs), use)
             check_flag("eps_given", theirs.get("eps_given", True))
+            check_whole("clip_step", theirs.get("clip_step", 0), 0)
+            check_saved_recipe(theirs.get("recipe", ()))
             if "momentum" in theirs:  # of an AdamW group, too: schedulers cycle β₁ by it
                 check_number("momentum", theirs["momentum"], BELOW_ONE)
             options.append(defaults(use).updated(theirs))

@@ -5,6 +5,7 @@ Their groups, state and step are those of `MatrixOptimizer`.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
+from muonclip.core import Recipe
 from muonclip.core.arguments import check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
 from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.core.parameter_roles import Use
-from muonclip.core.qk_clip import check_tau
+from muonclip.core.recipes import RecipeName, saved_recipe, takes_recipe
+from muonclip.core.tau_rules import Tau, check_tau_rules, tau_in_words, varies
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.core.updates import Update
@@ -110,8 +113,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     - `lr`: the rate of both halves, per step. `weight_decay`: decoupled, times the rate. With the default
       `adjust_lr_fn` updates have the RMS of AdamW's (Moonlight, arXiv 2502.16982): its decay carries over, and rates
       from its own, in large runs, to five times that in small ones.
+    - `recipe`: the values of a published recipe, by its name, for the arguments that are not given here: see
+      `muonclip.core.RECIPES`. `plan` says what came from where. A recipe never sets `lr`.
     - `per_head`: every head of q, k and v is a matrix of its own, or every so many: "pairs", or their number.
-    - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step.
+    - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step. A
+      number, a function of the step, or either for each attention, as `QKClip` has it; a checkpoint keeps the step.
     - `qk_clip`: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
       by products, the model trains with one warning, and "required" makes that an error. A `QKClip` is used as it is
       (its own tau); None switches the clip off.
@@ -131,6 +137,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     _unfilled: weakref.ref[nn.Module] | None = None  # the model, while parameters of it are on the meta device
     _first_forward: FirstForward | None = None  # as long as no forward has shown the uses of parameters
 
+    @takes_recipe
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
@@ -139,12 +146,13 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
+        recipe: RecipeName | Recipe | None = None,
         ns_coefficients: Coefficients = "jordan",
         ns_steps: int | None = None,
         eps: float | None = None,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: PerHead = False,
-        tau: float = 100.0,
+        tau: Tau = 100.0,
         qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
         ns_dtype: torch.dtype | None = None,
@@ -161,12 +169,17 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         muon.check()
         check_workspace(workspace_bytes)
         heads_per_matrix(per_head)
-        check_tau(tau)
+        check_tau_rules(tau)
+        if capturable and varies(tau):
+            raise ValueError(
+                "capturable=True with a tau that is a function: a graph that is replayed does not call it."
+            )
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
         self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
         try:
-            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head)
+            recipe = recipe if isinstance(recipe, Recipe) else None
+            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head, recipe=recipe)
         except (
             BaseException
         ):  # wholly or not at all: the error keeps this object, and its hooks, for as long as it lasts
@@ -183,7 +196,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         adamw_options: AdamWOptions,
         workspace_bytes: int | None,
         *,
-        per_head: bool,
+        per_head: PerHead,
+        recipe: Recipe | None,
     ) -> None:
         """Divide the parameters, and add their groups."""
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
@@ -191,15 +205,24 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             projections = self.qk_clip.projections
         elif isinstance(model, nn.Module):
             projections = declared_qk_projections(model)
-        defaults = {**asdict(muon), "adamw": asdict(adamw_options), "tau": self.qk_clip and self.qk_clip.tau}
-        self.plan = Plan((), projections, defaults, self.qk_clip)
+        defaults = {
+            **asdict(muon),
+            "adamw": asdict(adamw_options),
+            "tau": self.qk_clip and tau_in_words(self.qk_clip.tau),
+        }
+        if recipe is not None:
+            defaults["per_head"] = per_head
+        self.plan = Plan((), projections, defaults, self.qk_clip, recipe=recipe)
         self._per_head: PerHead = per_head
         self._finds_layouts = isinstance(model, nn.Module)
         self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
         self._shown: Mapping[str, Use] = {} if self.qk_clip is None else self.qk_clip.attentions.shown
         to_come = self.qk_clip is not None and self.qk_clip.attentions.to_come
         if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
-            raise ValueError("per_head=True needs to know the heads: pass the model itself, its attentions declared.")
+            raise ValueError(
+                "per_head=True needs to know the heads: pass the model itself, its attentions declared, or let the "
+                "clip find them: tau=math.inf finds and never clips."
+            )
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
             planned = plan_module(model, projections, per_head=per_head, shown=self._shown_by(model))
@@ -231,6 +254,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             return
         super().add_param_group(param_group)
         group, layouts = self.param_groups[-1], self._layouts[-1]
+        if self.plan.recipe is not None:
+            group["recipe"] = self.plan.recipe.as_saved()
+        self._note_step([group])
         if planned is None:
             index = len(self.param_groups) - 1
             planned = [
@@ -272,10 +298,40 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         super().load_state_dict(state_dict)
         if self.qk_clip is not None:
             self.qk_clip.reset()
+            self._take_step(self.qk_clip)
+        self._take_recipe()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version", "_shown")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def _note_step(self, groups: Iterable[Group]) -> None:
+        """Leave the number of the clip's next step in groups, which are saved, where τ depends on it."""
+        if self.qk_clip is not None and varies(self.qk_clip.tau):
+            for group in groups:
+                group["clip_step"] = self.qk_clip.state_dict()["step"]
+
+    def _take_step(self, clip: QKClip) -> None:
+        """Let the clip go on at the step that a checkpoint tells."""
+        saved = next((group["clip_step"] for group in self.param_groups if "clip_step" in group), None)
+        if saved is not None:
+            clip.load_state_dict({"step": saved})
+        elif varies(clip.tau) and self.state:
+            warnings.warn(
+                "tau is a function of the step, and the checkpoint does not say at which the clip was: it goes on at "
+                f"{clip.state_dict()['step']}. qk_clip.load_state_dict({{'step': n}}) sets another.",
+                stacklevel=3,
+            )
+
+    def _take_recipe(self) -> None:
+        """Let the plan say what a checkpoint that was loaded says of its recipe, and show its options."""
+        saved = next((group["recipe"] for group in self.param_groups if "recipe" in group), ())
+        if self.plan.recipe is not None or saved:
+            muon = next(
+                (MuonOptions.from_mapping(group) for group in self.param_groups if group["use"] == "muon"), None
+            )
+            defaults = {**self.plan.defaults, **({} if muon is None else asdict(muon))}
+            self.plan = replace(self.plan, recipe=saved_recipe(saved, self.plan.recipe), defaults=defaults)
 
     def _update(self) -> None:
         if self.qk_clip is None:
@@ -288,6 +344,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._take_findings(self.qk_clip.attentions)
         super()._update()
         self.qk_clip.after_update(factors)
+        self._note_step(self.param_groups)
         if any(type(self._rule(each)).rescale is not MuonRule.rescale for each in self._options):
             clip_frozen = self.qk_clip.clip_frozen
             self._rescale_states(scaled_rows(self.qk_clip.projections, factors, clip_frozen=clip_frozen))
@@ -342,7 +399,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._refresh_plan()
 
 
-def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: float) -> QKClip | None:
+def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: Tau) -> QKClip | None:
     if qk_clip is None or isinstance(qk_clip, QKClip):
         return qk_clip
     if not (isinstance(qk_clip, str) and qk_clip in ("auto", "required")):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from muonclip.core import MatrixLayout
+from muonclip.core import MatrixLayout, Recipe
 from muonclip.core.folded_rows import folded
 from muonclip.core.head_parts import PerHead
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
@@ -27,6 +27,8 @@ from muonclip.core.parameter_roles import (
     names_a_norm,
     role_of,
 )
+from muonclip.core.recipes import option_lines
+from muonclip.core.tau_rules import is_by_name
 from muonclip.core.text_table import table
 from muonclip.core.updates import states_in_words
 from muonclip.torch.clip import QKClip, clipping_in_words, frozen_weights
@@ -56,6 +58,8 @@ class Plan:
     """The bytes of each state of the Muon half, over all ranks, by `update` and name; shown for variants."""
     update_plan: UpdatePlan | None = None
     """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
+    recipe: Recipe | None = None
+    """The recipe that was asked for, and what was given next to it."""
 
     @property
     def weights_to_save(self) -> list[str]:
@@ -79,7 +83,7 @@ class Plan:
                 name or "(model)",
                 projection.kind,
                 str(projection.num_heads),
-                "off" if clip is None else clipping_in_words(projection, clip_frozen=clip.clip_frozen),
+                "off" if clip is None else _clipping(clip, name, projection),
                 "" if clip is None else clip.sources()[name],
             )
             for name, projection in self.attentions.items()
@@ -95,7 +99,7 @@ class Plan:
         if clip is not None:
             others = _others(clip)
             found += ("\n\n" if found and others else "") + others
-        options = "\n".join(f"{name} = {value}" for name, value in self.defaults.items())
+        options = option_lines(self.defaults, self.recipe)
         over_ranks = ""
         if self.update_plan is not None and len(self.update_plan.ranks) > 1:
             over_ranks = str(self.update_plan)
@@ -211,6 +215,13 @@ def _gate_up_layout(name: str, shape: tuple[int, ...], shapes: Mapping[str, tupl
 def _as_of_now(line: PlannedParameter) -> PlannedParameter:
     """Say of a fused weight that its heads are not known yet, while the search is not over."""
     return replace(line, reason=_FUSED_FOR_NOW) if line.reason == _FUSED_REASON else line
+
+
+def _clipping(clip: QKClip, name: str, projection: QKProjection) -> str:
+    """Say which heads are clipped, with their own τ where attentions have one."""
+    words = clipping_in_words(projection, clip_frozen=clip.clip_frozen)
+    own = f"above tau = {clip.tau_of(name):g}" if is_by_name(clip.tau) else "above tau"
+    return words.replace("above tau", own)
 
 
 def _others(clip: QKClip) -> str:
