@@ -27,6 +27,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
     return text if outside else marked
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave folded source out of the search, which finds words of pages."""
+    return html.replace(
+        '<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" data-search-exclude>'
+    )
+
+
 def on_post_build(config: Any, **_: Any) -> None:
     """Write the pages and the list."""
     site = Path(config["site_dir"])

@@ -2832,9 +2832,16 @@ MUTATIONS = (
     Mutation(
         "monitor-after-the-fact",
         "A monitor compares weights with themselves: what it keeps before a step is no copy.",
-        "name: (parameter, parameter.detach().clone())",
-        "name: (parameter, parameter.detach())",
+        "parameter, local_part(parameter.detach()).clone()",
+        "parameter, local_part(parameter.detach())",
         tests_of("torch/test_monitor.py", "test_matrices_are_those_of_linear_algebra"),
+    ),
+    Mutation(
+        "monitor-of-one-shard",
+        "A monitor shows of a matrix that ranks share what one rank has of it.",
+        "    dist.all_reduce(together, group=group)\n    sums = together",
+        "    sums = together",
+        tests_of("torch/test_monitor.py", "test_matrices_that_ranks_share_are_seen_whole"),
     ),
     Mutation(
         "evaluation-clips",

@@ -16,7 +16,9 @@ import muonclip.torch
 
 ROOT = Path(muonclip.__file__).parent
 ENGINES = {
+    "optax/known_attention.py": {"equinox", "flax"},  # for types alone
     "torch/huggingface.py": {"transformers"},
+    "torch/lightning.py": {"lightning"},
     "torch/observe/huggingface.py": {"transformers"},
     "torch/logits/kernels/head_maxima.py": {"triton"},
     "torch/logits/kernels/mask_levels.py": {"triton"},
@@ -45,7 +47,7 @@ TORCH_MAY_IMPORT = {  # package of muonclip.torch → the packages below it, of 
         "logits",
         "mesh",
     },  # doors to engines
-    "monitor": {"optimizer", "clip", "mesh"},
+    "monitor": {"optimizer", "clip", "update", "mesh"},
     "optimizer": {"clip", "prove", "discover", "observe", "heads", "update", "logits", "mesh"},
     "clip": {"prove", "discover", "observe", "heads", "update", "logits", "mesh"},
     "prove": {"discover", "observe", "heads"},

@@ -17,7 +17,10 @@ from muonclip.core.arguments import check_kind, check_whole, shown
 from muonclip.core.polar_express import polar_express
 
 Polynomial: TypeAlias = tuple[float, float, float]
+"""`(a, b, c)` of a step s → a s + b s³ + c s⁵."""
+
 Coefficients: TypeAlias = str | Polynomial | Sequence[Polynomial]
+"""What `ns_coefficients` takes, see `resolve_coefficients`."""
 
 DEFAULT_NS_STEPS = 5
 
@@ -26,15 +29,16 @@ DEFAULT_NS_STEPS = 5
 class CoefficientSet:
     """A published sequence of polynomials, and what is known of it.
 
-    - `source`: author or paper.
-    - `steps`: `(a, b, c)` of each step, as published.
-    - `tail`: the step that repeats after `steps`, so that the set has any length; None where the set ends with them.
-    - `safety`: s ≥ 1 turns each of `steps` into `(a/s, b/s³, c/s⁵)`, which keeps the iteration from overshooting when
-      rounding pushes a singular value above 1; it is not applied to the tail.
-    - `default_steps`: the number of steps where none is given.
-    - `gram_steps`: the numbers of steps with which the Gram form may run: those at which its error on real momenta, in
-      bf16 and with the restarts of `gram_restarts`, stays near the standard form's, by `python -m benchmarks
-      gram-accuracy`.
+    Args:
+        source: Author or paper.
+        steps: `(a, b, c)` of each step, as published.
+        tail: The step that repeats after `steps`, so that the set has any length; None where the set ends with them.
+        safety: s ≥ 1 turns each of `steps` into `(a/s, b/s³, c/s⁵)`, which keeps the iteration from overshooting when
+            rounding pushes a singular value above 1; it is not applied to the tail.
+        default_steps: The number of steps where none is given.
+        gram_steps: The numbers of steps with which the Gram form may run: those at which its error on real momenta, in
+            bf16 and with the restarts of `gram_restarts`, stays near the standard form's, by `python -m benchmarks
+            gram-accuracy`.
     """
 
     source: str
@@ -45,9 +49,13 @@ class CoefficientSet:
     gram_steps: range = range(0)
 
     def polynomials(self, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
-        """Return the first `ns_steps` polynomials (None: `default_steps`), safety factor applied.
+        """Return the first polynomials, safety factor applied.
 
-        Raises ValueError past the end of the set.
+        Args:
+            ns_steps: How many; None: `default_steps`.
+
+        Raises:
+            ValueError: Past the end of the set.
         """
         count = self.default_steps if ns_steps is None else _checked_steps(ns_steps)
         s = self.safety
@@ -58,7 +66,11 @@ class CoefficientSet:
         return published + (self.tail,) * missing if self.tail else published
 
     def begins_with(self, polynomials: tuple[Polynomial, ...]) -> bool:
-        """Tell whether these are the set's first polynomials."""
+        """Tell whether these are the set's first polynomials.
+
+        Args:
+            polynomials: `(a, b, c)` of each step.
+        """
         count = len(polynomials) if self.tail else min(len(polynomials), len(self.steps))
         return self.polynomials(count) == polynomials
 
@@ -187,10 +199,14 @@ def checked_gram_restarts(
 def resolve_coefficients(ns_coefficients: Coefficients, ns_steps: int | None = None) -> tuple[Polynomial, ...]:
     """Turn what a user may write as `ns_coefficients` into the polynomials to iterate.
 
-    `ns_coefficients`: a name of `COEFFICIENT_SETS`; one triple `(a, b, c)`, repeated `ns_steps` times (5 by default, as
-    in `torch.optim.Muon`); or a sequence of triples, cut to `ns_steps` where given. `ns_steps=None` takes the set's own
-    length. Raises ValueError for an unknown name, for numbers that are not finite triples, and for lengths that the set
-    does not have.
+    Args:
+        ns_coefficients: A name of `COEFFICIENT_SETS`; one triple `(a, b, c)`, repeated `ns_steps` times (5 by default,
+            as in `torch.optim.Muon`); or a sequence of triples, cut to `ns_steps` where given.
+        ns_steps: The number of steps; None takes the set's own length.
+
+    Raises:
+        ValueError: For an unknown name, for numbers that are not finite triples, and for lengths that the set does not
+            have.
     """
     if isinstance(ns_coefficients, str):
         if ns_coefficients not in COEFFICIENT_SETS:

@@ -31,15 +31,20 @@ class MatrixAxes(NamedTuple):
 class MatrixLayout:
     """Reads a parameter (*batch, *out, *in) as batches of matrices fan_out × fan_in; exactly invertible.
 
-    - `batch_ndim`: number of leading axes that count matrices (experts, stacked layers).
-    - `transposed`: the parameter is (*batch, in, *out) instead, as in GPT-2's `Conv1D`.
-    - `blocks`: rows of each fused block along the out axis, e.g. `(q, k, v)`; empty: one block.
-    - `heads`: for each block, into how many matrices its rows divide; empty or 1: the block is one matrix.
-    - `repeats`: how often the sequence of blocks repeats along the out axis (head-interleaved q|k|v: the number of
-      heads); rows of a block are gathered over the repeats before they are divided into heads.
-    - `out_ndim`: number of axes that the out axis is written as, e.g. 2 for (*batch, heads, width, *in).
+    Lists are taken for tuples, as configurations write them.
 
-    Lists are taken for tuples, as configurations write them. Raises TypeError and ValueError for other values.
+    Args:
+        batch_ndim: Number of leading axes that count matrices (experts, stacked layers).
+        transposed: The parameter is (*batch, in, *out) instead, as in GPT-2's `Conv1D`.
+        blocks: Rows of each fused block along the out axis, e.g. `(q, k, v)`; empty: one block.
+        heads: For each block, into how many matrices its rows divide; empty or 1: the block is one matrix.
+        repeats: How often the sequence of blocks repeats along the out axis (head-interleaved q|k|v: the number of
+            heads); rows of a block are gathered over the repeats before they are divided into heads.
+        out_ndim: Number of axes that the out axis is written as, e.g. 2 for (*batch, heads, width, *in).
+
+    Raises:
+        TypeError: For values of other kinds.
+        ValueError: For numbers that do not fit.
     """
 
     batch_ndim: int = 0
@@ -66,9 +71,13 @@ class MatrixLayout:
             raise ValueError(f"out_ndim={self.out_ndim}; it must be 1 or more, and 1 where transposed.")
 
     def matrix_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-        """Return (count, fan_out, fan_in) of each block, for a parameter of this shape.
+        """Return (count, fan_out, fan_in) of each block.
 
-        Raises ValueError, naming what does not fit, for a shape that the layout cannot read.
+        Args:
+            shape: The shape of the parameter.
+
+        Raises:
+            ValueError: For a shape that the layout cannot read; it names what does not fit.
         """
         check_kind("shape", shape, Sequence, "the sizes of a parameter's axes")
         batch, fan_out, fan_in = self._read(shape)
@@ -87,14 +96,23 @@ class MatrixLayout:
         return tuple((batch * h, rows * self.repeats // h, fan_in) for rows, h in zip(blocks, heads, strict=True))
 
     def axes(self, ndim: int) -> MatrixAxes:
-        """Name the axes of a parameter with `ndim` of them."""
+        """Name the axes of a parameter: those that number its matrices, those along their rows and along their columns.
+
+        Args:
+            ndim: How many axes the parameter has.
+        """
         end = self.batch_ndim + self.out_ndim
         first, rest = tuple(range(self.batch_ndim, end)), tuple(range(end, ndim))
         fan_out, fan_in = (rest, first) if self.transposed else (first, rest)
         return MatrixAxes(tuple(range(self.batch_ndim)), fan_out, fan_in)
 
     def rows_of_heads(self, fan_out: int) -> list[list[IndexRanges]]:
-        """Return, by block and head, which of the `fan_out` indices along the out axis are the rows of a matrix."""
+        """Return, by block and head, which indices along the out axis are the rows of a matrix, as ranges (start,
+        stop).
+
+        Args:
+            fan_out: How many indices the out axis has.
+        """
         period = fan_out // self.repeats
         blocks = self.blocks or (period,)
         rows_of_heads: list[list[IndexRanges]] = []
@@ -107,7 +125,12 @@ class MatrixLayout:
         return rows_of_heads
 
     def split(self, x: Array, *, xp: Any) -> list[Array]:
-        """Return one array (count, fan_out, fan_in) per block of a parameter; views where layout and `xp` allow."""
+        """Return one array (count, fan_out, fan_in) per block; views where layout and `xp` allow.
+
+        Args:
+            x: The parameter, or what has its shape.
+            xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        """
         batch, fan_out, fan_in = self._read(x.shape)
         shapes = self.matrix_shapes(x.shape)
         rows = xp.reshape(x, (batch, fan_in, fan_out)).mT if self.transposed else x
@@ -119,14 +142,24 @@ class MatrixLayout:
         ]
 
     def join(self, matrices: Sequence[Array], shape: Sequence[int], *, xp: Any) -> Array:
-        """Invert `split`: put the arrays of the blocks together as an array of the parameter's shape."""
+        """Invert `split`: put the arrays of the blocks together as one array.
+
+        Args:
+            matrices: What `split` returns, one array per block.
+            shape: The shape of the parameter.
+            xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        """
         batch, fan_out, fan_in = self._read(shape)
         blocks = [xp.reshape(matrix, (batch, self.repeats, -1, fan_in)) for matrix in matrices]
         rows = xp.reshape(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=2), (batch, fan_out, fan_in))
         return xp.reshape(rows.mT if self.transposed else rows, tuple(shape))
 
     def describe(self, shape: Sequence[int]) -> str:
-        """Write the matrices for people: `8 × (128×64)` for eight experts, `(96×32) + (32×32)` for two fused blocks."""
+        """Write the matrices for people: `8 × (128×64)` for eight experts, `(96×32) + (32×32)` for two fused blocks.
+
+        Args:
+            shape: The shape of the parameter.
+        """
         parts = [(f"{count} × " if count > 1 else "") + f"({m}×{n})" for count, m, n in self.matrix_shapes(shape)]
         return " + ".join(parts)
 

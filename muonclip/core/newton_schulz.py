@@ -35,22 +35,29 @@ class Products:
     """The four products that the iteration consists of; other devices and layouts supply others for the same loop.
 
     X is (..., m, n) with m ≤ n, the Gram matrix A = XXᵀ and the polynomial B = bA + cA² are (..., m, m).
+
+    Args:
+        sum_squares: X → Σ x², shape (..., 1, 1).
+        gram: X → XXᵀ.
+        polynomial: A, b, c → bA + cA².
+        update: X, B, a → aX + BX.
+        symmetric_update: The same for symmetric X (..., m, m) that commutes with B, where that is cheaper; None:
+            `update`.
     """
 
     sum_squares: Callable[[Array], Array]
-    """X → Σ x², shape (..., 1, 1)."""
     gram: Callable[[Array], Array]
-    """X → XXᵀ."""
     polynomial: Callable[[Array, float, float], Array]
-    """A, b, c → bA + cA²."""
     update: Callable[[Array, Array, float], Array]
-    """X, B, a → aX + BX."""
     symmetric_update: Callable[[Array, Array, float], Array] | None = None
-    """The same for symmetric X (..., m, m) that commutes with B, where that is cheaper; None: `update`."""
 
 
 def plain_products(xp: Any) -> Products:
-    """Write the four products with the operators of the array namespace `xp`."""
+    """Write the four products with the operators of an array namespace.
+
+    Args:
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+    """
     return Products(
         sum_squares=lambda x: xp.sum(x * x, axis=(-2, -1), keepdims=True),
         gram=lambda x: x @ x.mT,
@@ -66,11 +73,19 @@ def newton_schulz(
     *,
     products: Products | None = None,
 ) -> Array:
-    """Apply the polynomials to the singular values of x (..., m, n), m ≤ n, ‖x‖ ≤ 1; returns a new array.
+    """Apply the polynomials to the singular values of each matrix; returns a new array.
 
     The caller orients x, by the global shape where x is a shard. `orthogonalize` does everything around the iteration
-    as well. `ns_coefficients` and `ns_steps` as in `resolve_coefficients`; `products`: None for the plain ones. Raises
-    ValueError for a polynomial that does not exist.
+    as well.
+
+    Args:
+        x: Matrices (..., m, n), m ≤ n, with ‖x‖ ≤ 1.
+        ns_coefficients: The polynomials, see `resolve_coefficients`.
+        ns_steps: The number of steps, see `resolve_coefficients`.
+        products: The products of the iteration; None: the plain ones.
+
+    Raises:
+        ValueError: For a polynomial that does not exist.
     """
     check_floating("x", x)
     _check_products(products)
@@ -89,13 +104,23 @@ def gram_newton_schulz(
     products: Products | None = None,
     restarts: Sequence[int] | None = None,
 ) -> Array:
-    """Apply the same polynomials by m × m products: cheaper the wider x (..., m, n) is, less accurate in low precision.
+    """Apply the same polynomials by m × m products: cheaper the wider x is, less accurate in low precision.
 
         R = XXᵀ, Q = I;   per step Z = aI + bR + cR², Q ← ZQ, R ← ZRZ;   at the end X ← QX
 
-    All of these commute and are symmetric, so `Products.symmetric_update` computes every product with Z. Before the
-    steps of `restarts` (None: `gram_restarts` in x's dtype), X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between
-    two restarts is one of the standard form. Raises ValueError for polynomials with which the form may not run.
+    All of these commute and are symmetric, so `Products.symmetric_update` computes every product with Z.
+
+    Args:
+        x: Matrices (..., m, n), m ≤ n, with ‖x‖ ≤ 1.
+        ns_coefficients: The polynomials, see `resolve_coefficients`.
+        ns_steps: The number of steps, see `resolve_coefficients`.
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        products: The products of the iteration; None: the plain ones.
+        restarts: Steps (from 0) before which X ← QX, R ← XXᵀ, Q ← I bounds the error; a step between two restarts is
+            one of the standard form. None: `gram_restarts` in x's dtype.
+
+    Raises:
+        ValueError: For polynomials with which the form may not run.
     """
     check_floating("x", x)
     _check_products(products)
@@ -126,12 +151,18 @@ def _between_restarts(x: Array, steps: Sequence[Polynomial], products: Products,
 
 
 def normalize(x: Array, products: Products, *, xp: Any, eps: float = 0.0, total: Array = None) -> Array:
-    """Return x / max(‖x‖_F, eps) for each matrix of x (..., m, n), in float32 (float64 for float64); zero stays zero.
-
-    `total`: Σ|x| of the whole matrix, shape (..., 1, 1); give it where x is a shard, from which it cannot be computed.
+    """Return x / max(‖x‖_F, eps) for each matrix of x, in float32 (float64 for float64); zero stays zero.
 
     Dividing by Σ|x| first keeps the squares from under- and overflowing, so that no floor is needed for small inputs.
     (`torch.optim.Muon` has one at 1e-7 and so swallows smaller gradients.)
+
+    Args:
+        x: Matrices (..., m, n).
+        products: Only its `sum_squares` is called.
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        eps: The least norm to divide by.
+        total: Σ|x| of the whole matrix, shape (..., 1, 1); give it where x is a shard, from which it cannot be
+            computed.
     """
     x = x if x.dtype == xp.float64 else _cast(x, xp.float32, xp)
     total = xp.sum(abs(x), axis=(-2, -1), keepdims=True) if total is None else total
@@ -153,7 +184,16 @@ def iterate(
 ) -> Array:
     """Run the iteration in the given form; square matrices, where the Gram form saves nothing, in the standard one.
 
-    x: (..., m, n), m ≤ n, ‖x‖ ≤ 1. Raises ValueError as `newton_schulz` and `gram_newton_schulz` do.
+    Args:
+        x: Matrices (..., m, n), m ≤ n, with ‖x‖ ≤ 1.
+        ns_coefficients: The polynomials, see `resolve_coefficients`.
+        ns_steps: The number of steps, see `resolve_coefficients`.
+        form: "standard" for `newton_schulz`, "gram" for `gram_newton_schulz`.
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        products: The products of the iteration.
+
+    Raises:
+        ValueError: As from `newton_schulz` and `gram_newton_schulz`.
     """
     if form == "gram" and x.shape[-2] < x.shape[-1]:
         return gram_newton_schulz(x, ns_coefficients, ns_steps, xp=xp, products=products)
@@ -173,16 +213,19 @@ def orthogonalize(
 ) -> Array:
     """Return the (approximate) polar factor U Vᵀ of each matrix of x = U S Vᵀ, a new array of x's shape and dtype.
 
-    - `x`: (..., m, n), any orientation; leading axes are a batch.
-    - `ns_coefficients`, `ns_steps`: the polynomials, see `resolve_coefficients`. They decide how close the singular
-      values come to 1.
-    - `xp`: the array namespace (numpy, torch, jax.numpy).
-    - `eps`: floor of the Frobenius norm.
-    - `dtype`: of the products, after a normalisation in float32; None: float32, and float64 for float64.
-    - `form`: "gram" is cheaper the less square x is, see `gram_newton_schulz`.
-    - `products`: None for the plain ones of `xp`.
+    Args:
+        x: Matrices (..., m, n), of any orientation; leading axes are a batch.
+        ns_coefficients: The polynomials, see `resolve_coefficients`. They decide how close the singular values come to
+            1.
+        ns_steps: The number of steps, see `resolve_coefficients`.
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+        eps: Floor of the Frobenius norm.
+        dtype: The dtype of the products, after a normalisation in float32; None: float32, and float64 for float64.
+        form: "gram" is cheaper the less square x is, see `gram_newton_schulz`.
+        products: The products of the iteration; None: the plain ones of `xp`.
 
-    Raises ValueError for a polynomial that does not exist and for x with fewer than two axes.
+    Raises:
+        ValueError: For a polynomial that does not exist and for x with fewer than two axes.
     """
     check_floating("x", x)
     check_choice("form", form, "standard", "gram")

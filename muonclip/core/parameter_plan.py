@@ -14,8 +14,14 @@ from muonclip.core.text_table import table
 class PlannedParameter:
     """One line of the plan.
 
-    `use`: who updates the parameter. `layout`: how it is read as matrices, None for AdamW. `decays`: whether weight
-    decay applies. `frozen`: whether it is not trained, as far as the framework knows.
+    Attributes:
+        name: The name of the parameter in the model.
+        shape: The shape of the parameter.
+        use: Who updates the parameter.
+        reason: Why, in a few words.
+        layout: How the parameter is read as matrices; None for AdamW.
+        decays: Whether weight decay applies.
+        frozen: Whether the parameter is not trained, as far as the framework knows.
     """
 
     name: str

@@ -26,12 +26,15 @@ def polar_express(
 ) -> tuple[tuple[float, float, float], ...]:
     """Return the `(a, b, c)` of each step, as `ns_coefficients` takes them.
 
-    - `lower`: the singular value, relative to the Frobenius norm, from which on all come near 1; in (0, 1). The smaller
-      it is, the more steps that takes.
-    - `safety`: s ≥ 1 turns steps into `(a/s, b/s³, c/s⁵)`, but those at the end whose interval has shrunk to 1. Above
-      their interval the polynomials grow steeply, and rounding leads there: in bf16 use 1.02.
+    Args:
+        lower: The singular value, relative to the Frobenius norm, from which on all come near 1; in (0, 1). The smaller
+            it is, the more steps that takes.
+        steps: The number of steps.
+        safety: s ≥ 1 turns steps into `(a/s, b/s³, c/s⁵)`, but those at the end whose interval has shrunk to 1. Above
+            their interval the polynomials grow steeply, and rounding leads there: in bf16 use 1.02.
 
-    Raises ValueError for numbers outside these ranges.
+    Raises:
+        ValueError: For numbers outside these ranges.
     """
     between: Rule = ("between 0 and 1", lambda x: 0 < x < 1)
     check_number("lower", lower, between, "a singular value relative to the Frobenius norm.")

@@ -16,7 +16,13 @@ from muonclip.core.newton_schulz import Array
 
 
 class ClipFactors(NamedTuple):
-    """Factors of each head, every field [heads], with `query · key == gamma`; exactly 1 where S ≤ τ."""
+    """Factors of each head, with `query · key == gamma`; exactly 1 where S ≤ τ.
+
+    Attributes:
+        gamma: The factor of the logits, [heads].
+        query: The factor of the query's rows, [heads].
+        key: The factor of the key's rows, [heads].
+    """
 
     gamma: Array
     """γ: for a query part facing a shared key."""
@@ -29,12 +35,17 @@ class ClipFactors(NamedTuple):
 def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0.5, *, xp: Any) -> ClipFactors:
     """Return the factors of each head, from its maximum logit.
 
-    `max_logits`: [heads], after the softmax scale; the factors are computed and returned in its dtype. `tau`: the
-    largest logit a head may keep. `alpha`: the query's share of the exponent. `xp`: the array namespace.
-
     Heads with S ≤ τ (negative and −inf included) are selected, not multiplied by a rounded τ/τ. NaN stays NaN and
-    +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked: raises
-    ValueError for τ ≤ 0 and α outside [0, 1].
+    +inf becomes NaN: neither is ever a factor to use. τ and α may be traced arrays; as numbers they are checked.
+
+    Args:
+        max_logits: [heads], after the softmax scale; the factors are computed and returned in its dtype.
+        tau: The largest logit a head may keep.
+        alpha: The query's share of the exponent, from 0 to 1.
+        xp: The array namespace: `numpy`, `torch` or `jax.numpy`.
+
+    Raises:
+        ValueError: For τ ≤ 0 and α outside [0, 1].
     """
     check_array("max_logits", max_logits)
     if not is_array(tau):

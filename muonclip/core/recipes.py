@@ -21,6 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RecipeName: TypeAlias = Literal["moonlight", "k2", "kimi_k3", "glm5", "deepseek_v4", "nvidia"]
+"""The names of `RECIPES`."""
 
 _NOT_OF_THE_RECIPE = {"self", "model", "params", "recipe"}
 _OF_THE_CLIP = {"tau", "qk_clip", "per_head"}  # which no checkpoint keeps
@@ -31,14 +32,26 @@ _VALUES = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"
 class Recipe:
     """A recipe: what its source publishes of it, None for what it does not.
 
-    - `source`: paper or report. `sentence`: what is special about it.
-    - `momentum`, `nesterov`, `ns_coefficients`, `ns_steps`, `adjust_lr_fn`, `weight_decay`, `per_head`: as `MuonClip`
-      takes them. `heads`: which weights of attention are several matrices, in words.
-    - `tau`: of the clip; None: without a clip, and `no_clip` says why, in words.
-    - `borrowed`: which of these the source takes from another recipe, `lender`, or leaves to it.
-    - `lr`: the rate that was published, per step, or words; and `schedule`, in words. They are shown, and never set: a
-      rate belongs to its model, its batch and its number of tokens.
-    - `given`: the arguments that were given by hand, which win; filled in by `takes_recipe`.
+    Args:
+        name: The name, as `recipe` takes it.
+        source: Paper or report.
+        sentence: What is special about it.
+        momentum: As `MuonClip` takes it.
+        nesterov: As `MuonClip` takes it.
+        ns_coefficients: As `MuonClip` takes them.
+        ns_steps: As `MuonClip` takes it.
+        adjust_lr_fn: As `MuonClip` takes it.
+        weight_decay: As `MuonClip` takes it.
+        per_head: As `MuonClip` takes it.
+        heads: Which weights of attention are several matrices, in words.
+        tau: Of the clip; None: without a clip.
+        no_clip: Why there is none, in words.
+        borrowed: Which of these the source takes from another recipe, or leaves to it.
+        lender: That recipe.
+        lr: The rate that was published, per step, or words. It is shown, and never set: a rate belongs to its model,
+            its batch and its number of tokens.
+        schedule: The schedule that was published, in words; shown, and never set.
+        given: The arguments that were given by hand, which win; filled in where the recipe is taken.
     """
 
     name: str
@@ -61,9 +74,12 @@ class Recipe:
     given: frozenset[str] = frozenset()
 
     def arguments(self, given: Collection[str] = ()) -> dict[str, Any]:
-        """Return the arguments of `muonclip.torch.MuonClip` that this recipe sets next to those that were `given`.
+        """Return the arguments of `muonclip.torch.MuonClip` that this recipe sets next to those that were given.
 
         A polynomial that is given has its own number of steps; a τ that is given switches the clip on.
+
+        Args:
+            given: The names of the arguments that were given by hand.
         """
         values = {name: getattr(self, name) for name in _VALUES if getattr(self, name) is not None}
         if "ns_coefficients" in given:
@@ -75,7 +91,11 @@ class Recipe:
         return {name: value for name, value in values.items() if name not in given}
 
     def origin(self, argument: str) -> str:
-        """Say where the value of an argument comes from, in words."""
+        """Say where the value of an argument comes from, in words.
+
+        Args:
+            argument: The name of the argument.
+        """
         if argument in self.given:
             return "given"
         without_clip = argument == "tau" and "qk_clip" in self.arguments(self.given)

@@ -13,11 +13,18 @@ from muonclip.core.arguments import SHARE, check_number
 class WarmupConstantCosine:
     """Linear warm-up, a constant stretch, a cosine down to `final`, and `final` from there on ("WSD").
 
-    `warmup`, `constant` and `decay` are numbers of optimizer steps, `final` is a share of the peak rate.
     `schedule(step)` is the factor of the peak rate, step counted from 0, as
     `torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)` expects it. The first warm-up step has the factor 1/warmup,
-    not 0. For a traced step pass the array namespace: `schedule(step, xp=jax.numpy)`. Raises ValueError for negative
-    numbers of steps and `final` outside [0, 1].
+    not 0. For a traced step pass the array namespace: `schedule(step, xp=jax.numpy)`.
+
+    Args:
+        warmup: Optimizer steps of the warm-up.
+        constant: Optimizer steps at the peak rate.
+        decay: Optimizer steps of the cosine.
+        final: Share of the peak rate at the end, from 0 to 1.
+
+    Raises:
+        ValueError: For negative numbers of steps and `final` outside [0, 1].
     """
 
     warmup: int = 0

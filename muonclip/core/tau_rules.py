@@ -17,7 +17,10 @@ from muonclip.core.arguments import shown
 from muonclip.core.qk_clip import check_tau
 
 TauRule: TypeAlias = float | Callable[[Any], Any]
+"""A number, or a function of the step."""
+
 Tau: TypeAlias = TauRule | Mapping[str, TauRule]
+"""One for all attentions, or one for each pattern of their names."""
 
 
 def is_by_name(tau: object) -> TypeGuard[Mapping[str, TauRule]]:

@@ -13,6 +13,7 @@ from muonclip.core.text_table import in_bytes
 from muonclip.core.update_rule import MuonRule
 
 Update: TypeAlias = Literal["muon", "normuon", "hyperball"]
+"""The rules by which the Muon half updates, by name."""
 
 UPDATES: Mapping[str, MuonRule] = MappingProxyType(
     {"muon": MuonRule(), "normuon": NorMuonRule(), "hyperball": HyperballRule()}

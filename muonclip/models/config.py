@@ -26,7 +26,43 @@ class MoEConfig:
     `head_dim`; "gqa" reads `head_dim` and `num_kv_heads`. The presets fill all of them, so that
     `MoEConfig.cpu(attention="gqa")` is complete.
 
-    Raises ValueError, naming the field, for sizes that do not fit together.
+    Args:
+        vocab_size: Number of tokens there are.
+        hidden_size: Width of the residual stream.
+        num_layers: Number of layers.
+        max_seq_len: Longest sequence.
+        attention: "mla" (multi-head latent), "gqa" (grouped-query) or "mha" (multi-head).
+        num_heads: Number of query heads.
+        q_lora_rank: Width of the queries' latent; None: queries are projected directly.
+        kv_lora_rank: Width of the latent of keys and values.
+        qk_nope_head_dim: Width of a head's query and key without position.
+        qk_rope_head_dim: Width of a head's rotated query and of the rotated key that heads share.
+        v_head_dim: Width of a head's value.
+        num_kv_heads: Number of key heads.
+        head_dim: Width of a head's query, key and value.
+        qk_norm: RMSNorm of every head's q and k, before the rotation; the clip then only observes.
+        softcap: c, for logits c · tanh(logits / c).
+        num_dense_layers: How many of the first layers have one dense SwiGLU instead of experts.
+        intermediate_size: Width of that SwiGLU.
+        moe_intermediate_size: Width of an expert.
+        num_experts: Number of experts of a layer.
+        num_experts_per_tok: How many of them a token uses.
+        num_shared_experts: Experts that every token uses, fused to one SwiGLU of this many times
+            `moe_intermediate_size`; 0: none.
+        routed_scaling_factor: Factor of the weights of a token's experts.
+        router_bias_update_rate: How far the correction bias of a router moves, per step.
+        rope_theta: Base of the rotation's frequencies.
+        yarn_factor: Context extension s; 1: plain RoPE, and no other yarn field is read.
+        yarn_original_seq_len: Longest sequence before the extension.
+        yarn_beta_fast: Pairs that turn more often within the original length keep their frequency.
+        yarn_beta_slow: Pairs that turn less often have it divided by s.
+        yarn_mscale: YaRN's temperature of the rotation.
+        yarn_mscale_all_dim: YaRN's temperature of the logits.
+        norm_eps: Added to the mean square in the norms.
+        init_std: Standard deviation of the first weights.
+
+    Raises:
+        ValueError: For sizes that do not fit together; it names the field.
     """
 
     vocab_size: int
@@ -36,30 +72,30 @@ class MoEConfig:
 
     attention: Attention = "mla"
     num_heads: int
-    q_lora_rank: int | None = None  # None: queries are projected directly
+    q_lora_rank: int | None = None
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     num_kv_heads: int = 8
     head_dim: int = 128
-    qk_norm: bool = False  # RMSNorm of every head's q and k, before the rotation; the clip then only observes
-    softcap: float | None = None  # logits become softcap · tanh(logits / softcap)
+    qk_norm: bool = False
+    softcap: float | None = None
 
-    num_dense_layers: int = 1  # the first layers have one dense SwiGLU instead of experts
+    num_dense_layers: int = 1
     intermediate_size: int
     moe_intermediate_size: int
     num_experts: int
     num_experts_per_tok: int
-    num_shared_experts: int = 1  # fused to one SwiGLU of this many times moe_intermediate_size; 0: none
+    num_shared_experts: int = 1
     routed_scaling_factor: float = 1.0
-    router_bias_update_rate: float = 1e-3  # per step
+    router_bias_update_rate: float = 1e-3
 
     rope_theta: float = 10_000.0
-    yarn_factor: float = 1.0  # context extension s (see rotary.py); 1: plain RoPE, and no other yarn field is read
+    yarn_factor: float = 1.0
     yarn_original_seq_len: int = 4096
-    yarn_beta_fast: float = 32.0  # pairs that turn more often within the original length keep their frequency
-    yarn_beta_slow: float = 1.0  # pairs that turn less often have it divided by s
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
     yarn_mscale: float = 1.0
     yarn_mscale_all_dim: float = 1.0
 
@@ -117,7 +153,11 @@ class MoEConfig:
 
     @classmethod
     def cpu(cls, **overrides: Any) -> Self:
-        """Make a model of 0.8M parameters over bytes, which trains in minutes on one core."""
+        """Make a model of 0.8M parameters over bytes, which trains in minutes on one core.
+
+        Args:
+            **overrides: Fields to set otherwise.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 256,
             "hidden_size": 128,
@@ -142,7 +182,8 @@ class MoEConfig:
     def gpu(cls, **overrides: Any) -> Self:
         """Make a model of 0.3B parameters, 0.06B active, over bytes, for one GPU.
 
-        `vocab_size` gives another vocabulary.
+        Args:
+            **overrides: Fields to set otherwise; `vocab_size` gives another vocabulary.
         """
         sizes: dict[str, Any] = {
             "vocab_size": 256,
@@ -169,6 +210,9 @@ class MoEConfig:
         """Make a model of 3B parameters, 0.5B active, over bytes, for 8 GPUs.
 
         K2's report ablates the clip at about this size.
+
+        Args:
+            **overrides: Fields to set otherwise.
         """
         sizes: dict[str, Any] = {
             "vocab_size": 256,
@@ -192,7 +236,11 @@ class MoEConfig:
 
     @classmethod
     def moonlight(cls, **overrides: Any) -> Self:
-        """Make Moonlight 16B-A3B (arXiv 2502.16982)."""
+        """Make Moonlight 16B-A3B (arXiv 2502.16982).
+
+        Args:
+            **overrides: Fields to set otherwise.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 163_840,
             "hidden_size": 2048,
@@ -215,7 +263,11 @@ class MoEConfig:
 
     @classmethod
     def k2(cls, **overrides: Any) -> Self:
-        """Make Kimi K2 as pre-trained, 4k context; `max_seq_len=131_072, yarn_factor=32` is its long context."""
+        """Make Kimi K2 as pre-trained, 4k context; `max_seq_len=131_072, yarn_factor=32` is its long context.
+
+        Args:
+            **overrides: Fields to set otherwise.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 163_840,
             "hidden_size": 7168,

@@ -56,12 +56,15 @@ _IGNORED = -100
 
 
 class Aux(NamedTuple):
-    """The measurements of a forward, in addition to its output."""
+    """The measurements of a forward, in addition to its output.
+
+    Attributes:
+        max_logits: Attention, "layers.0.attn", → [H]: the exact maxima, for `qk_clip`. Empty unless observed.
+        loads: Router, "layers.1.mlp.router", → float32 [E]: the tokens of each expert, for `balance`.
+    """
 
     max_logits: dict[str, Array]
-    """Attention, "layers.0.attn", → [H]: the exact maxima, for `qk_clip`. Empty unless observed."""
     loads: dict[str, Array]
-    """Router, "layers.1.mlp.router", → float32 [E]: the tokens of each expert, for `balance`."""
 
 
 def forward(
@@ -74,11 +77,19 @@ def forward(
     observe: bool = True,
     remat: bool = False,
 ) -> tuple[Array, Aux]:
-    """Compute the logits [B, T, V] of the tokens, int [B, T].
+    """Compute the logits [B, T, V] of the tokens.
 
-    `document_ids`, int [B, T]: a token attends only to its own document. `observe`: measure maximum logits. `remat`:
-    compute each layer again in the backward pass instead of keeping its activations. Raises ValueError for more than
-    max_seq_len positions.
+    Args:
+        params: The parameters, by name.
+        buffers: The correction biases of the routers, by name.
+        tokens: int [B, T].
+        config: The sizes of the model.
+        document_ids: int [B, T]: a token attends only to its own document.
+        observe: Measure maximum logits.
+        remat: Compute each layer again in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: For more than max_seq_len positions.
     """
     length, limit = tokens.shape[-1], config.max_seq_len
     if length > limit:
@@ -106,9 +117,20 @@ def loss(
     observe: bool = True,
     remat: bool = False,
 ) -> tuple[Array, Aux]:
-    """Return the mean cross-entropy in nats per token; tokens and targets int [B, T], targets already shifted.
+    """Return the mean cross-entropy in nats per token.
 
-    Targets of −100 are ignored.
+    Args:
+        params: The parameters, by name.
+        buffers: The correction biases of the routers, by name.
+        tokens: int [B, T].
+        targets: int [B, T], already shifted; those of −100 are ignored.
+        config: The sizes of the model.
+        document_ids: int [B, T]: a token attends only to its own document.
+        observe: Measure maximum logits.
+        remat: Compute each layer again in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: For more than max_seq_len positions.
     """
     logits, aux = forward(params, buffers, tokens, config, document_ids, observe=observe, remat=remat)
     counted = targets != _IGNORED
@@ -122,7 +144,10 @@ def balance(buffers: Mapping[str, Array], loads: Mapping[str, Array], config: Mo
 
         correction_bias += router_bias_update_rate · sign(mean load − load)
 
-    `loads`: those of `Aux`; of several micro-batches their sum.
+    Args:
+        buffers: The correction biases of the routers, by name.
+        loads: Those of `Aux`; of several micro-batches their sum.
+        config: The sizes of the model.
     """
     moved = {}
     for name, load in loads.items():

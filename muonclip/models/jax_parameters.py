@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Params: TypeAlias = dict[str, Array]
+"""The parameters, by name."""
+
 Buffers: TypeAlias = dict[str, Array]
+"""The correction biases of the routers, by name."""
+
 Shape: TypeAlias = tuple[int, ...]
 
 _BIAS = "correction_bias"
 
 
 def parameter_shapes(config: MoEConfig) -> dict[str, Shape]:
-    """Return the shape of every parameter, by name."""
+    """Return the shape of every parameter, by name.
+
+    Args:
+        config: The sizes of the model.
+    """
     hidden, width = config.hidden_size, config.moe_intermediate_size
     vocabulary = (config.vocab_size, hidden)
     shapes: dict[str, Shape] = {"embed_tokens.weight": vocabulary}
@@ -54,6 +62,11 @@ def init(config: MoEConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 
     Matrices that write to the residual stream have a standard deviation smaller by √(2·num_layers) (GPT-2). The values
     of a parameter depend on the key and on its name, not on which others there are.
+
+    Args:
+        config: The sizes of the model.
+        key: A key of `jax.random`.
+        dtype: The dtype of the parameters.
     """
 
     def values(name: str, shape: Shape) -> Array:
@@ -68,7 +81,11 @@ def init(config: MoEConfig, key: Array, dtype: Any = jnp.float32) -> Params:
 
 
 def init_buffers(config: MoEConfig) -> Buffers:
-    """Return the correction bias of each router, float32 [E], zero."""
+    """Return the correction bias of each router, float32 [E], zero.
+
+    Args:
+        config: The sizes of the model.
+    """
     routed = range(config.num_dense_layers, config.num_layers)
     return {f"layers.{i}.mlp.router.{_BIAS}": jnp.zeros(config.num_experts, jnp.float32) for i in routed}
 
@@ -76,7 +93,9 @@ def init_buffers(config: MoEConfig) -> Buffers:
 def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, MatrixLayout | None]:
     """Return how Muon reads each parameter, by name; None for AdamW's (embedding, output head, norms).
 
-    `per_head`: the heads of queries, keys and values are matrices of their own.
+    Args:
+        config: The sizes of the model.
+        per_head: The heads of queries, keys and values are matrices of their own.
     """
     heads = config.num_heads
     counts = {"q_proj": heads, "q_b_proj": heads, "k_proj": num_kv_heads(config), "v_proj": num_kv_heads(config)}
@@ -98,7 +117,11 @@ def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, Ma
 
 
 def qk_projections(config: MoEConfig) -> dict[str, QKProjection]:
-    """Return what QK-Clip may scale of each attention; the keys are those of `Aux.max_logits`."""
+    """Return what QK-Clip may scale of each attention; the keys are those of `Aux.max_logits`.
+
+    Args:
+        config: The sizes of the model.
+    """
 
     def projection(attn: str) -> QKProjection:
         if config.qk_norm:
@@ -126,7 +149,11 @@ def qk_projections(config: MoEConfig) -> dict[str, QKProjection]:
 
 
 def from_torch(model: nn.Module | Mapping[str, Tensor]) -> tuple[Params, Buffers]:
-    """Copy the parameters and the buffers of a `models.torch.MoE`, or of its state dict, in their dtypes."""
+    """Copy parameters and buffers in their dtypes.
+
+    Args:
+        model: A `models.torch.MoE`, or its state dict.
+    """
     state = model if isinstance(model, Mapping) else model.state_dict()
     arrays = {name: _from_torch(tensor) for name, tensor in state.items()}
     params = {name: array for name, array in arrays.items() if not name.endswith(_BIAS)}
@@ -134,7 +161,12 @@ def from_torch(model: nn.Module | Mapping[str, Tensor]) -> tuple[Params, Buffers
 
 
 def to_torch(params: Mapping[str, Array], buffers: Mapping[str, Array]) -> dict[str, Tensor]:
-    """Copy parameters and buffers to a state dict: `MoE(config).load_state_dict(to_torch(params, buffers))`."""
+    """Copy parameters and buffers to a state dict: `MoE(config).load_state_dict(to_torch(params, buffers))`.
+
+    Args:
+        params: The parameters, by name.
+        buffers: The correction biases of the routers, by name.
+    """
     return {name: _to_torch(array) for name, array in {**params, **buffers}.items()}
 
 

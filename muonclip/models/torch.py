@@ -26,12 +26,17 @@ from muonclip.models.config import MoEConfig
 from muonclip.models.shards import fill_normal, local, local_gate_up
 from muonclip.torch import MaxLogits, QKProjection, attention
 
+__all__ = ["MoE"]
+
 
 class MoE(nn.Module):
     """A decoder-only mixture-of-experts language model.
 
     `optimizer.register_step_post_hook(model.step_hook)` balances the load of the experts. Built on the meta device, it
     is filled by `to_empty(device=…)` and `reset_parameters()`. `muonclip.models.parallel` spreads it over ranks.
+
+    Args:
+        config: Its sizes.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -46,10 +51,14 @@ class MoE(nn.Module):
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Compute the logits [B, T, V] of the tokens, int64 [B, T].
+        """Compute the logits [B, T, V] of the tokens.
 
-        `document_ids`, int [B, T]: a token attends only to its own document. Raises ValueError for more than
-        max_seq_len positions.
+        Args:
+            tokens: int64 [B, T].
+            document_ids: int [B, T]: a token attends only to its own document.
+
+        Raises:
+            ValueError: For more than max_seq_len positions.
         """
         check_kind("tokens", tokens, Tensor, "an int64 tensor [B, T]")
         if tokens.ndim != 2 or tokens.is_floating_point():
@@ -66,7 +75,13 @@ class MoE(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy in nats per token.
 
-        `tokens` and `targets`: int64 [B, T], targets already shifted; targets of −100 are ignored.
+        Args:
+            tokens: int64 [B, T].
+            targets: int64 [B, T], already shifted; those of −100 are ignored.
+            document_ids: int [B, T]: a token attends only to its own document.
+
+        Raises:
+            ValueError: For more than max_seq_len positions.
         """
         check_kind("targets", targets, Tensor, "an int64 tensor [B, T]")
         logits = at_least_float32(self(tokens, document_ids))
@@ -99,6 +114,11 @@ class MoE(nn.Module):
 
         The load is counted in forwards with gradients enabled, over micro-batches, and summed over all ranks, which
         must all call this. Where a layer is recomputed its tokens count twice, all of them: the sign is the same.
+
+        Args:
+            optimizer: Not read: what torch gives to a hook of a step, as the other two.
+            args: Not read.
+            kwargs: Not read.
         """
         routers = self._routers()
         if not routers:

@@ -18,30 +18,41 @@ from muonclip.optax.arguments import check_if_concrete, check_scalar
 from muonclip.optax.dtypes import wide
 from muonclip.optax.paths import named_leaves
 from muonclip.optax.qk_clip import QKClipState, by_attention, check_max_logits, check_shape, is_narrow
+from muonclip.optax.types import PyTree
 
 
 class AccumulateState(NamedTuple):
-    """The state of `accumulate`: what the micro-steps since the last step have added up to."""
+    """The state of `accumulate`: what the micro-steps since the last step have added up to.
+
+    Attributes:
+        micro_step: int32: micro-steps since the last step.
+        step: int32: steps taken.
+        gradients: Mean since the last step, float32 or wider.
+        max_logits: Maxima since the last step; −inf where nothing was seen.
+        inner_state: The state of the inner transformation.
+    """
 
     micro_step: jax.Array
-    """int32: micro-steps since the last step."""
     step: jax.Array
-    """int32: steps taken."""
     gradients: optax.Updates
-    """Mean since the last step, float32 or wider."""
-    max_logits: Any
-    """Maxima since the last step; −inf where nothing was seen."""
+    max_logits: PyTree
     inner_state: optax.OptState
 
 
 def accumulate(
-    inner: optax.GradientTransformation, every: int | Callable[[Any], Any]
+    inner: optax.GradientTransformation, every: int | jax.Array | Callable[[jax.Array], int | jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
     """Run `inner` once in `every` calls, on the mean gradient and the largest `max_logits` of all of them.
 
-    `every`: a number, or a function of the steps taken so far. In between, updates are zero and `inner` is not touched.
-    `inner` must hold one `qk_clip`; without one `optax.MultiSteps` does. Raises ValueError otherwise, TypeError for an
-    update without `max_logits`.
+    In between, updates are zero and `inner` is not touched.
+
+    Args:
+        inner: A transformation that holds one `qk_clip`; without one `optax.MultiSteps` does.
+        every: A number of micro-steps, or a function of the steps taken so far.
+
+    Raises:
+        TypeError: For an update without `max_logits`.
+        ValueError: For an `inner` without a `qk_clip`, or with several.
     """
     check_kind("inner", inner, optax.GradientTransformation, "a GradientTransformation of Optax")
     if not callable(every):

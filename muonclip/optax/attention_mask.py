@@ -21,7 +21,10 @@ from muonclip.core.arguments import check_array, check_flag, check_whole
 from muonclip.optax.arguments import check_integers, check_real
 
 Window: TypeAlias = int | tuple[int, int] | None
+"""Keys before and after a query that it may see: (left, right), or one number for both; None: all of them."""
+
 SegmentIds: TypeAlias = Array | tuple[Array, Array] | None
+"""Numbers of documents, int [B, T], or a tuple of [B, T] and [B, S]; None: one document."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,19 +23,33 @@ from muonclip.core.head_parts import Part
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections, flatten_projections, maxima_of, maxima_shape
+from muonclip.optax.types import PyTree
 
 _EXPONENTS = (-3, 2, -1, 3, 1, -2)  # float16 has range for no more
 
 
-def check(apply: Callable[[Any, Any], Any], params: Any, batch: Any, qk_projections: QKProjections) -> tuple[str, ...]:
+def check(
+    apply: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    qk_projections: QKProjections,
+) -> tuple[str, ...]:
     """Prove declared attentions on a model; return the names of those that were proven.
 
-    `apply(params, batch)`: returns (output, max_logits), as a loss with its auxiliary value does; the maxima have to be
-    exact, and the function the same in every call (no dropout). It is compiled once and runs once for each attention
-    and layer, and four times more. Arrays that are zero are filled with random numbers first: what a zero output
-    hides would prove nothing. Attentions with a `reason` are passed over.
+    The function is compiled once and runs once for each attention and layer, and four times more. Arrays that are zero
+    are filled with random numbers first: what a zero output hides would prove nothing. Attentions with a `reason` are
+    passed over.
 
-    Raises ValueError that names the attention where the declared rows are not its queries and keys.
+    Args:
+        apply: `apply(params, batch)` returns (output, max_logits), as a loss with its auxiliary value does; the maxima
+            have to be exact, and the function the same in every call (no dropout).
+        params: The parameters, a tree of arrays.
+        batch: What `apply` takes next to them.
+        qk_projections: The declared attentions, see `qk_clip`.
+
+    Raises:
+        TypeError: For an `apply` that is not a function, or returns something else than a pair.
+        ValueError: Where the declared rows are not the queries and keys of an attention; it names the attention.
     """
     projections, treedef = flatten_projections(qk_projections)
     arrays = named_arrays(params)

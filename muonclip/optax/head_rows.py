@@ -26,18 +26,21 @@ from muonclip.optax.paths import below
 class HeadRows:
     """The rows of one part of every head: of the `stride` rows of a head, `size` from `start` on.
 
-    - `path`: the name of an array, or of the module that holds a kernel and perhaps a bias: both are scaled.
-    - `num_heads`: number of heads.
-    - `size`: rows of the part; None: all rows of the head.
-    - `stride`: rows from one head to the next; None: `size` where given, else the rows divided by `num_heads`.
-    - `in_axis`: the axis of a kernel of one layer that its input runs along: 0 for [in, *out], −1 for [*out, in], 1 for
-      [heads, in, d]. None: the only one with which the shape has these heads; else by the array's name (`kernel`, `w`
-      are [in, *out], `weight` is [*out, in]); else 0 where there are three axes.
-    - `layer_axis`: the axis of scanned layers; None where layers are arrays of their own.
-    - `rows`: rows of the array, which are checked; None: any that hold the heads.
-    - `heads_last`: the heads are the last axis of the output, [in, d, heads], or run fastest along it.
+    Args:
+        path: The name of an array, or of the module that holds a kernel and perhaps a bias: both are scaled.
+        num_heads: Number of heads.
+        size: Rows of the part; None: all rows of the head.
+        start: The first of these rows within the rows of a head.
+        stride: Rows from one head to the next; None: `size` where given, else the rows divided by `num_heads`.
+        in_axis: The axis of a kernel of one layer that its input runs along: 0 for [in, *out], −1 for [*out, in], 1 for
+            [heads, in, d]. None: the only one with which the shape has these heads; else by the array's name (`kernel`,
+            `w` are [in, *out], `weight` is [*out, in]); else 0 where there are three axes.
+        layer_axis: The axis of scanned layers; None where layers are arrays of their own.
+        rows: Rows of the array, which are checked; None: any that hold the heads.
+        heads_last: The heads are the last axis of the output, [in, d, heads], or run fastest along it.
 
-    Raises ValueError for numbers that are out of range.
+    Raises:
+        ValueError: For numbers that are out of range.
     """
 
     path: str

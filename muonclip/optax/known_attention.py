@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -22,6 +22,11 @@ from muonclip.core.arguments import check_kind, is_array, kind
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import below, name_of, named_arrays
 from muonclip.optax.qk_clip import QKProjection
+from muonclip.optax.types import PyTree
+
+if TYPE_CHECKING:
+    import equinox
+    from flax import linen, nnx
 
 _PAIRS = (
     ("query", "key"), ("query_proj", "key_proj"), ("q_proj", "k_proj"), ("q", "k"), ("wq", "wk"), ("to_q", "to_k"),
@@ -60,25 +65,31 @@ class _Module:
 
 
 def qk_projections_of(
-    model: Any, *inputs: Any, declare: Mapping[str, QKProjection | None] | None = None, **named_inputs: Any
+    model: nnx.Module | linen.Module | equinox.Module,
+    *inputs: PyTree,
+    declare: Mapping[str, QKProjection | None] | None = None,
+    **named_inputs: PyTree,
 ) -> dict[str, QKProjection]:
     """Declare the attentions of a Flax or Equinox model that have a known type, by the names of their modules.
-
-    - `model`: an `nnx.Module`, an Equinox module, or a linen module. Of a linen module the attentions appear when it is
-      called: `inputs` and `named_inputs` are what `model.init` takes after the key, arrays or their shapes. Nothing is
-      computed.
-    - `declare`: for attentions of classes of your own, by the names of their modules, which rows make their queries and
-      keys; None where a module is not an attention.
 
     Known are nnx's `MultiHeadAttention`, linen's `MultiHeadDotProductAttention`, `MultiHeadAttention`, `SelfAttention`,
     and Equinox's `MultiheadAttention`; also scanned, with maxima [layers, heads], and with fewer heads for keys than
     for queries. Those that normalise queries and keys are only observed.
 
-    `max_logits` may be the tree that the layers sow, of one array at or below the name of each attention:
-    {"blocks": {0: {"attention": {"max_logits": …}}}} for "blocks/0/attention".
+    `max_logits` may be the tree that the layers sow, of one array at or below the name of each attention: {"blocks":
+    {0: {"attention": {"max_logits": …}}}} for "blocks/0/attention".
 
-    Raises ValueError with a list where a module seems to be an attention and is of no known type, TypeError for a model
-    of another framework.
+    Args:
+        model: An `nnx.Module`, an Equinox module, or a linen module. Of a linen module the attentions appear when it is
+            called, in shapes alone: nothing is computed.
+        *inputs: For linen, what `model.init` takes after the key: arrays or their shapes.
+        declare: For attentions of classes of your own, by the names of their modules, which rows make their queries and
+            keys; None where a module is not an attention.
+        **named_inputs: For linen, those by name.
+
+    Raises:
+        TypeError: For a model of another framework.
+        ValueError: Where a module seems to be an attention and is of no known type; it lists them.
     """
     modules, arrays = _read(model, inputs, named_inputs)
     declared = {} if declare is None else declare

@@ -51,11 +51,23 @@ def exact_max_logits(
 ) -> Array:
     """Compute the exact maxima [H], in float32 (float64 for float64); no gradient passes.
 
-    `query`: [B, T, H, d], `key`: [B, S, G, d]. `scale`: from q · k to a logit, None: 1/√d. Masks: as in
-    `jax.nn.dot_product_attention`; `segment_ids`, int [B, T] or a tuple of [B, T] and [B, S]: equal numbers attend to
-    each other. Logits are held for one tile of `block_size` queries and keys at a time; tiles that `is_causal` and the
-    window exclude are not computed. A head without an allowed pair gives −inf; NaN is kept. Raises ValueError for
-    shapes that do not fit together.
+    The masks are those of `jax.nn.dot_product_attention`. Logits are held for one tile at a time; tiles that
+    `is_causal` and the window exclude are not computed. A head without an allowed pair gives −inf; NaN is kept.
+
+    Args:
+        query: [B, T, H, d].
+        key: [B, S, G, d], where G divides H.
+        scale: From q · k to a logit; None: 1/√d.
+        mask: Broadcastable to [B, H, T, S]; True attends, and so does what is not zero.
+        is_causal: Key j ≤ query i, both counted from their start.
+        query_seq_lengths: int [B]; the positions from there on are padding.
+        key_value_seq_lengths: int [B]; the positions from there on are padding.
+        local_window_size: (left, right), or one number for both: i − left ≤ j ≤ i + right.
+        segment_ids: int [B, T], or a tuple of [B, T] and [B, S]: equal numbers attend to each other.
+        block_size: Queries and keys of a tile.
+
+    Raises:
+        ValueError: For shapes that do not fit together.
     """
     pairs = AttentionMask.read(
         _logits_shape(query, key), mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
@@ -84,9 +96,25 @@ def certified_max_logits(
         S ≤ |scale| · max|q_i| · max|k_j|        S ≤ max LSE_i        (Cauchy–Schwarz; log-sum-exp of a row)
 
     To find that one of the bounds is at most τ for every head, rounding included, takes no product of queries and keys;
-    a bound is never reported. `lse`: float32 [B, T, H], of the scaled logits under this mask and nothing else: no soft
-    cap, bias or sink. Under `jax.vmap` the choice becomes a select, and the maxima are always computed. Raises
-    ValueError for τ ≤ 0 and for an `lse` narrower than float32.
+    a bound is never reported. Under `jax.vmap` the choice becomes a select, and the maxima are always computed.
+
+    Args:
+        query: [B, T, H, d].
+        key: [B, S, G, d], where G divides H.
+        tau: The largest logit a head may keep.
+        lse: Log-sum-exp, float32 [B, T, H], of the scaled logits under this mask and nothing else: no soft cap, bias or
+            sink.
+        scale: From q · k to a logit; None: 1/√d.
+        mask: Broadcastable to [B, H, T, S]; True attends, and so does what is not zero.
+        is_causal: Key j ≤ query i, both counted from their start.
+        query_seq_lengths: int [B]; the positions from there on are padding.
+        key_value_seq_lengths: int [B]; the positions from there on are padding.
+        local_window_size: (left, right), or one number for both: i − left ≤ j ≤ i + right.
+        segment_ids: int [B, T], or a tuple of [B, T] and [B, S]: equal numbers attend to each other.
+        block_size: Queries and keys of a tile.
+
+    Raises:
+        ValueError: For τ ≤ 0, for an `lse` narrower than float32 and for shapes that do not fit together.
     """
     check_if_concrete(tau, check_tau)
     pairs = AttentionMask.read(
@@ -123,10 +151,23 @@ def dot_product_attention(
 ) -> tuple[Array, Array]:
     """Return the output of `jax.nn.dot_product_attention`, and the maxima [H].
 
-    `tau`: None computes every maximum; a number, only where norms do not bound all heads by it. (JAX's own log-sum-exp
-    is not used: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and under `jax.jit` requesting
-    it changes the output's last bits.) A bias is not part of S; values of it that forbid a pair
-    (`muonclip.core.attention_mask`) are a mask.
+    JAX's own log-sum-exp is not used: it is rounded to the dtype of the keys, by up to 0.5 at 126 in bfloat16, and
+    under `jax.jit` requesting it changes the output's last bits.
+
+    Args:
+        query: [B, T, H, d].
+        key: [B, S, G, d], where G divides H.
+        value: [B, S, G, d].
+        bias: Added to the logits, broadcastable to [B, H, T, S]. It is not a part of S; values of it that forbid a pair
+            (`muonclip.core.attention_mask`) are a mask.
+        mask: bool, broadcastable to [B, H, T, S]; True attends.
+        tau: None computes every maximum; a number, only where norms do not bound all heads by it.
+        scale: From q · k to a logit; None: 1/√d.
+        is_causal: Key j ≤ query i, both counted from their start.
+        query_seq_lengths: int [B]; the positions from there on are padding.
+        key_value_seq_lengths: int [B]; the positions from there on are padding.
+        local_window_size: (left, right), or one number for both: i − left ≤ j ≤ i + right.
+        implementation: JAX's: "xla", "cudnn", or None for its choice.
     """
     check_real("value", value)
     check_choice("implementation", implementation, None, "xla", "cudnn")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 from muonclip.core import Recipe, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
@@ -28,6 +29,7 @@ from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask,
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
 from muonclip.optax.qk_clip import QKProjections, qk_clip
+from muonclip.optax.types import PyTree, Shardings, WeightLayouts
 from muonclip.optax.update_rule import ScaleByMuonState as ScaleByMuonState  # where pickles look for it
 from muonclip.optax.update_rule import scale_by_rule
 
@@ -37,38 +39,42 @@ Nesterov = bool | Literal["bias_corrected"]
 def scale_by_muon(
     ns_coefficients: Coefficients = "jordan",
     ns_steps: int | None = None,
-    beta: Any = 0.95,
-    eps: Any = 0.0,
-    mu_dtype: Any = None,
+    beta: float | jax.Array = 0.95,
+    eps: float | jax.Array = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: Nesterov = True,
     adjust_lr_fn: AdjustLR = 1.0,
-    weight_dimension_numbers: Any = None,
-    ns_dtype: Any = None,
+    weight_dimension_numbers: WeightLayouts = None,
+    ns_dtype: DTypeLike | None = None,
     ns_form: Literal["standard", "gram"] | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     update: Literal["muon", "normuon"] = "muon",
 ) -> optax.GradientTransformationExtraArgs:
     """Replace each logical matrix of the updates by the polar factor of its momentum, times its scale.
 
-    - `ns_coefficients`, `ns_steps`, `eps`: see `muonclip.core.orthogonalize`. `ns_form`: its `form`; None:
-      on the CPU the cheaper one for each shape, which `plan` shows, elsewhere the standard one.
-    - `beta`: of the momentum, an average: M ← β M + (1−β) G.
-    - `mu_dtype`: of the momentum; None: the parameter's.
-    - `nesterov`: True is `torch.optim.Muon`'s, (1−β) G + β M; "bias_corrected" is `optax.contrib.muon`'s, which divides
-      the two terms by 1 − β^t and 1 − β^(t+1) and so has, in the first steps, another direction; False is M.
-    - `adjust_lr_fn`: the scale, see `muonclip.core.update_scale`; 1.0 leaves the polar factor as it is, as
-      `optax.contrib.scale_by_muon` does.
-    - `weight_dimension_numbers`: which axes are rows and columns, a tree (or a prefix of one, or a function of the
-      parameters) with an `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each array; None:
-      all are [in, out].
-    - `ns_dtype`: of the products; None: bfloat16 on accelerators, float32 on the CPU (float64 for float64).
-    - `shardings`: a tree with the sharding of each parameter, needed where a jitted update cannot see it (a mesh of
-      automatic axes).
+    Args:
+        ns_coefficients: The polynomials, see `muonclip.core.resolve_coefficients`.
+        ns_steps: The number of steps; None: the own length of a named set or a list, five of one triple.
+        beta: Of the momentum, an average: M ← β M + (1−β) G; in [0, 1).
+        eps: Floor of the Frobenius norm.
+        mu_dtype: The dtype of the momentum; None: the parameter's.
+        nesterov: True is `torch.optim.Muon`'s, (1−β) G + β M; "bias_corrected" is `optax.contrib.muon`'s, which divides
+            the two terms by 1 − β^t and 1 − β^(t+1) and so has, in the first steps, another direction; False is M.
+        adjust_lr_fn: The scale, see `muonclip.core.update_scale`; 1.0 leaves the polar factor as it is, as
+            `optax.contrib.scale_by_muon` does.
+        weight_dimension_numbers: Which axes are rows and columns: a tree (or a prefix of one, or a function of the
+            parameters) with an `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each array;
+            None: all are [in, out].
+        ns_dtype: The dtype of the products; None: bfloat16 on accelerators, float32 on the CPU (float64 for float64).
+        ns_form: "standard" or "gram", see `muonclip.core.orthogonalize`; None: on the CPU the cheaper one for each
+            shape, which `plan` shows, elsewhere the standard one.
+        shardings: A tree with the sharding of each parameter, needed where a jitted update cannot see it (a mesh of
+            automatic axes).
+        update: "normuon" gives the rows of each matrix one size over time (arXiv 2510.05491).
 
-    - `update`: "normuon" gives the rows of each matrix one size over time (arXiv 2510.05491).
-
-    Raises ValueError for polynomials that do not exist, β outside [0, 1) and arrays that are not matrices.
+    Raises:
+        ValueError: For polynomials that do not exist, β outside [0, 1) and arrays that are not matrices.
     """
     check_choice("update", update, *(name for name in UPDATES if not _moves(name)), hint="muonclip has all.")
     return _by_rule(
@@ -86,25 +92,25 @@ def scale_by_muon(
 @takes_recipe
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Any = 0.1,
-    beta: Any = 0.95,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    beta: float | jax.Array = 0.95,
     *,
     qk_projections: QKProjections | None,
     recipe: RecipeName | Recipe | None = None,
-    tau: Any = 100.0,
-    alpha: Any = 0.5,
+    tau: optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule] = 100.0,
+    alpha: float | jax.Array = 0.5,
     nesterov: Nesterov = True,
     ns_coefficients: Coefficients = "jordan",
     ns_steps: int | None = None,
-    eps: Any = 0.0,
+    eps: float | jax.Array = 0.0,
     adjust_lr_fn: AdjustLR = "match_rms_adamw",
-    mu_dtype: Any = None,
-    ns_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    ns_dtype: DTypeLike | None = None,
     ns_form: Literal["standard", "gram"] | None = None,
-    weight_decay_mask: Any = None,
-    muon_weight_dimension_numbers: Any = None,
+    weight_decay_mask: optax.MaskOrFn | None = None,
+    muon_weight_dimension_numbers: WeightLayouts = None,
     adamw: Mapping[str, Any] | None = None,
-    shardings: Any = None,
+    shardings: Shardings = None,
     wide_updates: bool = False,
     update: Update = "muon",
     cautious_decay: bool = False,
@@ -114,26 +120,44 @@ def muonclip(
         tx = muonclip(5e-3, qk_projections={"attn": QKProjection.mha(q="attn/query", k="attn/key", num_heads=8)})
         updates, state = tx.update(grads, state, params, max_logits={"attn": …})
 
-    - `learning_rate`: per step, a number or a schedule; with the default `adjust_lr_fn` from AdamW's own, in large
-      runs, to five times that in small ones.
-    - `weight_decay`: decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says.
-    - `qk_projections`: see `qk_clip`; None: no clip, and no `max_logits`.
-    - `recipe`: the values of a published recipe, by its name, for the arguments that are not given here, but never the
-      rate: see `muonclip.core.RECIPES`, and `plan(…, recipe=…)`. One without a clip takes `qk_projections=None`, or a
-      `tau` that is given; one whose heads are matrices of their own takes `muon_weight_dimension_numbers`.
-    - `muon_weight_dimension_numbers`: see `plan`, which shows what becomes of each parameter.
-    - `adamw`: arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
-
-    - `update`: "normuon", as in `scale_by_muon`, or "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
-      each matrix, takes the rate relative to it, and has neither decay nor a scale: give `weight_decay=0`.
-    - `cautious_decay`: decay only the entries that Muon's update takes towards zero (arXiv 2510.12402).
-
-    The others: see `scale_by_muon` and `qk_clip`.
-
     Under `optax.inject_hyperparams` name as `static_args` the arguments that are functions but not schedules, and
     numbers that decide the shape of the computation:
 
         static_args=("muon_weight_dimension_numbers", "weight_decay_mask", "ns_steps", "adjust_lr_fn")
+
+    Args:
+        learning_rate: Per step, a number or a schedule; with the default `adjust_lr_fn` from AdamW's own, in large
+            runs, to five times that in small ones.
+        weight_decay: Decoupled, times the rate; of matrices, embeddings and head, or where `weight_decay_mask` says.
+        beta: Of the momentum, see `scale_by_muon`.
+        qk_projections: The attentions, see `qk_clip`; None: no clip, and no `max_logits`.
+        recipe: The values of a published recipe, by its name, for the arguments that are not given here, but never the
+            rate: see `muonclip.core.RECIPES`, and `plan(…, recipe=…)`. One without a clip takes `qk_projections=None`,
+            or a `tau` that is given; one whose heads are matrices of their own takes `muon_weight_dimension_numbers`.
+        tau: The largest logit a head may keep, see `qk_clip`.
+        alpha: The query's share of γ, from 0 to 1, see `qk_clip`.
+        nesterov: See `scale_by_muon`.
+        ns_coefficients: The polynomials, see `muonclip.core.resolve_coefficients`.
+        ns_steps: The number of steps; None: the own length of a named set or a list, five of one triple.
+        eps: Floor of the Frobenius norm of Muon.
+        adjust_lr_fn: The scale of Muon's updates, see `muonclip.core.update_scale`.
+        mu_dtype: The dtype of both momenta; None: the parameter's.
+        ns_dtype: The dtype of the products, see `scale_by_muon`.
+        ns_form: The form of the iteration, see `scale_by_muon`.
+        weight_decay_mask: A tree with True or False for each array, or a function of the parameters that makes it;
+            None: not on norms, biases and other vectors.
+        muon_weight_dimension_numbers: Which axes are rows and columns, and which arrays are AdamW's (None), see `plan`,
+            which shows what becomes of each parameter.
+        adamw: Arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
+        shardings: See `scale_by_muon`.
+        wide_updates: See `qk_clip`.
+        update: "normuon", as in `scale_by_muon`, or "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
+            each matrix, takes the rate relative to it, and has neither decay nor a scale: give `weight_decay=0`.
+        cautious_decay: Decay only the entries that Muon's update takes towards zero (arXiv 2510.12402).
+
+    Raises:
+        TypeError: For arguments of other kinds.
+        ValueError: As from `scale_by_muon`, `plan` and `qk_clip`.
     """
 
     if learning_rate is not None:  # Optax: no scaling
@@ -149,8 +173,8 @@ def muonclip(
     if isinstance(recipe, Recipe):
         _check_recipe(recipe, qk_projections, muon_weight_dimension_numbers)
 
-    def planned(field: str) -> Callable[[Any], Any]:
-        def tree(params: Any) -> Any:
+    def planned(field: str) -> Callable[[optax.Params], PyTree]:
+        def tree(params: optax.Params) -> PyTree:
             lines = plan(params, muon_weight_dimension_numbers, qk_projections)
             return lines.tree(params, operator.attrgetter(field))
 

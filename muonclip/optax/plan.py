@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
 from muonclip.core import MatrixLayout, Recipe
@@ -45,6 +46,7 @@ from muonclip.optax.known_attention import attentions_by_shape
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_clip import QKProjection, QKProjections, flatten_projections
+from muonclip.optax.types import PyTree, WeightLayouts
 
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
 _OUTPUT_NAMES = {"out", "o", "o_proj", "out_proj", "output_proj"}
@@ -57,17 +59,22 @@ DECLARE = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of what `muonclip` does with each parameter, and why; `print` it."""
+    """The plan of what `muonclip` does with each parameter, and why; `print` it.
+
+    Attributes:
+        parameters: A line for each array, in the order of the tree.
+        products: The matrices of each shape, whichever way they lie, and the dtype and form of the products that
+            iterate them.
+        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants.
+        recipe: The recipe that was asked for, and what was given next to it.
+        options: What the recipe sets, and the options of the products; shown with a recipe.
+    """
 
     parameters: tuple[PlannedParameter, ...]
     products: tuple[tuple[str, str], ...] = ()
-    """The matrices of each shape, whichever way they lie, and the dtype and form of the products that iterate them."""
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """The bytes of each state of the Muon half, by `update` and name; shown for variants."""
     recipe: Recipe | None = None
-    """The recipe that was asked for, and what was given next to it."""
     options: Mapping[str, object] = field(default_factory=dict[str, object])
-    """What the recipe sets, and the options of the products; shown with a recipe."""
 
     def __str__(self) -> str:
         parameters = parameter_table(
@@ -78,31 +85,49 @@ class Plan:
         return "\n\n".join(filter(None, (parameters, states_in_words(self.state_bytes), products, options)))
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
-        """Return `of(line)` of each line, as a tree with the structure of `params`."""
+        """Return `of(line)` of each line, as a tree with the structure of `params`.
+
+        Args:
+            params: The parameters.
+            of: A function of a line of the plan.
+        """
         lines = {line.name: line for line in self.parameters}
         return map_named(lambda name, _: of(lines[name]), params)
 
 
 @takes_recipe
 def plan(
-    params: Any,
-    weight_dimension_numbers: Any = None,
+    params: PyTree,
+    weight_dimension_numbers: WeightLayouts = None,
     qk_projections: QKProjections | None = None,
     *,
     ns_coefficients: Coefficients = "jordan",
     ns_steps: int | None = None,
-    ns_dtype: Any = None,
+    ns_dtype: DTypeLike | None = None,
     ns_form: Form | None = None,
     update: Update = "muon",
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     recipe: RecipeName | Recipe | None = None,
 ) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
 
-    With a `recipe` it shows what that sets where `muonclip` is given nothing else.
+    Args:
+        params: The parameters: a tree of arrays or of `jax.ShapeDtypeStruct`s.
+        weight_dimension_numbers: A tree like `params`, a prefix of one, or a function that makes it, with an
+            `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each matrix and None for what
+            AdamW updates; None: names, shapes and declared attentions decide.
+        qk_projections: The declared attentions, see `qk_clip`.
+        ns_coefficients: The polynomials, see `muonclip.core.resolve_coefficients`.
+        ns_steps: The number of steps, see `scale_by_muon`.
+        ns_dtype: The dtype of the products, see `scale_by_muon`.
+        ns_form: The form of the iteration, see `scale_by_muon`.
+        update: The rule of the Muon half, see `muonclip`.
+        mu_dtype: The dtype of the momentum, see `scale_by_muon`.
+        recipe: Show what this recipe sets where `muonclip` is given nothing else.
 
-    `params` may be `jax.ShapeDtypeStruct`s. Raises ValueError, with a list, for arrays whose axes are not understood,
-    and for a form that may not run with these polynomials.
+    Raises:
+        ValueError: For arrays whose axes are not understood, in a list, and for a form that may not run with these
+            polynomials.
     """
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, dtype=ns_dtype, form=ns_form)
     newton_schulz.check()

@@ -37,16 +37,23 @@ from muonclip.optax.arguments import check_if_concrete, check_real
 from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
 from muonclip.optax.paths import below, is_masked_node, map_named, name_of, named_leaves
+from muonclip.optax.types import PyTree
 
 
 @dataclass(frozen=True, slots=True)
 class QKProjection:
     """The parameters that make the queries and keys of one attention (with `layer_axis`: of a stack of them).
 
-    `query` and `key` are private to their heads and take γ^α and γ^(1−α); `query_facing_shared` faces a key that heads
-    share and takes all of γ; `shared_key`, those keys, is never scaled and known for checks. `reason`: why none is to
-    be scaled (QK-norm, say); the maxima are then only checked. Raises ValueError for parts that do not have the same
-    heads.
+    Args:
+        num_heads: Number of query heads.
+        query: Rows private to their heads, whose keys are, too; they take γ^α.
+        key: Rows private to their heads; they take γ^(1−α).
+        query_facing_shared: Rows that face a key that heads share; they take all of γ.
+        reason: Why none is to be scaled (QK-norm, say); the maxima are then only checked.
+        shared_key: The keys that heads share; never scaled, and known for checks.
+
+    Raises:
+        ValueError: For parts that do not have the same heads.
     """
 
     num_heads: int
@@ -89,7 +96,16 @@ class QKProjection:
         layer_axis: int | None = None,
         heads_last: bool = False,
     ) -> QKProjection:
-        """Declare multi-head attention: every head has its own query and key. The arguments: see `HeadRows`."""
+        """Declare multi-head attention: every head has its own query and key.
+
+        Args:
+            q: The array of the queries, or its module: names of the tree joined by "/".
+            k: That of the keys.
+            num_heads: Number of heads.
+            in_axis: The axis of the input, see `HeadRows`.
+            layer_axis: The axis of scanned layers, see `HeadRows`.
+            heads_last: Heads run fastest, see `HeadRows`.
+        """
         return cls.gqa(
             q=q,
             k=k,
@@ -115,7 +131,19 @@ class QKProjection:
         """Declare grouped-query attention (one key head: multi-query).
 
         Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
-        same key keep their weights. Raises ValueError for numbers of heads that do not divide.
+        same key keep their weights.
+
+        Args:
+            q: The array of the queries, or its module: names of the tree joined by "/".
+            k: That of the keys.
+            num_heads: Number of query heads.
+            num_kv_heads: Number of key heads, a divisor of `num_heads`.
+            in_axis: The axis of the input, see `HeadRows`.
+            layer_axis: The axis of scanned layers, see `HeadRows`.
+            heads_last: Heads run fastest, see `HeadRows`.
+
+        Raises:
+            ValueError: For numbers of heads that do not divide.
         """
         _, parts = grouped_parts(num_heads, num_kv_heads)
         return cls._from_parts(num_heads, parts, {"q": q, "k": k}, in_axis, layer_axis, heads_last)
@@ -133,10 +161,17 @@ class QKProjection:
         in_axis: int | None = None,
         layer_axis: int | None = None,
     ) -> QKProjection:
-        """Declare multi-head latent attention (DeepSeek-V2, V3; K2).
+        """Declare multi-head latent attention (DeepSeek-V2, V3; K2). The rotary key is shared and never scaled.
 
-        `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
-        head. The rotary key is shared and never scaled.
+        Args:
+            q: The array with [nope | rope] rows per head (the up-projection, or the only one), or its module.
+            kv: That with [k_nope | v] rows per head.
+            num_heads: Number of heads.
+            qk_nope_head_dim: Rows of a head's query and key without position.
+            qk_rope_head_dim: Rows of a head's rotated query.
+            v_head_dim: Rows of a head's value.
+            in_axis: The axis of the input, see `HeadRows`.
+            layer_axis: The axis of scanned layers, see `HeadRows`.
         """
         _, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
         return cls._from_parts(num_heads, parts, {"q": q, "kv": kv}, in_axis, layer_axis)
@@ -173,40 +208,42 @@ class QKProjection:
         return tuple(rows for part in FACTOR_OF for rows in getattr(self, part))
 
 
-QKProjections: TypeAlias = Any
+QKProjections: TypeAlias = PyTree
 """A tree with a `QKProjection` for each attention. `max_logits` is a tree of the same structure, or has one
 array at or below the name of each: [heads], or [layers, heads] for a stack."""
 
 
 class QKClipState(NamedTuple):
-    """The state of `qk_clip`: what the last step scaled, and how often it could not."""
+    """The state of `qk_clip`: what the last step scaled, and how often it could not.
+
+    Attributes:
+        nonfinite: int32 scalar: how many maxima, of all steps, were NaN or +inf, or came with a τ that is not above 0
+            or an α outside [0, 1], and so left their head as it was.
+        gamma: float32, shaped as the maxima: what the last step applied; 1 where a head was not clipped.
+        frozen: int32 scalar: how many heads of the last step were above τ and cannot be clipped, since their weights
+            are frozen.
+        unfinished: int32 scalar: how many heads of the last step needed a smaller factor than the dtype of their
+            weights allows in one step; the rest comes at the next ones.
+        step: int32 scalar: steps taken, for a τ that is a schedule.
+    """
 
     nonfinite: jax.Array
-    """int32 scalar: how many maxima, of all steps, were NaN or +inf, or came with a τ that is not above 0 or an α
-    outside [0, 1], and so left their head as it was."""
-    gamma: Any
-    """float32, shaped as the maxima: what the last step applied; 1 where a head was not clipped."""
+    gamma: PyTree
     frozen: jax.Array
-    """int32 scalar: how many heads of the last step were above τ and cannot be clipped, since their weights are
-    frozen."""
     unfinished: jax.Array
-    """int32 scalar: how many heads of the last step needed a smaller factor than the dtype of their weights allows in
-    one step; the rest comes at the next ones."""
     step: jax.Array
-    """int32 scalar: steps taken, for a τ that is a schedule."""
 
 
 def qk_clip(
-    qk_projections: QKProjections, tau: Any = 100.0, alpha: Any = 0.5, *, wide_updates: bool = False
+    qk_projections: QKProjections,
+    tau: optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule] = 100.0,
+    alpha: float | jax.Array = 0.5,
+    *,
+    wide_updates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale queries and keys of heads whose maximum attention logit exceeded τ; the last link of a chain.
 
         tx.update(grads, state, params, max_logits=…)
-
-    `qk_projections`: a tree with a `QKProjection` for each attention; `max_logits` is a tree of the same structure.
-    `tau`: the largest logit a head may keep, a number or a schedule, as a rate is; or a dict with either for each
-    pattern of the attentions' names, of which the first that fits counts: `tau={"vision/*": 50.0, "*": 100.0}`.
-    `alpha`: the query's share of γ where query and key are private to the head.
 
     For a head above τ `optax.apply_updates` then ends at its updated weights times their factor, up to rounding in the
     parameter's dtype: 1e-6 for float32; in bfloat16 a factor above 0.996 may change nothing. The updates of heads
@@ -214,14 +251,24 @@ def qk_clip(
 
     Updates have the dtype in which they come. Of a weight narrower than float32 (bfloat16, float16) a step applies a
     factor of ½ at most, since then t − w, where t is factor · (weight + update) rounded to the weight's dtype, is a
-    number of that dtype; the rest comes at the next steps (`unfinished`). `wide_updates` gives updates of such weights
-    in float32, with all of the factor, for a host that adds them in float32 and casts back (`optax.apply_updates` does,
-    `equinox.apply_updates` does not).
+    number of that dtype; the rest comes at the next steps (`unfinished`).
 
     A NaN or +inf maximum raises ValueError where it can be seen (outside jit) and else is counted in `nonfinite`; its
-    head keeps its update. So is a traced τ that is not above 0, or α outside [0, 1]. Raises TypeError without
-    `max_logits`, ValueError without `params`, for a `max_logits` of another structure or shape, for paths that do not
-    exist, for τ ≤ 0 and for α outside [0, 1].
+    head keeps its update. So is a traced τ that is not above 0, or α outside [0, 1].
+
+    Args:
+        qk_projections: A tree with a `QKProjection` for each attention; `max_logits` is a tree of the same structure.
+        tau: The largest logit a head may keep, after the softmax scale: a number or a schedule, as a rate is; or a dict
+            with either for each pattern of the attentions' names, of which the first that fits counts:
+            `tau={"vision/*": 50.0, "*": 100.0}`.
+        alpha: The query's share of γ where query and key are private to the head, from 0 to 1.
+        wide_updates: Give updates of narrow weights in float32, with all of the factor, for a host that adds them in
+            float32 and casts back (`optax.apply_updates` does, `equinox.apply_updates` does not).
+
+    Raises:
+        TypeError: For an update without `max_logits`.
+        ValueError: For an update without `params`, for a `max_logits` of another structure or shape, for paths that do
+            not exist, for τ ≤ 0 and for α outside [0, 1].
     """
     check_tau_rules(tau, lambda number: check_if_concrete(number, check_tau))
     check_if_concrete(alpha, check_alpha)

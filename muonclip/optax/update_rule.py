@@ -24,10 +24,15 @@ from muonclip.optax.sharding import check_visible, orthogonalize_arrays
 
 
 class ScaleByMuonState(NamedTuple):
+    """The state of `scale_by_muon`.
+
+    Attributes:
+        count: int32 scalar: steps taken.
+        mu: Momentum, as `torch.optim.Muon` stores it.
+    """
+
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    """int32 scalar: steps taken."""
     mu: optax.Updates
-    """Momentum, as `torch.optim.Muon` stores it."""
 
 
 class ScaleByRuleState(NamedTuple):

@@ -22,6 +22,8 @@ from muonclip.torch.clip import QKClip
 from muonclip.torch.monitor import Monitor, check_options
 from muonclip.torch.optimizer import MuonClip
 
+__all__ = ["MonitorCallback", "MuonClipFactory", "QKClipCallback"]
+
 
 class MuonClipFactory:
     """Makes a `MuonClip` for the Trainer, which calls it with the model:
@@ -30,13 +32,24 @@ class MuonClipFactory:
 
     It needs transformers 5.2. The options are `MuonClip`'s; `lr` and `weight_decay` have no default here, because those
     of `TrainingArguments` do not reach it. The Trainer's schedule, gradient clipping, accumulation and checkpoints work
-    as with its own optimizers. Raises TypeError where one of them is missing and for options that there are not, and
-    what `MuonClip` raises.
+    as with its own optimizers.
     """
 
     def __call__(
         self, model: nn.Module, *, lr: float | None = None, weight_decay: float | None = None, **options: Any
     ) -> MuonClip:
+        """Make the optimizer.
+
+        Args:
+            model: The model that is trained.
+            lr: The rate of both halves, per step; has to be given.
+            weight_decay: Decoupled, times the rate; has to be given.
+            **options: The other arguments of `MuonClip`.
+
+        Raises:
+            TypeError: Where one of them is missing, and for options that there are not.
+            ValueError: As from `MuonClip`.
+        """
         check_kind("model", model, nn.Module, "the model, as the Trainer does")
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if value is None:
@@ -56,14 +69,22 @@ class QKClipCallback(TrainerCallback):
     """Adds what QK-Clip saw to the training logs of the Trainer, with the names of `QKClipReport.scalars`.
 
     `bound`, `max_logit`, `clipped_heads` and `min_gamma` are the extremes over the steps since the last log;
-    `last_clipped_step` is of the last step. `clip`: for optimizers other than `MuonClip`, the QKClip that follows them.
+    `last_clipped_step` is of the last step.
 
     The Trainer writes its `log_history` first, so the values are added there too, and runs the loggers of `report_to`
     before the callbacks that it is given: to reach those, insert this one first,
     `trainer.callback_handler.callbacks.insert(0, QKClipCallback())`.
 
     A step costs a few small kernels and does not wait for the device; a log waits for it, as the Trainer's own loss
-    does. Raises ValueError at the start of training where there is no clip, and at a log what `QKClip.report` raises.
+    does.
+
+    Args:
+        clip: For optimizers other than `MuonClip`, the QKClip that follows them.
+        prefix: Text in front of each name.
+
+    Raises:
+        ValueError: At the start of training, where there is no clip.
+        RuntimeError: At a log, as from `QKClip.report`.
     """
 
     def __init__(self, clip: QKClip | None = None, prefix: str = "qk_clip/") -> None:
@@ -127,9 +148,18 @@ class QKClipCallback(TrainerCallback):
 class MonitorCallback(TrainerCallback):
     """Adds what a `Monitor` saw to the training logs of the Trainer, next to any optimizer; nothing is clipped.
 
-    `every`, `logits`, `matrices`, `clip`: those of `Monitor`. For the loggers of `report_to` see `QKClipCallback`. A
-    log waits for the device. Raises TypeError and ValueError for wrong arguments, and at the start of training what
-    `Monitor` raises.
+    For the loggers of `report_to` see `QKClipCallback`. A log waits for the device.
+
+    Args:
+        prefix: Text in front of each name.
+        every: Steps from one look at the matrices to the next.
+        logits: Watch the logits.
+        matrices: Watch the matrices.
+        clip: As for `Monitor`.
+
+    Raises:
+        TypeError: For arguments of another kind.
+        ValueError: For wrong arguments, and at the start of training as from `Monitor`.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
-from muonclip.torch import MuonClip, QKClip
+from muonclip.torch import Monitor, MuonClip, QKClip
+from muonclip.torch import lightning as muonclip_lightning
 from muonclip.torch.huggingface import MonitorCallback, MuonClipFactory, QKClipCallback
 
 pytestmark = [
@@ -590,6 +591,57 @@ def test_lightning_resumes_to_the_bit(tmp_path, whole):
     assert len(resumed.reports) == 2
     assert sum(report.clipped_heads for report in resumed.reports) > 0
     assert_same_weights(resumed.model, plain)
+
+
+class PlainLlama(LitLlama):
+    """Any optimizer, and no logging of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def on_train_batch_end(self, *args): ...
+
+
+class Logged(lightning.pytorch.loggers.CSVLogger):
+    """Keeps what it is given."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.values = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.values[step] = metrics
+
+
+def test_lightning_logs_what_a_monitor_sees(tmp_path):
+    """The same dict as by hand, as often as the Trainer logs, and no bit of the training changes."""
+    batches = batches_of(8)
+    module, callback = PlainLlama(whole=True), muonclip_lightning.MonitorCallback(every=2)
+    logger = Logged(tmp_path)
+    fit(module, tmp_path, batches, callbacks=[callback], logger=logger, log_every_n_steps=2, accumulate_grad_batches=2)
+    plain = PlainLlama(whole=True)
+    fit(plain, tmp_path, batches, accumulate_grad_batches=2)
+    assert_same_weights(module.model, plain.model)
+
+    by_hand = PlainLlama(whole=True)
+    optimizer, expected = by_hand.configure_optimizers(), {}
+    monitor = Monitor(by_hand, optimizer, every=2)
+    for number in range(4):
+        for tokens in batches[2 * number : 2 * number + 2]:
+            (loss_of(by_hand.model, tokens) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % 2:
+            expected[number] = monitor.scalars()
+    seen = {
+        step: {name: each for name, each in values.items() if "monitor/" in name}
+        for step, values in logger.values.items()
+    }
+    seen = {step: values for step, values in seen.items() if values}
+    assert seen.keys() == expected.keys()
+    for step, values in expected.items():
+        assert seen[step] == pytest.approx(values, rel=1e-5)
+    assert not module.trainer.optimizers[0]._optimizer_step_pre_hooks
 
 
 # Two processes

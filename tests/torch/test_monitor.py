@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from torch import nn
 
 from muonclip.torch import Monitor, MuonClip, QKClip
@@ -227,10 +230,27 @@ def test_weights_before_a_step_that_failed_are_not_compared_with_later_ones():
     assert monitor.matrices()
 
 
-def test_sharded_matrices_are_refused_before_anything_is_put_on(monkeypatch):
-    monkeypatch.setattr("muonclip.torch.monitor.monitor.is_dtensor", lambda parameter: parameter.ndim > 1)
+@pytest.mark.slow
+def test_matrices_that_ranks_share_are_seen_whole(tmp_path):
+    """FSDP2 and tensor parallelism on two ranks: rows, columns, uneven rows and a stack of experts."""
+    run_ranks(2, Path(__file__).parents[1] / "support" / "monitor_worker.py", tmp_path)
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    assert one == other
+    for case, (matrices, scalars, collectives) in one.items():
+        whole_matrices, whole_scalars, _ = one[f"{case.partition(',')[0]}, whole"]
+        assert collectives == ([] if "whole" in case else ["allreduce_"] * 18)
+        assert scalars == pytest.approx(whole_scalars, rel=1e-3)
+        assert matrices.keys() == whole_matrices.keys()
+        for name, fields in matrices.items():
+            for field, values in fields.items():
+                assert values == pytest.approx(whole_matrices[name][field], rel=1e-3), (case, name, field)
+    assert len(one["adamw, fsdp"][0]["experts"]["stable_rank"]) == 3
+
+
+def test_parameters_that_an_engine_flattened_are_refused_before_anything_is_put_on():
     model, own = made("adamw")
-    with pytest.raises(ValueError, match=r"embedding\.weight is sharded.*matrices=False"):
+    model.embedding.weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"embedding\.weight is sharded by DeepSpeed"):
         Monitor(model, own)
     assert not own._optimizer_step_pre_hooks
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

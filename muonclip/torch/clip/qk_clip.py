@@ -45,36 +45,37 @@ class QKClip:
         loss.backward(); optimizer.step(); clip.step()
 
     If the optimizer's step was skipped, skip `clip.step()` too: the observation stays for the next one.
-    `clip.attach(optimizer)` lets every `optimizer.step()` do both.
+    `clip.attach(optimizer)` lets every `optimizer.step()` do both. A second QKClip on a model replaces the first.
 
-    - `model_or_projections`: a model, in which the attentions are found (or that declare themselves, see
-      `QKProjection`); or projections, by name or in a sequence, whose statistics you fill.
-    - `tau`: the largest logit a head may keep, after the softmax scale; infinity measures, always, and never clips. Or
-      a function of the step, 0 at the first; or a dict with either for each pattern of attentions' names, of which the
-      first that fits counts, `tau={"vision.*": 50.0, "*": 100.0}`.
-    - `alpha`: the query's share of γ where query and key are private to the head.
-    - `observe`: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes every
-      one.
-    - `clip_frozen`: scale frozen weights with the trained ones, as of a LoRA's base and adapter; `MuonClip.plan` lists
-      those to save. By default a weight with `requires_grad=False` is never changed: the other side of its heads takes
-      all of γ where all weights of that side are trained; else those above τ are reported and not clipped.
-    - `ignore`: names of modules, or patterns as `"decoder.*.attn"`, whose attention is left alone: it is not clipped,
-      and no error where it is not understood.
-    - `declare`: projections of attentions in the model, by module name, instead of what would be found.
-    - `example_inputs`: what the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
-      the attentions are found now, which `torch.compile` needs.
-    - `clip_gains`: after a QK-norm with a gain per head, scale the gain.
-    - `required`: no attention is an error. False trains a model in which a search sees none, and nothing that mixes
-      activations by products of two projections, with one warning.
-    - `master_of`: for engines that keep a second copy of the weights where the clip cannot find it, parameter → copy
-      or None; both are scaled. Those in the state of an optimizer are known by their names.
-    - `process_group`: of all data-, context- and tensor-parallel ranks of this model; None: the ranks of the largest
-      mesh on which its parameters are, else those of its DistributedDataParallel, else all that have the same
-      attentions with the same weights, which all ranks of the job compare at the first step. Every one of them must
-      take each step.
+    Args:
+        model_or_projections: A model, in which the attentions are found (or that declare themselves, see
+            `QKProjection`); or projections, by name or in a sequence, whose statistics you fill.
+        tau: The largest logit a head may keep, after the softmax scale; infinity measures, always, and never clips.
+            Or a function of the step, 0 at the first; or a dict with either for each pattern of attentions' names, of
+            which the first that fits counts, `tau={"vision.*": 50.0, "*": 100.0}`.
+        alpha: The query's share of γ where query and key are private to the head, from 0 to 1.
+        observe: "needed" computes a maximum only where no bound shows that it is at most τ; "always" computes every
+            one.
+        clip_frozen: Scale frozen weights with the trained ones, as of a LoRA's base and adapter; `MuonClip.plan` lists
+            those to save. By default a weight with `requires_grad=False` is never changed: the other side of its heads
+            takes all of γ where all weights of that side are trained; else those above τ are reported and not clipped.
+        ignore: Names of modules, or patterns as `"decoder.*.attn"`, whose attention is left alone: it is not clipped,
+            and no error where it is not understood.
+        declare: Projections of attentions in the model, by module name, instead of what would be found.
+        example_inputs: What the model can be called with, a tensor, a tuple or a dict of keyword arguments; with them
+            the attentions are found now, which `torch.compile` needs.
+        clip_gains: After a QK-norm with a gain per head, scale the gain.
+        required: No attention is an error. False trains a model in which a search sees none, and nothing that mixes
+            activations by products of two projections, with one warning.
+        master_of: For engines that keep a second copy of the weights where the clip cannot find it, parameter → copy or
+            None; both are scaled. Those in the state of an optimizer are known by their names.
+        process_group: Of all data-, context- and tensor-parallel ranks of this model; None: the ranks of the largest
+            mesh on which its parameters are, else those of its DistributedDataParallel, else all that have the same
+            attentions with the same weights, which all ranks of the job compare at the first step. Every one of them
+            must take each step.
 
-    A second QKClip on a model replaces the first. Raises ValueError for wrong arguments and for attention that is not
-    understood, here or in the first forward.
+    Raises:
+        ValueError: For wrong arguments and for attention that is not understood, here or in the first forward.
     """
 
     attentions: ClipAttentions
@@ -153,7 +154,11 @@ class QKClip:
         self._set_thresholds(replace(self._thresholds, tau=tau))
 
     def tau_of(self, name: str) -> float:
-        """Return τ of an attention, by its name, in the next step."""
+        """Return τ of an attention in the next step.
+
+        Args:
+            name: The name of its module.
+        """
         return self._thresholds.of(name)
 
     def state_dict(self) -> dict[str, int]:
@@ -161,7 +166,14 @@ class QKClip:
         return {"step": self._thresholds.step}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on at the step of a state. Raises ValueError for a number that is none."""
+        """Go on at the step of a state.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: For a number that is not a step.
+        """
         step = check_whole("step", state_dict.get("step"), 0)
         self._set_thresholds(replace(self._thresholds, step=step))
 
@@ -182,15 +194,20 @@ class QKClip:
         }
 
     def attach(self, optimizer: Optimizer) -> Attachment:
-        """Clip after each step of an optimizer, by torch's own step hooks.
+        """Clip after each step of an optimizer, by torch's own step hooks; returns what `remove()` ends that with.
 
             clip = QKClip(model)
             clip.attach(torch.optim.AdamW(model.parameters()))
 
-        `remove()` of what is returned ends that. Errors are raised before the optimizer has changed a weight. A step
-        that a GradScaler skips is skipped here, too. Second copies of the weights that the optimizer, or one that it
-        wraps, is known to keep are scaled with them. Raises ValueError for a `MuonClip`, which clips by itself, and
-        where no steps run hooks.
+        Errors are raised before the optimizer has changed a weight. A step that a GradScaler skips is skipped here,
+        too. Second copies of the weights that the optimizer, or one that it wraps, is known to keep are scaled with
+        them.
+
+        Args:
+            optimizer: Any of torch that updates the model, or a wrapper around one.
+
+        Raises:
+            ValueError: For a `MuonClip`, which clips by itself, and where no steps run hooks.
         """
         return attach_to(self, optimizer)
 
@@ -202,12 +219,14 @@ class QKClip:
         self.attentions.remove()
 
     def step(self) -> None:
-        """Scale the heads above τ, then forget the observation.
+        """Scale the heads above τ, then forget the observation. Call it before the gradients are discarded.
 
-        Raises RuntimeError, before any weight is changed, where a trained attention has a gradient and was not observed
-        since the last step, or saw a non-finite logit. Call it before the gradients are discarded. The host does not
-        wait for an accelerator to learn that: there such a head keeps its weights and the error is raised by the next
-        `step()`, `report()` or `state_dict()` of the optimizer.
+        The host does not wait for an accelerator to learn of what is wrong: there such a head keeps its weights and the
+        error is raised by the next `step()`, `report()` or `state_dict()` of the optimizer.
+
+        Raises:
+            RuntimeError: Before any weight is changed, where a trained attention has a gradient and was not observed
+                since the last step, or saw a non-finite logit.
         """
         self.attentions.refresh()
         factors = self._measure(before_update=False)
@@ -220,9 +239,14 @@ class QKClip:
 
         The maxima are those of all ranks, the gradients those that the optimizer will use. An attention that has no
         gradient, or one of zero, was not run and may be unobserved, if the model ran with gradients or another one was
-        observed. `idle`: the optimizer's rates are 0, as in the step by which checkpoint libraries make its state; the
-        result is empty then where also nothing was observed or nothing has a gradient, on no rank. Raises what `step`
-        raises.
+        observed.
+
+        Args:
+            idle: The optimizer's rates are 0, as in the step by which checkpoint libraries make its state; the result
+                is empty then where also nothing was observed or nothing has a gradient, on no rank.
+
+        Raises:
+            RuntimeError: As from `step`.
         """
         self.attentions.refresh()
         if idle and not self.attentions.removed and not self._has_work():
@@ -231,7 +255,11 @@ class QKClip:
 
     @torch.no_grad()
     def after_update(self, factors: Mapping[str, ClipFactors]) -> None:
-        """Scale the rows by the factors that `before_update` gave, and forget the observation."""
+        """Scale the rows by the factors of this step, and forget the observation.
+
+        Args:
+            factors: What `before_update` returned.
+        """
         if not factors:
             return
         device = self.attentions.device

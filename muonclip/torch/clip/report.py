@@ -15,11 +15,12 @@ from torch import Tensor
 class LayerReport:
     """One attention in the last step; every field [heads].
 
-    - `max_logits`: the largest finite logit seen (−inf: none); NaN where a bound shows the head at most at τ.
-    - `gamma`: the factor its logits were scaled by; 1 where the head was not clipped.
-    - `exact`: whether `max_logits` is the maximum itself.
-    - `bound`: an upper bound of the logits; equal to the maximum where that is exact.
-    - `frozen`: whether it is above τ and cannot be clipped, because weights of its queries and keys are frozen.
+    Attributes:
+        max_logits: The largest finite logit seen (−inf: none); NaN where a bound shows the head at most at τ.
+        gamma: The factor its logits were scaled by; 1 where the head was not clipped.
+        exact: Whether `max_logits` is the maximum itself.
+        bound: An upper bound of the logits; equal to the maximum where that is exact.
+        frozen: Whether it is above τ and cannot be clipped, because weights of its queries and keys are frozen.
     """
 
     max_logits: Tensor
@@ -31,10 +32,14 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QKClipReport:
-    """The report of the last `QKClip.step()`: `layers` by module name.
+    """The report of the last `QKClip.step()`.
 
-    `steps`: how many there were by then; `last_clipped_step`: the last one that rescaled a head, counted from 1; 0 if
-    none did. `tau`: the number, or what each attention had in the last step where it has its own or τ is a function.
+    Attributes:
+        tau: The largest logit a head may keep, or what each attention had in the last step where it has its own or τ is
+            a function.
+        layers: A report for each attention, by the name of its module.
+        steps: How many steps there were by then.
+        last_clipped_step: The last step that rescaled a head, counted from 1; 0 if none did.
     """
 
     tau: float | Mapping[str, float]
@@ -83,6 +88,9 @@ class QKClipReport:
         """Return numbers to log at each step, for `SummaryWriter.add_scalar`, `wandb.log` and similar.
 
         `max_logit` is left out where no maximum was computed.
+
+        Args:
+            prefix: Text in front of each name.
         """
         values = {
             "bound": self.bound,

@@ -31,12 +31,20 @@ Axes: TypeAlias = int | tuple[int, ...]
 class HeadRows:
     """The rows of one weight, and of its bias, that belong to each head.
 
-    Head h owns `size` rows from `start + h · stride` (`stride` None: `size`, so that heads are adjacent), or the rows
-    `index[h]` where they follow no such rule; `index`: int64 [heads, size].
+    Head h owns `size` rows from `start + h · stride`, or the rows `index[h]` where they follow no such rule. `weight`
+    and `bias` are read anew at every use, because sharding engines replace parameters.
 
-    `weight` and `bias` name attributes of `module`, read anew at every use, because sharding engines replace
-    parameters. `axis` is the out axis of the weight (1 for GPT-2's transposed `Conv1D`), or several: with (0, 1) of a
-    weight [3, out, in], row 2 · out + 5 is its [2, 5].
+    Args:
+        module: The module that holds the weight.
+        num_heads: Number of heads.
+        size: Rows of each head.
+        start: The first row of the first head.
+        stride: Rows from one head to the next; None: `size`, so that heads are adjacent.
+        weight: The name of the weight in the module.
+        bias: The name of its bias, where there is one; "": none.
+        axis: The out axis of the weight (1 for GPT-2's transposed `Conv1D`), or several: with (0, 1) of a weight [3,
+            out, in], row 2 · out + 5 is its [2, 5].
+        index: The rows of each head, int64 [heads, size], where no start and stride give them.
     """
 
     module: nn.Module

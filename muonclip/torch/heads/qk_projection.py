@@ -19,16 +19,27 @@ from muonclip.torch.logits import MaxLogits
 class QKProjection:
     """One attention: the rows behind its heads by the part they play, and the statistic that its forward fills.
 
-    Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query` and `key`, private to a head on both
-    sides, and `query_facing_shared`, whose key serves several heads. `shared_key` and `value` are declared so that a
-    fused weight can be split into its matrices; they are never scaled. With a `reason` none is scaled, and the plan
-    gives the reason: the attention is observed and reported only (QK-norm: scaling W changes nothing). Parts that are
-    `fixed` are not scaled either, because they feed something else, too: the other side takes all of γ. `kind` is a
-    word for the plan. `counts_added`: S includes what is added to the products, because it is linear in the queries, as
-    relative positions are.
+    Only three parts are ever scaled (Kimi K2, arXiv 2507.20534, §2.1): `query`, `key` and `query_facing_shared`. `mha`,
+    `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`.
 
-    `mha`, `gqa` and `mla` build the usual ones from modules with a `weight` and perhaps a `bias`. Raises ValueError for
-    rows that the weights do not have, and for parts that do not fit together.
+    Args:
+        kind: A word for the plan.
+        num_heads: Number of query heads.
+        max_logits: The statistic that the forward fills.
+        query: Rows private to their heads, whose keys are, too.
+        key: Rows private to their heads.
+        query_facing_shared: Rows whose key serves several heads; they take all of γ.
+        shared_key: The keys that serve several heads; declared so that a fused weight can be split into its matrices,
+            never scaled.
+        value: The rows of the values; declared for the same reason, never scaled.
+        reason: Why no part is scaled, for the plan: the attention is observed and reported only (QK-norm: scaling W
+            changes nothing).
+        fixed: Parts that are not scaled either, because they feed something else, too: the other side takes all of γ.
+        counts_added: S includes what is added to the products, because it is linear in the queries, as relative
+            positions are.
+
+    Raises:
+        ValueError: For rows that the weights do not have, and for parts that do not fit together.
     """
 
     kind: str
@@ -87,7 +98,15 @@ class QKProjection:
     def mha(
         cls, *, q: nn.Module, k: nn.Module, num_heads: int, max_logits: MaxLogits, v: nn.Module | None = None
     ) -> QKProjection:
-        """Declare multi-head attention: every head has its own query and key."""
+        """Declare multi-head attention: every head has its own query and key.
+
+        Args:
+            q: The module of the queries, with a `weight`.
+            k: That of the keys.
+            num_heads: Number of heads.
+            max_logits: The statistic that the forward fills.
+            v: That of the values, where its heads are to be matrices of their own.
+        """
         return cls.gqa(q=q, k=k, num_heads=num_heads, num_kv_heads=num_heads, max_logits=max_logits, v=v)
 
     @classmethod
@@ -104,7 +123,18 @@ class QKProjection:
         """Declare grouped-query attention (one key head: multi-query).
 
         Where each key serves several queries, the query of a head above τ takes all of γ, so that the heads with the
-        same key keep their weights. Raises ValueError for numbers of heads that do not divide.
+        same key keep their weights.
+
+        Args:
+            q: The module of the queries, with a `weight`.
+            k: That of the keys.
+            num_heads: Number of query heads.
+            num_kv_heads: Number of key heads, a divisor of `num_heads`.
+            max_logits: The statistic that the forward fills.
+            v: That of the values, where its heads are to be matrices of their own.
+
+        Raises:
+            ValueError: For numbers of heads that do not divide.
         """
         kind, parts = grouped_parts(num_heads, num_kv_heads)
         return cls._from_parts(kind, num_heads, max_logits, parts, q=q, k=k, v=v)
@@ -121,10 +151,19 @@ class QKProjection:
         v_head_dim: int,
         max_logits: MaxLogits,
     ) -> QKProjection:
-        """Declare multi-head latent attention (DeepSeek-V2, V3; K2).
+        """Declare multi-head latent attention (DeepSeek-V2, V3; K2). The rotary key is shared and never scaled.
 
-        `q` holds [nope | rope] rows per head (the up-projection, or the only one), `kv` holds [k_nope | v] rows per
-        head. The rotary key is shared and never scaled. Raises ValueError for weights of another number of rows.
+        Args:
+            q: The module with [nope | rope] rows per head (the up-projection, or the only one).
+            kv: That with [k_nope | v] rows per head.
+            num_heads: Number of heads.
+            qk_nope_head_dim: Rows of a head's query and key without position.
+            qk_rope_head_dim: Rows of a head's rotated query.
+            v_head_dim: Rows of a head's value.
+            max_logits: The statistic that the forward fills.
+
+        Raises:
+            ValueError: For weights of another number of rows.
         """
         kind, parts = latent_parts(num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
         q_stride, kv_stride = qk_nope_head_dim + qk_rope_head_dim, qk_nope_head_dim + v_head_dim

@@ -33,13 +33,25 @@ def attention(
     softcap: float | None = None,
     max_logits: MaxLogits | None = None,
 ) -> Tensor:
-    """Compute scaled dot-product attention, and observe its maximum logits.
+    """Compute scaled dot-product attention [B, H, Tq, dv], and observe its maximum logits.
 
-    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d], `v`: [B, G, Tk, dv] → [B, H, Tq, dv]. `scale`: of the logits (None: 1/√d).
-    Masks: see `AttentionMask`. `softcap` c: the logits become c·tanh(S/c), computed densely; S is taken before it.
-    With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected.
-    Under tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
-    Raises ValueError for shapes that do not fit.
+    With `max_logits`, forwards with gradients enabled are observed; the result and its gradients are unaffected. Under
+    tensor parallelism H counts this rank's heads, or q, k and v are DTensors sharded on their heads.
+
+    Args:
+        q: [B, H, Tq, d].
+        k: [B, G, Tk, d], where G divides H.
+        v: [B, G, Tk, dv].
+        scale: From q · k to a logit; None: 1/√d.
+        is_causal: Query i sees keys j ≤ i, see `AttentionMask`.
+        attn_mask: Broadcastable to [B, H, Tq, Tk], see `AttentionMask`.
+        window: Keys that a query may see, see `AttentionMask`.
+        document_ids: int [B, T], see `AttentionMask`.
+        softcap: c, for logits c·tanh(S/c), computed densely; S is taken before it.
+        max_logits: The statistic that is filled; None: none.
+
+    Raises:
+        ValueError: For shapes that do not fit.
     """
     _check_options(scale, is_causal, attn_mask, window, document_ids, softcap, max_logits)
     if is_dtensor(q):

@@ -33,9 +33,14 @@ def measure_max_logits(
 ) -> Tensor:
     """Compute the exact maxima [H] of one attention, in float32 (float64 for float64), outside autocast and autograd.
 
-    `q`: [B, H, Tq, d], `k`: [B, G, Tk, d]. `scale`: from q · k to a logit. `mask`: the pairs that count. Logits are
-    computed tile by tile. A head with no allowed pair gives −inf; NaN is kept. `slopes`: of queries and keys, a tile of
-    factors of the logits, broadcastable to [B, H, rows, columns].
+    Logits are computed tile by tile. A head with no allowed pair gives −inf; NaN is kept.
+
+    Args:
+        q: [B, H, Tq, d].
+        k: [B, G, Tk, d], where G divides H.
+        scale: From q · k to a logit.
+        mask: The pairs that count.
+        slopes: Of queries and keys, a tile of factors of the logits, broadcastable to [B, H, rows, columns].
     """
     check_forward(q, k, scale, mask)
     maxima = torch.full((q.shape[1],), -math.inf, dtype=statistic_dtype(q, k), device=q.device)

@@ -20,20 +20,23 @@ _FAR = 2**62
 class AttentionMask:
     """The pairs of query and key that count: those that every given condition allows.
 
-    - `query_length`, `key_length`: Tq and Tk.
-    - `is_causal`: query i may see keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
-    - `window`: query i may see keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
-      Or a pair (left, right): i − left ≤ j ≤ i + right, as in FlashAttention; None where a side has no limit.
-    - `document_ids`: int [B, Tq]; a query may see the keys of its own document. `key_document_ids`: those of the keys,
-      int [B, Tk], where they are others.
-    - `query_offset`: what causality and window add to i: which key has the first query's position. Tk − Tq aligns at
-      the last position. int [B, Tq] where each query has its own, as in packed sequences of unequal lengths.
-    - `attn_mask`: broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
-      (`muonclip.core.attention_mask` says which values of it, as a whole, forbid a pair). For padding give
-      `keep[:, None, None, :]`.
-    - `condition`: of a function of their indices.
+    Args:
+        query_length: Tq, the number of queries.
+        key_length: Tk, the number of keys.
+        is_causal: Query i may see keys j ≤ i (aligned at the first position, as in `scaled_dot_product_attention`).
+        window: Query i may see keys with |i − j| < window; with `is_causal`, the last `window` keys, its own included.
+            Or a pair (left, right): i − left ≤ j ≤ i + right, as in FlashAttention; None where a side has no limit.
+        document_ids: int [B, Tq]; a query may see the keys of its own document.
+        attn_mask: Broadcastable to [B, H, Tq, Tk]; bool (True: allowed), or float, added to the logits
+            (`muonclip.core.attention_mask` says which values of it, as a whole, forbid a pair). For padding give
+            `keep[:, None, None, :]`.
+        key_document_ids: The documents of the keys, int [B, Tk], where they are others.
+        query_offset: What causality and window add to i: which key has the first query's position. Tk − Tq aligns at
+            the last position. int [B, Tq] where each query has its own, as in packed sequences of unequal lengths.
+        condition: A condition that is a function of the indices.
 
-    Raises ValueError for masks of other shapes and dtypes.
+    Raises:
+        ValueError: For masks of other shapes and dtypes.
     """
 
     query_length: int

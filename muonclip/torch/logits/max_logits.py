@@ -49,8 +49,13 @@ class MaxLogits:
     follows the device of the queries.
 
     Under tensor parallelism a forward has this rank's heads only. `query_heads`, which a `QKProjection` sets, says
-    which; the others stay −inf here, and `QKClip` takes the maximum over the ranks. Raises ValueError for `num_heads` <
-    1.
+    which; the others stay −inf here, and `QKClip` takes the maximum over the ranks.
+
+    Args:
+        num_heads: Number of query heads, of all ranks; at least 1.
+
+    Raises:
+        ValueError: For `num_heads` < 1.
     """
 
     resets = 0
@@ -118,9 +123,13 @@ class MaxLogits:
         return q.shape[1] if q.ndim == 4 else count
 
     def update(self, maxima: Tensor) -> None:
-        """Add one forward's exact maxima [heads], or those of this rank's heads, of any dtype and source.
+        """Add one forward's exact maxima.
 
-        Raises ValueError for another number of heads.
+        Args:
+            maxima: [heads] of any dtype and source: of all heads, or of this rank's.
+
+        Raises:
+            ValueError: For another number of heads.
         """
         check_kind("maxima", maxima, Tensor, "a tensor [heads]")
         if maxima.is_complex() or maxima.dtype == torch.bool:
@@ -146,11 +155,17 @@ class MaxLogits:
         self.observed.fill_(1.0)
 
     def observe(self, q: Tensor, k: Tensor, *, scale: float, mask: AttentionMask, lse: Tensor | None = None) -> None:
-        """Add one forward, from its queries [B, heads, Tq, d] and keys [B, G, Tk, d].
+        """Add one forward, from its queries and keys. Maxima are computed, or certified where `threshold` allows it.
 
-        Maxima are computed, or certified where `threshold` allows it. `heads` are all of them, or this rank's. `scale`:
-        from q · k to a logit. `mask`: the pairs that count. `lse`, fp32 [B, heads, Tq]: log-sum-exp of these logits
-        under this mask, if known. Raises ValueError for another number of heads.
+        Args:
+            q: [B, heads, Tq, d], of all heads, or of this rank's.
+            k: [B, G, Tk, d], where G divides the heads.
+            scale: From q · k to a logit.
+            mask: The pairs that count.
+            lse: Log-sum-exp of these logits under this mask, fp32 [B, heads, Tq], if known.
+
+        Raises:
+            ValueError: For another number of heads.
         """
         check_forward(q, k, scale, mask, lse)
         first = self.first_of(q.shape[1])

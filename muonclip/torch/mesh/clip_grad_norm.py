@@ -28,14 +28,20 @@ def clip_grad_norm_(
     """Clip the 2-norm of gradients on any meshes, and of plain tensors, together: experts over one mesh, dense layers
     over another. Returns the norm before, fp32 [], the same on every rank.
 
-    `parameters` may be an optimizer: then they are those of its groups, or, with `only`, of its groups for AdamW or for
-    Muon alone. The norm is theirs, and other gradients stay as they are.
-
     One small all-reduce for each way of sharding. A plain tensor counts as replicated. All ranks must call it with the
-    same parameters, and need not agree on which have a gradient. `stages`: the ranks of this one's pipeline, whose
-    parameters are others and count as well. Gradients whose sum over ranks is still to be taken (of norms under
-    sequence parallelism) are summed; about those ranks must agree. Raises ValueError for gradients that `step` would
-    refuse, and for `only` without an optimizer whose groups say whose they are.
+    same parameters, and need not agree on which have a gradient. Gradients whose sum over ranks is still to be taken
+    (of norms under sequence parallelism) are summed; about those ranks must agree.
+
+    Args:
+        parameters: The parameters whose gradients are clipped, or an optimizer: then those of its groups.
+        max_norm: The largest norm that they keep.
+        only: With an optimizer, its groups for AdamW or for Muon alone. The norm is theirs, and other gradients stay as
+            they are.
+        stages: The ranks of this one's pipeline, whose parameters are others and count as well.
+
+    Raises:
+        ValueError: For gradients that `step` would refuse, and for `only` without an optimizer whose groups say whose
+            they are.
     """
     check_number("max_norm", max_norm, ("a number, zero or more", lambda x: x >= 0))
     check_choice("only", only, None, "adamw", "muon")

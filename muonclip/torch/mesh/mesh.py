@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks that share a parameter, row by row; one rank alone by default."""
+    """The ranks that share a parameter, row by row; one rank alone by default.
+
+    Args:
+        shape: Ranks along each dimension.
+        ranks: The global ranks, the last dimension the fastest.
+        names: The names of the dimensions; empty: numbers.
+    """
 
     shape: tuple[int, ...] = (1,)
     ranks: tuple[int, ...] = (0,)

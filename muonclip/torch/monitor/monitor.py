@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_flag, check_kind, check_whole
 from muonclip.torch.clip import JointMaxima, QKClip
-from muonclip.torch.mesh import is_dtensor
-from muonclip.torch.monitor.matrix_statistics import MatrixStatistics
+from muonclip.torch.mesh import Topology, check_parameter, is_dtensor, local_part
+from muonclip.torch.monitor.matrix_statistics import MatrixStatistics, WeightStep, statistics_of
 from muonclip.torch.optimizer import MuonClip, default_layout, plan_module
 
 _FIELDS = tuple(each.name for each in fields(MatrixStatistics))
@@ -32,18 +32,27 @@ class Monitor:
         optimizer.step()
         log(monitor.scalars())
 
-    - `optimizer`: any of torch; its steps are watched by its own hooks, and nothing in them changes. A `MuonClip` has a
-      clip already, whose observation is shown, with heads under τ as bounds; next to others every maximum is exact.
-    - `every`: steps from one look at the matrices to the next. Such a step copies the weights that have gradients.
-    - `logits`, `matrices`: what is watched.
-    - `clip`: the QKClip that is on the model already, next to another optimizer than MuonClip; without it a second one
-      would take its place, and its next step raise.
-
     Matrices are logical ones: each expert, head that is a matrix of its own, and fused block. The host waits for the
     device only in `scalars` and the like.
 
-    Raises ValueError for wrong arguments, for sharded matrices (`matrices=False` watches the logits of such models),
-    and for attention that is not understood, here or in the first forward.
+    Of parameters that are DTensors (FSDP2, tensor parallelism) the numbers are those of the whole matrices, the same on
+    all ranks, which must all take the steps. In a step with a look that costs 18 small all-reduces for each way of
+    sharding; no matrix is gathered.
+
+    Args:
+        model: The model that is trained.
+        optimizer: Any of torch; its steps are watched by its own hooks, and nothing in them changes. A `MuonClip` has a
+            clip already, whose observation is shown, with heads under τ as bounds; next to others every maximum is
+            exact.
+        every: Steps from one look at the matrices to the next. Such a step copies the weights that have gradients.
+        logits: Watch the logits.
+        matrices: Watch the matrices.
+        clip: The QKClip that is on the model already, next to another optimizer than MuonClip; without it a second one
+            would take its place, and its next step raise.
+
+    Raises:
+        ValueError: For wrong arguments, for parameters that an engine has flattened, and for attention that is not
+            understood, here or in the first forward.
     """
 
     def __init__(
@@ -61,8 +70,10 @@ class Monitor:
         check_options(every=every, logits=logits, matrices=matrices, clip=clip)
         self._model, self._optimizer, self._every = model, optimizer, every
         if matrices:
-            _check_whole(model)
+            for name, parameter in model.named_parameters():
+                check_parameter(name, parameter)
         self._steps = 0
+        self._topology = Topology()
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._statistics: dict[str, MatrixStatistics] = {}
         self._layouts: dict[str, MatrixLayout] = {}
@@ -99,8 +110,12 @@ class Monitor:
         """Return numbers to log, for `SummaryWriter.add_scalar`, `wandb.log` and similar. Waits for the device.
 
         `max_logit` and `bound` of the last step; of the matrices the largest and the median of each statistic,
-        `relative_update.max`, … . `details`: also the largest of each parameter, `relative_update/layers.0.up.weight`,
-        and of each attention, `bound/layers.0.attn`.
+        `relative_update.max`, … .
+
+        Args:
+            prefix: Text in front of each name.
+            details: Also the largest of each parameter, `relative_update/layers.0.up.weight`, and of each attention,
+                `bound/layers.0.attn`.
         """
         values: dict[str, float] = {}
         if self._clip is not None and self._clip.last_layers:
@@ -123,7 +138,13 @@ class Monitor:
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Call the model in evaluation mode, and return the largest logits of this call by attention, fp32 [heads].
 
-        Raises RuntimeError where a forward of the training waits for its step, which would lose what was observed.
+        Args:
+            *args: What the model is called with.
+            **kwargs: What it is called with, by name.
+
+        Raises:
+            RuntimeError: Where a forward of the training waits for its step, which would lose what was observed.
+            ValueError: Where logits are not watched.
         """
         clip = self._clip
         if clip is None:
@@ -155,10 +176,11 @@ class Monitor:
         self._before = {}
         if self._steps % self._every == 0:
             self._refresh()
-            held = {
-                name: p for name, p in self._model.named_parameters() if name in self._layouts and p.grad is not None
-            }
-            self._before = {name: (parameter, parameter.detach().clone()) for name, parameter in held.items()}
+            for name, parameter in self._model.named_parameters():
+                # Whether a shard has a gradient, ranks need not agree on.
+                moves = parameter.grad is not None or (is_dtensor(parameter) and parameter.requires_grad)
+                if name in self._layouts and moves:
+                    self._before[name] = parameter, local_part(parameter.detach()).clone()
         self._steps += 1
 
     @torch.no_grad()
@@ -166,10 +188,11 @@ class Monitor:
         """Compare them with what has become of them."""
         if not self._before:
             return
-        self._statistics = {
-            name: MatrixStatistics.of_step(self._layouts[name], before, parameter, self._momentum_of(parameter))
+        steps = [
+            WeightStep(parameter, self._layouts[name], before, self._momentum_of(parameter))
             for name, (parameter, before) in self._before.items()
-        }
+        ]
+        self._statistics = dict(zip(self._before, statistics_of(steps, self._topology), strict=True))
         self._before = {}
 
     def _refresh(self) -> None:
@@ -180,7 +203,9 @@ class Monitor:
 
     def _momentum_of(self, parameter: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(parameter, {})
-        return next((state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor)), None)
+        found = (state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor))
+        placed = parameter.shape, getattr(parameter, "placements", None)
+        return next((each for each in found if (each.shape, getattr(each, "placements", None)) == placed), None)
 
 
 def check_options(*, every: Any, logits: Any, matrices: Any, clip: Any) -> None:
@@ -196,14 +221,6 @@ def _layouts_of(model: nn.Module, clip: QKClip | None) -> dict[str, MatrixLayout
     """Return how each parameter with at least two axes is read as matrices, by name."""
     lines = plan_module(model, {} if clip is None else clip.projections, per_head=False)
     return {line.name: line.layout or default_layout(line.shape) for line in lines if len(line.shape) >= 2}
-
-
-def _check_whole(model: nn.Module) -> None:
-    sharded = next((name for name, parameter in model.named_parameters() if is_dtensor(parameter)), None)
-    if sharded is not None:
-        raise ValueError(
-            f"{sharded} is sharded, and matrices are looked at whole; Monitor(…, matrices=False) watches the logits."
-        )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, overload
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_kind, check_whole, kind, shown
@@ -71,7 +72,7 @@ class MatrixOptimizer(Optimizer):
     rule: ClassVar[MuonRule] = MUON
 
     def __init__(
-        self, groups: Iterable[Group], muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
+        self, groups: ParamsT, muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
     ) -> None:
         check_workspace(workspace_bytes)
         muon.check()
@@ -86,10 +87,14 @@ class MatrixOptimizer(Optimizer):
         super().__init__(groups, {name: defaults[name] for name in common})
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group: `params`, and any option of its `use` ("muon", the default, or "adamw").
+        """Add a group.
 
-        A Muon group may carry `layout`, a `MatrixLayout` or one per parameter; by default the shape decides. Raises
-        ValueError, and adds nothing, for parameters and options that do not fit.
+        Args:
+            param_group: `params`, and any option of its `use` ("muon", the default, or "adamw"). A Muon group may carry
+                `layout`, a `MatrixLayout` or one per parameter; by default the shape decides.
+
+        Raises:
+            ValueError: For parameters and options that do not fit; nothing is added then.
         """
         check_kind("param_group", param_group, dict, "a dict with `params` and options")
         group = dict(param_group)
@@ -110,8 +115,13 @@ class MatrixOptimizer(Optimizer):
         """Load a state as any optimizer does; `torch.optim.Muon`'s is accepted, and keeps torch's floor.
 
         Parameters are found by name where both sides have names, whatever their order. States keep their precision:
-        torch would cast a float32 buffer to the dtype of a bf16 parameter. Raises ValueError, and loads nothing, for
-        groups, options and states that this optimizer would not have.
+        torch would cast a float32 buffer to the dtype of a bf16 parameter.
+
+        Args:
+            state_dict: What `state_dict` returned, here or in another process.
+
+        Raises:
+            ValueError: For groups, options and states that this optimizer would not have; nothing is loaded then.
         """
         restored: list[tuple[Tensor, dict[str, Tensor]]] = []
         check_is_mapping(state_dict)
@@ -163,7 +173,11 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter once. `closure` re-evaluates the loss with gradients enabled and is returned from."""
+        """Update every parameter once.
+
+        Args:
+            closure: Re-evaluates the loss; it is called with gradients enabled, and what it returns is returned.
+        """
         loss = None
         if closure is not None and not callable(closure):
             raise TypeError(f"closure={shown(closure)} is a {kind(closure)}; give a function of no argument, or None.")

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 from typing_extensions import TypeVar
 
 from muonclip.core import Recipe
@@ -45,41 +46,47 @@ Clip = TypeVar("Clip", bound=QKClip | None, default=QKClip)
 class Muon(MatrixOptimizer):
     """Muon for matrices: the arguments and the state of `torch.optim.Muon`, and more.
 
-    - `params`: matrices, named or not, or groups. A parameter of three axes is a stack of matrices, one of four and
-      more a convolution, unless its group says `layout=MatrixLayout(…)`.
-    - `lr`: the rate, per step. `weight_decay`: decoupled, times the rate. `momentum`, `nesterov`: as in torch.
-    - `ns_coefficients`: a triple, a list of triples, or a name of `muonclip.core.COEFFICIENT_SETS`.
-    - `eps`: floor of the Frobenius norm; None: no floor.
-    - `ns_steps`: number of steps; None: five of one triple, as in torch, and the own length of a named set or a list.
-    - `adjust_lr_fn`: the scale of an update, see `muonclip.core.update_scale`; a number too.
-    - `ns_dtype`: of the matrix products; None: bf16 on CUDA and on processors with bf16 products, float32 elsewhere,
-      float64 for float64.
-    - `ns_form`: "gram" iterates on small square products, faster the less square a matrix is, and a little less
-      accurate; None: on processors the one that multiplies less for a shape, else "standard".
-    - `products`: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
-      of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was measured.
-    - `momentum_dtype`: of the momentum; None: the parameter's.
-    - `freeze_unused`: leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
-      such a matrix, for instance an expert that got no token, still moves by a full-size update along its decaying
-      momentum, as in torch.
-    - `update`: "normuon" (arXiv 2510.05491), Muon with rows of one size over time, or "hyperball" (arXiv 2606.16899),
-      which holds the Frobenius norm of each matrix, takes `lr` relative to it, and has neither decay nor a scale: give
-      `weight_decay=0`. A group may have its own.
-    - `cautious_decay`: decay only the entries that the update takes towards zero (arXiv 2510.12402).
-    - `workspace_bytes`: largest batch of equal shapes iterated at once, counted in float32; None: 256 MiB. A processor
-      takes 2 MiB at once of what it holds whole.
-
     Three things differ from torch. Gradients are normalised in float32 before the cast to bf16, torch casts first:
     updates agree within 3 % (Frobenius; matrices of fewer than 32 rows differ more). Without `eps` the norm has no
     floor, so that gradients below torch's default of 1e-7 get their full-size update; an `eps` that you give, 1e-7 too,
     is the floor, as in torch. A named set and a list of triples have their own length without `ns_steps`.
 
-    Raises ValueError for vectors, and for options that do not fit.
+    Args:
+        params: Matrices, named or not, or groups. A parameter of three axes is a stack of matrices, one of four and
+            more a convolution, unless its group says `layout=MatrixLayout(…)`.
+        lr: The rate, per step.
+        weight_decay: Decoupled, times the rate.
+        momentum: The share of the old momentum, as in torch; in [0, 1).
+        nesterov: Look ahead by one step of the momentum, as in torch.
+        ns_coefficients: A triple, a list of triples, or a name of `muonclip.core.COEFFICIENT_SETS`.
+        eps: Floor of the Frobenius norm; None: no floor.
+        ns_steps: Number of steps; None: five of one triple, as in torch, and the own length of a named set or a list.
+        adjust_lr_fn: The scale of an update, see `muonclip.core.update_scale`; a number too.
+        ns_dtype: The dtype of the matrix products; None: bf16 on CUDA and on processors with bf16 products, float32
+            elsewhere, float64 for float64.
+        ns_form: "gram" iterates on small square products, faster the less square a matrix is, and a little less
+            accurate; None: on processors the one that multiplies less for a shape, else "standard".
+        products: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
+            of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was
+            measured.
+        momentum_dtype: The dtype of the momentum; None: the parameter's.
+        freeze_unused: Leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
+            such a matrix, for instance an expert that got no token, still moves by a full-size update along its
+            decaying momentum, as in torch.
+        update: "normuon" (arXiv 2510.05491), Muon with rows of one size over time, or "hyperball" (arXiv 2606.16899),
+            which holds the Frobenius norm of each matrix, takes `lr` relative to it, and has neither decay nor a scale:
+            give `weight_decay=0`. A group may have its own.
+        cautious_decay: Decay only the entries that the update takes towards zero (arXiv 2510.12402).
+        workspace_bytes: Largest batch of equal shapes iterated at once, in bytes, counted in float32; None: 256 MiB. A
+            processor takes 2 MiB at once of what it holds whole.
+
+    Raises:
+        ValueError: For vectors, and for options that do not fit.
     """
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
@@ -108,26 +115,44 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         print(optimizer.plan)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    - `model`: a module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given
-      or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's; `plan` says which and why.
-    - `lr`: the rate of both halves, per step. `weight_decay`: decoupled, times the rate. With the default
-      `adjust_lr_fn` updates have the RMS of AdamW's (Moonlight, arXiv 2502.16982): its decay carries over, and rates
-      from its own, in large runs, to five times that in small ones.
-    - `recipe`: the values of a published recipe, by its name, for the arguments that are not given here: see
-      `muonclip.core.RECIPES`. `plan` says what came from where. A recipe never sets `lr`.
-    - `per_head`: every head of q, k and v is a matrix of its own, or every so many: "pairs", or their number.
-    - `tau`: heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step. A
-      number, a function of the step, or either for each attention, as `QKClip` has it; a checkpoint keeps the step.
-    - `qk_clip`: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
-      by products, the model trains with one warning, and "required" makes that an error. A `QKClip` is used as it is
-      (its own tau); None switches the clip off.
-    - `adamw`: options of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none
-      on norms and biases), `fused`.
-    - `capturable`: for CUDA graphs, as in torch.
+    Args:
+        model: A module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given
+            or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's; `plan` says which and
+            why.
+        lr: The rate of both halves, per step. With the default `adjust_lr_fn` updates have the RMS of AdamW's
+            (Moonlight, arXiv 2502.16982): its decay carries over, and rates from its own, in large runs, to five times
+            that in small ones.
+        weight_decay: Decoupled, times the rate.
+        momentum: The share of the old momentum, of the Muon half; in [0, 1).
+        nesterov: Look ahead by one step of the momentum.
+        ns_coefficients: The polynomials, see `Muon`.
+        ns_steps: Number of steps of the iteration, see `Muon`.
+        eps: Floor of the Frobenius norm, see `Muon`.
+        adjust_lr_fn: The scale of Muon's updates, see `muonclip.core.update_scale`.
+        per_head: Every head of q, k and v is a matrix of its own, or every so many: "pairs", or their number.
+        tau: Heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step. A
+            number, a function of the step, or either for each attention, as `QKClip` has it; a checkpoint keeps the
+            step.
+        qk_clip: "auto" finds the attentions of the module; where a search sees none, and nothing that mixes activations
+            by products, the model trains with one warning, and "required" makes that an error. A `QKClip` is used as it
+            is (its own tau); None switches the clip off.
+        recipe: The values of a published recipe, by its name, for the arguments that are not given here: see
+            `muonclip.core.RECIPES`. `plan` says what came from where. A recipe never sets `lr`.
+        adamw: Options of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none
+            on norms and biases), `fused`.
+        ns_dtype: The dtype of the matrix products, see `Muon`.
+        ns_form: The form of the iteration, see `Muon`.
+        products: How products are multiplied, see `Muon`.
+        momentum_dtype: The dtype of Muon's momentum; None: the parameter's.
+        freeze_unused: Leave matrices whose gradient is zero unchanged for that step, see `Muon`.
+        capturable: For CUDA graphs, as in torch.
+        update: The rule of the Muon half: "muon", "normuon" or "hyperball", see `Muon`.
+        cautious_decay: Decay only the entries that Muon's update takes towards zero, see `Muon`.
+        workspace_bytes: Largest batch of matrices iterated at once, in bytes, see `Muon`.
 
-    The other arguments are `Muon`'s. Raises ValueError for arguments that do not fit and for attention that is not
-    understood, RuntimeError from `step`, before anything is changed, where the clip lacks its observation (see
-    `QKClip.step`).
+    Raises:
+        ValueError: For arguments that do not fit and for attention that is not understood.
+        RuntimeError: From `step`, before anything is changed, where the clip lacks its observation (see `QKClip.step`).
     """
 
     plan: Plan
@@ -140,7 +165,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     @takes_recipe
     def __init__(
         self,
-        model: nn.Module | Iterable[Any],
+        model: nn.Module | ParamsT,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
@@ -238,7 +263,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._matrices.clear()  # until the first step an engine may replace the parameters: hold none
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters."""
+        """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters.
+
+        Args:
+            param_group: `params`, and any option of its `use`.
+        """
         check_kind("param_group", param_group, dict, "a dict with `params` and options")
         param_group = dict(param_group)
         planned: list[PlannedParameter] | None = param_group.pop("planned", None)
@@ -293,7 +322,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as any optimizer does; what the clip observed before belongs to another run and is forgotten."""
+        """Load a state as any optimizer does; what the clip observed before belongs to another run and is forgotten.
+
+        Args:
+            state_dict: What `state_dict` returned, here or in another process.
+        """
         self._take_filled()
         super().load_state_dict(state_dict)
         if self.qk_clip is not None:

@@ -48,18 +48,25 @@ _ATTENTION_HEADING = ("attention", "kind", "heads", "clip", "maximum from")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of what the optimizer does with each parameter and each attention, and why; `print` it."""
+    """The plan of what the optimizer does with each parameter and each attention, and why; `print` it.
+
+    Attributes:
+        parameters: A line for each parameter.
+        attentions: The attentions that are known, by the names of their modules.
+        defaults: The options of the optimizer.
+        qk_clip: The clip; None where it is off.
+        update_plan: Which rank iterates which matrix, and what is sent; shown where there is more than one.
+        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants.
+        recipe: The recipe that was asked for, and what was given next to it.
+    """
 
     parameters: tuple[PlannedParameter, ...]
     attentions: Mapping[str, QKProjection]
     defaults: Mapping[str, object]
     qk_clip: QKClip | None = None
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """The bytes of each state of the Muon half, over all ranks, by `update` and name; shown for variants."""
     update_plan: UpdatePlan | None = None
-    """Which rank iterates which matrix, and what is sent; shown where there is more than one."""
     recipe: Recipe | None = None
-    """The recipe that was asked for, and what was given next to it."""
 
     @property
     def weights_to_save(self) -> list[str]:

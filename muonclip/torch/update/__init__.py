@@ -5,6 +5,8 @@ Matrices only: parameter groups, options and state are `optimizer`'s, facts abou
 
 from muonclip.torch.update.cost_model import iteration_dtype
 from muonclip.torch.update.execute import execute
+from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
+from muonclip.torch.update.matrix_views import local_matrices, row_index
 from muonclip.torch.update.plan import UpdatePlan, plan
 from muonclip.torch.update.products import PRODUCTS, check_products, check_products_on, choose_products
 from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
@@ -13,6 +15,7 @@ from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, resca
 __all__ = [
     "MUON",
     "PRODUCTS",
+    "MatrixShards",
     "NewtonSchulzConfig",
     "ParameterStep",
     "PlacedParameter",
@@ -23,6 +26,9 @@ __all__ = [
     "choose_products",
     "execute",
     "iteration_dtype",
+    "local_matrices",
+    "matrix_shards",
     "plan",
     "rescale",
+    "row_index",
 ]

@@ -28,10 +28,17 @@ from muonclip.torch.update.stages import ParameterStep, SegmentStep
 
 
 def execute(update_plan: UpdatePlan, steps: Sequence[ParameterStep], positions: Mapping[Mesh, RankPosition]) -> None:
-    """Update all parameters once; `steps` in the order of the plan's, `positions`: of this rank, by mesh.
+    """Update all parameters once. Every rank of a mesh must call it with the same plan.
 
-    Every rank of a mesh must call it with the same plan. Raises TypeError and ValueError, before anything moves, for
-    what is of another kind, and for steps that are not one for each parameter.
+    Args:
+        update_plan: What `plan` returned.
+        steps: What is to be done with each parameter, in the order of the plan's.
+        positions: The position of this rank in each mesh.
+
+    Raises:
+        TypeError: For arguments of other kinds, before anything moves.
+        ValueError: For steps that are not one for each parameter, and for a mesh without a position, before anything
+            moves.
     """
     check_kind("update_plan", update_plan, UpdatePlan, "what `plan` returns")
     check_kind("steps", steps, Sequence, "a list of ParameterSteps")

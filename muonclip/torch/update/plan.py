@@ -23,7 +23,12 @@ _RESULT_BUFFERS = 4  # of a workspace each: what may be on its way back at once
 
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
-    """The decisions of `plan`; `print` them. `rounds` are in the order in which every rank comes to its own."""
+    """The decisions of `plan`; `print` them.
+
+    Attributes:
+        parameters: The parameters that are updated.
+        rounds: What travels and is iterated together, in the order in which every rank comes to its own.
+    """
 
     parameters: tuple[PlacedParameter, ...]
     rounds: tuple[Round, ...]
@@ -97,9 +102,15 @@ class UpdatePlan:
 def plan(parameters: Sequence[PlacedParameter], workspace_bytes: int | None = None) -> UpdatePlan:
     """Divide the matrices of these parameters, in this order, over the ranks of their meshes; the same on every rank.
 
-    In each bucket every owner gets the same number; the rest goes to those that have the least to do. Owners iterate
-    at most `workspace_bytes` (None: 256 MiB), counted in float32, at once. Raises ValueError, naming the parameter, for
-    placements that are neither `Replicate` nor a shard, or not one for each axis of the mesh.
+    In each bucket every owner gets the same number; the rest goes to those that have the least to do.
+
+    Args:
+        parameters: The parameters, as they are placed.
+        workspace_bytes: The most bytes that an owner iterates at once, counted in float32; None: 256 MiB.
+
+    Raises:
+        ValueError: For placements that are neither `Replicate` nor a shard, or not one for each axis of the mesh; it
+            names the parameter.
     """
     check_kind("parameters", parameters, Sequence, "a list of PlacedParameters")
     if workspace_bytes is not None:

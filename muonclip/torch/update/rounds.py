@@ -32,8 +32,15 @@ Method = Literal["in place", "owner", "gram"]
 class NewtonSchulzConfig:
     """The iteration of matrices; those that are iterated together agree in it.
 
-    `dtype` is that of the products; unless it `is_asked` for, float32 replaces bf16 in small matrices. `form` None: the
-    cheaper one for each shape. See `cost_model` here and in the core.
+    Args:
+        dtype: The dtype of the products.
+        ns_coefficients: The polynomials, see `muonclip.core.resolve_coefficients`.
+        ns_steps: The number of steps, see `muonclip.core.resolve_coefficients`.
+        form: "standard" or "gram"; None: the cheaper one for each shape.
+        floor: Floor of the Frobenius norm.
+        products: How products are multiplied, see `Muon`.
+        device: Where the matrices are, by which form and products are chosen.
+        is_asked: Whether `dtype` was asked for; else float32 replaces bf16 in small matrices.
     """
 
     dtype: torch.dtype
@@ -81,7 +88,16 @@ class NewtonSchulzConfig:
 
 @dataclass(frozen=True, slots=True)
 class PlacedParameter:
-    """A parameter as the plan sees it: its global shape and layout, and how it is placed on its mesh."""
+    """A parameter as the plan sees it: its global shape and layout, and how it is placed on its mesh.
+
+    Args:
+        name: Its name, for the plan and for errors.
+        shape: Its global shape.
+        layout: How it is read as matrices.
+        iteration: How these are iterated.
+        mesh: The ranks that share it.
+        placements: `Replicate` or a shard for each dimension of the mesh.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -40,8 +40,15 @@ class StepOptions:
 class ParameterStep:
     """One parameter in one step: what this rank has of it and of its state, and the options of its group.
 
-    Without a gradient this rank's shard stays as it is. If the matrices of the parameter are cut, its part of them
-    counts as zero, and the ranks need not agree on who has a gradient; replicas must.
+    Args:
+        parameter: This rank's shard of the parameter.
+        gradient: This rank's shard of the gradient. With None the shard stays as it is; if the matrices of the
+            parameter are cut, its part of them counts as zero, and the ranks need not agree on who has a gradient;
+            replicas must.
+        state: This rank's shards of the state, by name.
+        layout: How the parameter is read as matrices.
+        options: The options of its group.
+        rule: The rule that updates it.
     """
 
     parameter: Tensor
