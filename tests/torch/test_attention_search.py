@@ -704,6 +704,31 @@ def test_tied_weights_are_clipped_once_by_the_larger_maximum():
     np.testing.assert_allclose(after, np.minimum(before, 1.0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_weights_tied_in_three_places_are_clipped_once_by_the_largest_maximum(when):
+    """Before the search, or between it and the first forward."""
+    torch.manual_seed(0)
+    model, x = loud(nn.Sequential(Stack(Separate), Stack(Separate)))
+    layers = [*model[0].layers, *model[1].layers][:3]
+    clip = None if when == "before" else QKClip(model, observe="always", tau=1.0)
+    for layer in layers[1:]:
+        for name in ("a", "b"):
+            getattr(layer, name).weight = getattr(layers[0], name).weight
+            getattr(layer, name).bias = getattr(layers[0], name).bias
+    clip = QKClip(model, observe="always", tau=1.0) if clip is None else clip
+    inputs = {}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module, args[0].detach()))
+    model(x)
+    before = [maxima(*heads_of(layer, inputs[layer])) for layer in layers]
+    clip.step()
+    after = [maxima(*heads_of(layer, inputs[layer])) for layer in layers]
+    loudest = np.max(before, 0)
+    assert (loudest > 1.0).any()
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_allclose(new, old * np.minimum(1.0, 1.0 / loudest), rtol=1e-5)
+
+
 class SharedKeys(nn.Module):
     """Two attentions with queries of their own and the keys of the first."""
 

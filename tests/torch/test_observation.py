@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from dense_probe import probing
 from model_zoo import ZOO
-from tiny_attention import TinyAttention, UndeclaredAttention
+from tiny_attention import TinyAttention, UndeclaredAttention, dense_max_logits
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend_by_another_name
 from torch.utils.checkpoint import checkpoint
@@ -790,3 +790,35 @@ def test_an_empty_batch_shows_nothing_and_the_next_one_is_clipped(sizes, declare
         clip.step()
         assert torch.equal(part.q.weight, weight) == (size == 0)
     assert clip.report().clipped_heads == HEADS
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("sizes", [[(2,), (0, 2), (2, 0), (0,), (0, 0), (2,)], [(2, 0, 2), (0, 2, 0)]], ids=str)
+def test_empty_micro_batches_amid_a_run_show_nothing_and_hide_nothing(sizes, declared):
+    """A step counts what its other micro-batches have shown; one of empty ones alone clips nothing and is no error."""
+    torch.manual_seed(0)
+    part = TinyAttention() if declared else UndeclaredAttention()
+    model = nn.Sequential(part, nn.Linear(WIDTH, WIDTH))
+    optimizer = MuonClip(model, lr=1e-4, tau=0.01)
+    for step, micro_batches in enumerate(sizes):
+        with torch.no_grad():
+            part.q.weight.mul_(30)
+        seen = []
+        for index, size in enumerate(micro_batches):
+            x = torch.randn(size, 6, WIDTH, generator=torch.Generator().manual_seed(10 * step + index))
+            if size:
+                seen.append(dense_max_logits(*(heads_of_part(part, each, x) for each in ("q", "k"))))
+            model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        report = next(iter(optimizer.qk_clip.report().layers.values()))
+        if seen:
+            np.testing.assert_allclose(report.max_logits, np.max(seen, 0), rtol=1e-5)
+            assert (report.gamma < 1).any()
+        else:
+            assert (report.gamma == 1).all()
+
+
+def heads_of_part(part, name, x):
+    with torch.no_grad():
+        return getattr(part, name)(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)

@@ -305,7 +305,7 @@ def test_what_runs_no_hooks_is_refused():
             pass
 
     clip = QKClip({"attn": TinyAttention().qk_projection()})
-    with pytest.raises(ValueError, match=r"Own is not a torch.optim.Optimizer whose steps run hooks.*clip\.step"):
+    with pytest.raises(ValueError, match=r"a Own, and not a torch.optim.Optimizer whose steps run hooks.*clip\.step"):
         clip.attach(Own())
     with pytest.raises(ValueError, match="clips by itself"):
         clip.attach(Accelerated(MuonClip(TinyModel())))

@@ -35,6 +35,7 @@ from muonclip.core import (
 from muonclip.torch import (
     AttentionMask,
     MaxLogits,
+    Monitor,
     Muon,
     MuonClip,
     QKClip,
@@ -51,6 +52,7 @@ STATISTIC, OBSERVED = MaxLogits(4), MaxLogits(4)
 OBSERVED.update(torch.arange(4.0))
 TRAINED = MuonClip([dict(params=[("w", nn.Parameter(torch.ones(4, 6)))], use="muon")], qk_clip=None)
 TRAINED.state_dict()  # which makes the state
+ADAMW = torch.optim.AdamW(MODEL.parameters())
 CLIP = QKClip([QKProjection.mha(q=nn.Linear(4, 8), k=nn.Linear(4, 8), num_heads=2, max_logits=MaxLogits(2))])
 
 
@@ -138,6 +140,12 @@ def table():
         "QKClip", lambda **o: QKClip(MODEL, **o), required=NO_FLAG, process_group=NO_TENSOR,
         example_inputs=NO_TENSOR.filter(lambda x: not isinstance(x, dict | tuple)),
     )  # fmt: skip
+    monitored = dict(model=MODEL, optimizer=ADAMW)
+    yield from add(
+        "Monitor", lambda **o: Monitor(**monitored | o), model=NO_NUMBER, optimizer=NO_NUMBER, every=NO_COUNT,
+        logits=NO_FLAG, matrices=NO_FLAG, clip=but_none(NO_NUMBER),
+    )  # fmt: skip
+    yield from add("attach", CLIP.attach, optimizer=NO_NUMBER)
     yield from add("QKClip's tau", lambda tau: setattr(CLIP, "tau", tau), tau=NOT_POSITIVE)
     forward = dict(q=Q, k=Q, scale=1.0, mask=AttentionMask(5, 5))
     wrong_forward = dict(q=NO_NUMBER, k=NO_NUMBER, mask=NO_NUMBER, scale=NO_NUMBER)
@@ -211,7 +219,7 @@ def bool_or_true(value):
 
 NO_NO_ARRAY = NO_NUMBER.filter(lambda x: not isinstance(x, np.ndarray))
 TABLE = list(table())
-HELD = [MODEL, LINEAR, Q, STATISTIC, TRAINED, CLIP, OBSERVED]
+HELD = [MODEL, ADAMW, LINEAR, Q, STATISTIC, TRAINED, CLIP, OBSERVED]
 """What the calls are given, or are methods of: no error changes it."""
 
 
