@@ -84,8 +84,8 @@ def attach_to(clip: AroundUpdate, optimizer: Any) -> Attachment:
     running_hooks = next((each for each in wrapped if _runs_hooks(each)), None)
     if running_hooks is None:
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__}, and not a torch.optim.Optimizer whose steps run hooks; it wraps "
-            "none. Call clip.step() after each of its steps, before the gradients are discarded."
+            f"optimizer is a {type(optimizer).__name__}, and not a torch.optim.Optimizer whose steps run hooks; it "
+            "wraps none. Call clip.step() after each of its steps, before the gradients are discarded."
         )
     OPTIMIZER_STEPS.add(optimizer)
     loaded = [each for each in wrapped if hasattr(each, "_optimizer_load_state_dict_post_hooks")]
