@@ -72,7 +72,7 @@ class AttentionMask:
             lengths=(lengths[0], lengths[1]),
             mask=None if mask is None else _checked_mask(mask, shape),
             is_causal=is_causal,
-            window=_checked_window(window),
+            window=checked_window(window),
             query_lengths=query_lengths,
             key_lengths=key_lengths,
             segments=None if segment_ids is None else _checked_segments(segment_ids, shape),
@@ -147,7 +147,8 @@ def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
     return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
-def _checked_window(window: Window) -> tuple[int, int] | None:
+def checked_window(window: Window) -> tuple[int, int] | None:
+    """Return (left, right) as ints. Raises TypeError and ValueError for what is no window."""
     if window is None:
         return None
     pair = window if isinstance(window, tuple) else (window, window)

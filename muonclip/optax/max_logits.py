@@ -28,11 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from muonclip.core.arguments import FINITE, check_array, check_choice, check_whole
+from muonclip.core.arguments import FINITE, check_array, check_choice, check_floating, check_whole
 from muonclip.core.attention_mask import is_masked
 from muonclip.core.qk_clip import check_tau
 from muonclip.optax.arguments import check_if_concrete, check_real, check_scalar
-from muonclip.optax.attention_mask import AttentionMask, SegmentIds, Window, as_bool, check_broadcasts, cut
+from muonclip.optax.attention_mask import (
+    AttentionMask,
+    SegmentIds,
+    Window,
+    as_bool,
+    check_broadcasts,
+    checked_window,
+    cut,
+)
 from muonclip.optax.dtypes import wide
 
 
@@ -176,7 +184,7 @@ def dot_product_attention(
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
+        local_window_size=checked_window(local_window_size),
         scale=scale,
     )
     attend = functools.partial(
@@ -184,7 +192,7 @@ def dot_product_attention(
     )
     allowed = mask
     if bias is not None:
-        check_real("bias", bias)
+        check_floating("bias", bias)
         shape = _logits_shape(query, key)
         for name, each in (("bias", bias), ("mask", mask)):
             if each is not None:

@@ -222,6 +222,14 @@ def test_a_wrong_argument_of_check_is_named(argument, wrong):
         assert_named(lambda it: check(**right | {argument: it}), argument, value)
 
 
+def test_a_bias_of_whole_numbers_is_named_and_a_window_of_any_integer_taken():
+    x = jnp.ones((1, 2, 1, 2), jnp.float32)
+    with pytest.raises(TypeError, match="bias is an array of int32; give one of floating numbers"):
+        dot_product_attention(x, x, x, bias=jnp.zeros((2, 2), jnp.int32))
+    given = [dot_product_attention(x, x, x, local_window_size=each) for each in (1, np.int64(1), jnp.int32(1), (1, 1))]
+    assert all(map(jnp.array_equal, given[0], each) for each in given)
+
+
 def test_a_bias_of_another_shape_is_not_called_a_mask():
     x = jnp.ones((1, 2, 1, 2), jnp.float32)
     for name in ("bias", "mask"):

@@ -205,9 +205,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         try:
             recipe = recipe if isinstance(recipe, Recipe) else None
             self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head, recipe=recipe)
-        except (
-            BaseException
-        ):  # wholly or not at all: the error keeps this object, and its hooks, for as long as it lasts
+        except BaseException:  # which keeps this object as long as it lasts, and so its hooks
             if self.qk_clip is not None and self.qk_clip is not qk_clip:
                 self.qk_clip.attentions.withdraw()
             if self._first_forward is not None:
