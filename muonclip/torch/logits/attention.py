@@ -58,9 +58,9 @@ def attention(
         masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
-    _check_batches(q, attn_mask, document_ids)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale) if isinstance(scale, int) else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
+    mask.check_batch(q.shape[0], q.shape[1])
     y, lse = _attend(q, k, v, scale, mask, softcap)
     if max_logits is not None and torch.is_grad_enabled() and not q.is_meta:
         max_logits.observe(q, k, scale=scale, mask=mask, lse=lse)
@@ -108,6 +108,8 @@ def _check_options(
     for name, each in (("attn_mask", attn_mask), ("document_ids", document_ids)):
         if each is not None:
             check_kind(name, each, Tensor, "a tensor, or None")
+    if attn_mask is not None and not attn_mask.is_nested and attn_mask.ndim < 2:
+        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; it must be broadcastable to [B, H, Tq, Tk].")
     if window is not None and type(window) is not int:
         check_whole("window", window, hint="the keys that a query may see, its own included, or None.")
     if softcap is not None:
@@ -116,27 +118,18 @@ def _check_options(
         check_kind("max_logits", max_logits, MaxLogits, "a MaxLogits, or None")
 
 
-def _check_batches(q: Tensor, attn_mask: Tensor | None, document_ids: Tensor | None) -> None:
-    """Raise ValueError for masks of another number of sequences or heads."""
-    batch, heads = q.shape[:2]
-    of_mask = () if attn_mask is None else tuple(attn_mask.shape)
-    if document_ids is not None and (not document_ids.ndim or len(document_ids) not in (1, batch)):
-        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; q has {batch} sequences.")
-    if any(size not in (1, whole) for size, whole in zip(of_mask[-3::-1], (heads, batch), strict=False)):
-        raise ValueError(
-            f"attn_mask has shape {of_mask}; it must be broadcastable to [B, H, Tq, Tk], here of q {tuple(q.shape)}."
-        )
-
-
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, max_logits: MaxLogits | None) -> None:
     for name, each in (("q", q), ("k", k), ("v", v)):
         check_kind(name, each, Tensor, "a tensor")
+        if each.is_nested or each.layout is not torch.strided:
+            how = "nested" if each.is_nested else "sparse"
+            raise TypeError(f"{name} is a {how} tensor; give dense ones, with document_ids for sequences in a row.")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"{shapes}: attention needs q [B, H, Tq, d], k [B, G, Tk, d] and v [B, G, Tk, dv].")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"{shapes}: q and k differ in their batch.")
-    if q.shape[1] % k.shape[1]:
+    if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
     if max_logits is not None:
         max_logits.first_of(q.shape[1], shapes)

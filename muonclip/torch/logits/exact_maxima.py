@@ -56,22 +56,35 @@ def check_forward(q: Any, k: Any, scale: Any, mask: Any, lse: Any = None) -> Non
         return
     for name, each in (("q", q), ("k", k)):
         check_kind(name, each, Tensor, "a tensor")
+        is_dense = not each.is_nested and each.layout is torch.strided
+        if not (is_dense and each.is_floating_point() and each.dtype.itemsize > 1):
+            how = "" if is_dense else ", nested" if each.is_nested else f", {each.layout}"
+            raise TypeError(f"{name} is {each.dtype}{how}; give a dense tensor of floating numbers.")
     check_kind("mask", mask, AttentionMask, "an AttentionMask")
     if isinstance(scale, bool) or not isinstance(scale, int | float | Tensor | torch.SymFloat):
         check_number("scale", scale, FINITE)
     if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be a finite number.")
+    if isinstance(scale, Tensor) and (scale.is_nested or scale.numel() != 1 or scale.dtype in _NO_SCALE):
+        raise ValueError(f"scale is a tensor of {scale.dtype}; give a number, or a tensor of one real number.")
+    if q.device != k.device:
+        raise ValueError(f"q is on {q.device} and k on {k.device}.")
     shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{shapes}: q is [B, H, Tq, d] and k [B, G, Tk, d].")
-    if q.shape[1] % k.shape[1]:
+    if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: the {k.shape[1]} key heads do not divide the {q.shape[1]} query heads.")
     if (mask.query_length, mask.key_length) != (q.shape[2], k.shape[2]):
         raise ValueError(f"mask is of {mask.query_length} queries and {mask.key_length} keys, of {shapes}.")
+    mask.check_batch(q.shape[0], q.shape[1])
     if lse is not None:
         check_kind("lse", lse, Tensor, "a tensor, or None")
-        if lse.shape != q.shape[:3]:
-            raise ValueError(f"lse has shape {tuple(lse.shape)}; it is [B, H, Tq], here {tuple(q.shape[:3])}.")
+        if lse.is_nested or lse.shape != q.shape[:3]:
+            seen = "is nested" if lse.is_nested else f"has shape {tuple(lse.shape)}"
+            raise ValueError(f"lse {seen}; it is [B, H, Tq], here {tuple(q.shape[:3])}.")
+
+
+_NO_SCALE = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
 @torch.no_grad()

@@ -78,8 +78,12 @@ class AttentionMask:
         for name in ("document_ids", "attn_mask", "key_document_ids"):
             if (tensor := getattr(self, name)) is not None:
                 check_kind(name, tensor, Tensor, "a tensor, or None")
+                if tensor.is_nested:
+                    raise TypeError(f"{name} is a nested tensor; give a dense one.")
         if not isinstance(self.query_offset, int | torch.SymInt | Tensor) or isinstance(self.query_offset, bool):
             check_whole("query_offset", self.query_offset, -_FAR)
+        if isinstance(self.query_offset, Tensor):
+            _check_offsets(self.query_offset, self.query_length)
         if self.condition is not None:
             check_kind("condition", self.condition, PairCondition, "a PairCondition, or None")
         sides = self.window if isinstance(self.window, tuple) else (self.window,)
@@ -88,6 +92,18 @@ class AttentionMask:
                 check_whole("window", side, hint="or a pair (left, right) of such numbers, or None.")
         if isinstance(self.window, tuple) and len(sides) != 2:
             raise ValueError(f"window={self.window} must be one number of keys, or a pair (left, right).")
+
+    def check_batch(self, batch: int, heads: int) -> None:
+        """Raise ValueError, naming it, for a part of the mask that is of another number of sequences or heads."""
+        of_mask = () if self.attn_mask is None else tuple(self.attn_mask.shape)
+        for name in ("document_ids", "key_document_ids", "query_offset"):
+            each = getattr(self, name)
+            if isinstance(each, Tensor) and len(each) not in (1, batch):
+                raise ValueError(f"{name} has shape {tuple(each.shape)}; q has {batch} sequences.")
+        if any(size not in (1, whole) for size, whole in zip(of_mask[-3::-1], (heads, batch), strict=False)):
+            raise ValueError(
+                f"attn_mask has shape {of_mask}; it must be broadcastable to [{batch}, {heads}, Tq, Tk] of q."
+            )
 
     @property
     def documents_of_keys(self) -> Tensor | None:
@@ -232,6 +248,15 @@ class AttentionMask:
         if allowed is None or self.attn_mask is None or self.attn_mask.dtype == torch.bool:
             return allowed
         return torch.where(allowed, self.attn_mask, -torch.inf)
+
+
+def _check_offsets(offsets: Tensor, length: int) -> None:
+    is_whole = not (offsets.is_floating_point() or offsets.is_complex() or offsets.dtype == torch.bool)
+    if offsets.is_nested or not is_whole or offsets.ndim != 2 or offsets.shape[1] not in (1, length):
+        shape = "nested" if offsets.is_nested else tuple(offsets.shape)
+        raise ValueError(
+            f"query_offset is {offsets.dtype} {shape}; give a whole number, or a tensor of them, [B, {length}]."
+        )
 
 
 def _check_mask(mask: Tensor, lengths: tuple[int, int]) -> None:

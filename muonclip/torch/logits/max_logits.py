@@ -132,7 +132,7 @@ class MaxLogits:
             ValueError: For another number of heads.
         """
         check_kind("maxima", maxima, Tensor, "a tensor [heads]")
-        if maxima.is_complex() or maxima.dtype == torch.bool:
+        if maxima.is_nested or maxima.is_complex() or maxima.dtype == torch.bool:
             raise TypeError(f"maxima is {maxima.dtype}; give real numbers [heads].")
         if maxima.ndim != 1 or (len(maxima) != self.num_heads and self.query_heads is None):
             raise ValueError(f"maxima has shape {tuple(maxima.shape)}; this attention has {self.num_heads} heads.")
