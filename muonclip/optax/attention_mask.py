@@ -148,7 +148,7 @@ def _checked_mask(mask: Array, shape: tuple[int, int, int, int]) -> Array:
 
 
 def checked_window(window: Window) -> tuple[int, int] | None:
-    """Return (left, right) as ints. Raises TypeError and ValueError for what is no window."""
+    """Return (left, right) as ints. Raises TypeError and ValueError for what is not a window."""
     if window is None:
         return None
     pair = window if isinstance(window, tuple) else (window, window)
