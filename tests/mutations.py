@@ -907,8 +907,8 @@ MUTATIONS = (
     Mutation(
         "logits-divided-by-d",  # 12
         "The default scale of `attention` is 1/d.",
-        "_check_batches(q, attn_mask, document_ids)\n    scale = 1 / math.sqrt(q.shape[-1])",
-        "_check_batches(q, attn_mask, document_ids)\n    scale = 1 / q.shape[-1]",
+        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / math.sqrt(q.shape[-1])",
+        "_check_shapes(q, k, v, max_logits)\n    scale = 1 / q.shape[-1]",
         tests_of("torch/test_max_logits.py", "test_every_kind_of_attention_is_measured"),
     ),
     Mutation(
@@ -2421,6 +2421,22 @@ MUTATIONS = (
         "        finally:\n            try:\n                self.reset()\n",
         "        finally:\n            pass\n        if True:\n            try:\n                self.reset()\n",
         tests_of("torch/test_stages.py", "test_a_clip_that_is_interrupted_gives_no_head_its_factor_twice"),
+    ),
+    Mutation(
+        "nothing-to-clip-breaks-the-log",
+        "The Trainer's callback takes the extremes of no attention, and the training of a model without any ends.",
+        " or not self._clip.last_layers:",
+        ":",
+        tests_of(
+            "torch/test_trainer_arguments.py", "test_a_log_of_a_model_with_nothing_to_clip_has_nothing_of_the_clip"
+        ),
+    ),
+    Mutation(
+        "masks-of-other-batches",
+        "Parts of a mask that are of another number of sequences or heads fail in an operator.",
+        "    mask.check_batch(q.shape[0], q.shape[1])\n    if lse",
+        "    if lse",
+        tests_of("torch/test_wrong_tensors.py"),
     ),
     Mutation(
         "interrupted-in-forgetting",
