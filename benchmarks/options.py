@@ -150,6 +150,7 @@ _CLIP_COST = {
     "--threads": _of(count, "N", "default: what torch takes"),
     "--quick": _flag("few steps of tiny models, to see that all of it works"),
     "--host": _flag("measure the host's time and the first step anew, in what DIR holds"),
+    "--imports": _flag("measure what the imports take anew, in what DIR holds"),
     "--page": _of(Path, "FILE", "measure nothing; write what DIR holds into this page, between its marks"),
 }
 _SPEED = {

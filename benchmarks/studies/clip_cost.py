@@ -22,7 +22,7 @@ from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment
 from benchmarks.records.intervals import CONFIDENCE
 from benchmarks.studies.clip_cost_bench import DTYPES, MODELS, PLANS, QUICK, REGIMES, TAU, Bench, Plan, build
-from benchmarks.studies.host_time import FIRST_STEPS, MATRICES, QUICK_STEPS, first_steps, host_time
+from benchmarks.studies.host_time import FIRST_STEPS, MATRICES, QUICK_STEPS, first_steps, host_time, import_times
 from benchmarks.studies.templates import render, write_between_marks
 from benchmarks.training.timing import torch_threads
 
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
     if options.page is not None:
         write_into(options.page, written)
         return
-    if options.host:
-        _measure_host(written)
+    if options.host or options.imports:
+        _measure_host(written, imports_alone=not options.host)
         return
     with torch_threads(options.threads):
         result = _measure(
@@ -106,14 +106,20 @@ def _host(plan: Plan) -> dict[str, Any]:
     with torch_threads(1):
         made_with = environment("cpu") | {"threads": 1}
         measured = {"us": host_time(plan.rounds), "first_steps": first_steps(shapes, min(plan.rounds, 5))}
-    return {"environment": made_with} | measured
+    return {"environment": made_with} | measured | {"imports": _imports(plan)}
 
 
-def _measure_host(written: Path) -> None:
-    """Measure the host's time anew, in what was measured before."""
+def _imports(plan: Plan) -> dict[str, Any]:
+    return {"environment": environment("cpu")} | import_times(min(plan.rounds, 9))
+
+
+def _measure_host(written: Path, *, imports_alone: bool) -> None:
+    """Measure the host's time anew, or that of the imports, in what was measured before."""
+    option = "--imports" if imports_alone else "--host"
     if not written.exists():
-        raise UsageError("--host", f"needs {written}, which the same command without --host measures.")
-    result = atomic_files.read_record(written) | {"host": _host(PLANS["cpu"])}
+        raise UsageError(option, f"needs {written}, which the same command without {option} measures.")
+    result, plan = atomic_files.read_record(written), PLANS["cpu"]
+    result = result | {"host": result["host"] | {"imports": _imports(plan)} if imports_alone else _host(plan)}
     atomic_files.write_json(written, result)
     print(f"figures  {written}", file=sys.stderr)
 

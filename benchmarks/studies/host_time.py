@@ -1,20 +1,24 @@
 """The host's share of the clip: its time per observed attention and per step, where next to nothing is computed.
 
-On an accelerator a launch queue has to hide it. And what the first step costs, in which attentions are found and
-proven. One thread.
+On an accelerator a launch queue has to hide it. And what the import costs, and the first step, in which attentions are
+found and proven. One thread.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import muonclip
 from benchmarks.training.timing import in_turn, seconds
 from muonclip.torch import Muon, QKClip
 from muonclip.torch.optimizer.groups import check_gradients
@@ -64,6 +68,19 @@ def host_time(rounds: int) -> dict[str, float]:
     candidates = {"forward_per_attention": observed_forward, "clip_step_per_attention": clip_step}
     measured = in_turn(candidates | {"unchanged_plan_per_step": unchanged_plan}, rounds)
     return {name: 1e6 * statistics.median(of) for name, of in measured.items()}
+
+
+def import_times(rounds: int) -> dict[str, float]:
+    """Measure the imports of torch, and after it of muonclip.torch: seconds of CPU time in new processes, medians."""
+    code = (
+        "import time; begun = time.process_time(); import torch; between = time.process_time(); "
+        "import muonclip.torch; print(between - begun, time.process_time() - between)"
+    )
+    root = Path(muonclip.__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, cwd=root, capture_output=True, text=True, check=True) for _ in range(1 + rounds)]
+    torchs, ours = zip(*(map(float, run.stdout.split()) for run in runs[1:]), strict=True)  # the first one reads files
+    return {"torch": statistics.median(torchs), "muonclip": statistics.median(ours)}
 
 
 def first_steps(shapes: Sequence[Shape], rounds: int) -> list[dict[str, float]]:

@@ -61,6 +61,9 @@ def test_the_host_s_time_and_the_first_step_are_tables_of_the_page(quick):
     measured = quick["host"]["us"]
     assert all(value > 0 for value in measured.values())
     table, _, first = read_clip_cost(quick).partition("### Host time")[2].partition("### The first step")
+    imports = quick["host"]["imports"]
+    assert 0 < imports["muonclip"] < imports["torch"]
+    assert f"takes {imports['muonclip']:.2f} s in addition to PyTorch's own {imports['torch']:.2f} s" in table
     assert [f"| {value:.0f} |" in table for value in measured.values()] == [True] * 3
     for row in quick["host"]["first_steps"]:
         assert 0 < row["forward"] < row["step"]

@@ -44,12 +44,14 @@ def _cost() -> str:
     cases = [("Llama, 5M", 1024), ("Llama, 5M", 8192), ("reference MoE", 1024), ("reference MoE", 8192)]
     a, b, c, d = (f"{rows[case][OURS]:.2f}" for case in cases)
     *first, last = (f"{rows[case][TORCH]:.2f}" for case in cases)
-    small, deep = _read("clip-cost/cpu.json")["host"]["first_steps"]
+    host = _read("clip-cost/cpu.json")["host"]
+    small, deep = host["first_steps"]
     made = part["environment"]
     return _filled(
         f"A training step with MuonClip takes {a} times that with fused AdamW for a Llama of 5M parameters and 1024 "
         f"tokens a step, {b} times for 8192 tokens; {c} and {d} times for the mixture above. `torch.optim.Muon`, with "
-        f"AdamW for what is not its own, takes {', '.join(first)} and {last} times. Once, the attention is found: "
+        f"AdamW for what is not its own, takes {', '.join(first)} and {last} times. The import takes "
+        f"{host['imports']['muonclip']:.1f} s more than PyTorch's own. Once, the attention is found: "
         f"{small['built']:.1f} s at the construction and {small['found']:.1f} s in the first forward for "
         f"{small['layers']} layers, {deep['built']:.1f} and {deep['found']:.1f} s for {deep['layers']}. Measured with "
         f"one thread of an {made['cpu']} in float32, {made['date'][:10]}; [speed](docs/speed.md) and "
