@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 
 import page_figures
 import pytest
@@ -55,6 +56,12 @@ def test_a_figure_without_a_source_is_found(sentence):
     text = text_of("index")
     assert len(page_figures.unfounded("index", f"{text}\n\n{sentence}\n")) == 1
     assert page_figures.unfounded("index", f"{text}\n\n| {sentence} |\n\n```\n{sentence}\n```\n") == []
+
+
+def test_the_versions_that_the_extras_need_are_those_declared():
+    project = tomllib.loads((page_figures.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (torch,) = project["optional-dependencies"]["torch"]
+    assert f"| `torch` | PyTorch {torch.removeprefix('torch>=')} or later |" in text_of("install")
 
 
 def test_what_commands_have_written_into_pages_is_what_they_write():
