@@ -45,6 +45,7 @@ QUOTED = {
         "multiplied by 0.2 · √max(m, n), which makes it 0.2 whatever the shape where": "a formula",
         "measured 0.2 to 0.4 for AdamW's updates": MOONLIGHT,
         "Kimi K2 used 0.1": K2,
+        "gradients of 1e7": "an issue of Megatron-LM, with a link",
         "a mixture of 0.5B active and 3B total parameters": K2,
     },
     "monitor": {"0.2 to 0.4 for AdamW (Moonlight": MOONLIGHT},
