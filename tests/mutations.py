@@ -2745,6 +2745,27 @@ MUTATIONS = (
         "if False:",
         tests_of("torch/test_param_groups.py", "test_heads_that_do_not_divide_are_refused"),
     ),
+    Mutation(
+        "muown-moves-directions-along-themselves",
+        "The gradient of a row's magnitude is left in that of its direction.",
+        "return ratio * (gradient - unit * of_magnitude), {",
+        "return ratio * gradient, {",
+        tests_of("torch/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[muown]"),
+    ),
+    Mutation(
+        "muown-has-one-magnitude",
+        "The magnitudes are those of matrices and not of rows.",
+        "of_magnitude = operations.sum_columns(gradient * unit)",
+        "of_magnitude = operations.sum(gradient * unit) + operations.sum_columns(0 * unit)",
+        tests_of("torch/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[muown]"),
+    ),
+    Mutation(
+        "rows-of-the-shard",
+        "Sums over columns are those of this rank's columns.",
+        "dist.all_reduce(sums, group=cut)",
+        "pass",
+        tests_of("torch/test_row_state.py", "test_sharded_equals_whole_and_every_row_is_kept_by_those_who_have_it"),
+    ),
     # Sharding: the plan
     Mutation(
         "orientation-of-the-shard",  # 22

@@ -46,6 +46,7 @@ ARMS: dict[str, Entry] = {
     "hyperball": Entry(
         "MuonClip, hyperball", "#332288", "muon", clips=True, options={"update": "hyperball", "weight_decay": 0.0}
     ),
+    "muown": Entry("MuonClip, Muown", "#882255", "muon", clips=True, options={"update": "muown"}),
     "cautious": Entry("MuonClip, cautious decay", "#AA4499", "muon", clips=True, options={"cautious_decay": True}),
     "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
     "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),

@@ -1,5 +1,6 @@
 """The stages of an update, on stacks of logical matrices and for every adapter:
 
+    G, S ← pull_back(G, W, S) the gradient of what is moved, where that is not the weight itself
     S ← advance(G, S)         the gradient enters the state
     X = direction(G, S)       what is orthogonalised
     O = orthogonalize(X)      Newton–Schulz; the adapter's, for it batches matrices and moves them between ranks
@@ -27,14 +28,15 @@ class MatrixOperations:
     """The operations of an adapter on its matrices, of which a device may hold a part.
 
     `lerp(a, b, w)`: a + w (b − a). `average`: the same, and may write into `a`. `wide`: in float32, or float64 for
-    float64. `mean_columns`: the mean over the columns of the whole matrix, for each row. `sum`: over the whole matrix,
-    in a shape that broadcasts. `xp`: the array namespace.
+    float64. `mean_columns`, `sum_columns`: over the columns of the whole matrix, for each row. `sum`: over the whole
+    matrix, in a shape that broadcasts. `xp`: the array namespace.
     """
 
     lerp: Callable[[Array, Array, Any], Array]
     average: Callable[[Array, Array, Any], Array]
     wide: Callable[[Array], Array]
     mean_columns: Callable[[Array], Array]
+    sum_columns: Callable[[Array], Array]
     sum: Callable[[Array], Array]
     xp: Any
 
@@ -78,6 +80,13 @@ class MuonRule:
     """Muon as PyTorch has it: M ← β M + (1−β) G; X = (1−β) G + β M with Nesterov, else M; U = O."""
 
     states: ClassVar[tuple[MatrixState, ...]] = (MatrixState("momentum_buffer"),)
+
+    def pull_back(
+        self, gradient: Array, weight: Array, state: State, operations: MatrixOperations
+    ) -> tuple[Array, State]:
+        """Return the gradient of what is orthogonalised, from that of the weight."""
+        del weight, operations
+        return gradient, state
 
     def advance(self, gradient: Array, state: State, momentum: Momentum, operations: MatrixOperations) -> State:
         """Add the gradient to the state; return the new state."""

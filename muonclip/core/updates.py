@@ -8,15 +8,16 @@ from typing import Any, Literal, TypeAlias
 
 from muonclip.core.arguments import check_choice, plain_number, shown
 from muonclip.core.hyperball import HyperballRule
+from muonclip.core.muown import MuownRule
 from muonclip.core.normuon import NorMuonRule
 from muonclip.core.text_table import in_bytes
 from muonclip.core.update_rule import MuonRule
 
-Update: TypeAlias = Literal["muon", "normuon", "hyperball"]
+Update: TypeAlias = Literal["muon", "normuon", "hyperball", "muown"]
 """The rules by which the Muon half updates, by name."""
 
 UPDATES: Mapping[str, MuonRule] = MappingProxyType(
-    {"muon": MuonRule(), "normuon": NorMuonRule(), "hyperball": HyperballRule()}
+    {"muon": MuonRule(), "normuon": NorMuonRule(), "hyperball": HyperballRule(), "muown": MuownRule()}
 )
 
 
@@ -26,6 +27,10 @@ def check_update(update: Any, weight_decay: Any, *, cautious_decay: bool) -> Non
     `weight_decay` None: one that cannot be read.
     """
     check_choice("update", update, *UPDATES)
+    if update == "muown" and cautious_decay:
+        raise ValueError(
+            "cautious_decay=True with update='muown', whose decay is of whole rows. Leave one of them out."
+        )
     if update != "hyperball":
         return
     decay = None if callable(weight_decay) else plain_number("weight_decay", weight_decay)

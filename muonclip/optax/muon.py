@@ -151,8 +151,9 @@ def muonclip(
         adamw: Arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
         shardings: See `scale_by_muon`.
         wide_updates: See `qk_clip`.
-        update: "normuon", as in `scale_by_muon`, or "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
-            each matrix, takes the rate relative to it, and has neither decay nor a scale: give `weight_decay=0`.
+        update: "normuon", as in `scale_by_muon`; "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
+            each matrix, takes the rate relative to it, and has neither decay nor a scale: give `weight_decay=0`; or
+            "muown" (arXiv 2605.10797), Muon on the directions of rows, Adam and the decay on their magnitudes.
         cautious_decay: Decay only the entries that Muon's update takes towards zero (arXiv 2510.12402).
 
     Raises:
@@ -167,6 +168,11 @@ def muonclip(
     check_update(update, None, cautious_decay=cautious_decay)
     check_if_concrete(weight_decay, lambda decay: check_update(update, decay, cautious_decay=cautious_decay))
     check_mask("weight_decay_mask", weight_decay_mask)
+    if update == "muown" and weight_decay_mask is not None:
+        raise ValueError(
+            "weight_decay_mask with update='muown', which decays the magnitudes of all its matrices. Leave it out; the "
+            "AdamW half has its own, adamw=dict(mask=…)."
+        )
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
     check_flag("wide_updates", wide_updates)

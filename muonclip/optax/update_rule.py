@@ -93,14 +93,19 @@ def scale_by_rule(
         count = jnp.asarray(optax.safe_increment(state.count))
         gradients, treedef = jax.tree.flatten(updates)
         stored = {"momentum_buffer": state.mu, **getattr(state, "others", {})}
+        weights = treedef.flatten_up_to(params) if moves else [None] * len(gradients)
         columns = {declared.name: treedef.flatten_up_to(stored[declared.name]) for declared in rule.states}
         arrays: list[_Array] = []
-        for number, (gradient, layout) in enumerate(zip(gradients, layouts.values(), strict=True)):
+        for number, (gradient, weight, layout) in enumerate(zip(gradients, weights, layouts.values(), strict=True)):
             old = {name: column[number] for name, column in columns.items()}
             dtype = old["momentum_buffer"].dtype
             momentum = Momentum(beta, nesterov, count.astype(wide(dtype)))
             scales = _scales(layout, gradient.shape, adjust_lr_fn)
-            arrays.append(_Array(gradient, layout, old, momentum, _operations(layout, dtype), scales))
+            own = _operations(layout, dtype)
+            given: Any = gradient
+            if moves:
+                given, old = rule.pull_back(gradient, weight, old, own)
+            arrays.append(_Array(given, layout, old, momentum, own, scales, gradient.dtype))
         states = [rule.advance(each.gradient, each.old, each.momentum, each.operations) for each in arrays]
         directions = [
             rule.direction(each.gradient, advanced, each.momentum, each.operations)
@@ -117,10 +122,9 @@ def scale_by_rule(
         )
         if not plain:
             now = [rate(state.count) if callable(rate) else rate for rate in (learning_rate, weight_decay)]
-            weights = treedef.flatten_up_to(params) if moves else [None] * len(arrays)
             applied = [_applied(rule, *each, *now) for each in zip(arrays, done, states, weights, strict=True)]
             done, states = [u for u, _ in applied], [s for _, s in applied]
-        done = [u.astype(each.gradient.dtype) for u, each in zip(done, arrays, strict=True)]
+        done = [u.astype(each.dtype) for u, each in zip(done, arrays, strict=True)]
         new = {name: treedef.unflatten([each[name] for each in states]) for name in columns}
         return treedef.unflatten(done), _as_optax(count, new)
 
@@ -132,10 +136,12 @@ class _Array(NamedTuple):
 
     gradient: jax.Array
     layout: ArrayLayout
-    old: dict[str, jax.Array]
+    old: Mapping[str, jax.Array]
     momentum: Momentum
     operations: MatrixOperations
     scales: tuple[float, ...]
+    dtype: Any
+    """That of the updates: the gradient's."""
 
 
 def _applied(
@@ -226,6 +232,7 @@ def _operations(layout: ArrayLayout, dtype: Any) -> MatrixOperations:
         average=lerp,
         wide=lambda x: x.astype(wide(x.dtype)),
         mean_columns=lambda x: jnp.mean(x, axis=layout.fan_in, keepdims=True),
+        sum_columns=lambda x: jnp.sum(x, axis=layout.fan_in, keepdims=True),
         sum=total,
         xp=jnp,
     )

@@ -26,7 +26,8 @@ def test_settings_replace_those_of_the_experiment(experiment):
     assert only(experiment, "muon@attention=mha").changes == {"attention": "mha"}
     assert only(experiment, "softcap@tau=7").changes == {"softcap": 7.0}
     assert [arm for arm in ARMS if not only(experiment, arm).changes] == [
-        "adamw", "muon", "muonclip", "rescue", "per-head", "normuon", "hyperball", "cautious", "adamw-clip",
+        "adamw", "muon", "muonclip", "rescue", "per-head", "normuon", "hyperball", "muown", "cautious",
+        "adamw-clip",
     ]  # fmt: skip
 
 

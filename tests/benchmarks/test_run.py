@@ -99,7 +99,7 @@ def test_clipped_heads_are_those_above_tau(every_arm, run_of, arm):
     records = read_run(run_of(every_arm, arm).folder)
     clipped = records.steps["clipped_heads"].tolist()
     assert records.clipped(every_arm.training.tau).sum(axis=1).tolist() == clipped
-    clips = arm in ("muonclip", "rescue", "per-head", "adamw-clip", "normuon", "hyperball", "cautious")
+    clips = arm in ("muonclip", "rescue", "per-head", "adamw-clip", "normuon", "hyperball", "muown", "cautious")
     assert any(0 < heads < 8 for heads in clipped) == clips  # some above τ, some not
     assert any(clipped) == clips
 

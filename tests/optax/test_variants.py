@@ -33,7 +33,7 @@ def trained(tx, params, steps, state=None):
     state = tx.init(params) if state is None else state
     update = jax.jit(tx.update)
     for step in steps:
-        gradients = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), arrays(1000 * step), params)
+        gradients = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), arrays(1000 * step + 500), params)
         updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
@@ -44,7 +44,7 @@ def numpy_s(variant, steps):
     for name, weight in weights.items():
         own = [Matrix(view, lr=0.05, **VARIANTS[variant]) for view in CASES[name][2](weight)]
         for step in steps:
-            for matrix, gradient in zip(own, CASES[name][2](arrays(1000 * step)[name]), strict=True):
+            for matrix, gradient in zip(own, CASES[name][2](arrays(1000 * step + 500)[name]), strict=True):
                 matrix.step(gradient)
     return weights
 
@@ -88,7 +88,9 @@ def test_the_next_step_goes_on_from_what_the_clip_has_scaled(variant, heads):
     }
     state, update = tx.init(params), jax.jit(tx.update)
     for step in range(20):
-        gradients = {name: {"kernel": normal(100 * step + i, (INTO, HEADS * WIDTH))} for i, name in enumerate("qk")}
+        gradients = {
+            name: {"kernel": normal(100 * step + 50 + i, (INTO, HEADS * WIDTH))} for i, name in enumerate("qk")
+        }
         maxima = np.random.default_rng(step).uniform(10, 60, HEADS)
         updates, state = update(gradients, state, params, max_logits={"attn": jnp.asarray(maxima)})
         params = optax.apply_updates(params, updates)
@@ -112,7 +114,7 @@ def test_rates_and_decays_may_be_schedules():
         for name, weight in expected.items():
             own = [Matrix(view, lr=0.0, **VARIANTS[variant]) for view in CASES[name][2](weight)]
             for step in range(3):
-                for matrix, gradient in zip(own, CASES[name][2](arrays(1000 * step)[name]), strict=True):
+                for matrix, gradient in zip(own, CASES[name][2](arrays(1000 * step + 500)[name]), strict=True):
                     matrix.lr = rate(step)
                     matrix.decay = 0.3 * step
                     matrix.step(gradient)
@@ -142,9 +144,11 @@ def test_narrow_weights_keep_their_dtype_and_zeros_stay():
     ("options", "said"),
     [
         ({"update": "nor-muon"}, "update='nor-muon'; use 'muon', 'normuon'"),
+        ({"update": "muown", "cautious_decay": True}, "cautious_decay=True with update='muown'"),
         ({"update": "hyperball"}, r"weight_decay=0\.1 with update='hyperball', which holds the norm"),
         ({"update": "hyperball", "weight_decay": lambda count: 0.0 * count}, "weight_decay=.*which holds the norm"),
         ({"update": "hyperball", "weight_decay": 0, "cautious_decay": True}, "cautious_decay=True with update="),
+        ({"update": "muown", "weight_decay_mask": True}, "weight_decay_mask with update='muown'"),
         ({"update": "hyperball", "weight_decay": 0, "learning_rate": None}, "needs learning_rate"),
     ],
 )

@@ -27,6 +27,7 @@ VARIANTS = {  # "rows" is the page's class, the others are the library's
     "rows": {},
     "normuon": {"update": "normuon", "cautious_decay": True},
     "hyperball": {"update": "hyperball", "weight_decay": 0.0},
+    "muown": {"update": "muown"},
 }
 CASES = {  # name → shape, layout, placements on a mesh of one dimension
     "rows": ((12, 20), PLAIN, (S0,)),

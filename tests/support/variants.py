@@ -13,6 +13,7 @@ VARIANTS = {  # name → options, the same in both adapters
     "normuon": {"update": "normuon", "weight_decay": 0.3},
     "hyperball": {"update": "hyperball", "weight_decay": 0.0},
     "cautious": {"cautious_decay": True, "weight_decay": 0.3},
+    "muown": {"update": "muown", "weight_decay": 0.3},
     "cautious normuon": {"update": "normuon", "cautious_decay": True, "weight_decay": 0.3},
 }
 EXPERTS = MatrixLayout(batch_ndim=1)
@@ -45,8 +46,15 @@ class Matrix:
         self.scale = update_scale(*weight.shape, adjust_lr_fn)
         self.momentum, self.squares = np.zeros_like(weight), np.zeros((len(weight), 1))
         self.radius = np.linalg.norm(weight)
+        self.direction, self.magnitude = weight.copy(), np.linalg.norm(weight, axis=1, keepdims=True)
+        self.moments, self.steps = [0.0, 0.0], 0
 
     def step(self, gradient):
+        if self.update == "muown":
+            lengths = np.linalg.norm(self.direction, axis=1, keepdims=True)
+            unit = self.direction / lengths
+            of_magnitude = (gradient * unit).sum(1, keepdims=True)
+            gradient = self.magnitude / lengths * (gradient - unit * of_magnitude)
         self.momentum = self.mu * self.momentum + (1 - self.mu) * gradient
         direction = self.mu * self.momentum + (1 - self.mu) * gradient
         polar = svd_polynomial(direction, JORDAN)
@@ -54,6 +62,16 @@ class Matrix:
             if self.radius:
                 moved = self.weight - self.lr * self.radius * polar / np.linalg.norm(polar)
                 self.weight[...] = self.radius * moved / np.linalg.norm(moved)
+            return
+        if self.update == "muown":
+            self.steps += 1
+            for i, (beta, value) in enumerate(((0.9, of_magnitude), (0.95, of_magnitude**2))):
+                self.moments[i] = beta * self.moments[i] + (1 - beta) * value
+            mean, squares = (m / (1 - b**self.steps) for m, b in zip(self.moments, (0.9, 0.95), strict=True))
+            self.direction = self.direction - self.lr * self.scale * polar
+            self.magnitude = self.magnitude * (1 - self.lr * self.decay) - self.lr * mean / (np.sqrt(squares) + 1e-8)
+            lengths = np.linalg.norm(self.direction, axis=1, keepdims=True)
+            self.weight[...] = self.magnitude * self.direction / lengths
             return
         if self.update == "normuon":
             self.squares = 0.95 * self.squares + 0.05 * (polar**2).mean(1, keepdims=True)
@@ -66,3 +84,4 @@ class Matrix:
         """Multiply the rows by what the clip has multiplied them by."""
         self.weight *= np.reshape(factors, (-1, 1))
         self.radius = np.linalg.norm(self.weight)
+        self.magnitude = self.magnitude * np.reshape(factors, (-1, 1))

@@ -25,7 +25,7 @@ def groups(named, **options):
 
 def give_gradients(named, step):
     for i, parameter in enumerate(named.values()):
-        parameter.grad = torch.tensor(normal(1000 * step + i, tuple(parameter.shape)), dtype=parameter.dtype)
+        parameter.grad = torch.tensor(normal(1000 * step + 500 + i, tuple(parameter.shape)), dtype=parameter.dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -138,7 +138,7 @@ def test_matrices_of_one_group_step_as_each_alone(variant):
     optimizers += [Muon([each], lr=0.1, **VARIANTS[variant]) for each in alone]
     for step in range(2):
         for i, (one, other) in enumerate(zip(together, alone, strict=True)):
-            one.grad = torch.tensor(normal(100 * step + i, (6, 4)))
+            one.grad = torch.tensor(normal(100 * step + 50 + i, (6, 4)))
             other.grad = one.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -203,6 +203,7 @@ def test_unused_matrices_stay_as_they_are():
     [
         ({"update": "nor-muon"}, "update='nor-muon'; use 'muon', 'normuon'"),
         ({"update": None}, "update=None; use"),
+        ({"update": "muown", "cautious_decay": True}, "cautious_decay=True with update='muown'"),
         ({"update": "hyperball"}, r"weight_decay=0\.1 with update='hyperball', which holds the norm"),
         ({"update": "hyperball", "weight_decay": 0.0, "cautious_decay": True}, "cautious_decay=True with update="),
     ],

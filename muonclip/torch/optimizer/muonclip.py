@@ -73,9 +73,10 @@ class Muon(MatrixOptimizer):
         freeze_unused: Leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
             such a matrix, for instance an expert that got no token, still moves by a full-size update along its
             decaying momentum, as in torch.
-        update: "normuon" (arXiv 2510.05491), Muon with rows of one size over time, or "hyperball" (arXiv 2606.16899),
+        update: "normuon" (arXiv 2510.05491), Muon with rows of one size over time; "hyperball" (arXiv 2606.16899),
             which holds the Frobenius norm of each matrix, takes `lr` relative to it, and has neither decay nor a scale:
-            give `weight_decay=0`. A group may have its own.
+            give `weight_decay=0`; or "muown" (arXiv 2605.10797), Muon on the directions of rows, Adam and the decay on
+            their magnitudes. A group may have its own.
         cautious_decay: Decay only the entries that the update takes towards zero (arXiv 2510.12402).
         workspace_bytes: Largest batch of equal shapes iterated at once, in bytes, counted in float32; None: 256 MiB. A
             processor takes 2 MiB at once of what it holds whole.
@@ -146,7 +147,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         momentum_dtype: The dtype of Muon's momentum; None: the parameter's.
         freeze_unused: Leave matrices whose gradient is zero unchanged for that step, see `Muon`.
         capturable: For CUDA graphs, as in torch.
-        update: The rule of the Muon half: "muon", "normuon" or "hyperball", see `Muon`.
+        update: The rule of the Muon half: "muon", "normuon", "hyperball" or "muown", see `Muon`.
         cautious_decay: Decay only the entries that Muon's update takes towards zero, see `Muon`.
         workspace_bytes: Largest batch of matrices iterated at once, in bytes, see `Muon`.
 

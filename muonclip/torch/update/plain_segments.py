@@ -10,12 +10,13 @@ gradient, viewed where they are, and with the same options and dtypes as their n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from muonclip.core.update_rule import MatrixOperations, Momentum, MuonRule
+from muonclip.core.update_rule import Momentum, MuonRule
 from muonclip.torch.update.stages import WHOLE, SegmentStep, is_by_entry
 
 
@@ -107,7 +108,8 @@ def _views(segment: SegmentStep) -> _Views | None:
     step, rule, options, weight = segment.step, segment.step.rule, segment.step.options, segment.step.parameter
     if step.gradient is None or options.freeze_unused or not isinstance(options.lr, float):
         return None
-    is_plain = (type(rule).apply, type(rule).move) == (MuonRule.apply, MuonRule.move)
+    own = (type(rule).pull_back, type(rule).apply, type(rule).move)
+    is_plain = own == (MuonRule.pull_back, MuonRule.apply, MuonRule.move)
     if not is_by_entry(rule) or not is_plain or options.cautious_decay:
         return None
     gradient, state = step.gradient, [step.state[each.name] for each in rule.states]
@@ -129,4 +131,4 @@ def _average(into: list[Tensor], values: list[Tensor], weight: float) -> list[Te
     return into
 
 
-_LISTS = MatrixOperations(torch._foreach_lerp, _average, WHOLE.wide, WHOLE.mean_columns, WHOLE.sum, torch)
+_LISTS = replace(WHOLE, lerp=torch._foreach_lerp, average=_average)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,8 @@ class SegmentStep:
             gradient = self.gradient()
             if options.freeze_unused:
                 self._used = self._find_used(torch.zeros_like(buffer) if gradient is None else gradient)
+            if type(step.rule).pull_back is not MuonRule.pull_back:
+                gradient = self._pull_back(gradient, state)
             if gradient is None:
                 into.zero_()
                 return
@@ -144,27 +146,41 @@ class SegmentStep:
 
     def _apply_rule(self, update: Tensor) -> Tensor:
         """Let a rule change the update. Every rank that has a part joins in its sums, with or without a gradient."""
-        operations = _operations(self.segment.shards, self.position, self.cut)
         with self._state() as state:
-            update, new = self.step.rule.apply(update, state, operations)
-            if self._used is not None:
-                new = {name: torch.where(self._used, value, state[name]) for name, value in new.items()}
+            update, new = self.step.rule.apply(update, state, self._operations())
             if self.step.gradient is not None:
-                _store(new, state)
+                _store(self._of_used(new, state), state)
         return update
+
+    def _pull_back(self, gradient: Tensor | None, state: Mapping[str, Tensor]) -> Tensor | None:
+        """Let a rule change the gradient. Every rank that has a part joins in its sums, with or without a gradient."""
+        weight, operations = self.opened(self.step.parameter)[0], self._operations()
+        given = torch.zeros_like(weight) if gradient is None else gradient
+        pulled, new = self.step.rule.pull_back(given, weight, state, operations)
+        if gradient is None:
+            return None
+        _store(self._of_used(new, state), state)
+        return pulled
+
+    def _operations(self) -> MatrixOperations:
+        return _operations(self.segment.shards, self.position, self.cut)
+
+    def _of_used(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the new states of the matrices that are used, and the old ones of the others."""
+        if self._used is None:
+            return new
+        return {name: torch.where(self._used, value, old[name]) for name, value in new.items()}
 
     def _move_by_rule(self, update: Tensor) -> None:
         """Let a rule move the weight. Every rank that has a part joins in its sums, with or without a gradient."""
         step, options = self.step, self.step.options
-        operations = _operations(self.segment.shards, self.position, self.cut)
         motion = Motion(options.lr, options.weight_decay, self.scale)
         with self._state() as state, self._editing(step.parameter) as weight:
-            moved, new = step.rule.move(weight, update, state, motion, operations)
+            moved, new = step.rule.move(weight, update, state, motion, self._operations())
             if self._used is not None:
                 moved = torch.where(self._used, moved, weight)
-                new = {name: torch.where(self._used, value, state[name]) for name, value in new.items()}
             if step.gradient is not None:
-                _store(new, state)
+                _store(self._of_used(new, state), state)
                 weight.copy_(moved)
 
     def gradient(self) -> Tensor | None:
@@ -251,19 +267,22 @@ def _operations(shards: MatrixShards, position: int, cut: dist.ProcessGroup | No
     are_whole = all(length(columns) == shards.fan_in for columns in shards.columns)
 
     def mean_columns(x: Tensor) -> Tensor:
+        return x.mean(-1, keepdim=True) if are_whole else sum_columns(x) / shards.fan_in
+
+    def sum_columns(x: Tensor) -> Tensor:
         if are_whole:
-            return x.mean(-1, keepdim=True)
+            return x.sum(-1, keepdim=True)
         index = row_index((shards.rows[position],), x.device)
         sums = x.new_zeros(len(x), shards.fan_out, 1).index_copy_(1, index, x.sum(-1, keepdim=True))
         dist.all_reduce(sums, group=cut)
-        return sums.index_select(1, index) / shards.fan_in
+        return sums.index_select(1, index)
 
     def total(x: Tensor) -> Tensor:
         x = x.sum((-2, -1), keepdim=True)
         dist.all_reduce(x, group=cut)
         return x
 
-    return MatrixOperations(torch.lerp, Tensor.lerp_, _wide, mean_columns, total, torch)
+    return replace(WHOLE, mean_columns=mean_columns, sum_columns=sum_columns, sum=total)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -275,6 +294,7 @@ WHOLE = MatrixOperations(
     average=Tensor.lerp_,
     wide=_wide,
     mean_columns=lambda x: x.mean(-1, keepdim=True),
+    sum_columns=lambda x: x.sum(-1, keepdim=True),
     sum=lambda x: x.sum((-2, -1), keepdim=True),
     xp=torch,
 )
