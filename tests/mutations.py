@@ -2454,11 +2454,11 @@ MUTATIONS = (
     ),
     Mutation(
         "counts-of-heads-half-made",
-        "An interrupt in the first step leaves counts of no heads under the names of all, and no step is made again.",
+        "An interrupt leaves counts of no heads under the names of all, and no step is made again.",
         "            tensors = torch.full_like(maxima, torch.inf), ",
         "            self._names, self._sizes = names, sizes\n"
         "            tensors = torch.full_like(maxima, torch.inf), ",
-        tests_of("torch/test_interrupts.py", "test_an_interrupt_at_every_second_operator_leaves_what_the_page_says[0]"),
+        tests_of("torch/test_interrupts.py", "test_an_interrupt_at_every_second_operator_leaves_what_the_page_says[1]"),
     ),
     Mutation(
         "a-diverged-checkpoint-is-loaded",

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from muonclip.optax import HeadRows, QKProjection, plan, qk_clip
+from muonclip.optax import HeadRows, QKProjection, muonclip, plan, qk_clip
 
 D, H, G, W = 10, 4, 2, 6
 mha, gqa = QKProjection.mha, QKProjection.gqa
@@ -178,3 +178,12 @@ def test_parts_that_share_no_heads_are_refused():
     for wrong in (0, -2, 2.0, "6"):
         with pytest.raises(ValueError, match=f"'q': stride={wrong!r} must"):
             HeadRows("q", 4, 2, stride=wrong)
+
+
+def test_the_clip_s_state_is_found_by_its_type_whatever_parameters_are_called():
+    params = of((D, H * W), (D, H * W)) | {"gamma": jnp.ones(3)}
+    tx = muonclip(0.1, qk_projections={"attn": mha(q="q", k="k", num_heads=H)})
+    state = tx.init(params)
+    with pytest.raises(KeyError):
+        optax.tree.get(state, "gamma")
+    assert optax.tree.get(state, "QKClipState").gamma["attn"].shape == (H,)

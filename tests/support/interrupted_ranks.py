@@ -4,6 +4,7 @@ As a script, one of two ranks, of which the first is interrupted at each collect
 processes of their own.
 """
 
+import contextlib
 import copy
 import datetime
 import importlib
@@ -14,6 +15,7 @@ import sys
 import traceback
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from stages_worker import TAU, Model, batch, step
@@ -157,6 +159,7 @@ def sharded(at, rank, ranks):
     model(batch(1)[rank::ranks]).square().mean().backward()
     reference = Reference(model, optimizer, ("c10d",))
     if at is None:
+        load_with_nan_on(1, optimizer, rank)
         return reference.operators if rank == 0 else 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -178,6 +181,17 @@ def sharded(at, rank, ranks):
         raise AssertionError(f"rank {rank} has made its step")
     print(f"collective {at}: {assert_as_the_page_says(model, optimizer, reference)}", flush=True)
     return 0
+
+
+def load_with_nan_on(wrong, optimizer, rank):
+    """The rank whose shard has it refuses the checkpoint, and waits for nobody."""
+    saved = copy.deepcopy(optimizer.state_dict())
+    if rank == wrong:
+        next(state for state in saved["state"].values() if "momentum_buffer" in state)[
+            "momentum_buffer"
+        ].to_local().fill_(torch.nan)
+    with pytest.raises(ValueError, match="holds nan") if rank == wrong else contextlib.nullcontext():
+        optimizer.load_state_dict(saved)
 
 
 def in_a_process_of_its_own(function, *arguments):

@@ -111,6 +111,7 @@ def table():
         declare=NO_NAME.filter(lambda x: not isinstance(x, dict) or len(x) > 0),
         master_of=NO_NAME.filter(lambda x: not callable(x)),
     )  # fmt: skip
+    yield from add("QKClip needs a model", lambda **o: QKClip(*o.values()), **{"QKClip needs a model": NO_NUMBER})
     yield from add("declare", lambda declare: QKClip(MODEL, declare={"layers.0": declare}), declare=NO_NUMBER)
     yield from add("MaxLogits", MaxLogits, num_heads=NO_COUNT)
     gqa = dict(q=LINEAR, k=LINEAR, num_heads=4, num_kv_heads=2, max_logits=STATISTIC)
