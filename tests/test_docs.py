@@ -109,9 +109,9 @@ def blocks_of(page):
 
 
 def run(page):
-    """The blocks of Python in order; returns their names and everything printed.
+    """The blocks of Python in order and in one namespace; returns it and everything printed.
 
-    One that the page does not mark "continues from above" runs alone, in a namespace of its own.
+    One that the page does not mark "continues from above" does not see the names above it.
     """
     torch.manual_seed(0)
     names, everything = {"__name__": page.stem}, ""
@@ -120,10 +120,12 @@ def run(page):
             continue
         printed = io.StringIO()
         code = compile("\n" * block.line + block.code, str(page), "exec")
-        own = dict(names) if hooks.needs(block.code) else {"__name__": page.stem}
+        above = {} if hooks.needs(block.code) else dict(names)
+        for name in above.keys() - {"__name__"}:
+            del names[name]
         with contextlib.redirect_stdout(printed), jax.enable_x64(False):  # as it is for a reader
-            exec(code, own)
-        names |= own
+            exec(code, names)
+        names |= {name: above[name] for name in above.keys() - names.keys()}
         everything += printed.getvalue()
         if block.output is not None:
             assert printed.getvalue() == block.output, f"{name_of(page)}, line {block.line}, prints something else"
