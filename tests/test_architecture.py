@@ -24,6 +24,7 @@ ENGINES = {
     "torch/logits/kernels/mask_levels.py": {"triton"},
     "torch/mesh/late_types.py": {"typing_extensions"},  # for types alone
     "torch/optimizer/muonclip.py": {"typing_extensions"},  # which torch needs too
+    "selftest/llama.py": {"transformers"},
     "selftest/kernels.py": {"flash_attn", "flash_attn_interface", "transformer_engine", "xformers"},
 }  # imported only when used
 FRAMEWORKS = {"torch", "jax", "numpy", "optax"}

@@ -27,6 +27,11 @@ def tried(part, device="cpu"):
     return {each.name: each for each in found if each.holds is not None}
 
 
+def every_clip(device):
+    yield from clip.clip(device)
+    yield from clip.clip_transformers(device)
+
+
 def test_everything_holds_here(capsys):
     assert main(["check", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -39,6 +44,7 @@ def test_everything_holds_here(capsys):
         *(f"iteration, {form} form, bfloat16" for form in ("standard", "gram")),
         *(f"training, {dtype}" for dtype in ("float32", "bfloat16")),
         *(f"clip, {name}" for name in ("scaled_dot_product_attention", "product and softmax", "FlexAttention")),
+        *(f"clip, transformers, {implementation}" for implementation in ("sdpa", "eager")),
         *(
             f"JAX, iteration, {form} form, {dtype}"
             for form in ("standard", "gram")
@@ -90,8 +96,8 @@ def test_factors_that_are_wrong_fail_on_every_kernel(monkeypatch, broken):
         )
 
     monkeypatch.setattr(rescaling, "clip_factors", wrong)
-    found = tried(clip.clip)
-    assert len(found) == 3
+    found = tried(every_clip)
+    assert len(found) == 5
     assert not any(each.holds for each in found.values()), found
 
 
@@ -105,8 +111,8 @@ def test_maxima_that_are_wrong_fail(monkeypatch):
         return right(maxima, *args, **options)
 
     monkeypatch.setattr(clips, "decide", wrong)
-    found = tried(clip.clip)
-    assert len(found) == 3
+    found = tried(every_clip)
+    assert len(found) == 5
     assert all("maxima off by" in each.what for each in found.values() if not each.holds)
     assert not any(each.holds for each in found.values())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ from muonclip.optax.types import PyTree, Shardings, WeightLayouts
 from muonclip.optax.update_rule import ScaleByMuonState as ScaleByMuonState  # where pickles look for it
 from muonclip.optax.update_rule import scale_by_rule
 
-Nesterov = bool | Literal["bias_corrected"]
+Nesterov: TypeAlias = bool | Literal["bias_corrected"]
+"""How far the momentum looks ahead, see `scale_by_muon`."""
 
 
 def scale_by_muon(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from muonclip.core.head_parts import (
     latent_parts,
 )
 from muonclip.core.qk_clip import check_alpha, check_tau
-from muonclip.core.tau_rules import TauRule, check_patterns, check_tau_rules, tau_rule
+from muonclip.core.tau_rules import Tau, TauRule, check_patterns, check_tau_rules, tau_rule
 from muonclip.optax.arguments import check_if_concrete, check_real
 from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, RowsOfArray, overlapping, shapes_of
@@ -275,8 +275,9 @@ def qk_clip(
     check_flag("wide_updates", wide_updates)
     projections, treedef = flatten_projections(qk_projections)
     names = [name for name, _ in projections]
-    check_patterns(tau, names)
-    rules = [tau_rule(tau, name) for name in names]
+    by_name = cast("Tau", tau)
+    check_patterns(by_name, names)
+    rules = [tau_rule(by_name, name) for name in names]
 
     def init(params: optax.Params) -> QKClipState:
         leaves = named_leaves(params)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from muonclip.selftest.kernels import COMPILED, Kernel, kernels
+from muonclip.selftest.kernels import COMPILED, TRANSFORMERS, Kernel, kernels
 from muonclip.selftest.outcomes import Outcome, attempted
 
 _HEADS, _WIDTH, _LENGTH, _INTO = 4, 32, 40, 48
@@ -22,6 +22,12 @@ _CLIPPED = {"float32": 1e-4, "bfloat16": 4e-2}  # and of what a head ends at: we
 def clip(device: str) -> Iterator[Outcome]:
     """Try each kernel that is installed and runs on the device."""
     for kernel in kernels(device):
+        yield _tried(kernel, device)
+
+
+def clip_transformers(device: str) -> Iterator[Outcome]:
+    """Try Hugging Face's attention interface."""
+    for kernel in TRANSFORMERS:
         yield _tried(kernel, device)
 
 
@@ -58,27 +64,28 @@ def _made(kernel: Kernel, device: str) -> tuple[Any, Any]:
     import torch
     from torch import nn
 
-    attend = kernel.load()
-
     class Attention(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, attend: Any) -> None:
             super().__init__()
             self.q, self.k, self.v = (nn.Linear(_INTO, _HEADS * _WIDTH) for _ in range(3))
-            self.o = nn.Linear(_HEADS * _WIDTH, _INTO)
+            self.o, self.attend = nn.Linear(_HEADS * _WIDTH, _INTO), attend
 
         def heads(self, x: Any) -> tuple[Any, ...]:
             return tuple(each(x).unflatten(-1, (_HEADS, _WIDTH)) for each in (self.q, self.k, self.v))
 
         def forward(self, x: Any) -> Any:
-            return self.o(attend(*self.heads(x)).flatten(2))
+            return self.o(self.attend(*self.heads(x)).flatten(2))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x = Attention(), torch.randn(2, _LENGTH, _INTO)
+        if kernel.model:
+            model, x = kernel.load(_HEADS, _WIDTH, _INTO, _LENGTH)
+        else:
+            model, x = Attention(kernel.load()), torch.randn(2, _LENGTH, _INTO)
     with torch.no_grad():
         model.q.weight.view(_HEADS, -1).mul_(torch.tensor(_LOUDNESS)[:, None])
     dtype = getattr(torch, kernel.dtype)
-    return model.to(device, dtype), x.to(device, dtype)
+    return model.to(device, dtype), x.to(device, dtype if x.is_floating_point() else None)
 
 
 def _compared(name: str, kernel: Kernel, model: Any, x: Any) -> Outcome:
@@ -102,8 +109,9 @@ def _compared(name: str, kernel: Kernel, model: Any, x: Any) -> Outcome:
     gauge = _relative((report.max_logits.cpu().double() - before).abs(), before.abs())
     scale = _relative((_largest(kernel, model, x) - before.clamp(max=tau)).abs(), before.abs())
     quiet = (before <= tau).to(x.device)
+    scaled = {id(parameter) for projection in (model.q, model.k) for parameter in projection.parameters()}
     kept = [
-        torch.equal(*(each.unflatten(0, (_HEADS, -1))[quiet] for each in pair) if name[0] in "qk" else pair)
+        torch.equal(*(each.unflatten(0, (_HEADS, -1))[quiet] for each in pair) if id(pair[1]) in scaled else pair)
         for name, pair in ((name, (weights[name], parameter)) for name, parameter in model.named_parameters())
     ]
     observed, clipped = _OBSERVED[kernel.dtype], _CLIPPED[kernel.dtype]

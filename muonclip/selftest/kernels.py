@@ -6,8 +6,11 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
+
+from muonclip.selftest.llama import llama
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +20,18 @@ class Kernel:
 
     `package`: what has to be there. `device`: the only kind that it runs on, "" for any. `dtype`: of the weights.
     `causal`: whether it forbids later keys here. `setting`: what the calls are made in. `is_everywhere`: that it runs
-    on every device.
+    on every device. `model`: that `load` returns a whole model and its input instead, of the sizes that it is given.
     """
 
     name: str
-    load: Callable[[], Callable[[Any, Any, Any], Any]]
+    load: Callable[..., Any]
     package: str = "torch"
     device: str = ""
     dtype: str = "float32"
     causal: bool = True
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
     is_everywhere: bool = False
+    model: bool = False
 
     def is_installed(self) -> bool:
         """Tell whether the package is there."""
@@ -164,6 +168,12 @@ def _varlen() -> Callable[[Any, Any, Any], Any]:
 def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
+
+TRANSFORMERS = tuple(
+    Kernel(f"transformers, {implementation}", partial(llama, implementation), "transformers", model=True)
+    for implementation in ("sdpa", "eager")
+)
+"""Hugging Face's attention interface, in a model of theirs, whose import takes long."""
 
 COMPILED = Kernel("FlexAttention, compiled", _flex_compiled, device="cuda", causal=False)
 """FlexAttention as it is used on GPUs, which takes long to compile."""

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from muonclip.selftest.clip import clip, clip_compiled
+from muonclip.selftest.clip import clip, clip_compiled, clip_transformers
 from muonclip.selftest.environment import environment, torch_devices
 from muonclip.selftest.iteration import iteration
 from muonclip.selftest.jax_parts import jax_clip, jax_iteration
@@ -24,7 +24,7 @@ OF_TORCH = (
     Part("maxima of all ranks", collective, always=True),
 )
 OF_JAX = (Part("JAX, iteration", jax_iteration), Part("JAX, clip", jax_clip))
-LAST = (Part("clip, compiled", clip_compiled),)
+LAST = (Part("clip, transformers", clip_transformers), Part("clip, compiled", clip_compiled))
 
 
 def results(device: str | None, seconds: float = SECONDS) -> Iterator[Outcome]:
