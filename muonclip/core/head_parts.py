@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias
 from muonclip.core.arguments import check_choice, check_whole
 
 PerHead: TypeAlias = bool | int | Literal["pairs"]
-"""Which heads are matrices of their own: none, every one, every so many, or pairs."""
 """How many heads of q, k and v make one matrix: all of them (False), one (True), two ("pairs"), or this many."""
 
 Part: TypeAlias = Literal["query", "key", "query_facing_shared", "shared_key", "value"]
