@@ -9,6 +9,7 @@ import torch
 from forked_ranks import run_ranks
 from interrupted_ranks import TAU, Interrupting, Reference, assert_as_the_page_says, largest_logits
 from stages_worker import Model, batch, step
+from unchanged import differences
 
 from muonclip.torch import MuonClip
 
@@ -70,3 +71,46 @@ def test_a_rank_that_is_interrupted_at_any_collective_ends_the_others_which_have
         lines = (tmp_path / f"rank{rank}.txt").read_text().splitlines()
         assert len(lines) >= 4, lines
         print(*lines, sep="\n")
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float64])
+def test_an_interrupt_of_a_load_leaves_the_state_before_it_or_the_one_after(momentum_dtype):
+    model = Model(2)
+    optimizer = MuonClip(model, lr=0.01, tau=TAU, momentum_dtype=momentum_dtype)
+    step(model, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    assert list(differences(before, saved))
+    loaded, at = set(), 0
+    while True:
+        at += 3
+        tried = copy.deepcopy(optimizer)
+        with suppress(KeyboardInterrupt), Interrupting(KeyboardInterrupt, at) as interrupting:
+            tried.load_state_dict(saved)
+        if interrupting.at is not None:
+            break
+        now = tried.state_dict()
+        loaded.add("before" if not list(differences(now, before)) else "after")
+        assert loaded == {"before"} or not list(differences(now, saved)), f"operator {at}"
+    assert at > 60
+    assert not list(differences(tried.state_dict(), saved))
+
+
+def test_an_interrupt_of_a_construction_takes_its_hooks_off_the_model():
+    def hooks(model):
+        return [(*m._forward_hooks, *m._forward_pre_hooks, "_qk_observer" in m.__dict__) for m in model.modules()]
+
+    at = 0
+    while True:
+        at += 7
+        model = Model(2)
+        without = hooks(model)
+        with suppress(KeyboardInterrupt), Interrupting(KeyboardInterrupt, at) as interrupting:
+            optimizer = MuonClip(model)
+        if interrupting.at is not None:
+            break
+        assert hooks(model) == without, f"operator {at}"
+    assert at > 20
+    assert hooks(model) != without
+    assert optimizer.qk_clip is not None
