@@ -1656,7 +1656,7 @@ MUTATIONS = (
         "unknown = unclaimed.calls = 0",
         tests_of(
             "torch/test_observation_edges.py",
-            "test_attention_that_a_rehearsal_does_not_reach_is_an_error_and_then_known",
+            "test_attention_that_a_trace_does_not_reach_is_an_error_and_then_known",
         ),
     ),
     Mutation(
@@ -1672,7 +1672,7 @@ MUTATIONS = (
     Mutation(
         "fewer-calls-not-checked",
         "A module that calls fewer attentions than it was seen to is observed as if they were the first ones.",
-        "self._rehearse_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)",
+        "self._search_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)",
         "pass",
         tests_of(
             "torch/test_new_reach.py",
@@ -1715,7 +1715,7 @@ MUTATIONS = (
         tests_of("torch/test_sigmoid_attention.py", "test_what_all_logits_of_a_query_have_in_common_is_a_part_of_them"),
     ),
     Mutation(
-        "new-branch-not-rehearsed",
+        "new-branch-not-traced",
         "Attention that is written out in a new branch of a module that has run before is missed.",
         "if forward.untried is None and self._may_make_queries(module):",
         "if False:",
@@ -3285,7 +3285,7 @@ MUTATIONS = (
         tests_of("torch/test_host_modes.py", "test_who_sees_what_runs_sees_what_runs_without_a_clip"),
     ),
     Mutation(
-        "rehearsal-counted",
+        "trace-counted",
         "The modes of the host see the traced forward.",
         "for context in (outside_modes(), PATCHES.used(model)",
         "for context in (PATCHES.used(model)",

@@ -124,7 +124,7 @@ def test_attention_that_appears_later_is_found_in_that_forward(x):
     check(clip, model.b, x, before, 2.0, "b")
 
 
-def test_attention_that_a_rehearsal_does_not_reach_is_an_error_and_then_known(x, monkeypatch):
+def test_attention_that_a_trace_does_not_reach_is_an_error_and_then_known(x, monkeypatch):
     """As where it is run by chance, and not in the copy."""
     model = Branches()
     clip = QKClip(model, tau=2.0, observe="always")

@@ -134,7 +134,7 @@ class LiveForwards:
             forward.reached.clear()
         drop_handlers(self.unclaimed)
 
-    def rehearse(self) -> bool | None:
+    def search_again(self) -> bool | None:
         """Search the forward that this thread is in, in a mode that was not tried yet. Returns False where there is
         none, and None where this cannot be done: other ranks would not know of it, shards are whole just now, or
         nothing is known of how the forward began."""
@@ -268,14 +268,14 @@ class LiveForwards:
         if self.unclaimed.calls == watch.calls:
             self._new.take_off([each for each in forward.reached if each not in self._idle])
             if forward.untried is None and self._may_make_queries(module):
-                self._rehearse_around()
+                self._search_around()
         forward.reached.clear()
 
-    def _rehearse_around(self) -> None:
+    def _search_around(self) -> None:
         """Search a forward in which a module around a new one may call attention; if it does, watch to the end."""
         searcher = self._searcher()
         version = None if searcher is None else searcher.version
-        if self.rehearse() and searcher is not None and searcher.version != version:
+        if self.search_again() and searcher is not None and searcher.version != version:
             self._watch(None)
 
     def _may_make_queries(self, module: nn.Module) -> bool:

@@ -156,14 +156,14 @@ class ObserverRun(HandledRun):
         A run without any call is not one of the module's attention.
         """
         if self.calls:
-            self._rehearse_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)
+            self._search_while(lambda: bool(self.observer.calls) and self.calls not in self.observer.calls)
 
     def _next_statistic(self, call: AttentionCall) -> tuple[MaxLogits, bool]:
         self.calls += 1
         if self.calls > self.observer.most_calls:
-            self._rehearse_while(lambda: self.calls > self.observer.most_calls)
+            self._search_while(lambda: self.calls > self.observer.most_calls)
         if self.observer.of_one_sequence and not self._is_of_one_sequence(call):
-            self._rehearse_while(lambda: self.observer.of_one_sequence)
+            self._search_while(lambda: self.observer.of_one_sequence)
         return self._statistic()
 
     def _statistic(self) -> tuple[MaxLogits, bool]:
@@ -176,13 +176,13 @@ class ObserverRun(HandledRun):
         q = call.heads_first(call.q)
         return math.prod(q.shape[:-2]) <= self.observer.statistics[0].heads_in(q)
 
-    def _rehearse_while(self, is_new: Callable[[], bool]) -> None:
+    def _search_while(self, is_new: Callable[[], bool]) -> None:
         """Have the forward searched as long as something in it is new. What stays so is left to the step to say; where
         nothing can be searched, all calls of a module of one attention are of that one."""
         unclaimed = self.observer.unclaimed
         searched: bool | None = not torch.compiler.is_compiling() or None
         while searched and is_new():
-            searched = unclaimed.rehearse()
+            searched = unclaimed.search_again()
         if is_new() and (searched is not None or len(self.observer.statistics) > 1 or self.observer.of_one_sequence):
             unclaimed.note(self._unexpected())
 

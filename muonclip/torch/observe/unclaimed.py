@@ -20,7 +20,7 @@ from muonclip.torch.observe.handlers import AttentionCallHandler
 class Searcher(Protocol):
     """Searches the forward that this thread is in, while it runs."""
 
-    def rehearse(self) -> bool | None:
+    def search_again(self) -> bool | None:
         """Search it in a way that was not tried yet. Returns False where there is none left, and None where it is not
         known what it began with."""
         ...
@@ -44,10 +44,10 @@ class Unclaimed:
         """Leave a problem to the next step."""
         self.problem = self.problem or problem
 
-    def rehearse(self) -> bool | None:
+    def search_again(self) -> bool | None:
         """Search the forward that this thread is in once more, as `Searcher` does."""
         searcher = self._searcher()
-        return None if searcher is None else searcher.rehearse()
+        return None if searcher is None else searcher.search_again()
 
     def claim(self, call: AttentionCall) -> AttentionCallHandler | None:
         """Return the run of the module that makes a call, which a search may show; None if it does not."""
@@ -55,7 +55,7 @@ class Unclaimed:
         if searcher is None:
             return None
         run = searcher.run_of(call)
-        while run is None and searcher.rehearse():
+        while run is None and searcher.search_again():
             run = searcher.run_of(call)
         return run
 
