@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from svd_oracle import muon_step
 from tiny_attention import HEADS, NOPE, ROPE, VALUE, TinyModel, dense_max_logits
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from muonclip.core import RECIPES, resolve_coefficients
 from muonclip.torch import MuonClip
@@ -173,3 +175,22 @@ def test_wrong_recipes_are_refused():
         MuonClip([group], qk_clip=None)
     with pytest.raises(ValueError, match=r"tau=math\.inf finds and never clips"):
         MuonClip(nn.Sequential(nn.Linear(3, 4)), recipe="glm5")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_torch_s_distributed_checkpoints_keep_recipe_and_step(tmp_path):
+    model, optimizer = trained(2, recipe="k2", momentum=0.8, tau=lambda step: 100.0 - step)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp_path, no_dist=True)
+    other = loud_model()
+    resumed = MuonClip(other, recipe="k2", tau=lambda step: 100.0 - step)
+    weights, moments = get_state_dict(other, resumed)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(other, resumed, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert resumed.plan.recipe.given == {"lr", "momentum", "tau"}
+    assert resumed.qk_clip.tau_of("layers.0") == 98.0
+    for each, its in ((model, optimizer), (other, resumed)):
+        each.loss(batches(3)[2]).backward()
+        its.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
