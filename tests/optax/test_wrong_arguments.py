@@ -21,6 +21,7 @@ from wrong_arguments import (
     assert_all_named,
     assert_named,
     but_none,
+    one_tau,
 )
 
 from muonclip.optax import (
@@ -61,10 +62,10 @@ def table():
     yield from add(
         "muonclip", lambda **o: muonclip(**dict(learning_rate=1e-3, **clip) | o), **OPTIONS,
         learning_rate=no_schedule(but_none(NO_RATE)), weight_decay=no_schedule(NO_RATE),
-        tau=no_schedule(NOT_POSITIVE), alpha=NO_SHARE, adamw=st.sampled_from([3, "x", [1], ()]),
+        tau=one_tau(NOT_POSITIVE), alpha=NO_SHARE, adamw=st.sampled_from([3, "x", [1], ()]),
         weight_decay_mask=st.sampled_from(["x", 3, 0.5, {"a": 1}, jnp.ones(3)]),
     )  # fmt: skip
-    yield from add("qk_clip", lambda **o: qk_clip(MHA, **o), tau=no_schedule(NOT_POSITIVE), alpha=NO_SHARE)
+    yield from add("qk_clip", lambda **o: qk_clip(MHA, **o), tau=one_tau(NOT_POSITIVE), alpha=NO_SHARE)
     part = (HeadRows("q", 2),)
     parts = dict(query=part, key=(HeadRows("k", 2),))
     yield from add(

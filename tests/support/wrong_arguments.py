@@ -31,6 +31,11 @@ NO_FLAG = st.one_of(NONE_OF_ANY_KIND, st.floats(), st.integers(min_value=2))
 NO_NAME = st.one_of(NONE_OF_ANY_KIND.filter(lambda x: x is not None), st.floats(), st.integers())
 
 
+def one_tau(strategy):
+    """Leave out functions of the step and dicts by names, which a τ may be."""
+    return strategy.filter(lambda x: not callable(x) and not isinstance(x, dict))
+
+
 def but_none(strategy):
     """Leave out None, where it has a meaning."""
     return strategy.filter(lambda x: x is not None)

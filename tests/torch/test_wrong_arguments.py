@@ -21,6 +21,7 @@ from wrong_arguments import (
     NOT_POSITIVE,
     assert_all_named,
     but_none,
+    one_tau,
 )
 
 from muonclip.core import (
@@ -91,7 +92,7 @@ def table():
     yield from add("Muon's group", lambda **o: Muon(group(**o)), **MUON_OPTIONS, use=NONE_OF_ANY_KIND)
     yield from add("Muon's group", lambda **o: Muon(group(**o)), layout=NO_NAME.filter(bool_or_true))
     yield from add(
-        "MuonClip", lambda **o: MuonClip(MODEL, **o), **MUON_OPTIONS, tau=NOT_POSITIVE, per_head=NO_FLAG,
+        "MuonClip", lambda **o: MuonClip(MODEL, **o), **MUON_OPTIONS, tau=one_tau(NOT_POSITIVE), per_head=NO_FLAG,
         qk_clip=but_none(NO_NUMBER), capturable=NO_FLAG, workspace_bytes=but_none(NO_COUNT),
         adamw=NO_NAME.filter(lambda x: not isinstance(x, dict)),
     )  # fmt: skip
@@ -105,7 +106,7 @@ def table():
         **ADAMW_OPTIONS, lr=NO_RATE, weight_decay=NO_RATE,
     )  # fmt: skip
     yield from add(
-        "QKClip", lambda **o: QKClip(MODEL, **o), tau=NOT_POSITIVE, alpha=NO_SHARE, observe=NO_NUMBER,
+        "QKClip", lambda **o: QKClip(MODEL, **o), tau=one_tau(NOT_POSITIVE), alpha=NO_SHARE, observe=NO_NUMBER,
         clip_frozen=NO_FLAG, clip_gains=NO_FLAG,
         ignore=NONE_OF_ANY_KIND.filter(lambda x: not isinstance(x, list | set) or len(x) > 0),
         declare=NO_NAME.filter(lambda x: not isinstance(x, dict) or len(x) > 0),
@@ -147,7 +148,7 @@ def table():
         logits=NO_FLAG, matrices=NO_FLAG, clip=but_none(NO_NUMBER),
     )  # fmt: skip
     yield from add("attach", CLIP.attach, optimizer=NO_NUMBER)
-    yield from add("QKClip's tau", lambda tau: setattr(CLIP, "tau", tau), tau=NOT_POSITIVE)
+    yield from add("QKClip's tau", lambda tau: setattr(CLIP, "tau", tau), tau=one_tau(NOT_POSITIVE))
     forward = dict(q=Q, k=Q, scale=1.0, mask=AttentionMask(5, 5))
     wrong_forward = dict(q=NO_NUMBER, k=NO_NUMBER, mask=NO_NUMBER, scale=NO_NUMBER)
     yield from add("measure_max_logits", lambda **o: measure_max_logits(**forward | o), **wrong_forward)
