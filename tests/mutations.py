@@ -2753,6 +2753,13 @@ MUTATIONS = (
         tests_of("torch/test_variants.py", "test_a_trajectory_is_numpy_s_on_every_logical_matrix[muown]"),
     ),
     Mutation(
+        "muown-forgets-the-sign",
+        "A magnitude that has become negative goes on as a positive one.",
+        '"direction_norms": where(magnitude < 0, -norms, norms)',
+        '"direction_norms": norms',
+        tests_of("torch/test_variants.py", "test_magnitudes_of_muown_may_pass_through_zero"),
+    ),
+    Mutation(
         "muown-has-one-magnitude",
         "The magnitudes are those of matrices and not of rows.",
         "of_magnitude = operations.sum_columns(gradient * unit)",

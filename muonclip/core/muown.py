@@ -6,7 +6,7 @@
     W = g · V / ‖V‖
 
 It begins with V = W. g is read from the weight, up to its sign, so that rows which something else has scaled, as
-QK-Clip does with heads above τ, go on with their new size. A row of zeros stays zero.
+QK-Clip does with heads above τ, go on with their new size. A row that begins at zero stays zero.
 """
 
 from __future__ import annotations

@@ -238,3 +238,31 @@ def test_the_plan_names_the_variant_and_the_bytes_of_its_state():
     assert "update = normuon" in str(variant.plan)
     assert "cautious_decay = False" in str(variant.plan)
     assert "state momentum_buffer" not in str(plain.plan)
+
+
+def test_magnitudes_of_muown_may_pass_through_zero():
+    start = normal(0, (6, 8))
+    start[2] *= 0.01
+    ours, parameter = start.copy(), nn.Parameter(torch.tensor(start))
+    optimizer = Muon([parameter], lr=0.4, update="muown", weight_decay=0.1)
+    matrix = Matrix(ours, lr=0.4, update="muown", weight_decay=0.1)
+    for step in range(20):
+        gradient = normal(100 + step, (6, 8))
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        matrix.step(gradient)
+        np.testing.assert_allclose(parameter.detach(), ours, rtol=1e-6, atol=1e-8)
+    assert (matrix.magnitude < 0).any()
+
+
+def test_rows_that_begin_at_zero_stay_with_muown():
+    start = torch.tensor(normal(0, (6, 8)))
+    start[1] = 0
+    parameter = nn.Parameter(start.clone())
+    optimizer = Muon([parameter], lr=0.1, update="muown")
+    for step in range(3):
+        parameter.grad = torch.tensor(normal(1 + step, (6, 8)))
+        optimizer.step()
+        assert not parameter[1].any()
+        assert parameter.isfinite().all()
+    assert (parameter != start).any(1).tolist() == [True, False, True, True, True, True]
