@@ -3028,6 +3028,50 @@ MUTATIONS = (
     ),
     # Optax: the clip
     Mutation(
+        "sown-extras-ignored",
+        "What else a model sows is left out in silence.",
+        "if extra or any(len(leaves) != 1 for leaves in found.values()):",
+        "if any(len(leaves) < 1 for leaves in found.values()):",
+        tests_of("optax/test_known_attention.py", "test_maxima_are_taken_by_name_as_layers_sow_them"),
+    ),
+    Mutation(
+        "fused-keys-behind-too-few-queries",
+        "The keys of a fused array start a head too early.",
+        'starts = {"q": 0, "k": num_heads * head_dim}',
+        'starts = {"q": 0, "k": groups * head_dim}',
+        tests_of("optax/test_declarations.py", "test_one_call_declares_a_fused_array"),
+    ),
+    Mutation(
+        "suggestion-cannot-be-followed",
+        "Projections of different widths are suggested as multi-head attention.",
+        '    if one == other:\n        return f"QKProjection.mha',
+        '    if one:\n        return f"QKProjection.mha',
+        tests_of(
+            "optax/test_known_attention.py", "test_the_suggested_declaration_works_when_its_numbers_are_filled_in"
+        ),
+    ),
+    Mutation(
+        "check-takes-any-maxima",
+        "Maxima that follow their queries pass, whatever their scale and mask.",
+        "<= rounding * np.abs([maxima, each]).max()",
+        "<= np.inf * np.abs([maxima, each]).max()",
+        tests_of("optax/test_check_maxima.py", "test_wrong_maxima_are_named_with_their_likely_cause"),
+    ),
+    Mutation(
+        "check-blames-what-it-does-not-see",
+        "Maxima count as too large where the larger logits are in a branch.",
+        "if not is_whole and (maxima >= largest).all():",
+        "if (maxima > np.inf).all():",
+        tests_of("optax/test_check_maxima.py", "test_a_softmax_half_of_which_is_out_of_sight_raises_no_false_alarm"),
+    ),
+    Mutation(
+        "check-without-the-shapes",
+        "What init refuses passes check.",
+        "    scaled_rows(projections, arrays)\n    shapes = shapes_of(arrays)",
+        "    shapes = shapes_of(arrays)",
+        tests_of("optax/test_check_maxima.py", "test_what_init_refuses_is_refused_before_anything_runs"),
+    ),
+    Mutation(
         "optax-missing-maxima-ignored",  # 11
         "An update without maxima clips nothing.",
         'raise TypeError(\n                "qk_clip needs the maximum logits',
@@ -3117,15 +3161,15 @@ MUTATIONS = (
     Mutation(
         "optax-sown-maxima-by-order",
         "Maxima that layers have sown go to the attentions in their order, not by their names.",
-        "return [of_attention[name] for name in names]",
+        "return [named[leaves[0]] for leaves in found.values()]",
         "return given",
         tests_of("optax/test_known_attention.py", "test_maxima_are_taken_by_name_as_layers_sow_them"),
     ),
     Mutation(
         "optax-check-without-scale",
         "The proof does not scale queries alone, and takes wrongly grouped heads.",
-        "        if _same([wanted], [after], tolerance):",
-        "        if True:",
+        "if _same([before * powers], [after], tolerance):",
+        "if True:",
         tests_of("optax/test_check.py", "test_a_wrong_one_is_named"),
     ),
     Mutation(

@@ -14,7 +14,7 @@ SAYS = {
     "hf_trainer": r"qk_clip/bound.*QK-Clip: 0 of 12 heads clipped at tau = 100",
     "trl_trainers": r"SFT: .*clipped heads [1-9].*same weights to the bit: True.*DPO: .*GRPO: .*clipped heads",
     "peft_lora": r"above tau, cannot be clipped: frozen.*the base is the same to the bit: True",
-    "flax_nnx_gpt": r"blocks/2/attention: γ of the last step",
+    "flax_nnx_gpt": r"proven: blocks/0/attention .*blocks/2/attention: maxima .*γ.*at the same weights: True",
     "flax_linen": r"step 60: loss [01]\.\d+, γ .*attention_1.*0\.9",
     "equinox_attention": r"step 60: loss [0-2]\.\d+, γ .*attention.*0\.9",
     "digits_vit": r"9\d\.\d% of the test images are read rightly",

@@ -23,6 +23,11 @@ while that of another parameter is."""
 GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up", "w13"})
 """Modules whose weight holds two matrices, gate and up, one after the other."""
 
+FUSED_QKV_NAMES = frozenset({
+    "qkv", "qkv_proj", "to_qkv", "query_key_value", "c_attn", "Wqkv", "in_proj_weight",
+})  # fmt: skip
+"""Modules whose weight holds the queries, keys and values of an attention."""
+
 ARRAY_NAMES = frozenset({"kernel", "weight", "w"})
 """What modules call their matrix: such a last part of a name belongs to the array, not to the module."""
 

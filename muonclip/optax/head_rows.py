@@ -289,10 +289,10 @@ def _adapted_module(name: str) -> str | None:
     return module.rpartition("/")[0] if module.endswith("/lora") else module
 
 
-def overlapping(parts: Sequence[RowsOfArray]) -> bool:
-    """Tell whether two parts of one array share a row."""
+def overlapping(parts: Sequence[RowsOfArray]) -> int:
+    """Return how many rows of one array several parts have, counted once more for each."""
     rows = np.concatenate([part.index.ravel() for part in parts])
-    return len(np.unique(rows)) < len(rows)
+    return len(rows) - len(np.unique(rows))
 
 
 def shapes_of(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

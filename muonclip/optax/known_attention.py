@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from muonclip.core.arguments import check_kind, is_array, kind
+from muonclip.core.parameter_roles import FUSED_QKV_NAMES
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import below, name_of, named_arrays
 from muonclip.optax.qk_clip import QKProjection
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _PAIRS = (
     ("query", "key"), ("query_proj", "key_proj"), ("q_proj", "k_proj"), ("q", "k"), ("wq", "wk"), ("to_q", "to_k"),
 )  # fmt: skip
-_FUSED = frozenset({"qkv", "qkv_proj", "c_attn", "query_key_value", "to_qkv", "kv_up_proj", "kv_b_proj"})
+_LATENT_NAMES = frozenset({"kv_up_proj", "kv_b_proj"})
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
@@ -104,13 +105,12 @@ def qk_projections_of(
             found[name] = _declared(name, module, shapes)
     unknown = _unknown(modules, shapes, [*found, *declared])
     if unknown:
-        example, (query, key) = next(iter(unknown.items()))
         raise ValueError(
             "the rows of queries and keys are known of Flax's and Equinox's own attentions, and not of\n  "
             + "\n  ".join(f"{name!r} ({modules[name].kind})" if name in modules else repr(name) for name in unknown)
-            + "\nDeclare them, and prove it by muonclip.optax.check: qk_projections_of(model, …, declare={"
-            f"{example!r}: QKProjection.mha(q={_join(example, query)!r}, k={_join(example, key)!r}, num_heads=…)}}); "
-            "None instead for a module that is not an attention."
+            + "\nDeclare them, and prove it by muonclip.optax.check: qk_projections_of(model, …, declare={\n  "
+            + "\n  ".join(f"{name!r}: {how}," for name, how in unknown.items())
+            + "\n}). None instead for a module that is not an attention."
         )
     found |= {name: projection for name, projection in declared.items() if projection is not None}
     if not found:
@@ -192,26 +192,38 @@ def _declared(name: str, module: _Module, shapes: Mapping[str, tuple[int, ...]])
     )
 
 
-def _unknown(
-    modules: Mapping[str, _Module], shapes: Mapping[str, tuple[int, ...]], known: list[str]
-) -> dict[str, tuple[str, str]]:
-    """Return what seems to be an attention, by its class or the names of its arrays, and its likely projections."""
+def _unknown(modules: Mapping[str, _Module], shapes: Mapping[str, tuple[int, ...]], known: list[str]) -> dict[str, str]:
+    """Return what seems to be an attention, by its class or the names of its arrays, and how to declare it."""
     children: dict[str, set[str]] = {}
     for array in shapes:
         parts = array.split("/")
         for depth in range(len(parts)):
             children.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
-    seeming: dict[str, tuple[str, str]] = {}
+    seeming: dict[str, str] = {}
     for name, own in children.items():
-        fused = sorted(own & _FUSED)
-        pairs = [pair for pair in _PAIRS if own.issuperset(pair)] + [(each, each) for each in fused]
-        if pairs:
-            seeming[name] = pairs[0]
+        fused, latent = sorted(own & FUSED_QKV_NAMES), sorted(own & _LATENT_NAMES)
+        pair = next((pair for pair in _PAIRS if own.issuperset(pair)), None)
+        if pair:
+            seeming[name] = _pair_to_declare(_join(name, pair[0]), _join(name, pair[1]), shapes)
+        elif fused:
+            heads = "num_heads=…, num_kv_heads=…, head_dim=…"
+            seeming[name] = f"QKProjection.fused({_join(name, fused[0])!r}, {heads})"
+        elif latent:
+            widths = "qk_nope_head_dim=…, qk_rope_head_dim=…, v_head_dim=…"
+            seeming[name] = f"QKProjection.mla(q='…', kv={_join(name, latent[0])!r}, num_heads=…, {widths})"
     for name in sorted(modules, key=len, reverse=True):
         around = any(below(name, other) for other in (*known, *seeming))
         if _ATTENTION.search(modules[name].kind) and name in children and not around:
-            seeming[name] = ("…", "…")
-    return {name: pair for name, pair in seeming.items() if not any(below(other, name) for other in known)}
+            seeming[name] = "QKProjection.gqa(q='…', k='…', num_heads=…, num_kv_heads=…)"
+    return {name: how for name, how in seeming.items() if not any(below(other, name) for other in known)}
+
+
+def _pair_to_declare(query: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Write the declaration of two projections: of as many heads each, where their arrays are of one shape."""
+    one, other = (sorted(shape for name, shape in shapes.items() if below(path, name)) for path in (query, key))
+    if one == other:
+        return f"QKProjection.mha(q={query!r}, k={key!r}, num_heads=…)"
+    return f"QKProjection.gqa(q={query!r}, k={key!r}, num_heads=…, num_kv_heads=…)"
 
 
 def _read(model: Any, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]) -> tuple[dict[str, _Module], Any]:

@@ -26,6 +26,7 @@ from muonclip.core.cost_model import Form
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
     ARRAY_NAMES,
+    FUSED_QKV_NAMES,
     GATE_UP_NAMES,
     ONE_ROW,
     Role,
@@ -176,7 +177,8 @@ def _lines(
         else:
             line = _as_matrices(name, shape, layer_axes.get(name))
         if line is None:
-            unknown.append(f"{name} {shape}")
+            part = ": only a part of its rows is declared. Declare its keys too, by shared_key= or QKProjection.fused"
+            unknown.append(f"{name} {shape}" + (part if name in attention else ""))
         else:
             lines.append(line)
     if unknown:
@@ -259,6 +261,8 @@ def _as_matrices(name: str, shape: tuple[int, ...], layer_axis: int | None) -> P
         batch, axes, what = [*batch, axes[0]], axes[1:], "experts"
     if len(axes) == 2:
         out, into = axes if out_first else axes[::-1]
+        if module_of(name) in FUSED_QKV_NAMES:
+            what = "fused q, k, v taken as one matrix: declare the attention, which splits it"
         if module_of(name) not in GATE_UP_NAMES or shape[out] % 2:
             layout = MuonDimensionNumbers(into, out) if batch else MatrixLayout(transposed=not out_first)
         elif batch == list(range(len(batch))):

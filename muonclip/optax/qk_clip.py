@@ -77,7 +77,9 @@ class QKProjection:
         for rows in self.parts():
             if rows.num_heads != self.num_heads:
                 raise ValueError(
-                    f"{rows.path!r} has rows for {rows.num_heads} heads, the attention has {self.num_heads}."
+                    f"{rows.path!r} has rows for {rows.num_heads} heads, the attention has {self.num_heads}. Keys that "
+                    "queries share are `shared_key`, and those queries `query_facing_shared`; of one fused array "
+                    "QKProjection.fused(path, num_heads=…, num_kv_heads=…, head_dim=…) declares both."
                 )
         if len({rows.layer_axis is None for rows in (*self.parts(), *self.shared_key)}) > 1:
             raise ValueError(
@@ -147,6 +149,51 @@ class QKProjection:
         """
         _, parts = grouped_parts(num_heads, num_kv_heads)
         return cls._from_parts(num_heads, parts, {"q": q, "k": k}, in_axis, layer_axis, heads_last)
+
+    @classmethod
+    def fused(
+        cls,
+        path: str,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        v_head_dim: int | None = None,
+        in_axis: int | None = None,
+        layer_axis: int | None = None,
+    ) -> QKProjection:
+        """Declare the attention of one array whose outputs are [q | k | v], all queries first, all values last.
+
+        An array with its heads in another order is declared part by part (`HeadRows`).
+
+        Args:
+            path: The array, or its module: names of the tree joined by "/".
+            num_heads: Number of query heads.
+            head_dim: Outputs of a head.
+            num_kv_heads: Number of key heads, a divisor of `num_heads`; None: as many (multi-head attention).
+            v_head_dim: Outputs of a head's values; None: `head_dim`.
+            in_axis: The axis of the input, see `HeadRows`.
+            layer_axis: The axis of scanned layers, see `HeadRows`.
+
+        Raises:
+            ValueError: For numbers of heads that do not divide.
+        """
+        check_whole("head_dim", head_dim)
+        groups = num_heads if num_kv_heads is None else num_kv_heads
+        _, parts = grouped_parts(num_heads, groups)
+        v_head_dim = head_dim if v_head_dim is None else check_whole("v_head_dim", v_head_dim)
+        outputs = (num_heads + groups) * head_dim + groups * v_head_dim
+        starts = {"q": 0, "k": num_heads * head_dim}
+        rows: dict[str, Any] = {
+            part.part: (
+                HeadRows(
+                    path, part.num_heads, head_dim, starts[part.projection], head_dim, in_axis, layer_axis, outputs
+                ),
+            )
+            for part in parts
+            if part.part != "value"
+        }
+        return cls(num_heads, **rows)
 
     @classmethod
     def mla(
@@ -283,7 +330,7 @@ def qk_clip(
         leaves = named_leaves(params)
         shapes = shapes_of(leaves)
         if leaves:  # none where Optax asks for the structure of the state alone
-            _scalings(projections, leaves)
+            scaled_rows(projections, leaves)
         gamma = [jnp.ones(maxima_shape(projection, shapes), jnp.float32) for _, projection in projections]
         zero = jnp.zeros((), jnp.int32)
         return QKClipState(zero, jax.tree.unflatten(treedef, gamma), zero, zero, zero)
@@ -309,7 +356,7 @@ def qk_clip(
         leaves = named_leaves(params)
         check_max_logits(max_logits)
         maxima = maxima_of(projections, treedef, max_logits, shapes_of(leaves))
-        scalings = _scalings(projections, leaves)
+        scalings = scaled_rows(projections, leaves)
         by_rule = {id(rule): _thresholds(rule, alpha, state.step) for rule in rules}
         now = [by_rule[id(rule)] for rule in rules]
         floors = [jnp.zeros((), jnp.float32)] * len(projections)
@@ -434,7 +481,7 @@ def maxima_shape(projection: QKProjection, shapes: Mapping[str, tuple[int, ...]]
     return (projection.num_heads,) if count is None else (count, projection.num_heads)
 
 
-def _scalings(
+def scaled_rows(
     projections: list[tuple[str, QKProjection]], leaves: Mapping[str, Any]
 ) -> list[tuple[int, Factor, RowsOfArray]]:
     """Return (number of the attention, which of its factors, rows) for everything that may be scaled."""
@@ -480,21 +527,23 @@ def _check_sizes(name: str, projection: QKProjection, shapes: Mapping[str, tuple
     ):
         if not query or not key:
             continue
-        sizes = [sum(rows.head_size(shapes) for rows in side) for side in (query, key)]
-        if sizes[0] != sizes[1] and len(query) == len(key):
-            raise ValueError(
-                f"{name or 'the attention'}: a head has a query of {sizes[0]} rows in {query[0].path!r} and a key of "
-                f"{sizes[1]} in {key[0].path!r}. Check the numbers of heads ({query[0].num_heads} and "
-                f"{key[0].num_heads}), in_axis and layer_axis."
-            )
         if {rows.path for rows in query} & {rows.path for rows in key}:
             arrays = [array for rows in (*query, *key) for array in rows.arrays(shapes)]
             for shared in {array.name for array in arrays}:
-                if overlapping([array for array in arrays if array.name == shared]):
+                common = overlapping([array for array in arrays if array.name == shared])
+                if common:
                     raise ValueError(
-                        f"{name or 'the attention'}: its queries and keys are the same rows of {shared!r}; "
-                        "declare the rows of each: HeadRows(path, num_heads, size, start, stride)."
+                        f"{name or 'the attention'}: its queries and keys share {common} outputs of {shared!r}. If it "
+                        "is [q | k | v], declare QKProjection.fused(path, num_heads=…, num_kv_heads=…, head_dim=…); "
+                        "else the outputs of each part: HeadRows(path, num_heads, size, start, stride)."
                     )
+        sizes = [sum(rows.head_size(shapes) for rows in side) for side in (query, key)]
+        if sizes[0] != sizes[1] and len(query) == len(key):
+            raise ValueError(
+                f"{name or 'the attention'}: a head has a query of {sizes[0]} outputs (head_dim) in {query[0].path!r} "
+                f"and a key of {sizes[1]} in {key[0].path!r}. Check the numbers of heads ({query[0].num_heads} and "
+                f"{key[0].num_heads}), in_axis and layer_axis."
+            )
 
 
 def _meets(name: str, path: str) -> bool:
@@ -525,26 +574,54 @@ def by_attention(names: Sequence[str], treedef: Any, max_logits: Any) -> list[An
     """Return the maxima in the order of the attentions with these names.
 
     They come in a tree of the same structure, or in one that has one array at or below each name, as layers of Flax
-    sow them. Raises ValueError for any other.
+    sow them. Raises ValueError that names what is there too much, twice, or missing.
     """
     given, given_treedef = jax.tree.flatten(max_logits)
     if given_treedef == treedef:
         return given
     named = named_leaves(max_logits)
-    owners = {leaf: max((name for name in names if below(name, leaf)), key=len, default=None) for leaf in named}
-    if sorted(map(str, owners.values())) != sorted(names):
+    found: dict[str, list[str]] = {name: [] for name in names}
+    extra: list[str] = []
+    for leaf in named:
+        found.get(max((name for name in names if below(name, leaf)), key=len, default=""), extra).append(leaf)
+    if extra or any(len(leaves) != 1 for leaves in found.values()):
+        missing = [name for name, leaves in found.items() if not leaves]
+        several = [leaf for leaves in found.values() if len(leaves) > 1 for leaf in leaves]
+        lists = {"extra": extra, "several of one attention": several, "missing": missing}
+        said = "; ".join(f"{what}: {_listed(paths)}" for what, paths in lists.items() if paths)
         raise ValueError(
-            f"max_logits and qk_projections have different structures:\n  max_logits     {given_treedef}\n"
-            f"  qk_projections {treedef}"
+            f"max_logits needs one array at or below the name of each attention. {said[0].upper()}{said[1:]}. "
+            + ("" if not (extra or several) else _SOW_THEM_APART)
+            + ("" if not missing else "Name the declarations as the modules that sow are named.")
+            + ("" if named else " Nothing was sown: in Flax's attentions that takes sow_weights=True.")
         )
-    of_attention = {name: named[leaf] for leaf, name in owners.items()}
-    return [of_attention[name] for name in names]
+    return [named[leaves[0]] for leaves in found.values()]
+
+
+_SOW_THEM_APART = (
+    "Hand on the maxima alone: in Flax nnx sow them as `class MaxLogits(nnx.Variable)` and take "
+    "nnx.capture(model, MaxLogits), in linen sow them in a collection of their own; for several calls of one attention "
+    "sow with reduce_fn=jnp.maximum. "
+)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(repr(path) if path else "an array alone" for path in paths[:6])
+    return shown if len(paths) <= 6 else f"{shown}, … ({len(paths)} in all)"
 
 
 def check_shape(name: str, maximum: Any, wanted: tuple[int, ...]) -> None:
     """Raise ValueError for maxima of another shape than [heads] or [layers, heads]."""
-    if jnp.shape(maximum) != wanted:
-        raise ValueError(f"max_logits of {name or 'the attention'} has shape {jnp.shape(maximum)}, not {wanted}.")
+    shape = jnp.shape(maximum)
+    if shape != wanted:
+        weights = (
+            " These seem to be attention weights, which Flax sows with sow_weights=True: give the module an "
+            "attention_fn that sows the maxima instead."
+        )
+        raise ValueError(
+            f"max_logits of {name or 'the attention'} has shape {shape}, not {wanted}."
+            + (weights if len(shape) >= len(wanted) + 3 and wanted[-1] == shape[-3] else "")
+        )
 
 
 def check_max_logits(max_logits: Any) -> None:

@@ -197,7 +197,7 @@ def test_errors_name_what_is_missing():
     tx = accumulate(tiny.optimizer(), EVERY)
     with pytest.raises(TypeError, match=r"max_logits=… in every micro-step"):
         tx.update(grads, tx.init(params), params)
-    with pytest.raises(ValueError, match="different structures"):
+    with pytest.raises(ValueError, match=r"Extra: an array alone; missing: 'first', 'second'"):
         tx.update(grads, tx.init(params), params, max_logits=maxima["first"])
     with pytest.raises(ValueError, match="every=0 must be a whole number of at least 1"):
         accumulate(tiny.optimizer(), 0)

@@ -21,9 +21,13 @@ def of(q, k, leaf=""):
     ("params", "projection", "message"),
     [
         (of((D, H, W), (D, G, W)), mha(q="q", k="k", num_heads=H), "4 heads"),
-        (of((D, H * W), (D, G * W), "kernel"), mha(q="q", k="k", num_heads=H), "query of 6 rows in 'q' and a key of 3"),
+        (
+            of((D, H * W), (D, G * W), "kernel"),
+            mha(q="q", k="k", num_heads=H),
+            "query of 6 outputs .* in 'q' and a key of 3",
+        ),
         (of((D, H, W), (D, H, W)), gqa(q="q", k="k", num_heads=H, num_kv_heads=G), "2 heads in no leading axes"),
-        (of((D, H * W), (D, H * W), "w"), gqa(q="q", k="k", num_heads=H, num_kv_heads=G), "6 rows .* 12 in 'k'"),
+        (of((D, H * W), (D, H * W), "w"), gqa(q="q", k="k", num_heads=H, num_kv_heads=G), "6 outputs .* 12 in 'k'"),
         (of((D, H, W), (D, G, W)), gqa(q="q", k="keys", num_heads=H, num_kv_heads=G), "no parameter at 'keys'"),
         (of((H * W, 8), (H * W, 8)), mha(q="q", k="k", num_heads=H), r"whichever of the axes \[0, 1\]"),
         (of((H * W, D), (H * W, D), "weight"), mha(q="q", k="k", num_heads=H, in_axis=0), "a `weight` is"),
@@ -35,8 +39,16 @@ def of(q, k, leaf=""):
         (of((3, D, H, W), (3, D, H, W)), mha(q="q", k="k", num_heads=H), "layer_axis"),
         (of((3, D, H * W), (3, D, H * W), "kernel"), mha(q="q", k="k", num_heads=H), "layer_axis"),
         (of((D, H, W), (D, H, W)), mha(q="q", k="k", num_heads=H, in_axis=0, heads_last=True), "no last axes"),
-        ({"qkv": np.ones((D, 3 * H * W))}, mha(q="qkv", k="qkv", num_heads=H), "same rows of 'qkv'"),
-        ({"qkv": np.ones((D, (H + 2 * G) * W))}, gqa(q="qkv", k="qkv", num_heads=H, num_kv_heads=G), "rows"),
+        (
+            {"qkv": np.ones((D, 3 * H * W))},
+            mha(q="qkv", k="qkv", num_heads=H),
+            "share 72 outputs of 'qkv'.*QKProjection.fused",
+        ),
+        (
+            {"qkv": np.ones((D, (H + 2 * G) * W))},
+            gqa(q="qkv", k="qkv", num_heads=H, num_kv_heads=G),
+            "rows",
+        ),
         (
             of((D, H * 9), (D, H * 11)),
             QKProjection.mla(q="q", kv="k", num_heads=H, qk_nope_head_dim=6, qk_rope_head_dim=3, v_head_dim=4),
@@ -187,3 +199,60 @@ def test_the_clip_s_state_is_found_by_its_type_whatever_parameters_are_called():
     with pytest.raises(KeyError):
         optax.tree.get(state, "gamma")
     assert optax.tree.get(state, "QKClipState").gamma["attn"].shape == (H,)
+
+
+FUSED = {
+    H: QKProjection(H, query=(HeadRows("a/qkv", H, W, 0, W),), key=(HeadRows("a/qkv", H, W, H * W, W),)),
+    G: QKProjection(
+        H, query_facing_shared=(HeadRows("a/qkv", H, W, 0, W),), shared_key=(HeadRows("a/qkv", G, W, H * W, W),)
+    ),
+}
+
+
+@pytest.mark.parametrize("groups", FUSED)
+@pytest.mark.parametrize(("array", "layer_axis"), [("kernel", None), ("weight", None), ("kernel", 0)])
+def test_one_call_declares_a_fused_array(groups, array, layer_axis):
+    outputs = (H + 2 * groups) * W
+    shape = (outputs, D) if array == "weight" else (D, outputs)
+    lead = () if layer_axis is None else (3,)
+    arrays = {array: np.random.default_rng(0).normal(size=(*lead, *shape)), "bias": np.ones((*lead, outputs))}
+    params = {"a": {"qkv": arrays}}
+    options = dict(num_heads=H, num_kv_heads=groups, head_dim=W, layer_axis=layer_axis)
+    fused = {"a": QKProjection.fused("a/qkv", **options)}
+    layout = next(line.layout for line in plan(params, qk_projections=fused).parameters if line.name.endswith(array))
+    assert layout.blocks == (H * W, groups * W, groups * W)
+    maxima = np.array([400.0, 50.0, 100.0, 200.0])
+    gamma = np.minimum(1, 100 / maxima)
+    tx = qk_clip(fused)
+    zeros, maxima = jax.tree.map(np.zeros_like, params), np.broadcast_to(maxima, (*lead, H))
+    updates, _ = tx.update(zeros, tx.init(params), params, max_logits={"a": maxima})
+    new = optax.apply_updates(params, updates)["a"]["qkv"]
+    per_row = np.ones(outputs)
+    per_row[: H * W] = np.repeat(gamma if groups == G else np.sqrt(gamma), W)
+    if groups == H:
+        per_row[H * W : 2 * H * W] = np.repeat(np.sqrt(gamma), W)
+    of_rows = per_row[:, None] if array == "weight" else per_row
+    np.testing.assert_allclose(new[array], of_rows * arrays[array], rtol=1e-6)
+    np.testing.assert_allclose(new["bias"], per_row * arrays["bias"], rtol=1e-6)
+    if layer_axis is None:  # the same as part by part
+        by_parts, _ = qk_clip({"a": FUSED[groups]}).update(zeros, tx.init(params), params, max_logits={"a": maxima})
+        jax.tree.map(np.testing.assert_array_equal, by_parts, updates)
+
+
+def test_a_fused_array_of_another_number_of_outputs_is_refused_and_wrong_ways_lead_to_it():
+    params = {"qkv": np.ones((D, (H + 2 * G) * W))}
+    for options in (dict(num_kv_heads=1), {}, dict(num_kv_heads=G, v_head_dim=W + 1)):
+        with pytest.raises(ValueError, match=r"heads that are declared have .* rows in all"):
+            qk_clip({"attn": QKProjection.fused("qkv", num_heads=H, head_dim=W, **options)}).init(params)
+    with pytest.raises(ValueError, match=r"'a/qkv' has rows for 2 heads.*QKProjection.fused\(path"):
+        QKProjection(H, query=FUSED[G].query_facing_shared, key=FUSED[G].shared_key)
+    half = {"a": QKProjection(H, query_facing_shared=FUSED[G].query_facing_shared)}
+    with pytest.raises(ValueError, match=r"a/qkv .*Declare its keys too, by shared_key= or QKProjection.fused"):
+        plan({"a": params}, qk_projections=half)
+    reasons = [line.reason for line in plan({"a": params}).parameters]
+    assert reasons == ["fused q, k, v taken as one matrix: declare the attention, which splits it"]
+    off_by_one = QKProjection(
+        H, query_facing_shared=(HeadRows("qkv", H, W, 1, W),), shared_key=(HeadRows("qkv", G, W, H * W, W),)
+    )
+    with pytest.raises(ValueError, match="share 1 outputs of 'qkv'"):
+        qk_clip({"attn": off_by_one}).init(params)

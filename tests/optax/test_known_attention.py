@@ -237,7 +237,12 @@ def test_attentions_of_own_classes_are_named_with_what_to_write():
         ValueError, match=r"not of\n  'fused' \(Fused\)\n  'rotary' \(Rotary\)\n  'pool' \(Pooled"
     ) as error:
         qk_projections_of(model)
-    assert "declare={'fused': QKProjection.mha(q='fused/qkv', k='fused/qkv', num_heads=…)}" in str(error.value)
+    lines = (
+        "'fused': QKProjection.fused('fused/qkv', num_heads=…, num_kv_heads=…, head_dim=…),",
+        "'rotary': QKProjection.mha(q='rotary/query', k='rotary/key', num_heads=…),",
+        "'pool': QKProjection.gqa(q='…', k='…', num_heads=…, num_kv_heads=…),",
+    )
+    assert "declare={\n  " + "\n  ".join(lines) + "\n})" in str(error.value)
     own = QKProjection.mha(q="rotary/query", k="rotary/key", num_heads=HEADS)
     found = qk_projections_of(model, declare={"fused": None, "pool": None, "rotary": own})
     assert set(found) == {"known", "rotary"}
@@ -280,16 +285,19 @@ NAMED = {block: QKProjection.mha(q=f"{block}/query", k=f"{block}/key", num_heads
     [
         ({"blocks": {2: {"max_logits": 4.0}, 10: {"max_logits": 8.0}}}, True),
         ({"blocks": {10: 8.0}, "blocks/2": 4.0}, True),
-        ({"blocks": {2: 4.0}}, False),
-        ({"blocks": {2: 4.0, 10: {"x": 8.0, "y": 8.0}}}, False),
-        ({"blocks": {2: 4.0, 10: 8.0, 11: 1.0}}, False),
-        ([4.0, 8.0], False),
+        ({"blocks": {2: 4.0}}, r"\. Missing: 'blocks/10'\. Name "),
+        (
+            {"blocks": {2: 4.0, 10: {"x": 8.0, "y": 8.0}}},
+            "Several of one attention: 'blocks/10/x', 'blocks/10/y'. Hand",
+        ),
+        ({"blocks": {2: 4.0, 10: 8.0, 11: 1.0}}, r"Extra: 'blocks/11'\. Hand on .*nnx.capture\(model, MaxLogits\)"),
+        ([4.0, 8.0], "Extra: '0', '1'; missing: 'blocks/10', 'blocks/2'"),
     ],
 )
 def test_maxima_are_taken_by_name_as_layers_sow_them(sown, fits):
     tx, maxima = qk_clip(NAMED, 1.0), jax.tree.map(lambda size: jnp.full(2, size), sown)
-    if not fits:
-        with pytest.raises(ValueError, match="different structures"):
+    if fits is not True:
+        with pytest.raises(ValueError, match=fits):
             tx.update(ARRAYS, tx.init(ARRAYS), ARRAYS, max_logits=maxima)
         return
     _, state = tx.update(ARRAYS, tx.init(ARRAYS), ARRAYS, max_logits=maxima)
@@ -316,3 +324,75 @@ def test_muon_alone_reads_the_kernels_of_flax_s_attentions_without_a_declaration
     tree["out"]["kernel"] = jnp.ones((2, HEADS + 1, 5, 9))  # of another module
     with pytest.raises(ValueError, match="not known"):
         plan({"layers": layers})
+
+
+class GroupedOwn(nnx.Module):
+    """An attention of one's own, fused or with two projections, that sows more than its maxima."""
+
+    def __init__(self, fused, groups, rngs, variable=nnx.Intermediate):
+        self.variable, self.groups = variable, groups
+        if fused:
+            self.qkv = nnx.Linear(WIDTH, (HEADS + 2 * groups) * HEAD, rngs=rngs)
+        else:
+            self.q = nnx.Linear(WIDTH, HEADS * HEAD, rngs=rngs)
+            self.k, self.v = (nnx.Linear(WIDTH, groups * HEAD, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        made = jnp.concatenate([self.q(x), self.k(x), self.v(x)], -1) if hasattr(self, "q") else self.qkv(x)
+        q, k, v = jnp.split(made.reshape(*x.shape[:2], -1, HEAD), [HEADS, HEADS + self.groups], 2)
+        y, maximum = dot_product_attention(q, k, v, is_causal=True)
+        self.sow(self.variable, "max_logits", maximum)
+        self.sow(nnx.Intermediate, "mean", y.mean())
+        return y
+
+
+class MaxLogits(nnx.Variable):
+    pass
+
+
+class Two(nnx.Module):
+    def __init__(self, *args):
+        self.blocks = nnx.List([GroupedOwn(*args) for _ in range(2)])
+
+    def __call__(self, x):
+        return sum(block(x) for block in self.blocks)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("groups", [HEADS, 1])
+def test_the_suggested_declaration_works_when_its_numbers_are_filled_in(fused, groups):
+    model = Two(fused, groups, nnx.Rngs(0), MaxLogits)
+    with pytest.raises(ValueError, match="declare=") as error:
+        qk_projections_of(model)
+    said = str(error.value)
+    written = said[said.index("declare=") + len("declare=") : said.rindex("})") + 1]
+    for name, number in (("num_heads", HEADS), ("num_kv_heads", groups), ("head_dim", HEAD)):
+        written = written.replace(f"{name}=…", f"{name}={number}")
+    projections = qk_projections_of(model, declare=eval(written, {"QKProjection": QKProjection}))
+    assert list(projections) == ["blocks/0", "blocks/1"]
+
+    def apply(model, x):
+        return nnx.capture(model, MaxLogits)(x)
+
+    assert check(apply, model, X, projections) == ("blocks/0", "blocks/1")
+
+
+def test_what_else_a_model_sows_is_named_with_the_way_to_leave_it_out():
+    tx = muonclip(0.1, qk_projections={"": QKProjection.mha(q="q", k="k", num_heads=HEADS)})
+    for variable, fits in ((nnx.Intermediate, False), (MaxLogits, True)):
+        model = GroupedOwn(False, HEADS, nnx.Rngs(0), variable)
+        _, seen = nnx.capture(model, variable)(X)
+        params = nnx.state(model, nnx.Param)
+        if fits:
+            tx.update(params, tx.init(params), params, max_logits=seen)
+            continue
+        with pytest.raises(ValueError, match=r"'max_logits/value/0', 'mean/value/0'.*class MaxLogits\(nnx.Variable\)"):
+            tx.update(params, tx.init(params), params, max_logits=seen)
+
+
+def test_attention_weights_in_place_of_maxima_are_called_that():
+    model = nnx.MultiHeadAttention(HEADS, WIDTH, qkv_features=HEADS * HEAD, decode=False, rngs=nnx.Rngs(0))
+    _, seen = nnx.capture(model, nnx.Intermediate)(X, sow_weights=True)
+    params, tx = nnx.state(model, nnx.Param), muonclip(0.1, qk_projections=qk_projections_of(model))
+    with pytest.raises(ValueError, match=r"seem to be attention weights.*attention_fn"):
+        tx.update(params, tx.init(params), params, max_logits=seen)

@@ -16,6 +16,7 @@ from muonclip.core.folded_rows import folded
 from muonclip.core.head_parts import PerHead
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
+    FUSED_QKV_NAMES,
     GATE_UP_NAMES,
     ONE_ROW,
     Kind,
@@ -37,7 +38,6 @@ from muonclip.torch.mesh import plain_name
 from muonclip.torch.optimizer.layouts import default_layout, projection_layouts
 from muonclip.torch.update import UpdatePlan
 
-_FUSED_QKV_NAMES = {"qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj_weight"}
 SPLIT_REASON = "attention projection, split by its heads' rows"
 _FUSED_REASON = (
     "fused q, k, v taken as one matrix: tau=inf for qk_clip=None splits it; or declare the attention, or give layout="
@@ -198,7 +198,7 @@ def _as_matrices(
         layout = default_layout(shape) if owner is None else MatrixLayout(batch_ndim=parameter.ndim - 2)
         if out_axis(owner) and parameter.ndim == 2:
             layout = MatrixLayout(transposed=True)
-        if leaf in _FUSED_QKV_NAMES:
+        if leaf in FUSED_QKV_NAMES:
             reason = _FUSED_REASON
         elif parameter.ndim > 2:
             reason = "stack of matrices" if layout.batch_ndim else "convolution, window flattened"
