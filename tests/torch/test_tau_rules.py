@@ -1,10 +1,13 @@
 """τ for each attention, and over time: two attentions in one model, steps, checkpoints."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 from tiny_attention import TinyModel, UndeclaredAttention, dense_max_logits
 from torch import nn
 
@@ -225,3 +228,10 @@ def test_a_copy_of_the_optimizer_has_the_step_and_the_function():
         each.loss(TOKENS).backward()
         its.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_ranks_that_shard_a_model_clip_as_one(tmp_path):
+    run_ranks(2, Path(__file__).parents[1] / "support" / "tau_worker.py", tmp_path)
+    found = json.loads((tmp_path / "rank0.json").read_text(encoding="utf-8"))
+    assert found["apart"] < 1e-6
+    assert all(ours == theirs > 0 for ours, theirs in found["clipped"])
