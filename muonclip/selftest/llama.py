@@ -15,13 +15,13 @@ def llama(implementation: str, heads: int, width: int, hidden: int, length: int)
     class Llama(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            config = LlamaConfig(
+            sizes: dict[str, Any] = dict(
                 hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1, num_attention_heads=heads,
                 num_key_value_heads=heads, head_dim=width, vocab_size=64, max_position_embeddings=length,
                 initializer_range=0.15, use_cache=False, attn_implementation=implementation,
             )  # fmt: skip
-            self.model = LlamaModel(config)
-            self.attention = self.model.layers[0].self_attn
+            self.model: Any = LlamaModel(LlamaConfig(**sizes))
+            self.attention: Any = self.model.layers[0].self_attn
 
         @property
         def q(self) -> Any:
