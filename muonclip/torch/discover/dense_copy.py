@@ -20,28 +20,33 @@ if TYPE_CHECKING:
 
 
 class DenseCopies:
-    """Makes dense tensors in place of DTensors, for one traced forward."""
+    """Makes dense tensors in place of DTensors, for one traced forward. `dtypes`: of some of them, by id, instead of
+    their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtypes: Mapping[int, torch.dtype] | None = None) -> None:
+        self._dtypes = dtypes or {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def dense(self, tensor: DTensor) -> Tensor:
         """Return this rank's part, if that is the whole; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
         with torch.no_grad():
             if is_whole(tensor):
-                return tensor.to_local()
+                return tensor.to_local().to(self._dtype_of(tensor))
             shape = tuple(tensor.shape)
             if tensor.is_meta or not tensor.is_floating_point():
-                return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+                return torch.zeros(shape, dtype=self._dtype_of(tensor), device=tensor.device)
             if len(shape) < 2:
                 return self.random(shape, tensor, torch.rand) + 0.5
             return self.random(shape, tensor) / math.sqrt(max(1, math.prod(shape[1:])))
 
     def random(self, shape: tuple[int, ...], like: Tensor, draw: Any = torch.randn) -> Tensor:
-        """Draw numbers of the dtype and on the device of a tensor."""
+        """Draw numbers of the dtype that a tensor's copy has, on its device."""
         if like.device not in self._generators:
             self._generators[like.device] = torch.Generator(like.device).manual_seed(0)
-        return draw(shape, generator=self._generators[like.device], dtype=like.dtype, device=like.device)
+        return draw(shape, generator=self._generators[like.device], dtype=self._dtype_of(like), device=like.device)
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        return self._dtypes.get(id(tensor), tensor.dtype)
 
 
 def is_whole(tensor: Tensor) -> bool:

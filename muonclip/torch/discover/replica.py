@@ -25,6 +25,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
+from muonclip.torch.discover.compute_dtypes import cast_as_sharded, compute_dtypes
 from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_engine
 from muonclip.torch.discover.random_state import GeneratorsKept, random_state_kept
 from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
@@ -83,7 +84,7 @@ def replica_of(
         stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
-        copies = DenseCopies()
+        copies = DenseCopies(compute_dtypes(model))
         stand_ins = {id(each): stand_in_of(copies, each) for each in model.parameters() if _needs_stand_in(each)}
         parameters = {id(each): _parameter_of_replica(each, copies, stand_ins, values) for each in model.parameters()}
         memo: dict[int, Any] = dict(parameters)
@@ -94,6 +95,7 @@ def replica_of(
         own_args, own_kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
         replica.train(training)
         hold_in_their_parts(model, replica, stand_ins)
+        cast_as_sharded(model, replica)
         paths: dict[int, tuple[str, str]] = {}
         for name, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

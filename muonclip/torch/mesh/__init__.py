@@ -26,7 +26,14 @@ from muonclip.torch.mesh.late_types import (
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
-from muonclip.torch.mesh.wrappers import plain_class, plain_name, replicas_of, running_ddp, unwrap
+from muonclip.torch.mesh.wrappers import (
+    mixed_precision_of,
+    plain_class,
+    plain_name,
+    replicas_of,
+    running_ddp,
+    unwrap,
+)
 
 __all__ = [
     "ONE_RANK",
@@ -51,6 +58,7 @@ __all__ = [
     "local_gradient",
     "local_indices",
     "local_part",
+    "mixed_precision_of",
     "plain_class",
     "plain_name",
     "replicas_of",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from muonclip.torch.mesh.late_types import imported, is_compiled_module
+from muonclip.torch.mesh.late_types import imported, is_compiled_module, is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
@@ -43,3 +48,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module; FSDP2 puts its own in front of it."""
     sharded = imported("torch.distributed.fsdp", "FSDPModule")
     return next(each for each in type(module).__mro__ if sharded is None or not issubclass(each, sharded))
+
+
+def mixed_precision_of(module: nn.Module) -> MixedPrecisionPolicy | None:
+    """Return the policy by which a module was sharded by `fully_shard`; None for any other module."""
+    return module._get_fsdp_state()._mp_policy if is_fsdp_module(module) else None
