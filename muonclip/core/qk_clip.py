@@ -32,6 +32,10 @@ class ClipFactors(NamedTuple):
     """γ^(1−α), for the head's own key part."""
 
 
+DEFAULT_TAU = 100.0
+"""The largest logit that a head may keep where nobody says another (Kimi K2)."""
+
+
 def clip_factors(max_logits: Array, tau: float | Array, alpha: float | Array = 0.5, *, xp: Any) -> ClipFactors:
     """Return the factors of each head, from its maximum logit.
 

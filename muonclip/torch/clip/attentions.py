@@ -63,6 +63,11 @@ class ClipAttentions:
         return "" if self._monitor is None else self._monitor.to_come
 
     @property
+    def unchecked(self) -> str:
+        """The reason why the attentions were checked in no forward of the training; "" where they were, or will be."""
+        return "" if self._monitor is None else self._monitor.unchecked
+
+    @property
     def shown(self) -> Mapping[str, Use]:
         """Return what forwards have shown of parameters, by name; the same mapping as long as nothing is new."""
         return _NOTHING if self._monitor is None else self._monitor.shown

@@ -108,7 +108,7 @@ class DeferredErrors:
             self._taken, self._on_host, self.names = taken, on_host, names  # behind what an interrupt may come into
         self._counts.add_(errors != 0)
         copy_to_host(self._on_host, self._counts)
-        if errors.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if errors.device.type == "cuda" and not is_capturing(errors.device):
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -118,7 +118,7 @@ class DeferredErrors:
         Without `wait`, only where some have reached the host by now. `on_all_ranks`: wait for what the last step has
         copied, so that all ranks take it at the same time.
         """
-        capturing = self._counts.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(self._counts.device)
         if on_all_ranks and self._copied is not None and not capturing:
             self._copied.synchronize()
         counts = (self._counts if wait else self._on_host).to("cpu", copy=True)
@@ -132,6 +132,11 @@ class DeferredErrors:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copied": None}  # an event of the device; the counts themselves are there
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, in which the host must not wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def copy_to_host(host: Tensor, device: Tensor) -> None:

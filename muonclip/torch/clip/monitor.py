@@ -36,9 +36,11 @@ from muonclip.torch.discover import (
     guess_inputs,
     has_a_foreign_forward,
     holds_a_state_space,
+    if_unfilled,
     is_experiment,
     joint_uses,
     message,
+    not_checked,
     nothing_found,
     nothing_to_clip,
     parameter_names,
@@ -66,8 +68,8 @@ _monitors: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionMonitor]] =
 class AttentionMonitor:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     observed. `on_forward` is called inside each forward with gradients, which sets `ran`. `to_come`: why nothing was
-    found yet, or "". `version` counts findings. `ignored`: modules whose attention is left alone. `without_logits`:
-    modules that mix activations without a softmax of queries and keys, and by what. `required`: no attention is an
+    found yet, or "". `unchecked`: why no forward of the training was traced, or "". `version` counts findings.
+    `ignored`: modules whose attention is left alone. `without_logits`: modules that mix activations without a softmax of queries and keys, and by what. `required`: no attention is an
     error; else `has_nothing` says that a search has seen none, and nothing that mixes activations by products.
     `shown`: what forwards have shown of parameters, by name. Nothing happens to the model before `start`."""
 
@@ -89,6 +91,7 @@ class AttentionMonitor:
         self.declared = dict(projections)
         self.sites: dict[str, Site] = {}
         self.to_come = "the first forward with gradients"
+        self.unchecked = ""
         self.removed = ""
         self.version = 0
         self.ran = False
@@ -173,13 +176,22 @@ class AttentionMonitor:
                     self._take(self._ask(inputs, training=True), inputs)
         except NotTraced as error:
             if self.projections:
-                self.to_come = f"not traced: {error}"
+                self._go_on_untraced(error)
                 return
             raise RuntimeError(
-                f"QK-Clip could not trace {inputs.module or 'the model'} to find its attention: {error}. "
-                "Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
+                f"{if_unfilled(self.model)}QK-Clip could not trace {inputs.module or 'the model'} to find its attention: "
+                f"{error}. Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
+
+    def _go_on_untraced(self, error: NotTraced) -> None:
+        """Clip what is known as it is; warn, once, where a forward of the training was not traced."""
+        if not self.ran:
+            self.to_come = f"the first forward with gradients (not traced so far: {error})"
+            return
+        self.to_come, is_new, self.unchecked = "", not self.unchecked, str(error)
+        if is_new:
+            warnings.warn(not_checked(str(error), self.declared), stacklevel=2)
 
     def _is_as_guessed(self, inputs: Inputs) -> bool:
         """Tell whether inputs are like those that were guessed, and reach no attention, nor what may be one, that these
@@ -230,7 +242,7 @@ class AttentionMonitor:
                 with suppress(NotTraced):  # what runs in training alone
                     self._take(self._ask(inputs, training=True), inputs)
             if self.to_come == NOTHING_FOUND:
-                raise ValueError(nothing_found(self.without_logits))
+                raise ValueError(if_unfilled(self.model) + nothing_found(self.without_logits))
             self._guess, self._names_at_guess = inputs, parameter_names(self.model)
             self.warn_of_nothing()
             return
@@ -408,7 +420,7 @@ class AttentionMonitor:
         self.sites = sites
         by_products = [name for name in self.without_logits if not holds_a_state_space(self.model.get_submodule(name))]
         self.has_nothing = not (self.projections or self.required or by_products)
-        self.to_come = "" if self.projections or self.has_nothing else NOTHING_FOUND
+        self.to_come, self.unchecked = "" if self.projections or self.has_nothing else NOTHING_FOUND, ""
         for name, projection in self.projections.items():
             projection.max_logits.threshold = thresholds[name]
         self._observe()
@@ -461,7 +473,7 @@ class AttentionMonitor:
 _SAVED = (
     *("projections", "declared", "sites", "model", "on_forward", "thresholds", "clip_gains"),
     *("required", "has_nothing", "shown"),
-    *("to_come", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
+    *("to_come", "unchecked", "removed", "version", "ran", "_traced", "ignored", "without_logits"),
 )
 
 

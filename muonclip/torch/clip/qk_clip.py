@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from muonclip.core import ClipFactors
 from muonclip.core.arguments import check_choice, check_flag, check_kind, check_whole, shown
-from muonclip.core.qk_clip import check_alpha
+from muonclip.core.qk_clip import DEFAULT_TAU, check_alpha
 from muonclip.core.tau_rules import Tau, check_patterns, check_tau_rules, is_by_name, varies
+from muonclip.torch.clip.agreement import Facts, check_agreement
 from muonclip.torch.clip.attach import Attachment, attach_to
 from muonclip.torch.clip.attentions import ClipAttentions, attentions_of_model, given_attentions
-from muonclip.torch.clip.errors import DeferredErrors, Details, message, not_observed
+from muonclip.torch.clip.errors import DeferredErrors, Details, is_capturing, message, not_observed
 from muonclip.torch.clip.frozen import FrozenWarning
 from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS
 from muonclip.torch.clip.ranks import ClipRanks
@@ -84,7 +85,7 @@ class QKClip:
     def __init__(
         self,
         model_or_projections: nn.Module | Mapping[str, QKProjection] | Iterable[QKProjection],
-        tau: Tau = 100.0,
+        tau: Tau = DEFAULT_TAU,
         alpha: float = 0.5,
         observe: Literal["needed", "always"] = "needed",
         *,
@@ -234,7 +235,9 @@ class QKClip:
         self.after_update(factors)
 
     @torch.no_grad()
-    def before_update(self, *, idle: bool = False) -> dict[str, ClipFactors]:
+    def before_update(
+        self, *, idle: bool = False, options: Callable[[], Facts] | None = None
+    ) -> dict[str, ClipFactors]:
         """Return the factors of this step by attention, before the optimizer changes a weight.
 
         The maxima are those of all ranks, the gradients those that the optimizer will use. An attention that has no
@@ -244,14 +247,15 @@ class QKClip:
         Args:
             idle: The optimizer's rates are 0, as in the step by which checkpoint libraries make its state; the result
                 is empty then where also nothing was observed or nothing has a gradient, on no rank.
+            options: The optimizer's, in words by name, which must be the same on all ranks; asked for once.
 
         Raises:
-            RuntimeError: As from `step`.
+            RuntimeError: As from `step`, and where ranks disagree.
         """
         self.attentions.refresh()
         if idle and not self.attentions.removed and not self._has_work():
             return {}
-        return self._measure(before_update=True)
+        return self._measure(before_update=True, options=options)
 
     @torch.no_grad()
     def after_update(self, factors: Mapping[str, ClipFactors]) -> None:
@@ -306,7 +310,7 @@ class QKClip:
         return QKClipReport(tau, dict(self.last_layers), *self._steps.read())
 
     @torch.no_grad()
-    def _measure(self, *, before_update: bool) -> dict[str, ClipFactors]:
+    def _measure(self, *, before_update: bool, options: Callable[[], Facts] | None = None) -> dict[str, ClipFactors]:
         names, device = tuple(self.projections), self.attentions.device
         if not self.attentions.are_as_left:
             self._returned.forget()
@@ -323,6 +327,7 @@ class QKClip:
         following = self._thresholds.following()
         for name in names if varies(self.tau) else ():
             following.of(name)  # raises now what would be wrong for the forwards after this step
+        self._check_agreement(group, options)
         # All heads of all attentions in one vector: many small layers would cost many small operations.
         maxima = JointMaxima.from_states(self.attentions.states(), device)
         if group is not None:  # what is wrong on this rank only is raised behind the collective, where others wait
@@ -345,6 +350,17 @@ class QKClip:
         if stuck:
             self.attentions.prove_again(stuck)
         return factors
+
+    def _check_agreement(self, group: dist.ProcessGroup | None, options: Callable[[], Facts] | None) -> None:
+        """Raise RuntimeError on all ranks of a group where they disagree, before its first step."""
+        if group is None or self._ranks.have_agreed or is_capturing(self.attentions.device):
+            return
+        heads = {f"heads of {name or 'the model'}": str(each.num_heads) for name, each in self.projections.items()}
+        taus = {f"tau of {name or 'the model'}": str(self._thresholds.of(name)) for name in self.projections}
+        taus = {"tau": min(taus.values())} if len({*taus.values()}) == 1 else taus
+        own = {"alpha": str(float(self.alpha)), "clip_frozen": str(self.clip_frozen)}
+        check_agreement({**heads, **taus, **own, **(options() if options else {})}, group, self.attentions.device)
+        self._ranks.have_agreed = True
 
     def _has_work(self) -> bool:
         """Tell whether something was observed and a query or key has a gradient other than zero, on any rank.

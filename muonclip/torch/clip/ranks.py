@@ -32,6 +32,7 @@ class ClipRanks:
             )
         self._given, self._replicas = given, replicas
         self._known: tuple[object, dist.ProcessGroup | None] | None = None
+        self.have_agreed = False  # those of the group, on what they must say alike
         self._meshes: tuple[int | None, frozenset[DeviceMesh]] | None = None  # and the version they were read at
 
     def find_replicas(self) -> None:
@@ -63,7 +64,7 @@ class ClipRanks:
             meshes = self._meshes[1]
             key = dist.group.WORLD, meshes, self._replicas, bool(projections), searched_on
             if self._known is None or self._known[0] != key:
-                self._known = key, self._find(meshes, projections, searched_on)
+                self._known, self.have_agreed = (key, self._find(meshes, projections, searched_on)), False
             group = self._known[1]
         return None if group is None or group.size() == 1 else group
 

@@ -11,12 +11,14 @@ from muonclip.torch.discover.refusals import (
     Refusal,
     holds_a_state_space,
     message,
+    not_checked,
     nothing_found,
     nothing_to_clip,
 )
 from muonclip.torch.discover.replica import Replica, has_a_foreign_forward, is_experiment, replica_of
 from muonclip.torch.discover.shown_uses import guessed_uses, joint_uses, uses_in
 from muonclip.torch.discover.trace import Trace
+from muonclip.torch.discover.unfilled import if_unfilled
 from muonclip.torch.discover.weighed_sums import may_make_weights
 
 __all__ = [
@@ -33,10 +35,12 @@ __all__ = [
     "guessed_uses",
     "has_a_foreign_forward",
     "holds_a_state_space",
+    "if_unfilled",
     "is_experiment",
     "joint_uses",
     "may_make_weights",
     "message",
+    "not_checked",
     "nothing_found",
     "nothing_to_clip",
     "parameter_names",

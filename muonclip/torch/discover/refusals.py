@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from muonclip.torch.discover.unfilled import if_unfilled
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Refusal:
 
 def message(model: nn.Module, refusals: Mapping[str, Refusal]) -> str:
     """Write which attentions are not understood and why, and the declaration to write."""
-    lines = ["QK-Clip does not understand these attentions:"]
+    lines = [if_unfilled(model) + "QK-Clip does not understand these attentions:"]
     lines += [f"  {name or 'the model'}: {refusal.problem}." for name, refusal in refusals.items()]
     name, refusal = next(((n, r) for n, r in refusals.items() if r.is_seen), ("", None))
     if refusal is None:
@@ -81,6 +83,17 @@ def _not_seen(name: str) -> list[str]:
         " or fill a statistic yourself, MaxLogits.observe(q, k, scale=…, mask=…), and declare it, "
         f"QKClip(model, declare={{{name!r}: projection}}); or leave it alone, QKClip(model, ignore=({name!r},))."
     ]
+
+
+def not_checked(error: str, declared: Collection[str]) -> str:
+    """Write that no forward of the training could be traced, and what was therefore not proven."""
+    as_they_are = "the declared attentions are clipped as declared" if declared else ""
+    found = "those in the plan, found with other inputs, are clipped as found"
+    return (
+        f"QK-Clip could not trace the model's forward: {error}. So {as_they_are or found}, without proof that they are "
+        "all that this forward reaches, or that scaling their rows scales its logits. Give inputs that a copy of the "
+        "model runs with, QKClip(model, example_inputs=…); optimizer.plan says whether a forward was traced since."
+    )
 
 
 def nothing_found(without_logits: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ from muonclip.core.arguments import check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
 from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.core.parameter_roles import Use
+from muonclip.core.qk_clip import DEFAULT_TAU
 from muonclip.core.recipes import RecipeName, saved_recipe, takes_recipe
 from muonclip.core.tau_rules import Tau, check_tau_rules, tau_in_words, varies
 from muonclip.core.update_rule import MuonRule
@@ -30,12 +31,13 @@ from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
 from muonclip.torch.discover import guessed_uses
 from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
 from muonclip.torch.mesh import check_engine, unwrap
-from muonclip.torch.optimizer.filled_parameters import take_filled
+from muonclip.torch.optimizer.argument_hints import with_hints
+from muonclip.torch.optimizer.filled_parameters import check_is_of_model, take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer, check_workspace
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
-from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, options_in_words
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
 from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
 
@@ -161,8 +163,10 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
     qk_clip: Clip
     """The clip; None where it is switched off, which type checkers know."""
     _unfilled: weakref.ref[nn.Module] | None = None  # the model, while parameters of it are on the meta device
+    _given: tuple[weakref.ref[nn.Module], list[int]] | None = None  # the model, and its parameters by id, until a step
     _first_forward: FirstForward | None = None  # as long as no forward has shown the uses of parameters
 
+    @with_hints
     @takes_recipe
     def __init__(
         self,
@@ -178,7 +182,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         eps: float | None = None,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: PerHead = False,
-        tau: Tau = 100.0,
+        tau: Tau = DEFAULT_TAU,
         qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
         ns_dtype: torch.dtype | None = None,
@@ -256,6 +260,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         super().__init__(groups, muon, adamw_options, workspace_bytes)
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
+            self._given = weakref.ref(model), [id(each) for group in self.param_groups for each in group["params"]]
             if any(parameter.is_meta for parameter in model.parameters()):
                 self._unfilled = weakref.ref(model)
         self._plan_update()
@@ -302,6 +307,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     def _refresh_plan(self) -> None:
         self._take_filled()
+        if self._given is not None:
+            model = self._given[0]()
+            if model is not None:
+                check_is_of_model(self.param_groups, model, self._given[1])
+            self._given = None
         super()._refresh_plan()
 
     def _take_filled(self) -> None:
@@ -372,7 +382,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
                 self._first_forward = None
             super()._update()
             return
-        factors = self.qk_clip.before_update(idle=is_idle(self))
+        factors = self.qk_clip.before_update(idle=is_idle(self), options=lambda: options_in_words(self.param_groups))
         self._take_findings(self.qk_clip.attentions)
         super()._update()
         self.qk_clip.after_update(factors)
@@ -433,6 +443,13 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: Tau) -> QKClip | None:
     if qk_clip is None or isinstance(qk_clip, QKClip):
+        if qk_clip is None and tau != DEFAULT_TAU:
+            raise ValueError(f"tau={shown(tau)} has nothing to clip where qk_clip=None. Leave one of them out.")
+        if qk_clip is not None and tau not in (DEFAULT_TAU, qk_clip.tau):
+            raise ValueError(
+                f"tau={shown(tau)} was given with a QKClip whose own tau is {tau_in_words(qk_clip.tau)}, which is used. "
+                f"Say it once: qk_clip=QKClip(model, tau={shown(tau)})."
+            )
         return qk_clip
     if not (isinstance(qk_clip, str) and qk_clip in ("auto", "required")):
         raise ValueError(f"qk_clip={shown(qk_clip)}; use 'auto', 'required', a QKClip, or None.")

@@ -203,6 +203,16 @@ def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None
         group["betas"] = (group["momentum"], *group["betas"][1:])
 
 
+def options_in_words(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the options of groups on which the ranks of a model must agree, by name. Reads tensors."""
+    names = "lr", "weight_decay", "momentum"
+    return {
+        f"{name} of param_groups[{index}]": str(plain_number(name, group[name]))
+        for index, group in enumerate(groups)
+        for name in names
+    }
+
+
 def check_off(group: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of torch's that a group switches on, and nothing here would do."""
     for name in OFF:

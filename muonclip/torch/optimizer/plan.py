@@ -103,6 +103,8 @@ class Plan:
         elif to_come:
             found += ("\n" if found else "") + f"attention to be found and checked: {to_come}"
             found += "\nread the plan again after the first step"
+        elif clip.attentions.unchecked:
+            found += f"\nnot checked in a forward of the training, which was not traced: {clip.attentions.unchecked}"
         if clip is not None:
             others = _others(clip)
             found += ("\n\n" if found and others else "") + others
