@@ -192,6 +192,8 @@ def one_step(shard, kind, heads, alone):
     clip.tau = reference.tau = before.quantile(0.5).item()
     original = copy.deepcopy(whole.state_dict())
     model(batch(0, data_rank)).sum().backward()
+    with SentBytes(dist.get_world_size()) as agreeing:
+        clip._check_agreement(clip._group(), None)
     with SentBytes(dist.get_world_size()) as counted:
         clip.step()
     reference.step()
@@ -213,6 +215,8 @@ def one_step(shard, kind, heads, alone):
         "clipped": report.clipped_heads,
         "heads": 2 * heads,
         "seen": (seen - before).abs().max().item(),
+        "calls before the first step": agreeing.calls,
+        "bytes before the first step": agreeing.total,
         "calls": counted.calls,
         "bytes": counted.total,
         "expected bytes": round(2 * 4 * 2 * (3 * heads + 1) * (dist.get_world_size() - 1) / dist.get_world_size()),

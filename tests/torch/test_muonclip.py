@@ -284,7 +284,7 @@ def test_without_the_clip():
 
 def test_a_clip_of_one_s_own_keeps_its_tau():
     model, _ = build()
-    optimizer = MuonClip(model, qk_clip=QKClip(model, tau=0.01, alpha=0.3), tau=5.0)
+    optimizer = MuonClip(model, qk_clip=QKClip(model, tau=0.01, alpha=0.3))
     train(model, optimizer, [0])
     assert optimizer.qk_clip.tau == 0.01
     assert optimizer.qk_clip.report().clipped_heads > 0

@@ -537,6 +537,8 @@ class TestOnRanks:
                 if "beyond tau" in each:
                     assert each["calls"] == ["allreduce_"], name
                     assert each["bytes"] == each["expected bytes"], name
+                    assert each["calls before the first step"] == ["allreduce_"], name
+                    assert each["bytes before the first step"] <= 32, name
 
     def test_replicas_stay_the_same_to_the_bit_while_the_clip_fires(self, results):
         runs = {name: ranks for name, ranks in results.items() if name.startswith("50 steps")}

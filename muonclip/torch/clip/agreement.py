@@ -1,7 +1,7 @@
 """The agreement of the ranks of one model on what makes their collectives fit and their factors the same.
 
 It is looked for once, before the first collective whose size depends on it: ranks that disagree would end in an error
-of the network's, or drift apart.
+of the network, or drift from each other.
 """
 
 from __future__ import annotations

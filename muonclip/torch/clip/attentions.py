@@ -16,7 +16,7 @@ from muonclip.torch.clip.errors import not_observed
 from muonclip.torch.clip.found_weights import FoundWeights
 from muonclip.torch.clip.monitor import AttentionMonitor
 from muonclip.torch.clip.thresholds import Thresholds
-from muonclip.torch.discover import NOTHING_FOUND, Inputs, nothing_found
+from muonclip.torch.discover import NOTHING_FOUND, Inputs, if_unfilled, nothing_found
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits, Unobservable
 from muonclip.torch.mesh import is_fsdp_module
@@ -221,6 +221,10 @@ class ClipAttentions:
         """Return all parameters of the model, or of the modules that hold the given projections."""
         for root in self._roots():
             yield from root.parameters()
+
+    def if_unfilled(self) -> str:
+        """Return a line that says which weights of the model hold no sensible numbers, or ""."""
+        return "" if self._model is None else if_unfilled(self._model)
 
     def names_of(self, weights: Iterable[Tensor]) -> list[str]:
         """Name weights of queries and keys as the model does; without a model, by their attention and module."""

@@ -30,7 +30,7 @@ class Details:
 
     `tau`: None where attentions have their own. `unknown`: what is wrong on this rank with attention that was not
     observed. `hints`: for attentions that were not observed, by name. `left_out`: where forwards ran that could not be
-    observed, by name.
+    observed, by name. `if_unfilled`: which weights were not filled before the first step.
     """
 
     tau: float | None
@@ -38,6 +38,7 @@ class Details:
     nonfinite_heads: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     hints: Mapping[str, str] = field(default_factory=dict[str, str])
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    if_unfilled: str = ""
 
 
 def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
@@ -53,7 +54,7 @@ def message(errors: Tensor, names: Sequence[str], details: Details) -> str:
     if kind is Error.NONFINITE:
         heads = {name: list(details.nonfinite_heads.get(name, ())) for name in wrong[kind]}
         where = ", ".join((name or "the model") + (f" (heads {own})" if own else "") for name, own in heads.items())
-        return (
+        return details.if_unfilled + (
             f"QK-Clip saw non-finite attention logits in {where}. No factor can be taken from them and none was. "
             "Skip the step as for a non-finite loss, lower the rate, and call qk_clip.reset() to go on."
         )

@@ -69,9 +69,10 @@ class AttentionMonitor:
     """`projections`, shared with its owner, grows as attentions are found. `sites`: where each is called and how it is
     observed. `on_forward` is called inside each forward with gradients, which sets `ran`. `to_come`: why nothing was
     found yet, or "". `unchecked`: why no forward of the training was traced, or "". `version` counts findings.
-    `ignored`: modules whose attention is left alone. `without_logits`: modules that mix activations without a softmax of queries and keys, and by what. `required`: no attention is an
-    error; else `has_nothing` says that a search has seen none, and nothing that mixes activations by products.
-    `shown`: what forwards have shown of parameters, by name. Nothing happens to the model before `start`."""
+    `ignored`: modules whose attention is left alone. `without_logits`: modules that mix activations without a softmax
+    of queries and keys, and by what. `required`: no attention is an error; else `has_nothing` says that a search has
+    seen none, and nothing that mixes activations by products. `shown`: what forwards have shown of parameters, by name.
+    Nothing happens to the model before `start`."""
 
     def __init__(
         self,
@@ -179,8 +180,9 @@ class AttentionMonitor:
                 self._go_on_untraced(error)
                 return
             raise RuntimeError(
-                f"{if_unfilled(self.model)}QK-Clip could not trace {inputs.module or 'the model'} to find its attention: "
-                f"{error}. Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
+                if_unfilled(self.model)
+                + f"QK-Clip could not trace {inputs.module or 'the model'} to find its attention: {error}. "
+                "Give inputs that a copy of it runs with, QKClip(model, example_inputs=…), or declare the attentions, "
                 "QKClip(model, declare={name: QKProjection…})."
             ) from error
 

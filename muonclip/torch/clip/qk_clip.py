@@ -417,7 +417,8 @@ class QKClip:
         left_out = {name: each.where for name, each in self._left_out.items()}
         taus = {self._thresholds.of(name) for name in self.projections}
         tau = taus.pop() if len(taus) == 1 else None
-        return Details(tau, self._unknown, nonfinite_heads, hints, left_out)
+        unfilled = "" if self.last_layers else self.attentions.if_unfilled()  # before the first step
+        return Details(tau, self._unknown, nonfinite_heads, hints, left_out, unfilled)
 
     def _warn_of_left_out(self) -> None:
         """Warn once, where attentions were observed in this step, and also ran in a way that could not be."""

@@ -32,7 +32,7 @@ class ClipRanks:
             )
         self._given, self._replicas = given, replicas
         self._known: tuple[object, dist.ProcessGroup | None] | None = None
-        self.have_agreed = False  # those of the group, on what they must say alike
+        self.have_agreed = False  # on the same attentions and options, see agreement.py
         self._meshes: tuple[int | None, frozenset[DeviceMesh]] | None = None  # and the version they were read at
 
     def find_replicas(self) -> None:

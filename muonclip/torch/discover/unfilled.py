@@ -18,19 +18,16 @@ def if_unfilled(model: nn.Module) -> str:
         return ""
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"QK-Clip: {listed} hold no numbers that a model could have (NaN, infinite, beyond {_LARGEST:g}, or all of "
-        "them zero). Fill every parameter and every buffer first: after to_empty they have whatever the memory held, "
-        "until the model's own initialisation or a checkpoint has run. As long as that is so, what follows means "
-        "nothing:\n"
+        f"QK-Clip: {listed} hold no numbers that a model could have (NaN, infinite, or beyond {_LARGEST:g}). Fill "
+        "every parameter and every buffer first: after to_empty they have whatever the memory held, until the model's own "
+        "initialisation or a checkpoint has run. As long as that is so, what follows means nothing:\n"
     )
 
 
 def _unfilled(model: nn.Module) -> Iterator[str]:
-    parameters = {name: _values(each) for name, each in model.named_parameters() if each.is_floating_point()}
-    matrices = [each for each in parameters.values() if each.ndim > 1 and each.numel()]
-    nothing = bool(matrices) and not any(bool(each.any()) for each in matrices)
-    for name, values in parameters.items():
-        if (nothing and values.ndim > 1) or not bool((values.abs() <= _LARGEST).all()):
+    for name, parameter in model.named_parameters():
+        values = _values(parameter)
+        if values.is_floating_point() and not bool((values.abs() <= _LARGEST).all()):
             yield name
     for name, buffer in model.named_buffers():
         values = _values(buffer)

@@ -53,10 +53,10 @@ def check_is_of_model(groups: Sequence[Group], model: nn.Module, given: Collecti
         count = sum(len(group["params"]) for group in groups)
         how = "sharded" if is_dtensor(named[lost[0]]) else "changed"
         raise RuntimeError(
-            f"{len(lost)} of the {count} parameters of this optimizer, {lost[0]!r} first, are not the model's any more: it "
-            f"was {how} after the optimizer was made, and a step would train none of them. Write it in this order: "
-            "fully_shard (or whatever else replaces parameters), then optimizer = MuonClip(model, …), then load a "
-            "checkpoint."
+            f"{len(lost)} of the {count} parameters of this optimizer, {lost[0]!r} first, are not the model's any "
+            f"more: it was {how} after the optimizer was made, and a step would train none of them. Write it in this "
+            "order: fully_shard (or whatever else replaces parameters), then optimizer = MuonClip(model, …), then load "
+            "a checkpoint."
         )
 
 
