@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 fsdp2.py             # without GPUs: gloo
     torchrun --nproc-per-node 4 fsdp2.py --resume    # goes on with what was saved, on other numbers of ranks, too
 
-Needs muonclip[torch]. On GPUs it was not run.
+Needs muonclip[torch]; on CPUs with PyTorch before 2.13 gloo needs `set_force_sum_reduction_for_comms`, see the page on
+FSDP2. On GPUs it was not run.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from muonclip.models import MoEConfig
 from muonclip.models.torch import MoE
-from muonclip.torch import MuonClip
+from muonclip.torch import MuonClip, QKClip
 
 STEPS, BATCH, FOLDER = 20, 8, "fsdp2-checkpoint"
 
@@ -32,8 +33,6 @@ def make_model(device, mesh):
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16)  # forward and backward; the optimizer's are float32
     for part in (*model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=precision)
-        if device == "cpu":
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to average
     model.to_empty(device=device)
     torch.manual_seed(0)
     model.reset_parameters()
@@ -52,7 +51,10 @@ def main():
     mesh = init_device_mesh(device, (ranks,), mesh_dim_names=("shards",))
 
     model = make_model(device, mesh)
-    optimizer = MuonClip(model, lr=5e-3, weight_decay=0.1)
+    clip = QKClip(
+        model, tau=100.0, observe="always"
+    )  # to log logits; "needed" costs less and knows those near tau alone
+    optimizer = MuonClip(model, lr=5e-3, weight_decay=0.1, qk_clip=clip)
     done = 0
     if resume:
         weights, state = get_state_dict(model, optimizer)
@@ -74,14 +76,14 @@ def main():
         mean = loss.detach()
         dist.all_reduce(mean)
         if rank == 0 and step % 5 == 4:
-            print(f"step {step + 1}: loss {mean.item() / ranks:.3f}", flush=True)
+            report = clip.report()  # on one rank alone, which waits for no other; it is the same on all
+            loud = f"largest logit {report.max_logit:.1f}, clipped heads {report.clipped_heads}"
+            print(f"step {step + 1}: loss {mean.item() / ranks:.3f}, {loud}", flush=True)
 
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state, "done": done + STEPS}, checkpoint_id=FOLDER)
-    report = optimizer.qk_clip.report()  # the same on every rank
     if rank == 0:
-        print(optimizer.plan.update_plan)
-        print(report)
+        print(optimizer.plan)
     dist.barrier()
     dist.destroy_process_group()
 

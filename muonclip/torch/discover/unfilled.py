@@ -19,8 +19,8 @@ def if_unfilled(model: nn.Module) -> str:
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"QK-Clip: {listed} hold no numbers that a model could have (NaN, infinite, or beyond {_LARGEST:g}). Fill "
-        "every parameter and every buffer first: after to_empty they have whatever the memory held, until the model's own "
-        "initialisation or a checkpoint has run. As long as that is so, what follows means nothing:\n"
+        "every parameter and every buffer first: after to_empty they have whatever the memory held, until the model's "
+        "own initialisation or a checkpoint has run. As long as that is so, what follows means nothing:\n"
     )
 
 
