@@ -829,6 +829,80 @@ MUTATIONS = (
         tests_of("torch/test_observation.py", "test_a_model_on_the_meta_device_is_found_and_filled_later"),
     ),
     Mutation(
+        "copy-in-its-own-dtypes",  # 24
+        "The copy of a model under mixed precision has shards in float32 next to whole weights in bf16.",
+        "DenseCopies(compute_dtypes(model))",
+        "DenseCopies()",
+        tests_of("torch/test_fsdp2.py", "test_the_first_forward_is_traced_in_the_dtypes_it_computes_in"),
+    ),
+    Mutation(
+        "parts-of-a-copy-do-not-cast",  # 24
+        "The parts of a copy are called with the dtypes of the parts before them.",
+        "        cast_as_sharded(model, replica)\n",
+        "",
+        tests_of("torch/test_fsdp2.py", "test_a_copy_casts_as_the_policies_of_its_parts_say"),
+    ),
+    Mutation(
+        "untraced-for-ever",  # 24
+        "A forward that is not traced leaves a plan that waits for the first step, without a warning.",
+        'self.to_come, is_new, self.unchecked = "", not self.unchecked, str(error)',
+        "self.to_come, is_new = str(error), False",
+        tests_of("torch/test_fsdp2.py", "test_a_forward_that_cannot_be_traced_is_said_once_and_in_the_plan"),
+    ),
+    Mutation(
+        "steps-of-another-s-parameters",  # 24
+        "An optimizer made before the model was sharded steps parameters that nothing uses.",
+        "                check_is_of_model(self.param_groups, model, self._given[1])\n",
+        "                pass\n",
+        tests_of("torch/test_fsdp2.py", "test_parameters_that_are_not_the_model_s_any_more_are_an_error"),
+    ),
+    Mutation(
+        "whole-weights-are-others",  # 24
+        "Weights that FSDP2 has left whole after a forward count as another model's.",
+        "    if lost:  # FSDP2 may",
+        "    if False:  # FSDP2 may",
+        tests_of(
+            "torch/test_fsdp2.py", "test_what_an_engine_has_put_into_the_groups_or_a_forward_has_left_whole_is_no_error"
+        ),
+    ),
+    Mutation(
+        "masters-are-others",  # 24
+        "Full-precision copies that an engine steps count as another model's parameters.",
+        "if id(parameter) not in own and id(parameter) in given and name in named",
+        "if id(parameter) not in own and name in named",
+        tests_of(
+            "torch/test_fsdp2.py", "test_what_an_engine_has_put_into_the_groups_or_a_forward_has_left_whole_is_no_error"
+        ),
+    ),
+    Mutation(
+        "ranks-do-not-agree",  # 24
+        "Ranks with other rates, and another tau, go on.",
+        "    if largest != -smallest:\n",
+        "    if False:\n",
+        tests_of("torch/test_fsdp2.py", "TestOnTwoRanks::test_ranks_that_disagree_are_told_so"),
+    ),
+    Mutation(
+        "unfilled-not-suspected",  # 24
+        "Memory that nobody has filled is taken for an attention that is not understood.",
+        '    if not names:\n        return ""\n    listed',
+        '    if True:\n        return ""\n    listed',
+        tests_of("torch/test_fsdp2.py", "test_weights_that_were_not_filled_are_suspected_first"),
+    ),
+    Mutation(
+        "two-taus",  # 24
+        "A tau next to a QKClip of another one is dropped in silence.",
+        "if qk_clip is not None and tau not in (DEFAULT_TAU, qk_clip.tau):",
+        "if False:",
+        tests_of("torch/test_fsdp2.py", "test_tau_is_said_once"),
+    ),
+    Mutation(
+        "no-hints",  # 24
+        "Arguments of AdamW end in Python's bare TypeError.",
+        "            if instead:\n",
+        "            if False:\n",
+        tests_of("torch/test_fsdp2.py", "test_arguments_of_other_optimizers_get_a_hint"),
+    ),
+    Mutation(
         "stand-ins-stay-whole",  # 22
         "The copy of a sharded model keeps every part whole that has run.",
         "        if not self._held:\n            self.parameter.data = self._thin\n",
