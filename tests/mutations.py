@@ -845,8 +845,8 @@ MUTATIONS = (
     Mutation(
         "untraced-for-ever",  # 24
         "A forward that is not traced leaves a plan that waits for the first step, without a warning.",
-        'self.to_come, is_new, self.unchecked = "", not self.unchecked, str(error)',
-        "self.to_come, is_new = str(error), False",
+        'self.to_come, self.unchecked = "", str(error)',
+        "self.to_come = str(error)",
         tests_of("torch/test_fsdp2.py", "test_a_forward_that_cannot_be_traced_is_said_once_and_in_the_plan"),
     ),
     Mutation(
@@ -884,8 +884,8 @@ MUTATIONS = (
     Mutation(
         "unfilled-not-suspected",  # 24
         "Memory that nobody has filled is taken for an attention that is not understood.",
-        '    if not names:\n        return ""\n    listed',
-        '    if True:\n        return ""\n    listed',
+        "    names = list(_unfilled(model))\n",
+        "    names: list[str] = []\n",
         tests_of("torch/test_fsdp2.py", "test_weights_that_were_not_filled_are_suspected_first"),
     ),
     Mutation(

@@ -28,7 +28,8 @@ def tokens(seed, batch=2, length=9):
 def build(kind="mha", dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = TinyModel(kind).to(dtype)
-    return model, MuonClip(model, **{"lr": 0.05, "tau": 0.5, **options})
+    tau = {} if options.get("qk_clip", "auto") is None else {"tau": 0.5}
+    return model, MuonClip(model, **{"lr": 0.05, **tau, **options})
 
 
 def train(model, optimizer, steps):

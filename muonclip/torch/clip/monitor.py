@@ -116,7 +116,7 @@ class AttentionMonitor:
         self._is_first_step = True
         self._replaced: list[weakref.ref[AttentionMonitor]] = []  # that observed the model before
         self._before: list[tuple[MaxLogits, float]] = []  # declared statistics and their thresholds before
-        self._warned_of_compiled = self._warned_of_nothing = False
+        self._warned_of_compiled = self._warned_of_nothing = self._warned_of_unchecked = False
 
     def start(self) -> None:
         """Put the patches and the hooks in place; those of another monitor of these modules are removed."""
@@ -187,13 +187,11 @@ class AttentionMonitor:
             ) from error
 
     def _go_on_untraced(self, error: NotTraced) -> None:
-        """Clip what is known as it is; warn, once, where a forward of the training was not traced."""
-        if not self.ran:
+        """Clip what is known as it is; the step warns, once, where a forward of the training was not traced."""
+        if self.ran:
+            self.to_come, self.unchecked = "", str(error)
+        else:
             self.to_come = f"the first forward with gradients (not traced so far: {error})"
-            return
-        self.to_come, is_new, self.unchecked = "", not self.unchecked, str(error)
-        if is_new:
-            warnings.warn(not_checked(str(error), self.declared), stacklevel=2)
 
     def _is_as_guessed(self, inputs: Inputs) -> bool:
         """Tell whether inputs are like those that were guessed, and reach no attention, nor what may be one, that these
@@ -276,6 +274,9 @@ class AttentionMonitor:
                 "example_inputs=…). The next forward is traced anew."
             )
         self._warn_of_compiled()
+        if self.unchecked and not self._warned_of_unchecked:
+            self._warned_of_unchecked = True
+            warnings.warn(not_checked(self.unchecked, self.declared), stacklevel=2)
         self._trace_after_unseen()
         if self._is_first_step and (self._traced or self._parts):
             self._is_first_step = False

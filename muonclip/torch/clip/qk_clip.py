@@ -436,7 +436,7 @@ class QKClip:
             warnings.warn(f"QK-Clip observed not all forwards of {listed} in this step: {where}", stacklevel=2)
 
 
-_INPUTS = "what the model is called with: a tensor, a tuple of its positional arguments, or a dict of arguments by name"
+_INPUTS = "what the model is called with: a tensor, a tuple of its arguments, or a dict of them by name"
 
 
 def _unnamed_copies(parameter: Tensor) -> list[Tensor]:

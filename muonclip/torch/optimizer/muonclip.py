@@ -447,8 +447,8 @@ def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, t
             raise ValueError(f"tau={shown(tau)} has nothing to clip where qk_clip=None. Leave one of them out.")
         if qk_clip is not None and tau not in (DEFAULT_TAU, qk_clip.tau):
             raise ValueError(
-                f"tau={shown(tau)} was given with a QKClip whose own tau is {tau_in_words(qk_clip.tau)}, which is used. "
-                f"Say it once: qk_clip=QKClip(model, tau={shown(tau)})."
+                f"tau={shown(tau)} was given with a QKClip whose own tau is {tau_in_words(qk_clip.tau)}, which is "
+                f"used. Say it once: qk_clip=QKClip(model, tau={shown(tau)})."
             )
         return qk_clip
     if not (isinstance(qk_clip, str) and qk_clip in ("auto", "required")):
