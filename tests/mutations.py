@@ -574,7 +574,8 @@ MUTATIONS = (
     Mutation(
         "measured-after-the-update",
         "What is wrong with the observation is raised when the weights have moved.",
-        "factors = self.qk_clip.before_update(idle=is_idle(self))\n"
+        "factors = self.qk_clip.before_update("
+        "idle=is_idle(self), options=lambda: options_in_words(self.param_groups))\n"
         "        self._take_findings(self.qk_clip.attentions)\n        super()._update()",
         "super()._update()\n        factors = self.qk_clip.before_update(idle=is_idle(self))\n"
         "        self._take_findings(self.qk_clip.attentions)",
