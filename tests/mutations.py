@@ -2963,6 +2963,13 @@ MUTATIONS = (
         tests_of("torch/test_monitor.py", "test_matrices_that_ranks_share_are_seen_whole"),
     ),
     Mutation(
+        "lightning-logs-every-step",
+        "Lightning's callback waits for the device in every step, not in those that the Trainer logs.",
+        "or every == 0 or step % every:",
+        "or every == 0:",
+        tests_of("torch/test_engines.py", "test_lightning_logs_what_a_monitor_sees"),
+    ),
+    Mutation(
         "evaluation-clips",
         "What a monitor sees in an evaluation counts for the next step of the training.",
         "clip.reset()  # the next step",

@@ -613,12 +613,15 @@ class Logged(lightning.pytorch.loggers.CSVLogger):
         self.values[step] = metrics
 
 
-def test_lightning_logs_what_a_monitor_sees(tmp_path):
+def test_lightning_logs_what_a_monitor_sees(tmp_path, monkeypatch):
     """The same dict as by hand, as often as the Trainer logs, and no bit of the training changes."""
-    batches = batches_of(8)
+    batches, waits, scalars = batches_of(8), [], Monitor.scalars
+    monkeypatch.setattr(Monitor, "scalars", lambda self, prefix: waits.append(prefix) or scalars(self, prefix))
     module, callback = PlainLlama(whole=True), muonclip_lightning.MonitorCallback(every=2)
     logger = Logged(tmp_path)
     fit(module, tmp_path, batches, callbacks=[callback], logger=logger, log_every_n_steps=2, accumulate_grad_batches=2)
+    assert len(waits) == 2  # of four steps
+    monkeypatch.undo()
     plain = PlainLlama(whole=True)
     fit(plain, tmp_path, batches, accumulate_grad_batches=2)
     assert_same_weights(module.model, plain.model)
