@@ -1,4 +1,7 @@
-"""The picture of a result: maximum logit, train loss, validation loss and clipped heads over the steps."""
+"""Pictures of a result: maximum logit, train loss, validation loss and clipped heads over the steps, and a small one.
+
+The small one shows the largest logits and the validation loss alone.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,23 @@ def draw(results: Sequence[Results], path: Path) -> None:
             part.suptitle(result.experiment.heading, x=0.01, ha="left", fontweight="bold")
 
 
-def _draw(axis: Axes, chart: Chart) -> None:
+def draw_summary(results: Sequence[Results], path: Path, *, dark: bool = False) -> None:
+    """Write a PNG as narrow as a phone: the largest logits of the first experiment above the losses of the last."""
+    top = top_of_logits(results)
+    chosen = ((results[0], QUANTITIES[:1]), (results[-1], QUANTITIES[2:3]))
+    panels = [(result, chart) for result, quantities in chosen for chart in charts(result, top, quantities)]
+    with picture(path, [result.environment for result in results], "", dark=dark, figsize=(5.2, 6.4)) as figure:
+        for part, (result, chart) in zip(figure.subfigures(len(panels), 1, squeeze=False).flat, panels, strict=True):
+            axis = part.subplots()
+            _draw(axis, chart, title=f"{result.experiment.title}\n{chart.title}")
+            axis.set_xlim(0, result.experiment.steps)
+            axis.set_xlabel("step")
+            _legend(part, axis, result, columns=1)
+
+
+def _draw(axis: Axes, chart: Chart, *, title: str | None = None) -> None:
     draw_lines(axis, chart.lines)
-    axis.set_title(f"{chart.title}, {chart.note}", wrap=True)
+    axis.set_title(title or f"{chart.title}, {chart.note}", wrap=True)
     if chart.log:
         axis.set_yscale("log")
         plain_log(axis.yaxis)

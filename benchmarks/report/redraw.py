@@ -52,8 +52,13 @@ def redraw(folders: Sequence[Path], out: Path | None = None, *, events: bool = F
 
 
 def draw(results: Sequence[Results], folder: Path, *, title: str | None = None) -> None:
-    """Write curves.png, heads.png and report.html of all, next to each other where they are several."""
+    """Write curves.png, heads.png and report.html of all, next to each other where they are several.
+
+    summary.png and summary-dark.png are of the first and the last.
+    """
     plots.draw(results, folder / "curves.png")
+    for name, dark in (("summary.png", False), ("summary-dark.png", True)):
+        plots.draw_summary(results, folder / name, dark=dark)
     head_maps.draw(results, folder / "heads.png")
     page.write(results, folder / "report.html", title=title)
     print(f"report   {folder / 'report.html'}")

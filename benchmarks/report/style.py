@@ -42,6 +42,13 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0),
     "lines.solid_capstyle": "round",
 }
+_DARK: dict[Any, Any] = {  # on what is dark already, whatever it is
+    **dict.fromkeys(("text.color", "axes.labelcolor"), "#e6e6e6"),
+    **dict.fromkeys(("xtick.color", "ytick.color"), "#b8b8b8"),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    "axes.edgecolor": "#8a8a8a",
+    "grid.color": "#4a4a4a",
+}
 DPI = 120
 DASHED = (0, (3, 3))  # drawn over a solid line that coincides with it, so that both are seen
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -63,7 +70,7 @@ def draw_lines(axis: Axes, lines: Sequence[Line], **looks: Mapping[str, Any]) ->
 
 
 def draw_threshold(axis: Axes, tau: float) -> None:
-    axis.axhline(tau, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2.5)
+    axis.axhline(tau, color=pyplot.rcParams["text.color"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=2.5)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     axis.annotate(f"τ = {tau:g}", (1, tau), (4, 0), **place)
 
@@ -76,14 +83,17 @@ def plain_log(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
 
 
 @contextlib.contextmanager
-def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, **size: Any) -> Iterator[Figure]:
-    """Open a figure to draw into, which is then written to `path`.
+def picture(
+    path: Path, environments: Sequence[Mapping[str, Any]], title: str, *, dark: bool = False, **size: Any
+) -> Iterator[Figure]:
+    """Open a figure to draw into, which is then written to `path`; `dark`: for dark pages, and without a ground.
 
     Its title is on top, and at its foot a line for each different environment.
     """
-    with pyplot.rc_context(STYLE):
+    with pyplot.rc_context({**STYLE, **_DARK} if dark else STYLE):
         figure = pyplot.figure(**size, layout="constrained", dpi=DPI)
-        figure.suptitle(title, x=0.01, ha="left", size=11.5)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", size=11.5)
         yield figure
         _write_foot(figure, [line for line in dict.fromkeys(map(made_with, environments)) if line])
         with replacing(path) as stream:
@@ -94,7 +104,8 @@ def picture(path: Path, environments: Sequence[Mapping[str, Any]], title: str, *
 def _write_foot(figure: Figure, lines: Sequence[str]) -> None:
     """Write the lines below the axes, which keep their size; broken where they are wider than the figure."""
     room = DPI * (figure.get_figwidth() - 2 * _MARGIN)
-    foot = figure.supxlabel("", x=_MARGIN / figure.get_figwidth(), ha="left", size=_FOOT_SIZE, color=QUIET)
+    foot = figure.supxlabel("", x=_MARGIN / figure.get_figwidth(), ha="left", size=_FOOT_SIZE)
+    foot.set_color(pyplot.rcParams["xtick.color"])
     letters = max(map(len, lines), default=0)
     while letters:
         foot.set_text("\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in lines))

@@ -223,11 +223,12 @@ def test_the_command_draws_what_is_finished(shared, records, tmp_path, capsys):
 def undrawn(monkeypatch):
     """Pictures are tested elsewhere and are slow; here each is a text of the arms it was asked for."""
 
-    def draw(results, path):
+    def draw(results, path, **look):
         path.write_text(" ".join(",".join(arm.name for arm in result.finished) for result in results))
 
     for picture in (plots, head_maps):
         monkeypatch.setattr(picture, "draw", draw)
+    monkeypatch.setattr(plots, "draw_summary", draw)
 
 
 def test_the_command_writes_what_the_training_wrote(hot, shared, records, tmp_path, undrawn):

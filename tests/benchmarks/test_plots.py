@@ -7,7 +7,7 @@ from matplotlib import colors, image, pyplot
 
 from benchmarks.experiment.arms import ARMS
 from benchmarks.records.environment import environment, made_with
-from benchmarks.report.plots import draw
+from benchmarks.report.plots import draw, draw_summary
 from benchmarks.report.style import picture
 
 ENVIRONMENT = {
@@ -45,6 +45,20 @@ def test_every_arm_has_its_colour(experiment, tmp_path, experiments):
     draw([results] * experiments, tmp_path / "curves.png")
     assert shows(tmp_path / "curves.png", ARMS["muon"].colour)
     assert shows(tmp_path / "curves.png", ARMS["muonclip"].colour)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_summary_has_two_panels_on_a_page_of_its_kind(experiment, tmp_path, kept, dark):
+    runs = {"muon": {0: growing(80, 3000)}, "muonclip": {0: growing(80, 30)}}
+    results = results_of(with_arms(experiment, *runs, steps=80), runs)
+    draw_summary([results, results], tmp_path / "summary.png", dark=dark)
+    titles = [axis.get_title(loc="left") for part in kept[0].subfigs for axis in part.axes]
+    assert [title.splitlines()[-1] for title in titles] == ["Maximum attention logit", "Validation loss"]
+    assert shows(tmp_path / "summary.png", ARMS["muonclip"].colour)
+    drawn = image.imread(tmp_path / "summary.png")
+    assert drawn.shape[1] <= 640
+    assert drawn[0, 0, 3] == (0 if dark else 1)
+    assert (drawn[..., :3][drawn[..., 3] > 0.5].mean() > 0.9) != dark
 
 
 @pytest.mark.parametrize("arms", [("muonclip", "softcap"), tuple(ARMS)])
