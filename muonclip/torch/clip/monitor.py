@@ -114,6 +114,7 @@ class AttentionMonitor:
         self._guess: Inputs | None = None  # with which attention was found before the first forward
         self._names_at_guess: dict[str, str] = {}  # of its parameters, see parameter_names
         self._is_first_step = True
+        self._end: Callable[[], object] = _nothing  # takes down what `start` has put up
         self._replaced: list[weakref.ref[AttentionMonitor]] = []  # that observed the model before
         self._before: list[tuple[MaxLogits, float]] = []  # declared statistics and their thresholds before
         self._warned_of_compiled = self._warned_of_nothing = self._warned_of_unchecked = False
@@ -563,6 +564,10 @@ def _warnings_of_what_runs() -> Iterator[None]:
         yield
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def _nothing() -> None:
+    """Take down nothing: there was nothing to put up yet."""
 
 
 def _take_down(live: LiveForwards, *hooks: Hooks | LoadHooks) -> None:
