@@ -43,15 +43,15 @@ def draw_summary(results: Sequence[Results], path: Path, *, dark: bool = False) 
     with picture(path, [result.environment for result in results], "", dark=dark, figsize=(5.2, 6.4)) as figure:
         for part, (result, chart) in zip(figure.subfigures(len(panels), 1, squeeze=False).flat, panels, strict=True):
             axis = part.subplots()
-            _draw(axis, chart, title=f"{result.experiment.title}\n{chart.title}")
+            _draw(axis, chart, heading=result.experiment.title)
             axis.set_xlim(0, result.experiment.steps)
             axis.set_xlabel("step")
             _legend(part, axis, result, columns=1)
 
 
-def _draw(axis: Axes, chart: Chart, *, title: str | None = None) -> None:
+def _draw(axis: Axes, chart: Chart, *, heading: str = "") -> None:
     draw_lines(axis, chart.lines)
-    axis.set_title(title or f"{chart.title}, {chart.note}", wrap=True)
+    axis.set_title(f"{heading}\n{chart.title}, {chart.note}".strip(), wrap=True)
     if chart.log:
         axis.set_yscale("log")
         plain_log(axis.yaxis)

@@ -53,7 +53,8 @@ def test_the_summary_has_two_panels_on_a_page_of_its_kind(experiment, tmp_path, 
     results = results_of(with_arms(experiment, *runs, steps=80), runs)
     draw_summary([results, results], tmp_path / "summary.png", dark=dark)
     titles = [axis.get_title(loc="left") for part in kept[0].subfigs for axis in part.axes]
-    assert [title.splitlines()[-1] for title in titles] == ["Maximum attention logit", "Validation loss"]
+    assert [title.splitlines()[-1].split(",")[0] for title in titles] == ["Maximum attention logit", "Validation loss"]
+    assert all(experiment.title in title for title in titles)
     assert shows(tmp_path / "summary.png", ARMS["muonclip"].colour)
     drawn = image.imread(tmp_path / "summary.png")
     assert drawn.shape[1] <= 640
