@@ -38,10 +38,11 @@ def multiplies_small_in_float32(m: int, n: int, device_type: str) -> bool:
 
 
 def matrices_at_once(m: int, n: int, device_type: str, workspace_bytes: int) -> int:
-    """Count the matrices m × n that one rank takes from the momentum to the weight at once."""
+    """Count the matrices m × n that one rank takes from the momentum to the weight at once, as many for each thread."""
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     most = min(threads * PIECE_BYTES, workspace_bytes) if device_type == "cpu" else workspace_bytes
-    return max(1, most // (4 * m * n))
+    count = max(1, most // (4 * m * n))
+    return count - count % threads if device_type == "cpu" and count > threads else count
 
 
 def rows_at_once(count: int, columns: int, device_type: str) -> int | None:
