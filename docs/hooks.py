@@ -1,4 +1,7 @@
-"""Marks code that needs the code above it; makes every page available as Markdown, and `llms.txt`, a list of them."""
+"""Marks code that needs the code above it; makes every page available as Markdown, and `llms.txt`, a list of them.
+
+In the Markdown of a page of the reference, signatures and docstrings are written out.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,19 @@ import ast
 import builtins
 import re
 import symtable
+import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import griffe
+import yaml
+
 _PYTHON = re.compile(r"^```python\n((?:.*\n)*?)```$", re.MULTILINE)
 _INCLUDED = re.compile(r'^--8<-- "(.*?)(?::(\d+):)?"$', re.MULTILINE)
+_DOCUMENTED = re.compile(r"^::: ([\w.]+)\n((?:    .*\n)*)", re.MULTILINE)
+_REFERENCE = re.compile(r"\[([^\]]+)\]\[[\w.]*\]")  # which the site resolves
 _pages: dict[str, str] = {}  # by address: the page as Markdown
 
 
@@ -21,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str | None:
     The list of changes, which is above `docs`, links to pages by `docs/…`.
     """
     marked = _PYTHON.sub(_marked, markdown)
-    text = _INCLUDED.sub(_included, marked)
+    text = _REFERENCE.sub(r"\1", _DOCUMENTED.sub(_documented, _INCLUDED.sub(_included, marked)))
     outside = page.file.src_uri == "changelog.md"
     _pages[page.file.src_uri] = text = text.replace("](docs/", "](") if outside else text
     return text if outside else marked
@@ -83,6 +93,39 @@ def _marked(found: re.Match[str]) -> str:
 def _included(found: re.Match[str]) -> str:
     lines = Path(found[1]).read_text(encoding="utf-8").splitlines()
     return "\n".join(lines[int(found[2] or 1) - 1 :])
+
+
+@cache
+def _package() -> griffe.Object | griffe.Alias:
+    return griffe.load("muonclip", search_paths=[str(Path(__file__).parents[1])])
+
+
+def _documented(found: re.Match[str]) -> str:
+    """Write what the site shows of an object, as Markdown: its signature and docstring, and those of its members."""
+    options = (yaml.safe_load(textwrap.dedent(found[2])) or {}).get("options", {})
+    return "\n".join(_described(_object(found[1]), options.get("members"), level=3))
+
+
+def _object(path: str) -> Any:
+    thing = _package()[path.removeprefix("muonclip.")]
+    return thing.final_target if isinstance(thing, griffe.Alias) else thing
+
+
+def _described(thing: Any, members: list[str] | bool | None, *, level: int) -> Iterator[str]:
+    """Yield the lines of an object. `members`: those to show of a class; None, True: all that are public."""
+    yield f"{'#' * level} {thing.name}\n"
+    if hasattr(thing, "signature"):
+        yield f"```text\n{thing.signature()}\n```\n"
+    elif getattr(thing, "value", None) is not None:
+        yield f"```text\n{thing.name} = {thing.value}\n```\n"
+    if thing.docstring:
+        yield f"{thing.docstring.value}\n"
+    if not thing.is_class or members is False:
+        return
+    for name, member in thing.members.items():
+        chosen = name in members if isinstance(members, list) else not name.startswith("_")
+        if chosen and member.docstring and name != "__init__":
+            yield from _described(member, False, level=level + 1)
 
 
 def _listed(entries: list[Any]) -> list[str]:

@@ -461,10 +461,14 @@ def test_the_site_builds_strictly_and_links_nothing_from_elsewhere(site):
         text = (site / address).read_text(encoding="utf-8")
         assert text.startswith("# ")
         assert "--8<--" not in text
+        assert not re.search(r"^::: ", text, re.MULTILINE)
         marked = sum(block.language == "python" and bool(hooks.needs(block.code)) for block in blocks_of(path))
         assert text.count('```python title="continues from above"\n') == marked
         shown = (site / address).with_suffix(".html").read_text(encoding="utf-8")
         assert shown.count('<span class="filename">continues from above</span>') == marked
+    reference = (site / "api" / "torch.md").read_text(encoding="utf-8")
+    for words in ("MuonClip(model: nn.Module", "weight_decay: Decoupled, times the rate.", "#### load_state_dict"):
+        assert words in reference
 
 
 @pytest.mark.slow
