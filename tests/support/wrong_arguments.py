@@ -28,6 +28,7 @@ NOT_POSITIVE = st.one_of(NO_NUMBER, NEGATIVE, st.just(0.0))
 NO_COUNT = st.one_of(NONE_OF_ANY_KIND, st.booleans(), st.floats(), st.integers(max_value=0), st.just(Fraction(1, 2)))
 NO_INDEX = st.one_of(NONE_OF_ANY_KIND, st.booleans(), st.floats(), st.integers(max_value=-1))
 NO_FLAG = st.one_of(NONE_OF_ANY_KIND, st.floats(), st.integers(min_value=2))
+NO_NUMBER_OF_HEADS = st.one_of(NONE_OF_ANY_KIND, st.floats(), st.integers(max_value=-1))
 NO_NAME = st.one_of(NONE_OF_ANY_KIND.filter(lambda x: x is not None), st.floats(), st.integers())
 
 

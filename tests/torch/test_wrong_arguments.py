@@ -14,6 +14,7 @@ from wrong_arguments import (
     NO_INDEX,
     NO_NAME,
     NO_NUMBER,
+    NO_NUMBER_OF_HEADS,
     NO_RATE,
     NO_SHARE,
     NONE_OF_ANY_KIND,
@@ -92,9 +93,9 @@ def table():
     yield from add("Muon's group", lambda **o: Muon(group(**o)), **MUON_OPTIONS, use=NONE_OF_ANY_KIND)
     yield from add("Muon's group", lambda **o: Muon(group(**o)), layout=NO_NAME.filter(bool_or_true))
     yield from add(
-        "MuonClip", lambda **o: MuonClip(MODEL, **o), **MUON_OPTIONS, tau=one_tau(NOT_POSITIVE), per_head=NO_FLAG,
-        qk_clip=but_none(NO_NUMBER), capturable=NO_FLAG, workspace_bytes=but_none(NO_COUNT),
-        adamw=NO_NAME.filter(lambda x: not isinstance(x, dict)),
+        "MuonClip", lambda **o: MuonClip(MODEL, **o), **MUON_OPTIONS, tau=one_tau(NOT_POSITIVE),
+        per_head=NO_NUMBER_OF_HEADS, qk_clip=but_none(NO_NUMBER), capturable=NO_FLAG,
+        workspace_bytes=but_none(NO_COUNT), adamw=NO_NAME.filter(lambda x: not isinstance(x, dict)),
     )  # fmt: skip
     yield from add(
         "MuonClip's adamw", lambda **o: MuonClip(group(), qk_clip=None, adamw=o), **ADAMW_OPTIONS, lr=but_none(NO_RATE),

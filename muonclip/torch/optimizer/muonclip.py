@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import TypeVar
 
 from muonclip.core import Recipe
-from muonclip.core.arguments import check_kind, shown
+from muonclip.core.arguments import check_flag, check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
 from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.core.parameter_roles import Use
@@ -200,6 +200,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         check_workspace(workspace_bytes)
         heads_per_matrix(per_head)
         check_tau_rules(tau)
+        check_flag("capturable", capturable)
         if capturable and varies(tau):
             raise ValueError(
                 "capturable=True with a tau that is a function: a graph that is replayed does not call it."
