@@ -111,6 +111,16 @@ def test_parameters_that_are_not_the_model_s_any_more_are_an_error(alone):
         optimizer.step()
 
 
+def test_the_model_of_a_clip_shows_that_parameters_are_not_its_any_more(alone):
+    model = worker.Model()
+    worker.fill(model)
+    optimizer = MuonClip([dict(params=list(model.named_parameters()))], qk_clip=QKClip(model, tau=0.05))
+    model = worker.shard(model)
+    model(torch.randint(30, (2, 9))).sum().backward()
+    with pytest.raises(RuntimeError, match=r"16 of the 16 parameters .*sharded after the optimizer was made"):
+        optimizer.step()
+
+
 def test_what_an_engine_has_put_into_the_groups_or_a_forward_has_left_whole_is_no_error(alone):
     model = nn.Linear(4, 4)
     optimizer = MuonClip(model, qk_clip=None)

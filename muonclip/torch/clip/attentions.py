@@ -44,7 +44,7 @@ class ClipAttentions:
         monitor: AttentionMonitor | None = None,
     ) -> None:
         self.projections = projections
-        self._model, self._monitor = model, monitor
+        self.model, self._monitor = model, monitor
         self._loads: LoadHooks | None = None  # the monitor has its own
         self._watch_loads()
         self._sharded: list[FSDPModule] = []
@@ -90,7 +90,7 @@ class ClipAttentions:
     @property
     def device(self) -> torch.device:
         """The device of the weights of queries and keys."""
-        of_model = () if self._model is None else self._model.parameters()  # which may have shown no attention yet
+        of_model = () if self.model is None else self.model.parameters()  # which may have shown no attention yet
         weights = (weight for projection in self.projections.values() for weight in projection.qk_parameters())
         first = next(weights, None)
         first = next(iter(of_model), None) if first is None else first
@@ -152,7 +152,7 @@ class ClipAttentions:
 
     def names(self) -> list[str]:
         """Return the names that a pattern may fit: of the model's modules, or of the given projections."""
-        return [*self.projections] if self._model is None else [name for name, _ in self._model.named_modules()]
+        return [*self.projections] if self.model is None else [name for name, _ in self.model.named_modules()]
 
     def kernels(self) -> dict[str, AttentionKernel]:
         """Return the kernel by which each attention is observed, by name; `DECLARED` where it fills its statistic."""
@@ -224,13 +224,13 @@ class ClipAttentions:
 
     def if_unfilled(self) -> str:
         """Return a line that says which weights of the model hold no sensible numbers, or ""."""
-        return "" if self._model is None else if_unfilled(self._model)
+        return "" if self.model is None else if_unfilled(self.model)
 
     def names_of(self, weights: Iterable[Tensor]) -> list[str]:
         """Name weights of queries and keys as the model does; without a model, by their attention and module."""
         wanted = {id(weight) for weight in weights}
-        if self._model is not None:
-            return [name for name, parameter in self._model.named_parameters() if id(parameter) in wanted]
+        if self.model is not None:
+            return [name for name, parameter in self.model.named_parameters() if id(parameter) in wanted]
         names: dict[int, str] = {}
         for attention, projection in self.projections.items():
             for _, rows in projection.parts():
@@ -250,8 +250,8 @@ class ClipAttentions:
         return callers
 
     def _roots(self) -> Iterable[nn.Module]:
-        if self._model is not None:
-            return (self._model,)
+        if self.model is not None:
+            return (self.model,)
         return {rows.module: None for each in self.projections.values() for _, rows in each.parts()}
 
     def _watch_loads(self) -> None:
@@ -261,7 +261,7 @@ class ClipAttentions:
             self._loads.watch((m, each.max_logits) for each in self.projections.values() for m in each.qk_modules())
 
     def __getstate__(self) -> dict[str, Any]:
-        again = {"_found": FoundWeights(self._model), "_sharded": [], "_loads": None}  # read again in a copy
+        again = {"_found": FoundWeights(self.model), "_sharded": [], "_loads": None}  # read again in a copy
         return {**self.__dict__, **again}
 
 

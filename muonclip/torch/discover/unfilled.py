@@ -20,7 +20,7 @@ def if_unfilled(model: nn.Module) -> str:
     return (
         f"QK-Clip: {listed} hold no numbers that a model could have (NaN, infinite, or beyond {_LARGEST:g}). Fill "
         "every parameter and every buffer first: after to_empty they have whatever the memory held, until the model's "
-        "own initialisation or a checkpoint has run. As long as that is so, what follows means nothing:\n"
+        "own initialisation or a checkpoint has run. Until then, what follows is a consequence of it alone:\n"
     )
 
 

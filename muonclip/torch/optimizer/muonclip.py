@@ -261,9 +261,12 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         super().__init__(groups, muon, adamw_options, workspace_bytes)
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
-            self._given = weakref.ref(model), [id(each) for group in self.param_groups for each in group["params"]]
-            if any(parameter.is_meta for parameter in model.parameters()):
-                self._unfilled = weakref.ref(model)
+        of_clip = None if self.qk_clip is None else self.qk_clip.attentions.model
+        owner = model if isinstance(model, nn.Module) else of_clip
+        if owner is not None:
+            self._given = weakref.ref(owner), [*map(id, owner.parameters())]
+        if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+            self._unfilled = weakref.ref(model)
         self._plan_update()
         self._matrices.clear()  # until the first step an engine may replace the parameters: hold none
 
@@ -448,8 +451,8 @@ def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, t
             raise ValueError(f"tau={shown(tau)} has nothing to clip where qk_clip=None. Leave one of them out.")
         if qk_clip is not None and tau not in (DEFAULT_TAU, qk_clip.tau):
             raise ValueError(
-                f"tau={shown(tau)} was given with a QKClip whose own tau is {tau_in_words(qk_clip.tau)}, which is "
-                f"used. Say it once: qk_clip=QKClip(model, tau={shown(tau)})."
+                f"tau={shown(tau)} was given with a QKClip whose own tau is {tau_in_words(qk_clip.tau)}. Say "
+                f"it once: qk_clip=QKClip(model, tau={shown(tau)})."
             )
         return qk_clip
     if not (isinstance(qk_clip, str) and qk_clip in ("auto", "required")):
