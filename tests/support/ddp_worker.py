@@ -28,7 +28,8 @@ for step in range(20):
     local = torch.stack([layer.max_logits.maximum.clone() for layer in model.layers])
     collectives.clear()
     optimizer.step()
-    assert collectives == [2 * (3 * 4 + 1)], "one packed collective for all layers"
+    agreement = [2] if step == 0 else []  # that both train the same, compared once
+    assert collectives == [*agreement, 2 * (3 * 4 + 1)], "one packed collective for all layers"
     optimizer.zero_grad()
     report = optimizer.qk_clip.report()
     seen = torch.stack([layer.max_logits for layer in report.layers.values()])
