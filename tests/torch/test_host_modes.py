@@ -505,7 +505,7 @@ def test_jagged_sequences(cross):
         model.attn.q.weight.mul_(9)
     one_by_one = QKClip(copy.deepcopy(model), observe="always")
     for x, y in zip(xs, ys, strict=True):
-        one_by_one.attentions._model(x=x[None], y=y[None])
+        one_by_one.attentions.model(x=x[None], y=y[None])
     expected = maxima(one_by_one)
     optimizer = MuonClip(model, lr=1e-2, qk_clip=QKClip(model, tau=0.5, observe="always"))
     x = torch.nested.nested_tensor(xs, layout=torch.jagged)

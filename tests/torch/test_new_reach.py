@@ -55,7 +55,7 @@ def clip_of(model, tau=0.05, **options):
 def step(clip, *outputs):
     sum(y.square().sum() for y in outputs).backward()
     clip.step()
-    for parameter in clip.attentions._model.parameters():
+    for parameter in clip.attentions.model.parameters():
         parameter.grad = None
 
 
@@ -405,7 +405,7 @@ def test_heads_in_an_axis_in_front_of_a_single_sequence_are_refused(written_out,
     alone = QKProjection("mha", 1, MaxLogits(1), reason="heads in front")
     clip = clip_of(nn.Sequential(Attention(), model), declare={"1": alone})
     for batch in (x[:1], x):
-        step(clip, clip.attentions._model(batch))
+        step(clip, clip.attentions.model(batch))
     assert clip.report().layers["1"].max_logits.tolist() == [-math.inf]
     assert clip.sources()["1"].startswith("not read")
 

@@ -14,6 +14,7 @@ from wrong_arguments import (
     NOT_POSITIVE,
     assert_all_named,
     but_none,
+    one_tau,
 )
 
 from muonclip.torch import QKClip
@@ -24,8 +25,9 @@ OPTIMIZER = torch.optim.AdamW(MODEL.parameters())
 NO_TEXT = NO_NUMBER.filter(lambda value: not isinstance(value, str))
 RIGHT = dict(model=MODEL, lr=0.01, weight_decay=0.1)
 FACTORY = dict(
-    model=NO_NUMBER, lr=NO_RATE, weight_decay=NO_RATE, tau=NOT_POSITIVE, momentum=NOT_BELOW_ONE, capturable=NO_FLAG,
-    qk_clip=but_none(NO_NUMBER), adamw=but_none(NO_TEXT).filter(lambda value: not isinstance(value, dict)),
+    model=NO_NUMBER, lr=NO_RATE, weight_decay=NO_RATE, tau=one_tau(NOT_POSITIVE),
+    momentum=NOT_BELOW_ONE, capturable=NO_FLAG, qk_clip=but_none(NO_NUMBER),
+    adamw=but_none(NO_TEXT).filter(lambda value: not isinstance(value, dict)),
 )  # fmt: skip
 CALLBACKS = {
     MuonClipFactory: (lambda **options: MuonClipFactory()(**RIGHT | options), FACTORY),
