@@ -14,7 +14,6 @@ import re
 import sys
 import traceback
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,16 +126,6 @@ def assert_as_the_page_says(model, optimizer, reference):
 def any_of(value, *others):
     """Tell whether each number is one of those in its place."""
     return bool(torch.stack([value == each for each in others]).any(0).all())
-
-
-def largest_logits(model, x):
-    """[layers][heads], of the dense logits."""
-    maxima = []
-    with torch.no_grad():
-        for layer in model.layers:
-            maxima.append(layer.maxima(x))
-            x = layer(x)
-    return np.array(maxima)
 
 
 def sharded(at, rank, ranks):

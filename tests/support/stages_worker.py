@@ -5,6 +5,7 @@ It goes on from FOLDER/before, on as many ranks as there are, and leaves FOLDER/
 
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -37,6 +38,16 @@ def step(model, optimizer, seed, part=slice(None)):
     model(batch(seed)[part]).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def largest_logits(model, x):
+    """[layers][heads], of the dense logits."""
+    maxima = []
+    with torch.no_grad():
+        for layer in model.layers:
+            maxima.append(layer.maxima(x))
+            x = layer(x)
+    return np.array(maxima)
 
 
 def save(folder, model, optimizer):

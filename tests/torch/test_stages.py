@@ -9,7 +9,7 @@ import pytest
 import stages_worker as stages
 import torch
 from forked_ranks import run_ranks
-from stages_worker import TAU, Model, batch, step
+from stages_worker import TAU, Model, batch, largest_logits, step
 from tiny_attention import UndeclaredAttention
 
 from muonclip.torch import MuonClip
@@ -17,16 +17,6 @@ from muonclip.torch.clip import rescaling
 
 execute_module = importlib.import_module("muonclip.torch.update.execute")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-
-
-def largest_logits(model, x):
-    """[layers][heads], of the dense logits."""
-    maxima = []
-    with torch.no_grad():
-        for layer in model.layers:
-            maxima.append(layer.maxima(x))
-            x = layer(x)
-    return np.array(maxima)
 
 
 def take_by_name(optimizer, saved):

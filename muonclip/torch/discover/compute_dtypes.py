@@ -6,7 +6,7 @@ own. A copy that took both as they are would multiply one by the other; so all o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,5 +60,7 @@ class _Cast:
         return self._all(output)
 
     def _all(self, value: Any) -> Any:
-        cast: Callable[[Tensor], Tensor] = lambda each: each.to(self._dtype) if each.is_floating_point() else each  # noqa: E731
+        def cast(each: Tensor) -> Tensor:
+            return each.to(self._dtype) if each.is_floating_point() else each
+
         return _apply_to_tensors(cast, value)
