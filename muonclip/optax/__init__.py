@@ -11,7 +11,8 @@ from muonclip.optax.known_attention import qk_projections_of
 from muonclip.optax.max_logits import certified_max_logits, dot_product_attention, exact_max_logits
 from muonclip.optax.muon import ScaleByMuonState, muonclip, scale_by_muon
 from muonclip.optax.plan import Plan, PlannedParameter, plan
-from muonclip.optax.qk_clip import QKClipState, QKProjection, qk_clip
+from muonclip.optax.qk_clip import QKClipState, qk_clip
+from muonclip.optax.qk_projection import QKProjection
 
 __all__ = [
     "AccumulateState",

@@ -16,8 +16,9 @@ import optax
 from muonclip.core.arguments import check_kind, check_whole
 from muonclip.optax.arguments import check_if_concrete, check_scalar
 from muonclip.optax.dtypes import wide
+from muonclip.optax.given_maxima import by_attention, check_max_logits, check_shape
 from muonclip.optax.paths import named_leaves
-from muonclip.optax.qk_clip import QKClipState, by_attention, check_max_logits, check_shape, is_narrow
+from muonclip.optax.qk_clip import QKClipState, is_narrow
 from muonclip.optax.types import PyTree
 
 

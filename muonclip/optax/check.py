@@ -23,13 +23,13 @@ import numpy as np
 
 from muonclip.core.arguments import check_array, kind, shown
 from muonclip.core.head_parts import Part
+from muonclip.optax.given_maxima import maxima_of
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import map_named, named_arrays
-from muonclip.optax.qk_clip import (
+from muonclip.optax.qk_projection import (
     QKProjection,
     QKProjections,
     flatten_projections,
-    maxima_of,
     maxima_shape,
     scaled_rows,
 )

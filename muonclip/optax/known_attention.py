@@ -22,7 +22,7 @@ from muonclip.core.arguments import check_kind, is_array, kind
 from muonclip.core.parameter_roles import FUSED_QKV_NAMES
 from muonclip.optax.head_rows import shapes_of
 from muonclip.optax.paths import below, name_of, named_arrays
-from muonclip.optax.qk_clip import QKProjection
+from muonclip.optax.qk_projection import QKProjection
 from muonclip.optax.types import PyTree
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from muonclip.core.updates import UPDATES, Update, check_update
 from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar, check_tree
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
-from muonclip.optax.qk_clip import QKProjections, qk_clip
+from muonclip.optax.qk_clip import qk_clip
+from muonclip.optax.qk_projection import QKProjections
 from muonclip.optax.types import PyTree, Shardings, WeightLayouts
 from muonclip.optax.update_rule import ScaleByMuonState as ScaleByMuonState  # where pickles look for it
 from muonclip.optax.update_rule import scale_by_rule

@@ -46,7 +46,7 @@ from muonclip.optax.head_rows import HeadRows, is_adapter
 from muonclip.optax.known_attention import attentions_by_shape
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
-from muonclip.optax.qk_clip import QKProjection, QKProjections, flatten_projections
+from muonclip.optax.qk_projection import QKProjection, QKProjections, flatten_projections
 from muonclip.optax.types import PyTree, WeightLayouts
 
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
