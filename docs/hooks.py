@@ -10,7 +10,7 @@ import builtins
 import re
 import symtable
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _package() -> griffe.Object | griffe.Alias:
 def _documented(found: re.Match[str]) -> str:
     """Write what the site shows of an object, as Markdown: its signature and docstring, and those of its members."""
     options = (yaml.safe_load(textwrap.dedent(found[2])) or {}).get("options", {})
-    return "\n".join(_described(_object(found[1]), options.get("members"), level=3))
+    return "\n".join(_described(_object(found[1]), options, level=3))
 
 
 def _object(path: str) -> Any:
@@ -111,8 +111,8 @@ def _object(path: str) -> Any:
     return thing.final_target if isinstance(thing, griffe.Alias) else thing
 
 
-def _described(thing: Any, members: list[str] | bool | None, *, level: int) -> Iterator[str]:
-    """Yield the lines of an object. `members`: those to show of a class; None, True: all that are public."""
+def _described(thing: Any, options: Mapping[str, Any], *, level: int) -> Iterator[str]:
+    """Yield the lines of an object, and of those of its members that the options of mkdocstrings choose."""
     yield f"{'#' * level} {thing.name}\n"
     if hasattr(thing, "signature"):
         yield f"```text\n{thing.signature()}\n```\n"
@@ -120,12 +120,14 @@ def _described(thing: Any, members: list[str] | bool | None, *, level: int) -> I
         yield f"```text\n{thing.name} = {thing.value}\n```\n"
     if thing.docstring:
         yield f"{thing.docstring.value}\n"
-    if not thing.is_class or members is False:
+    asked = options.get("members")
+    if not thing.is_class or asked is False:
         return
-    for name, member in thing.members.items():
-        chosen = name in members if isinstance(members, list) else not name.startswith("_")
+    inherited = {name: thing.all_members[name] for name in options.get("inherited_members") or ()}
+    for name, member in {**inherited, **thing.members}.items():
+        chosen = name in asked if isinstance(asked, list) else not name.startswith("_")
         if chosen and member.docstring and name != "__init__":
-            yield from _described(member, False, level=level + 1)
+            yield from _described(member, {"members": False}, level=level + 1)
 
 
 def _listed(entries: list[Any]) -> list[str]:

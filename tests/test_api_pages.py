@@ -77,6 +77,17 @@ def parameters_of(shown):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_a_class_is_shown_with_all_its_constructors(page):
+    for path, options in entries_of(text_of(page)):
+        asked = options.get("members")
+        if isinstance(asked, list):
+            found = source()[path.partition(".")[2]]
+            members = (found.final_target if found.is_alias else found).members.values()
+            constructors = {each.name for each in members if not each.is_alias and "classmethod" in each.labels}
+            assert {name for name in constructors if not name.startswith("_")} <= {*asked}, path
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_has_every_public_name_once_and_no_other(page):
     text = text_of(page).partition(TYPES)[0]
     shown = [path for path, _ in entries_of(text) if path != "muonclip.models.jax"]

@@ -467,7 +467,12 @@ def test_the_site_builds_strictly_and_links_nothing_from_elsewhere(site):
         shown = (site / address).with_suffix(".html").read_text(encoding="utf-8")
         assert shown.count('<span class="filename">continues from above</span>') == marked
     reference = (site / "api" / "torch.md").read_text(encoding="utf-8")
-    for words in ("MuonClip(model: nn.Module", "weight_decay: Decoupled, times the rate.", "#### load_state_dict"):
+    for words in (
+        "MuonClip(model: nn.Module",
+        "weight_decay: Decoupled, times the rate.",
+        "#### load_state_dict",
+        "#### step",
+    ):
         assert words in reference
 
 
