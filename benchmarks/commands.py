@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.execution.rank_runs import Team
 from benchmarks.execution.train import Execution, train
-from benchmarks.experiment.arms import DEFAULT_ARMS, choices
+from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, choices
 from benchmarks.experiment.data import Corpus, open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment
@@ -32,6 +32,8 @@ def explosion(options: argparse.Namespace) -> None:
     if missing := [entry for entry in entries if entry not in rates]:
         message = f"names no rate for {', '.join(missing)}; write one rate for all, or one for every arm."
         raise UsageError("--lr", message)
+    if options.framework == "jax" and any(ARMS[choice.entry].optimizer == "torch-muon" for choice in options.arms):
+        raise UsageError("--arms", "torch-muon is PyTorch's own Muon: take it away, or --framework torch.")
     given = {name: getattr(options, name) for name in ("steps", "batch_size", "tau")}
     given = {name: value for name, value in given.items() if value is not None}
     training = replace(preset.training, lr={entry: rates[entry] for entry in entries}, **given)
@@ -104,6 +106,7 @@ _STUDIES = (
     "gram-accuracy",
     "primer",
     "grad-clipping",
+    "variants",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

@@ -213,6 +213,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "clip all gradients, AdamW's alone, or none: five runs on three seeds, ten minutes",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
+    "variants": (
+        "train MuonClip's variants and polynomials by one protocol: an hour on one core",
+        {"--quick": _flag("two steps of each, to see that all of it works")}, ("--out", "--jobs"),
+    ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip

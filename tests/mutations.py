@@ -89,6 +89,13 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    Mutation(
+        "pairs-of-heads-are-single-in-jax",
+        'per_head="pairs" makes a matrix of each head in the layouts of the reference model in JAX.',
+        "return count // together\n\n    def layout",
+        "return count\n\n    def layout",
+        tests_of("models/test_jax_moe.py", "test_muon_reads_the_same_matrices_as_in_torch"),
+    ),
     # Schedulers, the plan
     Mutation(
         "cycled-momentum-of-one-half",

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.experiment.settings import Training
+from muonclip.core import COEFFICIENT_SETS
+from muonclip.core.head_parts import PerHead
 from muonclip.models import MoEConfig
 from muonclip.models.config import Attention
 
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon", "torch-muon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Entry:
     clips: bool = False
     baseline: str | None = None  # the entry that is the same but for the clip
     late: bool = False  # whether the clip waits for `Training.rescue_at`
-    per_head: bool = False  # whether each head's rows are a matrix of their own
+    per_head: PerHead = False  # whether each head's rows, or those of so many heads, are a matrix of their own
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of MuonClip, the same in torch and Optax
     model: Callable[[MoEConfig, Training], MoEConfig] = lambda config, training: config
 
@@ -42,12 +44,14 @@ ARMS: dict[str, Entry] = {
     "muonclip": Entry("MuonClip", "#009E73", "muon", clips=True, baseline="muon"),
     "rescue": Entry("Muon, clip switched on midway", "#8C6BB1", "muon", clips=True, baseline="muon", late=True),
     "per-head": Entry("MuonClip per head", "#CC79A7", "muon", clips=True, per_head=True),
+    "per-head-pairs": Entry("MuonClip per two heads", "#DDCC77", "muon", clips=True, per_head="pairs"),
     "normuon": Entry("MuonClip, NorMuon", "#117733", "muon", clips=True, options={"update": "normuon"}),
     "hyperball": Entry(
         "MuonClip, hyperball", "#332288", "muon", clips=True, options={"update": "hyperball", "weight_decay": 0.0}
     ),
     "muown": Entry("MuonClip, Muown", "#882255", "muon", clips=True, options={"update": "muown"}),
     "cautious": Entry("MuonClip, cautious decay", "#AA4499", "muon", clips=True, options={"cautious_decay": True}),
+    "torch-muon": Entry("torch.optim.Muon + AdamW", "#661100", "torch-muon"),
     "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
     "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
     "softcap": Entry("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),
@@ -65,7 +69,7 @@ class Arm:
     optimizer: Optimizer
     clips: bool
     clips_from: int  # updates that are done before the clip may act
-    per_head: bool
+    per_head: PerHead
     options: Mapping[str, Any]
     model: MoEConfig
     training: Training
@@ -135,6 +139,7 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
     for choice in chosen:
         entry, settings, lr = ARMS[choice.entry], dict(choice.settings), rates[choice.name]
         settings.pop("lr", None)
+        options = dict(entry.options) | {key: settings.pop(key) for key in _POLYNOMIAL if key in settings}
         attention = settings.pop("attention", model.attention)
         own = replace(training, **settings)
         config = entry.model(replace(model, attention=attention), own)
@@ -150,7 +155,7 @@ def resolve(chosen: Sequence[Choice], model: MoEConfig, training: Training) -> t
                 clips=entry.clips,
                 clips_from=round(own.rescue_at * own.steps) if entry.late else 0,
                 per_head=entry.per_head,
-                options=entry.options,
+                options=options,
                 model=config,
                 training=own,
                 lr=lr,
@@ -187,6 +192,8 @@ def _parse(name: str) -> Choice:
             raise ValueError(f"{key} is set twice in {name!r}")
         if key == "adamw_lr" and ARMS[entry].optimizer == "adamw":
             raise ValueError(f"{name!r} has one rate: {entry}@lr={written}")
+        if key in _POLYNOMIAL and ARMS[entry].optimizer != "muon":
+            raise ValueError(f"{key} is of MuonClip's arms; {name!r} is another optimizer")
         try:
             settings[key] = SETTINGS[key].read(written)
         except ValueError:
@@ -216,12 +223,16 @@ class Setting(NamedTuple):
 
 
 _ATTENTIONS = get_args(Attention)
+_SETS = (*COEFFICIENT_SETS,)
+_POLYNOMIAL = ("ns_coefficients", "ns_steps")  # arguments of MuonClip
 SETTINGS: dict[str, Setting] = {
     "attention": Setting(
         lambda text: _ATTENTIONS[_ATTENTIONS.index(text)], f"one of {', '.join(_ATTENTIONS)}", str.upper
     ),
     "lr": Setting(number(float, 1e-300), "a positive number", "rate {:g}".format),
     "adamw_lr": Setting(number(float, 1e-300), "a positive number", "rate of the AdamW half {:g}".format),
+    "ns_coefficients": Setting(lambda text: _SETS[_SETS.index(text)], f"one of {', '.join(COEFFICIENT_SETS)}", str),
+    "ns_steps": Setting(number(int, 1, 99), "an integer from 1 to 99", "{} steps of the iteration".format),
     "tau": Setting(number(float, 1e-300), "a positive number", "τ = {:g}".format),
     "weight_decay": Setting(number(float, 0), "a number from 0", "λ = {:g}".format),
     "steps": Setting(number(int, 1), "an integer of at least 1", "{} steps".format),

@@ -43,6 +43,8 @@ class Layout:
     def check(self, experiment: Experiment, world_size: int) -> None:
         """Raise UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
         for arm in experiment.arms:
+            if arm.optimizer == "torch-muon":
+                raise UsageError("--arms", f"{arm.name} runs alone: torch.optim.Muon knows no shards. Take it away.")
             try:
                 self.parallelism.check(arm.model, world_size)
             except DegreeError as error:

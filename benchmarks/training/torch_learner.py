@@ -12,6 +12,7 @@ from benchmarks.experiment.arms import Arm
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.settings import Precision
 from benchmarks.training.learner import Learner, Windows
+from benchmarks.training.torch_muon import TorchMuon
 from muonclip.core.adam_defaults import ADAM_EPS
 from muonclip.models.torch import MoE
 from muonclip.torch import MuonClip, QKClip
@@ -93,6 +94,8 @@ def make_optimizer(
     `foreach`: of AdamW alone; it cannot take parameters of several meshes at once.
     """
     training = arm.training
+    if arm.optimizer == "torch-muon":
+        return TorchMuon(model, arm), QKClip(model, tau=math.inf, observe="always")
     qk_clip = QKClip(model, tau=training.tau if arm.clips else math.inf, observe="always")
     if arm.optimizer == "adamw":
         parameters = list(model.parameters())

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from muonclip.core import MatrixLayout
+from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.models.config import MoEConfig
 from muonclip.optax import QKProjection
 
@@ -90,15 +91,26 @@ def init_buffers(config: MoEConfig) -> Buffers:
     return {f"layers.{i}.mlp.router.{_BIAS}": jnp.zeros(config.num_experts, jnp.float32) for i in routed}
 
 
-def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, MatrixLayout | None]:
+def matrix_layouts(config: MoEConfig, *, per_head: PerHead = False) -> dict[str, MatrixLayout | None]:
     """Return how Muon reads each parameter, by name; None for AdamW's (embedding, output head, norms).
 
     Args:
         config: The sizes of the model.
-        per_head: The heads of queries, keys and values are matrices of their own.
+        per_head: The heads of queries, keys and values are matrices of their own, or every so many, as `MuonClip` takes
+            it.
+
+    Raises:
+        ValueError: For a number of heads that does not divide those of a projection.
     """
-    heads = config.num_heads
+    heads, together = config.num_heads, heads_per_matrix(per_head)
     counts = {"q_proj": heads, "q_b_proj": heads, "k_proj": num_kv_heads(config), "v_proj": num_kv_heads(config)}
+
+    def divided(count: int) -> int:
+        if count % together:
+            raise ValueError(
+                f"per_head={per_head!r}, and a projection has {count} heads; give a number that divides them."
+            )
+        return count // together
 
     def layout(name: str, shape: Shape) -> MatrixLayout | None:
         leaf = name.removesuffix(".weight").rpartition(".")[2]
@@ -106,11 +118,11 @@ def matrix_layouts(config: MoEConfig, *, per_head: bool = False) -> dict[str, Ma
             return None
         if leaf == "gate_up_proj":
             return MatrixLayout(batch_ndim=len(shape) - 2, blocks=(shape[-2] // 2,) * 2)
-        if per_head and leaf in counts:
-            return MatrixLayout(blocks=shape[:1], heads=(counts[leaf],))
-        if per_head and leaf == "kv_b_proj":
+        if together and leaf in counts:
+            return MatrixLayout(blocks=shape[:1], heads=(divided(counts[leaf]),))
+        if together and leaf == "kv_b_proj":
             parts = (config.qk_nope_head_dim, config.v_head_dim)
-            return MatrixLayout(blocks=parts, heads=(heads, heads), repeats=heads)
+            return MatrixLayout(blocks=parts, heads=(divided(heads),) * 2, repeats=heads)
         return MatrixLayout(batch_ndim=len(shape) - 2)
 
     return {name: layout(name, shape) for name, shape in parameter_shapes(config).items()}

@@ -26,8 +26,8 @@ def test_settings_replace_those_of_the_experiment(experiment):
     assert only(experiment, "muon@attention=mha").changes == {"attention": "mha"}
     assert only(experiment, "softcap@tau=7").changes == {"softcap": 7.0}
     assert [arm for arm in ARMS if not only(experiment, arm).changes] == [
-        "adamw", "muon", "muonclip", "rescue", "per-head", "normuon", "hyperball", "muown", "cautious",
-        "adamw-clip",
+        "adamw", "muon", "muonclip", "rescue", "per-head", "per-head-pairs", "normuon", "hyperball", "muown",
+        "cautious", "torch-muon", "adamw-clip",
     ]  # fmt: skip
 
 
@@ -35,6 +35,13 @@ def test_the_adamw_half_has_a_rate_of_its_own(experiment):
     assert only(experiment, "muonclip").adamw_share == 1
     arm = only(experiment, "muonclip@lr=0.01@adamw_lr=0.0025")
     assert (arm.lr, arm.adamw_share) == (0.01, 0.25)
+
+
+def test_the_polynomial_is_an_option_of_muonclip(experiment):
+    arm = only(experiment, "hyperball@ns_coefficients=polar_express@ns_steps=6")
+    assert arm.options == ARMS["hyperball"].options | {"ns_coefficients": "polar_express", "ns_steps": 6}
+    assert arm.training == only(experiment, "hyperball").training
+    assert label("muonclip@ns_coefficients=you@ns_steps=3") == "MuonClip, you, 3 steps of the iteration"
 
 
 def test_thresholds(experiment):
@@ -71,6 +78,9 @@ def test_a_baseline_has_the_same_settings_and_the_same_rate_where_one_does(exper
         ("muon@steps=2.5", "steps=2.5 is not an integer of at least 1"),
         ("muon@decay_share=2", "decay_share=2 is not a share from 0 to 1"),
         ("muon@attention=flash", "attention=flash is not one of mla, gqa, mha"),
+        ("muonclip@ns_coefficients=bjorck", "ns_coefficients=bjorck is not one of jordan, deepseek_v4"),
+        ("muonclip@ns_steps=0", "ns_steps=0 is not an integer from 1 to 99"),
+        ("torch-muon@ns_steps=6", "ns_steps is of MuonClip's arms; 'torch-muon@ns_steps=6' is another optimizer"),
         ("muon@lr=1@lr=2", "lr is set twice in 'muon@lr=1@lr=2'"),
     ],
 )

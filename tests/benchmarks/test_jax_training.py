@@ -63,7 +63,11 @@ def begin(corpus, tmp_path):
 
 
 SAME_PROGRAMS = ("adamw", "adamw-clip", "muon", "muonclip", "rescue")  # two of them; each other arm is its own
-OTHERS = [*(arm for arm in ARMS if arm not in SAME_PROGRAMS), "muonclip@attention=gqa", "per-head@attention=mha"]
+OTHERS = [
+    *(arm for arm in ARMS if arm not in (*SAME_PROGRAMS, "torch-muon")),
+    "muonclip@attention=gqa",
+    "per-head@attention=mha",
+]
 OTHERS.append("muonclip@lr=0.01@adamw_lr=0.003")
 
 

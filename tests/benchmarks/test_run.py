@@ -71,12 +71,33 @@ def test_rescue_is_muon_until_it_clips(every_arm, run_of):
 
 
 def test_per_head_orthogonalizes_the_heads_alone(every_arm, run_of):
+    names = {f"layers.{i}.attn.{name}.weight" for i in (0, 1) for name in ("q_b_proj", "kv_b_proj")}
     layouts = {
         arm: {row.name: row.layout for row in run_of(every_arm, arm).learner.optimizer.plan.parameters}
-        for arm in ("muonclip", "per-head")
+        for arm in ("muonclip", "per-head", "per-head-pairs")
     }
-    different = {name for name, layout in layouts["per-head"].items() if layout != layouts["muonclip"][name]}
-    assert different == {f"layers.{i}.attn.{name}.weight" for i in (0, 1) for name in ("q_b_proj", "kv_b_proj")}
+    for arm, heads in (("per-head", 4), ("per-head-pairs", 2)):
+        assert {name for name, layout in layouts[arm].items() if layout != layouts["muonclip"][name]} == names
+        assert {heads} == {count for name in names for count in layouts[arm][name].heads}
+
+
+def test_torchs_own_muon_updates_each_expert_and_leaves_the_rest_to_adamw(every_arm, begin):
+    """Its first step, of a momentum that is the gradient, is Muon's, up to what bfloat16 makes of small matrices."""
+    learners = {arm: begin(every_arm, arm, folder=arm).learner for arm in ("muon", "torch-muon")}
+    before = {name: each.detach().clone() for name, each in learners["muon"].model.named_parameters()}
+    windows = begin(every_arm, "muon", folder="other").corpus.batch(seed=0, step=0, batch_size=2, length=16)
+    for learner in learners.values():
+        learner.step(windows, 0, 0.01)
+    ours, theirs = (dict(learners[arm].model.named_parameters()) for arm in ("muon", "torch-muon"))
+    fused = {name for name in ours if "gate_up" in name}  # two matrices to MuonClip
+    for name, weight in before.items():
+        for expert in range(len(weight) if weight.ndim > 2 else 1):
+            mine, other = (
+                (of[name] - weight)[expert] if weight.ndim > 2 else of[name] - weight for of in (ours, theirs)
+            )
+            assert other.norm() > 0, name
+            if name not in fused:
+                assert (mine - other).norm() < 0.5 * mine.norm(), name
 
 
 @pytest.mark.parametrize(("arm", "changes"), [("qk-norm", {"qk_norm": True}), ("softcap", {"softcap": 0.02})])
@@ -99,7 +120,17 @@ def test_clipped_heads_are_those_above_tau(every_arm, run_of, arm):
     records = read_run(run_of(every_arm, arm).folder)
     clipped = records.steps["clipped_heads"].tolist()
     assert records.clipped(every_arm.training.tau).sum(axis=1).tolist() == clipped
-    clips = arm in ("muonclip", "rescue", "per-head", "adamw-clip", "normuon", "hyperball", "muown", "cautious")
+    clips = arm in (
+        "muonclip",
+        "rescue",
+        "per-head",
+        "per-head-pairs",
+        "adamw-clip",
+        "normuon",
+        "hyperball",
+        "muown",
+        "cautious",
+    )
     assert any(0 < heads < 8 for heads in clipped) == clips  # some above τ, some not
     assert any(clipped) == clips
 

@@ -237,7 +237,7 @@ def test_an_expert_with_the_mean_load_keeps_its_bias():
     assert moved["other"] is buffers["other"]
 
 
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_head", [False, True, "pairs"])
 @pytest.mark.parametrize("preset", ["cpu", "moonlight"])
 @pytest.mark.parametrize(
     "overrides",
