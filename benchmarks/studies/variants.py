@@ -1,6 +1,7 @@
-"""Which variants of Muon help, and which polynomial: all by one protocol, from the same weights on the same batches.
+"""Variants of Muon and polynomials, compared by one protocol: which of them help.
 
-The reference mixture of experts is trained by MuonClip and by each variant. Every arm gets the same number of rates,
+The reference mixture of experts is trained by MuonClip and by each variant, from the same weights on the same batches.
+Every arm gets the same number of rates,
 tried on a seed of their own; those of hyperball and Muown are of another kind and have a grid of their own. The best of
 them is then trained on fresh seeds, and what counts is the difference to MuonClip seed by seed. AdamW's half has one
 rate for all.
