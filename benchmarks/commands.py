@@ -17,6 +17,7 @@ from benchmarks.experiment.data import Corpus, open_corpus
 from benchmarks.experiment.errors import UsageError
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import HOT, OWN_RATE, PRESETS
+from benchmarks.studies import spikes as study_of_spikes
 from benchmarks.training.run import Alone, Schedule
 from benchmarks.training.sharded_learner import Layout
 from muonclip.models.parallel import Parallelism
@@ -80,6 +81,17 @@ def evidence(options: argparse.Namespace) -> None:
     run_evidence(PRESETS["cpu"].model(vocab_size=corpus.vocab_size), corpus, _execution(options))
 
 
+def spikes(options: argparse.Namespace) -> None:
+    """Disturb runs, or search for spikes of Muon's own: see `benchmarks.studies.spikes`."""
+    corpus, execution = open_corpus(options.data), _execution(options)
+    model = PRESETS["cpu"].model(vocab_size=corpus.vocab_size)
+    if options.search:
+        study_of_spikes.search(model, corpus, execution, seeds=options.seeds or (0,))
+    else:
+        chosen = {"arms": options.arms, "seeds": options.seeds or study_of_spikes.SEEDS, "cases": options.cases}
+        study_of_spikes.spikes(model, corpus, execution, **chosen)
+
+
 def report(options: argparse.Namespace) -> None:
     """Draw pictures and pages of finished runs: see `benchmarks.report.redraw`."""
     from benchmarks.report.redraw import redraw
@@ -94,7 +106,7 @@ def study(options: argparse.Namespace) -> None:
     importlib.import_module(f"benchmarks.studies.{options.name.replace('-', '_')}").run(options)
 
 
-COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "report": report}
+COMMANDS = {"explosion": explosion, "reproduce": reproduce, "evidence": evidence, "spikes": spikes, "report": report}
 _STUDIES = (
     "clip-cost",
     "optax-speed",

@@ -12,6 +12,7 @@ from benchmarks.experiment.arms import ARMS, DEFAULT_ARMS, SETTINGS, Choice, cho
 from benchmarks.experiment.presets import PRESETS
 from benchmarks.experiment.settings import Framework
 from benchmarks.report.redraw import COMPARISON
+from benchmarks.studies import spikes
 from benchmarks.studies.clip_cost_bench import MODELS, PLANS
 from benchmarks.studies.speed import PARTS
 from benchmarks.studies.sweep_architectures import ARCHITECTURES
@@ -144,6 +145,17 @@ _EXPLOSION = {
     "--accumulate": _of(count, "N", "micro-batches per step (default: 1)"),
     "--recompute": _flag("activations are computed again, not kept"),
 }  # fmt: skip
+_SPIKES = {
+    "--arms": _of(several(arm), "A,B", f"default: {','.join(each.name for each in spikes.ARMS)}; {_OWN}", spikes.ARMS),
+    "--seeds": _of(several(seed), "N,M", "default: 0,1,2; of the search: 0"),
+    "--cases": _of(
+        several(one_of(spikes.CASES, "case")),
+        "A,B",
+        f"of {', '.join(spikes.CASES)} (default: all)",
+        tuple(spikes.CASES),
+    ),
+    "--search": _flag("disturb nothing, and look for spikes of Muon's own: quarter of an hour on one core"),
+}
 _CLIP_COST = {
     "--models": _of(several(one_of(MODELS, "model")), "A,B", f"of {', '.join(MODELS)}", tuple(MODELS)),
     "--device": _one_of(sorted(PLANS), "cpu"),
@@ -190,6 +202,9 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     ),
     "reproduce": ("the README's figures: logits under a hot rate and under each one's own", _SAME, _FIGURES),
     "evidence": ("rates, token efficiency, cost of clipping, all arms: 45 minutes on two cores", _SAME, _FIGURES),
+    "spikes": (
+        "disturb runs, and measure what is left of it: an hour on one core", _SAME | _SPIKES, _FIGURES,
+    ),
     "clip-cost": ("time whole training steps with QK-Clip and without: 25 minutes", _CLIP_COST, ["--out"]),
     "optax-speed": (
         "Muon's update in JAX next to Optax's own: three minutes on two cores",

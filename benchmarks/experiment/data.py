@@ -72,6 +72,14 @@ class Corpus:
         """
         return _windows(self.train, f"train/{seed}/{step}", rows or range(batch_size), length)
 
+    def random_batch(
+        self, *, seed: int, step: int, batch_size: int, length: int, rows: range | None = None
+    ) -> NDArray[np.int64]:
+        """Return windows as `batch` does, of tokens that are drawn evenly from the vocabulary."""
+        keys = (f"random/{seed}/{step}/{row}".encode() for row in rows or range(batch_size))
+        draws = [np.frombuffer(hashlib.shake_256(key).digest(8 * (length + 1)), "<u8") for key in keys]
+        return (np.stack(draws) % np.uint64(self.vocab_size)).astype(np.int64)
+
     def validation_batch(
         self, *, index: int, batch_size: int, length: int, rows: range | None = None
     ) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.experiment.arms import Arm, Choice, choices, resolve
 from benchmarks.experiment.data import Corpus, DataRecord
-from benchmarks.experiment.settings import Framework, Precision, Training
+from benchmarks.experiment.settings import Disturbance, Framework, Precision, Training
 from muonclip.models import MoEConfig
 
 
@@ -81,9 +81,11 @@ class Experiment:
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Experiment:
         values = dict(recorded)
-        betas = tuple(values["training"]["betas"])
+        training = values["training"] | {"betas": tuple(values["training"]["betas"])}
+        if disturbance := training.get("disturbance"):
+            training["disturbance"] = Disturbance(**disturbance)
         made = {"chosen": choices(*values.pop("arms")), "seeds": tuple(values["seeds"])}
-        made |= {"training": Training(**values["training"] | {"betas": betas}), "model": MoEConfig(**values["model"])}
+        made |= {"training": Training(**training), "model": MoEConfig(**values["model"])}
         made |= {"data": DataRecord(**values["data"]), "precision": Precision(**values["precision"])}
         return cls(**values | made)
 

@@ -16,6 +16,20 @@ DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbance:
+    """What is done to a run on purpose, in `steps` updates that follow `after` others."""
+
+    after: int
+    steps: int
+    rate: float = 1.0  # factor of the rate
+    random_tokens: bool = False  # in place of the text's, each as likely as any other
+
+    def acts(self, done: int) -> bool:
+        """Tell whether it acts in the update that follows `done` others."""
+        return self.after <= done < self.after + self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """One run's training. Rates are per step, `lr` by arm; windows are as long as the model's context."""
 
@@ -38,12 +52,18 @@ class Training:
     validation_batch_size: int = 32  # windows
     spike_window: int = 50  # steps
     spike_threshold: float = 0.5  # nats above the window's median
+    probe_windows: int = 0  # the first of the validation windows, on which the loss is measured after every update
+    disturbance: Disturbance | None = None
 
     @property
     def schedule(self) -> WarmupConstantCosine:
         warmup = min(self.warmup_steps, self.steps)
         decay = min(round(self.decay_share * self.steps), self.steps - warmup)
         return WarmupConstantCosine(warmup, self.steps - warmup - decay, decay, self.final_factor)
+
+    def acting(self, done: int) -> Disturbance | None:
+        """Return the disturbance, where there is one and it acts in the update that follows `done` others."""
+        return self.disturbance if self.disturbance and self.disturbance.acts(done) else None
 
     def validates_after(self, step: int) -> bool:
         return step % self.validate_every == 0 or step == self.steps

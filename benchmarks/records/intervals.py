@@ -36,6 +36,14 @@ class Interval(NamedTuple):
             return "one seed"
         return "lower" if self.high < 0 else "higher" if self.low > 0 else "not told from zero"
 
+    @property
+    def level(self) -> str:
+        """Write a value that is not a difference: `2.182 ± 0.030`."""
+        if not math.isfinite(self.mean):
+            return "not finite"
+        half = f" ± {self.high - self.mean:.3f}" if math.isfinite(self.high) else ""
+        return f"{self.mean:.3f}{half}"
+
     def __str__(self) -> str:
         """Write a difference: `+0.100 (−0.020 to +0.220)`."""
         mean, low, high = (difference(value) for value in self)

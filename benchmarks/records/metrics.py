@@ -7,6 +7,7 @@
     max_logits        {attention: [heads]}, largest logit of the update's forward, before a soft cap
     clipped_heads     heads that the update rescaled
     tokens_per_second of this step: forward, backward and update
+    probe_loss        where it was asked for: mean nats per token after the update, on the same held-out windows always
     val_loss          where the validation text was evaluated: mean nats per token after the update
 
 and where it was, on a sample of that text and after the update (`benchmarks.training.probe`):

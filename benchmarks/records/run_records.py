@@ -18,7 +18,7 @@ from benchmarks.records.folders import METRICS
 
 Frame = Any
 """A DataFrame of pandas, and below a Series: their annotations leave open what each operation gives."""
-SCALARS = ("loss", "val_loss", "lr", "grad_norm", "clipped_heads", "update_rms", "tokens_per_second")
+SCALARS = ("loss", "probe_loss", "val_loss", "lr", "grad_norm", "clipped_heads", "update_rms", "tokens_per_second")
 BY_HEAD = {  # field of a record → what it is called over all heads, and how it is taken over them
     "max_logits": ("max_logit", "max"),
     "attention_entropy": ("attention_entropy", "mean"),

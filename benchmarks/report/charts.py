@@ -47,6 +47,7 @@ class Chart:
     y_range: tuple[float, float] | None = None
     taus: tuple[float, ...] = ()  # drawn as thresholds
     whole: bool = False  # values are whole numbers
+    disturbed: tuple[float, float] | None = None  # the first and the last of the steps that were disturbed
 
 
 class Quantity(NamedTuple):
@@ -60,6 +61,7 @@ class Quantity(NamedTuple):
 
 QUANTITIES = (
     Quantity("max_logit", "Maximum attention logit", "over layers and heads"),
+    Quantity("probe_loss", "Loss of a fixed held-out sample", "nats per token, after every update"),
     Quantity("loss", "Train loss", f"nats per token, mean of {SMOOTHING} steps", smoothed=True),
     Quantity("val_loss", "Validation loss", "{unit}, after the update"),
     Quantity("clipped_heads", "Clipped heads", f"of {{heads}}, mean of {SMOOTHING} steps", smoothed=True),
@@ -72,8 +74,23 @@ QUANTITIES = (
 
 def charts(results: Results, top: float, quantities: Sequence[Quantity] = QUANTITIES) -> list[Chart]:
     """Make a chart for each quantity that was measured; `top` is where axes of logits end."""
+    training = results.experiment.training
+    disturbance, ends = training.disturbance, None
+    if disturbance:
+        ends = (disturbance.after + 1, min(disturbance.after + disturbance.steps, training.steps))
     made = (_chart(results, quantity, top) for quantity in quantities)
-    return [chart for chart in made if chart.lines]
+    return [replace(chart, disturbed=ends) for chart in made if chart.lines]
+
+
+def quantities(*columns: str) -> tuple[Quantity, ...]:
+    """Return those of these columns."""
+    return tuple(quantity for quantity in QUANTITIES if quantity.column in columns)
+
+
+def main_quantities(results: Results) -> tuple[Quantity, ...]:
+    """Return the four that tell most: of the losses, that of a fixed sample where it was measured."""
+    loss = "probe_loss" if results.experiment.training.probe_windows else "loss"
+    return quantities("max_logit", loss, "val_loss", "clipped_heads")
 
 
 def top_of_logits(results: Sequence[Results]) -> float:
@@ -122,6 +139,9 @@ def _chart(results: Results, quantity: Quantity, top: float) -> Chart:
             low = min(map(floor_of_logits, taus), default=1.0)
             ends = (low, top * (top / low) ** 0.05)
             return replace(chart, note=chart.note + capped, log=True, y_range=ends, taus=taus)
+        case "probe_loss":
+            seen = [y for line in lines for y in line.y[line.x >= experiment.training.warmup_steps]]
+            return replace(chart, y_range=(min(seen) - 0.05, max(seen) + 0.05) if seen else None)
         case "loss":
             runs = [(arm, records) for arm in results.finished for records in results.records[arm.name].values()]
             spikes = [line for of in runs if (line := _line(of[0], "marks", spikes_of(*of))).x.size]

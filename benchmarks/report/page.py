@@ -142,6 +142,8 @@ def _lines(chart: Chart, steps: int, arms: Mapping[str, Arm]) -> dict[str, Any]:
         figure.add_hline(tau, line={"color": _GREY, "width": 1.2, "dash": "5px,4px"})
         place: dict[str, Any] = {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "yshift": -1}
         figure.add_annotation(text=f"τ = {tau:g}", y=at(tau), showarrow=False, **place)
+    if chart.disturbed:
+        figure.add_vrect(*chart.disturbed, fillcolor=_GREY, opacity=0.2, line_width=0)
     if chart.y_range:
         figure.update_yaxes(range=list(map(at, chart.y_range)))
     if chart.log:

@@ -13,8 +13,8 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.records.summary import Results
-from benchmarks.report.charts import QUANTITIES, Chart, charts, top_of_logits
-from benchmarks.report.style import draw_lines, draw_threshold, picture, plain_log
+from benchmarks.report.charts import Chart, charts, main_quantities, quantities, top_of_logits
+from benchmarks.report.style import QUIET, draw_lines, draw_threshold, picture, plain_log
 
 
 def draw(results: Sequence[Results], path: Path) -> None:
@@ -26,31 +26,33 @@ def draw(results: Sequence[Results], path: Path) -> None:
         parts = figure.subfigures(1, len(results), squeeze=False, wspace=0.03)[0]
         for part, result in zip(parts, results, strict=True):
             grid = part.subplots(2, 2, sharex=True) if len(results) == 1 else part.subplots(4, 1, sharex=True)
-            for axis, chart in zip(grid.flat, charts(result, top, QUANTITIES[:4]), strict=False):
-                _draw(axis, chart)
+            for axis, chart in zip(grid.flat, charts(result, top, main_quantities(result)), strict=False):
+                draw_chart(axis, chart)
                 axis.set_xlim(0, result.experiment.steps)
                 if axis.get_subplotspec().is_last_row():
                     axis.set_xlabel("step")
-            _legend(part, grid.flat[0], result, columns=3 if len(results) == 1 else 1)
+            draw_legend(part, grid.flat[0], result, columns=3 if len(results) == 1 else 1)
             part.suptitle(result.experiment.heading, x=0.01, ha="left", fontweight="bold")
 
 
 def draw_summary(results: Sequence[Results], path: Path, *, dark: bool = False) -> None:
     """Write a PNG as narrow as a phone: the largest logits of the first experiment above the losses of the last."""
     top = top_of_logits(results)
-    chosen = ((results[0], QUANTITIES[:1]), (results[-1], QUANTITIES[2:3]))
-    panels = [(result, chart) for result, quantities in chosen for chart in charts(result, top, quantities)]
+    chosen = ((results[0], quantities("max_logit")), (results[-1], quantities("val_loss")))
+    panels = [(result, chart) for result, of in chosen for chart in charts(result, top, of)]
     with picture(path, [result.environment for result in results], "", dark=dark, figsize=(5.2, 6.4)) as figure:
         for part, (result, chart) in zip(figure.subfigures(len(panels), 1, squeeze=False).flat, panels, strict=True):
             axis = part.subplots()
-            _draw(axis, chart, heading=result.experiment.title)
+            draw_chart(axis, chart, heading=result.experiment.title)
             axis.set_xlim(0, result.experiment.steps)
             axis.set_xlabel("step")
-            _legend(part, axis, result, columns=1)
+            draw_legend(part, axis, result, columns=1)
 
 
-def _draw(axis: Axes, chart: Chart, *, heading: str = "") -> None:
+def draw_chart(axis: Axes, chart: Chart, *, heading: str = "") -> None:
     draw_lines(axis, chart.lines)
+    if chart.disturbed:
+        axis.axvspan(*chart.disturbed, color=QUIET, alpha=0.2, linewidth=0)
     axis.set_title(f"{heading}\n{chart.title}, {chart.note}".strip(), wrap=True)
     if chart.log:
         axis.set_yscale("log")
@@ -63,7 +65,7 @@ def _draw(axis: Axes, chart: Chart, *, heading: str = "") -> None:
         draw_threshold(axis, tau)
 
 
-def _legend(part: SubFigure, axis: Axes, results: Results, *, columns: int) -> None:
+def draw_legend(part: SubFigure, axis: Axes, results: Results, *, columns: int) -> None:
     seeds, handles = results.experiment.seeds, []
     for arm in results.finished:
         handles += axis.plot([], [], color=arm.colour, linewidth=2.5, label=arm.caption)

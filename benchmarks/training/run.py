@@ -172,10 +172,10 @@ class Run:
         before = self.probe.weights(self.learner.reference()) if measures else None
         begun = time.perf_counter()
         rows = self.learner.rows(training.batch_size)
-        windows = self.corpus.batch(
-            seed=self.seed, step=self.done, batch_size=training.batch_size, length=length, rows=rows
-        )
-        lr = self.arm.lr * training.schedule(self.done)
+        acting = training.acting(self.done)
+        draw = self.corpus.random_batch if acting and acting.random_tokens else self.corpus.batch
+        windows = draw(seed=self.seed, step=self.done, batch_size=training.batch_size, length=length, rows=rows)
+        lr = self.arm.lr * training.schedule(self.done) * (acting.rate if acting else 1.0)
         record: dict[str, Any] = {"step": self.done + 1, "lr": lr}
         record |= self.learner.step(windows, self.done, lr)
         seconds = time.perf_counter() - begun
@@ -185,6 +185,9 @@ class Run:
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             record["val_loss"] = math.nan
             return record
+        if training.probe_windows:
+            rows = self.learner.rows(training.probe_windows)
+            record["probe_loss"] = self.learner.loss(self._validation_windows(0, rows, training.probe_windows))
         if validates:
             record["val_loss"] = self.validate()
         if before is not None:
@@ -220,8 +223,8 @@ class Run:
             self.wall_seconds, self.train_seconds = state["wall_seconds"], state["train_seconds"]
         self.store.begin(self.done)
 
-    def _validation_windows(self, index: int, rows: range | None = None) -> NDArray[np.int64]:
-        size, length = self.arm.training.validation_batch_size, self.experiment.model.max_seq_len
+    def _validation_windows(self, index: int, rows: range | None = None, size: int | None = None) -> NDArray[np.int64]:
+        size, length = size or self.arm.training.validation_batch_size, self.experiment.model.max_seq_len
         return self.corpus.validation_batch(index=index, batch_size=size, length=length, rows=rows)
 
 
