@@ -17,7 +17,7 @@ DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbance:
-    """What is done to a run on purpose, in `steps` updates that follow `after` others."""
+    """A change made to a run on purpose, in `steps` updates that follow `after` others."""
 
     after: int
     steps: int

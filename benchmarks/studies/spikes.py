@@ -1,4 +1,4 @@
-"""What is left of a spike: runs that are disturbed on purpose, judged by the loss of one fixed held-out sample.
+"""The rest of a spike: runs that are disturbed on purpose, judged by the loss of one fixed held-out sample.
 
 The loss of the training batches says little about spikes: most of its own are hard batches. Here 32 windows of the
 validation text, the same for every arm and seed, are evaluated after every update, and the arms of a seed see the same
