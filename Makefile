@@ -2,9 +2,12 @@
 
 PYTHON ?=
 TORCH_INDEX ?=
+TORCH ?=
 OUT = runs/reproduce
 
-PY := .venv/bin/python
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
+PY := $(VENV)/bin/python
+CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 PYTEST = $(PY) -m pytest -n 2 -rs --durations=10
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 python3 python)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -15,12 +18,13 @@ NAME := import sys; print("python%d.%d" % sys.version_info[:2])
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-env: .venv/.stamp ## set up .venv (PYTHON=/path/to/python takes that one; TORCH_INDEX=url takes torch from there)
+env: $(VENV)/.stamp ## set up .venv (PYTHON=/path/to/python takes that one; TORCH_INDEX=url takes torch from there)
 
-# Types are checked while the tests run. Fast tests run in random order; `--randomly-seed=…`, as printed, repeats one.
+# TORCH=2.14.1 tests with that PyTorch instead of the pinned one, in an environment of its own, .venv-torch-2.14.1.
+# Types are checked while the tests run, against the pinned one only. Fast tests run in random order; `--randomly-seed=…`, as printed, repeats one.
 test: env ## format check, lint, types, and all tests but the slow ones
 	@$(PY) .ci/parts.py "make test" 4 format "$(MAKE) -s format-check" lint "$(MAKE) -s lint" \
-	  "types &" "$(MAKE) -s typecheck" tests '$(PYTEST) -m "not slow" --dist worksteal'
+	  $(if $(TORCH),,"types &" "$(MAKE) -s typecheck") tests '$(PYTEST) -m "not slow" --dist worksteal'
 
 test-slow: env ## the slow tests
 	@$(PY) .ci/parts.py "make test-slow" 14 tests "$(PYTEST) -m slow -p no:randomly --dist worksteal"
@@ -58,15 +62,15 @@ clean: ## remove caches and builds; .venv and runs stay
 # Every step may be repeated: an interrupted installation goes on at the next `make`, links to a Python that is gone are
 # made anew. `--no-compile` because a kill while pip compiles would leave a package that looks installed and lacks its
 # scripts.
-.venv/.stamp: pyproject.toml constraints.txt
+$(VENV)/.stamp: pyproject.toml constraints.txt
 	@old=; lacking=; \
-	if [ -e .venv ]; then old=yes; [ -x $(PY) ] || rm -f .venv/bin/python*; fi; \
+	if [ -e $(VENV) ]; then old=yes; [ -x $(PY) ] || rm -f $(VENV)/bin/python*; fi; \
 	for python in $(CANDIDATES); do \
 	  "$$python" -c '$(SUPPORTED)' >/dev/null 2>&1 || continue; \
 	  lacking=$${lacking:-$$python}; \
 	  "$$python" -c 'import ensurepip' >/dev/null 2>&1 || continue; \
-	  "$$python" -m venv .venv && exit; \
-	  [ -n "$$old" ] || rm -rf .venv; \
+	  "$$python" -m venv $(VENV) && exit; \
+	  [ -n "$$old" ] || rm -rf $(VENV); \
 	done; \
 	exec >&2; \
 	package=python3-venv; \
@@ -80,20 +84,23 @@ clean: ## remove caches and builds; .venv and runs stay
 	  *) echo "    sudo apt install $$package" ;; \
 	esac; \
 	exit 1
-ifneq ($(TORCH_INDEX),)
-	$(PY) -m pip install --no-compile -c constraints.txt --index-url "$(TORCH_INDEX)" torch
+ifneq ($(TORCH),)
+	sed -e '/^triton==/d' -e 's/^torch==.*/torch==$(TORCH)/' constraints.txt >$(CONSTRAINTS)
 endif
-	$(PY) -m pip install --no-compile -c constraints.txt -e ".[dev]"
+ifneq ($(TORCH_INDEX),)
+	$(PY) -m pip install --no-compile -c $(CONSTRAINTS) --index-url "$(TORCH_INDEX)" torch
+endif
+	$(PY) -m pip install --no-compile -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 ifneq ($(PYTHON),)
-.venv/.stamp: | check-python
+$(VENV)/.stamp: | check-python
 endif
 
 check-python:
 	@exec >&2; "$(PYTHON)" -c '$(SUPPORTED)' >/dev/null 2>&1 || { \
 	  echo "PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13. It answers: $$("$(PYTHON)" --version 2>&1)"; \
 	  exit 1; }
-	@exec >&2; [ ! -d .venv/lib ] || [ -d ".venv/lib/$$("$(PYTHON)" -c '$(NAME)')" ] || { \
-	  echo "PYTHON=$(PYTHON): .venv holds another Python ($$($(PY) --version 2>&1)). rm -rf .venv, then run make again."; \
+	@exec >&2; [ ! -d $(VENV)/lib ] || [ -d "$(VENV)/lib/$$("$(PYTHON)" -c '$(NAME)')" ] || { \
+	  echo "PYTHON=$(PYTHON): $(VENV) holds another Python ($$($(PY) --version 2>&1)). rm -rf $(VENV), then run make again."; \
 	  exit 1; }
