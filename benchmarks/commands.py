@@ -119,6 +119,7 @@ _STUDIES = (
     "primer",
     "grad-clipping",
     "variants",
+    "fine-tuning",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

@@ -133,20 +133,21 @@ def open_corpus(path: Path | None = None) -> Corpus:
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         files = [p for p in root.rglob("*.py") if not _NOT_LIBRARY.intersection(p.relative_to(root).parts)]
-        return _from_files("Python standard library, bytes", None, root, files)
+        return from_files("Python standard library, bytes", None, root, files)
     if not path.exists():
         raise UsageError("--data", f"{path} does not exist; give a text file, a folder or a .bin/.u16/.u32 token file.")
     if path.is_dir():
-        return _from_files(f"{path.resolve().name}/, bytes", path, path, [*_text_files(path)])
+        return from_files(f"{path.resolve().name}/, bytes", path, path, [*_text_files(path)])
     try:
         if path.suffix in TOKEN_DTYPES:
             return _from_tokens(path)
-        return _from_files(f"{path.name}, bytes", path, path.parent, [path])
+        return from_files(f"{path.name}, bytes", path, path.parent, [path])
     except OSError as error:
         raise UsageError("--data", f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _from_files(title: str, path: Path | None, root: Path, found: Sequence[Path]) -> Corpus:
+def from_files(title: str, path: Path | None, root: Path, found: Sequence[Path]) -> Corpus:
+    """Read these files below `root`. Raises UsageError where they hold no text."""
     files = dict(sorted((file.relative_to(root).as_posix(), file) for file in found))
     texts = {name: file.read_bytes() for name, file in files.items()}
     if not any(texts.values()):

@@ -20,7 +20,7 @@ from benchmarks.execution.train import make_folder
 from benchmarks.experiment.arms import choices, resolve
 from benchmarks.experiment.data import Corpus, open_corpus
 from benchmarks.experiment.presets import OWN_RATE
-from benchmarks.experiment.settings import Precision
+from benchmarks.experiment.settings import Precision, Training
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import environment, made_with
 from benchmarks.records.intervals import interval
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     print(text)
 
 
-def train(corpus: Corpus, training: Any, only: str, max_norm: float, seed: int) -> dict[str, float]:
+def train(corpus: Corpus, training: Training, only: str, max_norm: float, seed: int) -> dict[str, float]:
     """Train one way; return the validation loss at its end in bits per byte, and means over the steps.
 
     `share`: of the squared joint norm, what AdamW's gradients are. `times`: the share of the steps that were clipped.
@@ -70,7 +70,7 @@ def train(corpus: Corpus, training: Any, only: str, max_norm: float, seed: int) 
     model = MoE(arm.model)
     optimizer, _ = make_optimizer(model, arm, Precision())
     optimizer.register_step_post_hook(model.step_hook)
-    windows = {"seed": seed, "batch_size": training.batch_size, "length": arm.model.max_seq_len}
+    windows: dict[str, Any] = {"seed": seed, "batch_size": training.batch_size, "length": arm.model.max_seq_len}
     shares: list[float] = []
     times = 0
     for step in range(training.steps):
@@ -85,7 +85,7 @@ def train(corpus: Corpus, training: Any, only: str, max_norm: float, seed: int) 
             times += clip_grad_norm_(optimizer, max_norm, only=None if only == "joint" else "adamw").item() > max_norm
         optimizer.step()
     return {
-        "loss": _validation_loss(model.eval(), corpus, training),
+        "loss": validation_loss(model.eval(), corpus, training),
         "share": fmean(shares),
         "times": times / training.steps,
     }
@@ -117,7 +117,8 @@ def _differences(losses: Sequence[float], plain: Sequence[float]) -> list[float]
 
 
 @torch.no_grad()
-def _validation_loss(model: MoE, corpus: Corpus, training: Any) -> float:
+def validation_loss(model: MoE, corpus: Corpus, training: Training) -> float:
+    """Return the model's loss on the validation windows in bits per byte."""
     size, length = training.validation_batch_size, model.config.max_seq_len
     losses: list[float] = []
     for index in range(training.validation_batches):
