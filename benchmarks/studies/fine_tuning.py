@@ -2,7 +2,7 @@
 
 The reference mixture of experts is trained on Python's sources by AdamW and by MuonClip, then tuned on English prose,
 the help texts of the Python language, which the first text lacks. What tuning costs on the first text is forgetting
-(arXiv 2605.06654). For LoRA (arXiv 2106.09685; B A beside each weight of attention and of the MLPs that are not
+(arXiv 2605.06654). For LoRA (arXiv 2106.09685; B A added to each weight of attention and of the MLPs that are not
 experts) Muon has both factors, none, or B alone (arXiv 2508.17901). Every way has the same number of rates to choose
 from, by its loss on the prose on the first seed.
 """
@@ -124,7 +124,7 @@ def pretrained(by: str, seed: int, corpus: Corpus, training: Training) -> MoE:
 
 
 def tune(model: MoE, way: Way, rate: float, seed: int, corpus: Corpus, training: Training) -> MoE:
-    """Train the model further on a text, or adapters beside its weights; return it in evaluation mode."""
+    """Train the model further on a text, or adapters of its weights; return it in evaluation mode."""
     if way in BEFORE:
         (arm,) = resolve(choices(f"{way}@lr={rate!r}"), model.config, training)
         optimizer, clip = make_optimizer(model, arm, Precision())
@@ -146,10 +146,9 @@ def lora(model: MoE, way: Way, rate: float, training: Training) -> torch.optim.O
         return torch.optim.AdamW(factors["A"] + factors["B"], rate, training.betas, weight_decay=training.weight_decay)
     halves = {"A": "muon" if way == "lora-muon" else "adamw", "B": "muon"}
     groups = [{"params": factors[factor], "use": use} for factor, use in halves.items()]
-    decay = {"weight_decay": training.weight_decay}
-    return MuonClip(
-        groups, lr=rate, **decay, adamw={"betas": training.betas, **decay}, qk_clip=None, ns_dtype=torch.float32
-    )
+    decay = training.weight_decay
+    adamw = {"betas": training.betas, "weight_decay": decay}
+    return MuonClip(groups, lr=rate, weight_decay=decay, adamw=adamw, qk_clip=None, ns_dtype=torch.float32)
 
 
 def _trained(
@@ -234,7 +233,7 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _at_edge(own: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the rate is the smallest or the largest of those that were tried."""
+    """Tell whether the rate is the smallest or the largest of those that were tried."""
     before, way, rate = own[0]["before"], own[0]["way"], own[0]["rate"]
     tried = {row["rate"] for row in rows if (row["before"], row["way"]) == (before, way)}
     return len(tried) > 1 and rate in (min(tried), max(tried))
