@@ -146,7 +146,7 @@ _EXPLOSION = {
     "--recompute": _flag("activations are computed again, not kept"),
 }  # fmt: skip
 _SPIKES = {
-    "--arms": _of(several(arm), "A,B", f"default: {','.join(each.name for each in spikes.ARMS)}; {_OWN}", spikes.ARMS),
+    "--arms": _of(several(arm), "A,B", f"the same in all cases (default: each case's own); {_OWN}"),
     "--seeds": _of(several(seed), "N,M", "default: 0,1,2; of the search: 0"),
     "--cases": _of(
         several(one_of(spikes.CASES, "case")),

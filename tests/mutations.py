@@ -5,11 +5,11 @@
     python tests/mutations.py --list          names, files and tests; nothing is run
 
 Each mutation is a fault that was found in public code or in ours, or that breaks one rule of the clip, of the sharding
-or of the resume. Its snippet is searched in all of `muonclip`, so it does not depend on where the code is; it must
-occur there exactly once. A copy of the tracked files is changed, never the tree itself. A mutation is killed when a
-test of its selection fails or raises, and survives when they all pass. Anything else is an error: the selection does
-not pass without the mutation, nothing was collected, or the changed file cannot be imported. A run that takes longer
-than the limit counts as killed: without the mutation the same tests came to their end.
+or of the resume. Its snippet is searched in all of `muonclip`, then of `benchmarks`, so it does not depend on where the
+code is; it must occur there exactly once. A copy of the tracked files is changed, never the tree itself. A mutation is
+killed when a test of its selection fails or raises, and survives when they all pass. Anything else is an error: the
+selection does not pass without the mutation, nothing was collected, or the changed file cannot be imported. A run that
+takes longer than the limit counts as killed: without the mutation the same tests came to their end.
 
 Each run of pytest is a fork of this process, which has imported the frameworks, but nothing of the library, once.
 """
@@ -39,6 +39,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("muonclip", "benchmarks", "tests", "docs", "pyproject.toml", "README.md", "CHANGELOG.md", "mkdocs.yml")
+ROOMS = ("muonclip", "benchmarks")
 PYTEST = (
     *("-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "no:randomly"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of what is imported beforehand
@@ -95,6 +96,60 @@ MUTATIONS = (
         "return count // together\n\n    def layout",
         "return count\n\n    def layout",
         tests_of("models/test_jax_moe.py", "test_muon_reads_the_same_matrices_as_in_torch"),
+    ),
+    # The benchmarks: a probe, and runs that are disturbed
+    Mutation(
+        "probe-learns",
+        "The loss of the probe is taken with gradients enabled, and so the clip observes the probe's logits.",
+        "    @torch.no_grad()\n    def loss(self, windows: Windows) -> float:",
+        "    def loss(self, windows: Windows) -> float:",
+        tests_of("benchmarks/test_spikes.py", "test_the_probe_changes_nothing_of_the_training"),
+    ),
+    Mutation(
+        "probe-moves",
+        "The probe's windows change with the steps.",
+        "self._validation_windows(0, rows, training.probe_windows)",
+        "self._validation_windows(self.done, rows, training.probe_windows)",
+        tests_of("benchmarks/test_spikes.py", "test_the_probe_has_the_same_windows_in_every_arm_and_seed"),
+    ),
+    Mutation(
+        "disturbance-one-step-longer",
+        "A disturbance acts for a step more than it says.",
+        "self.after <= done < self.after + self.steps",
+        "self.after <= done <= self.after + self.steps",
+        tests_of(
+            "benchmarks/test_spikes.py",
+            "test_a_disturbed_rate_is_multiplied_for_its_steps_alone",
+            "test_random_batches_take_the_place_of_the_texts",
+        ),
+    ),
+    Mutation(
+        "random-tokens-of-no-seed",
+        "Every seed is disturbed by the same random tokens.",
+        'f"random/{seed}/{step}/{row}"',
+        'f"random/{step}/{row}"',
+        tests_of("benchmarks/test_spikes.py", "test_random_tokens_are_even_and_depend_on_seed_and_step"),
+    ),
+    Mutation(
+        "left-right-after",
+        "What is left of a disturbance is read where it ends.",
+        "left=loss.tail(LEVEL).mean(skipna=False)",
+        "left=loss.iloc[first : first + LEVEL].mean(skipna=False)",
+        tests_of("benchmarks/test_spikes.py", "test_what_is_left_is_read_at_the_end"),
+    ),
+    Mutation(
+        "diverged-counts-as-recovered",
+        "Of a run that diverged, the steps before count as what is left.",
+        ".mean(skipna=False),\n        rise",
+        ".mean(),\n        rise",
+        tests_of("benchmarks/test_spikes.py", "test_what_is_left_is_read_at_the_end"),
+    ),
+    Mutation(
+        "arms-not-paired-by-seed",
+        "Arms are compared on seeds that the other lacks.",
+        "if seeds := [seed for seed in runs.get(one, {}) if seed in runs.get(other, {})]:",
+        "if seeds := list(runs.get(one, {})):",
+        tests_of("benchmarks/test_spikes.py", "test_arms_are_compared_on_the_same_seeds"),
     ),
     # Schedulers, the plan
     Mutation(
@@ -3695,8 +3750,8 @@ def main() -> int:
     wanted = [each for each in MUTATIONS if options.only is None or each.name in options.only]
     if missing := set(options.only or ()) - {each.name for each in wanted}:
         parser.error(f"--only {' '.join(sorted(missing))}: unknown")
-    sources = {path: path.read_text() for path in sorted((ROOT / "muonclip").rglob("*.py"))}
-    places = {each: located(each, sources) for each in wanted}
+    sources = [{path: path.read_text() for path in sorted((ROOT / room).rglob("*.py"))} for room in ROOMS]
+    places = {each: located(each, next((of for of in sources if holds(of, each)), sources[0])) for each in wanted}
     counts = Counter[str]()
 
     def show(mutation: Mutation, outcome: Outcome) -> None:
@@ -3729,6 +3784,10 @@ def main() -> int:
         f"{len(wanted)} mutations: {counts['killed']} killed, {counts['SURVIVED']} survived, {counts['error']} errors"
     )
     return int(counts["killed"] < len(wanted))
+
+
+def holds(sources: Mapping[Path, str], mutation: Mutation) -> bool:
+    return any(mutation.old in text for text in sources.values())
 
 
 def located(mutation: Mutation, sources: Mapping[Path, str]) -> Path | str:

@@ -30,7 +30,6 @@ from benchmarks.studies.templates import render
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models import MoEConfig
 
-ARMS = choices("muon", "muonclip", "rescue", "qk-norm", "softcap")
 SEEDS = (0, 1, 2)
 PAIRS = (
     *(("muonclip", "muon"), ("rescue", "muon"), ("rescue", "muonclip")),
@@ -53,11 +52,13 @@ class Case:
     disturbance: Disturbance | None = None
     batch_size: int = 16
     model: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("muon", "muonclip")
     precision: PrecisionChoice = "fp32"
 
     def experiment(
-        self, name: str, corpus: Corpus, model: MoEConfig, chosen: Sequence[Choice], seeds: Sequence[int]
+        self, name: str, corpus: Corpus, model: MoEConfig, chosen: Sequence[Choice] | None, seeds: Sequence[int]
     ) -> Experiment:
+        """Make its experiment; of the case's own arms where none are chosen."""
         training = Training(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -67,7 +68,7 @@ class Case:
             probe_windows=WINDOWS,
             disturbance=self.disturbance,
         )
-        own = {"name": name, "title": self.title, "chosen": chosen, "seeds": tuple(seeds)}
+        own = {"name": name, "title": self.title, "chosen": chosen or choices(*self.arms), "seeds": tuple(seeds)}
         return Experiment.on(corpus, model=replace(model, **self.model), training=training, **own)
 
 
@@ -77,6 +78,7 @@ CASES = {
         lr=0.01,
         steps=230,
         rescue_after=150,
+        arms=("muon", "muonclip", "rescue", "qk-norm", "softcap"),
         disturbance=Disturbance(after=120, steps=30, rate=10.0),
     ),
     "rate-jump": Case(
@@ -103,7 +105,9 @@ _REGIMES: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bf16"},
 }
 SEARCH = {
-    f"{regime.replace(' ', '-')}-{lr:g}": Case(**{"title": f"{regime}, rate {lr:g}", "lr": lr, "steps": 200, **own})
+    f"{regime.replace(' ', '-')}-{lr:g}": Case(
+        **{"title": f"{regime}, rate {lr:g}", "lr": lr, "steps": 200, "arms": ("muon",), **own}
+    )
     for lr in (2 * OWN_RATE.lr["muon"], 4 * OWN_RATE.lr["muon"])
     for regime, own in _REGIMES.items()
 }
@@ -131,7 +135,7 @@ def spikes(
     corpus: Corpus,
     execution: Execution,
     *,
-    arms: Sequence[Choice],
+    arms: Sequence[Choice] | None,
     seeds: Sequence[int],
     cases: Sequence[str],
 ) -> None:
@@ -153,7 +157,7 @@ def search(model: MoEConfig, corpus: Corpus, execution: Execution, *, seeds: Seq
     choices_of_precision: tuple[PrecisionChoice, ...] = ("fp32", "bf16")
     for precision in choices_of_precision:
         cases = {name: case for name, case in SEARCH.items() if case.precision == precision}
-        experiments = [case.experiment(name, corpus, model, choices("muon"), seeds) for name, case in cases.items()]
+        experiments = [case.experiment(name, corpus, model, None, seeds) for name, case in cases.items()]
         results += train(experiments, corpus, replace(execution, precision=precision))
     figures = figures_of(results)
     atomic_files.write_json(execution.out / "search.json", metrics.to_json(figures))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from bench_runs import growing, results_of, steps_of, trained, with_arms
 
+from benchmarks.experiment.arms import choices
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.settings import Disturbance
 from benchmarks.records.run_records import read_run, run_records
@@ -148,7 +149,7 @@ def test_cases_end_after_their_disturbance(corpus):
     from muonclip.models import MoEConfig
 
     for name, case in spikes.CASES.items():
-        made = case.experiment(name, corpus, MoEConfig.cpu(), spikes.ARMS, spikes.SEEDS)
+        made = case.experiment(name, corpus, MoEConfig.cpu(), choices("muon", "rescue"), spikes.SEEDS)
         assert made.arm("rescue").clips_from == case.rescue_after
         if case.disturbance:
             assert case.disturbance.after + case.disturbance.steps <= case.steps
