@@ -101,8 +101,8 @@ MUTATIONS = (
     Mutation(
         "probe-learns",
         "The loss of the probe is taken with gradients enabled, and so the clip observes the probe's logits.",
-        "    @torch.no_grad()\n    def loss(self, windows: Windows) -> float:\n        self.model.eval()\n",
-        "    def loss(self, windows: Windows) -> float:\n        self.model.eval()\n",
+        "    @torch.no_grad()\n    def loss(self, windows: Windows) -> float:\n        self.model.eval()\n        loss",
+        "    def loss(self, windows: Windows) -> float:\n        self.model.eval()\n        loss",
         tests_of("benchmarks/test_spikes.py", "test_the_probe_changes_nothing_of_the_training"),
     ),
     Mutation(
