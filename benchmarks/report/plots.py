@@ -31,7 +31,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
                 axis.set_xlim(0, result.experiment.steps)
                 if axis.get_subplotspec().is_last_row():
                     axis.set_xlabel("step")
-            draw_legend(part, grid.flat[0], result, columns=3 if len(results) == 1 else 1)
+            _legend(part, grid.flat[0], result, columns=3 if len(results) == 1 else 1)
             part.suptitle(result.experiment.heading, x=0.01, ha="left", fontweight="bold")
 
 
@@ -46,7 +46,7 @@ def draw_summary(results: Sequence[Results], path: Path, *, dark: bool = False) 
             draw_chart(axis, chart, heading=result.experiment.title)
             axis.set_xlim(0, result.experiment.steps)
             axis.set_xlabel("step")
-            draw_legend(part, axis, result, columns=1)
+            _legend(part, axis, result, columns=1)
 
 
 def draw_chart(axis: Axes, chart: Chart, *, heading: str = "") -> None:
@@ -65,7 +65,7 @@ def draw_chart(axis: Axes, chart: Chart, *, heading: str = "") -> None:
         draw_threshold(axis, tau)
 
 
-def draw_legend(part: SubFigure, axis: Axes, results: Results, *, columns: int) -> None:
+def _legend(part: SubFigure, axis: Axes, results: Results, *, columns: int) -> None:
     seeds, handles = results.experiment.seeds, []
     for arm in results.finished:
         handles += axis.plot([], [], color=arm.colour, linewidth=2.5, label=arm.caption)

@@ -63,10 +63,15 @@ _MARGIN = 0.06  # inches, left and right of it
 def draw_lines(axis: Axes, lines: Sequence[Line], **looks: Mapping[str, Any]) -> None:
     """Draw thin lines for seeds, thick ones for their mean, and marks; `looks` changes what a kind looks like."""
     for line in lines:
-        look: dict[str, Any] = {"color": line.colour, **_LOOKS[line.kind], **looks.get(line.kind, {})}
+        look: dict[str, Any] = {"color": ink(line.colour), **_LOOKS[line.kind], **looks.get(line.kind, {})}
         if line.dashed:
             look["linestyle"] = DASHED
         axis.plot(line.x, line.y, **look)
+
+
+def ink(colour: str) -> str:
+    """Return the colour of a line: what is black is drawn in the colour of the text, which is light on dark pages."""
+    return pyplot.rcParams["text.color"] if colour == "#000000" and pyplot.rcParams["text.color"] != INK else colour
 
 
 def draw_threshold(axis: Axes, tau: float) -> None:

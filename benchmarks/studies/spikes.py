@@ -108,10 +108,10 @@ SEARCH = {
     f"{regime.replace(' ', '-')}-{lr:g}": Case(
         **{"title": f"{regime}, rate {lr:g}", "lr": lr, "steps": 200, "arms": ("muon",), **own}
     )
-    for lr in (2 * OWN_RATE.lr["muon"], 4 * OWN_RATE.lr["muon"])
+    for lr in (4 * OWN_RATE.lr["muon"],)
     for regime, own in _REGIMES.items()
 }
-"""Muon alone at twice and four times its best rate; nothing is done to it."""
+"""Muon alone at four times its best rate; nothing is done to it."""
 
 
 class Reading(NamedTuple):

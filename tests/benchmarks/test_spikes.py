@@ -11,6 +11,7 @@ from benchmarks.experiment.arms import choices
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.settings import Disturbance
 from benchmarks.records.run_records import read_run, run_records
+from benchmarks.report import style
 from benchmarks.report.charts import charts, main_quantities
 from benchmarks.studies import spikes, spikes_plots
 from benchmarks.training.run import Run
@@ -143,6 +144,13 @@ def test_pictures_mark_the_disturbance(results, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("spike.png", "spikes.png", "spike-dark.png", "spikes-dark.png")
     }
+
+
+def test_black_lines_are_light_on_dark_pages():
+    with style.pyplot.rc_context(style.STYLE):
+        assert style.ink("#000000") == "#000000"
+    with style.pyplot.rc_context({"text.color": "#e6e6e6"}):
+        assert (style.ink("#000000"), style.ink("#D55E00")) == ("#e6e6e6", "#D55E00")
 
 
 def test_cases_end_after_their_disturbance(corpus):
