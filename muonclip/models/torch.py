@@ -243,12 +243,16 @@ class LatentAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         kv = self.kv_b_proj(self.kv_a_norm(self.kv_a_proj(x)))
         kv = kv.unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))  # by width: a rank may have some of the heads
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         k_rope = self.k_rope_proj(x)[:, :, None].expand(-1, -1, kv.shape[2], -1)
-        return q.unflatten(-1, (-1, c.qk_head_dim)), torch.cat((k_nope, k_rope), -1), v
+        return self.project_queries(x), torch.cat((k_nope, k_rope), -1), v
+
+    def project_queries(self, x: Tensor) -> Tensor:
+        """Project x [B, T, D] to q [B, T, H, d], before normalisation and rotation."""
+        q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        return q.unflatten(-1, (-1, self.config.qk_head_dim))
 
     def declare(self) -> QKProjection:
         return QKProjection.mla(
@@ -443,10 +447,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotary_table(config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Return cos and (−sin | sin) of `position · frequency`, times YaRN's factor; float64 [max_seq_len, R] both."""
+def rotary_table(config: MoEConfig, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return cos and (−sin | sin) of `position · frequency`, times YaRN's factor; float64 [stop − start, R] both.
+
+    Without `stop` up to max_seq_len.
+    """
     frequencies = torch.tensor(config.rotary_frequencies(), dtype=torch.float64)
-    angles = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
+    positions = torch.arange(start, config.max_seq_len if stop is None else stop, dtype=torch.float64)
+    angles = positions[:, None] * frequencies
     cos, sin = config.rotary_scale * angles.cos(), config.rotary_scale * angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 

@@ -10,6 +10,7 @@ import numpy_moe
 import optax
 import pytest
 import torch
+from small_moe import SMALL
 
 from muonclip.models import MoEConfig
 from muonclip.models import jax as jax_moe
@@ -17,21 +18,6 @@ from muonclip.models.torch import MoE
 from muonclip.optax.qk_clip import qk_clip
 from muonclip.torch import MuonClip
 
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 40,
-    "num_layers": 2,
-    "max_seq_len": 16,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 14,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 9,
-    "head_dim": 8,
-    "intermediate_size": 56,
-    "moe_intermediate_size": 16,
-    "routed_scaling_factor": 2.5,
-}
 YARN = {"yarn_factor": 4.0, "yarn_original_seq_len": 64, "yarn_mscale": 0.7, "yarn_mscale_all_dim": 1.3}
 DOCUMENTS = np.array([[0] * 4 + [1] * 7, [5] * 9 + [2] * 2])
 CASES = {
