@@ -3689,6 +3689,27 @@ MUTATIONS = (
         tests_of("models/test_jax_moe.py", "test_with_qk_norm_the_attention_is_observed_only"),
     ),
     Mutation(
+        "latents-decoded-without-the-inverse-rms",
+        "The keys' RMS is left out where QK-normed latent attention is decoded from its latents.",
+        "logits = logits * cache.inverse_rms.transpose(1, 2)[:, :, None]",
+        "pass",
+        tests_of("models/test_latent_decoding.py", "test_decoding_from_latents_is_the_forward_to_rounding"),
+    ),
+    Mutation(
+        "rms-of-latent-keys-without-the-shared-part",
+        "The RMS of a key that is decoded from a latent is of the head's own part alone.",
+        "squares = nope.square().sum(-1) + at_least_float32(shared).square().sum(-1, keepdim=True)",
+        "squares = nope.square().sum(-1)",
+        tests_of("models/test_latent_decoding.py", "test_decoding_from_latents_is_the_forward_to_rounding"),
+    ),
+    Mutation(
+        "gain-of-latent-keys-not-absorbed",
+        "The query that meets latents does not take the gain of the keys.",
+        "nope = nope * attn.k_norm.weight[: config.qk_nope_head_dim]",
+        "pass",
+        tests_of("models/test_latent_decoding.py", "test_decoding_from_latents_is_the_forward_to_rounding"),
+    ),
+    Mutation(
         "correction-bias-weighs",
         "The bias that balances the experts weighs their outputs, too.",
         "weights = scores.gather(1, chosen)",

@@ -15,7 +15,7 @@ PAGES = {
     "torch": ("muonclip.torch", "muonclip.torch.distributed"),
     "optax": ("muonclip.optax",),
     "core": ("muonclip.core",),
-    "models": ("muonclip.models", "muonclip.models.torch"),
+    "models": ("muonclip.models", "muonclip.models.latent_decoding", "muonclip.models.torch"),
     "huggingface": ("muonclip.torch.huggingface",),
     "lightning": ("muonclip.torch.lightning",),
 }

@@ -40,7 +40,8 @@ class MoEConfig:
         v_head_dim: Width of a head's value.
         num_kv_heads: Number of key heads.
         head_dim: Width of a head's query, key and value.
-        qk_norm: RMSNorm of every head's q and k, before the rotation; the clip then only observes.
+        qk_norm: RMSNorm of every head's q and k, before the rotation; in MLA over both parts of a head (QK-Normed MLA,
+            arXiv 2606.16310). The clip then only observes.
         softcap: c, for logits c · tanh(logits / c).
         num_dense_layers: How many of the first layers have one dense SwiGLU instead of experts.
         intermediate_size: Width of that SwiGLU.

@@ -29,7 +29,9 @@ PAGES = (
     "evidence/index",
 )
 K2, MOONLIGHT = "Kimi K2, arXiv 2507.20534", "Moonlight, arXiv 2502.16982"
-QK_NORMED_MLA = {"less than 2 % of the cost of decoding": "QK-Normed MLA, arXiv 2606.16310"}
+QK_NORMED_MLA = dict.fromkeys(
+    ("less than 2 % of the cost of decoding", "400M parameters"), "QK-Normed MLA, arXiv 2606.16310"
+)
 QUOTED = {
     "README": {"to 1e-6": "tests/optax/test_trajectories.py", "K2 took 2e-4": K2},
     "evidence/index": {"passing 1000 in a mixture of 53B parameters": K2} | QK_NORMED_MLA,

@@ -533,7 +533,19 @@ class NormedWhole(Separate):
         return [y.unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for y in (q, k, self.c(x))]
 
 
-@pytest.mark.parametrize("kind", [Normed, L2Normed, NormedWhole])
+class LatentNormed(Latent):
+    """QK-Normed MLA: one norm over the head's own part of the key and the part that heads share."""
+
+    def build(self):
+        super().build()
+        self.f, self.g = nn.RMSNorm(HEAD), nn.RMSNorm(HEAD)
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        return self.f(q), self.g(k), v
+
+
+@pytest.mark.parametrize("kind", [Normed, L2Normed, NormedWhole, LatentNormed])
 def test_qk_norm_is_recognised_and_left_alone(kind):
     model, x = loud(Stack(kind))
     optimizer = MuonClip(model, lr=0.0, weight_decay=0.0, tau=1e-3)
