@@ -278,7 +278,7 @@ class QKClip:
             )
             if may_clip:
                 copies = SecondCopies(OPTIMIZER_STEPS.optimizers(), self.master_of)
-                scale(self.projections, factors, copies.of, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
+                scale(self.projections, factors, copies, clip_frozen=self.clip_frozen, skip_quiet=may_wait)
         finally:
             try:
                 self.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from muonclip.core import ClipFactors, clip_factors
 from muonclip.torch.clip.frozen import is_held, scaled_factors
 from muonclip.torch.clip.reduction import JointMaxima, constant
 from muonclip.torch.clip.report import LayerReport
-from muonclip.torch.heads import HeadRows, QKProjection, scale_heads
+from muonclip.torch.clip.second_copies import SecondCopies
+from muonclip.torch.heads import Axes, HeadRows, QKProjection, scale_heads
+from muonclip.torch.mesh import local_part, placed_like
+from muonclip.torch.update import joined, split_into
 
 
 def decide(
@@ -46,19 +49,19 @@ def decide(
 def scale(
     projections: Mapping[str, QKProjection],
     factors: Mapping[str, ClipFactors],
-    copies_of: Callable[[Tensor], Iterable[Tensor]],
+    copies: SecondCopies,
     *,
     clip_frozen: bool,
     skip_quiet: bool,
 ) -> None:
     """Scale the rows of every head by its factors; each rank those that it has, without communication.
 
-    `copies_of`: second copies of a parameter, which are scaled with it. `skip_quiet`: read the factors, and skip
+    `copies`: those of parameters, which are scaled with them. `skip_quiet`: read the factors, and skip
     attentions of which no head is above τ.
     """
     loud = {name: each for name, each in factors.items() if not skip_quiet or bool((each.gamma < 1).any())}
     for rows, by_head in scaled_rows(projections, loud, clip_frozen=clip_frozen):
-        _scale_rows(rows, by_head, copies_of)
+        _scale_rows(rows, by_head, copies)
 
 
 def scaled_rows(
@@ -77,7 +80,25 @@ def _of_heads(flags: Sequence[bool], maxima: JointMaxima) -> Tensor:
     return constant(values, torch.bool, maxima.maximum.device)
 
 
-def _scale_rows(rows: HeadRows, factors: Tensor, copies_of: Callable[[Tensor], Iterable[Tensor]]) -> None:
+def _scale_rows(rows: HeadRows, factors: Tensor, copies: SecondCopies) -> None:
     for parameter, axis in rows.parameters():
-        for weight in (parameter, *copies_of(parameter)):
+        error = copies.error_of(parameter)
+        weights = copies.of(parameter)
+        if error is None:
+            weights = [parameter, *weights]
+        else:
+            _scale_master(rows, parameter, axis, factors, error)
+        for weight in weights:
             scale_heads(rows, weight, axis, factors.to(weight.device))
+
+
+@torch.no_grad()
+def _scale_master(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor, error: Tensor) -> None:
+    """Scale a master that is in two parts: the parameter becomes the rounding of the scaled one."""
+    weight, held = local_part(parameter), local_part(error)
+    own = held.to(weight.device)
+    master = placed_like(parameter, joined(weight, own))
+    scale_heads(rows, master, axis, factors.to(weight.device))
+    split_into(local_part(master), weight, own)
+    if own is not held:
+        held.copy_(own)

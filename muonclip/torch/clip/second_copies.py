@@ -2,8 +2,8 @@
 
 Schedule-free optimizers average their weights with `z` (arXiv 2405.15682), Lookahead pulls them to slow weights
 (arXiv 1907.08610), dual averaging makes them anew from where they began and a sum of gradients, others keep a wider
-master. An average that is only evaluated is not such a copy, nor are the weights from before a perturbation. Moments of
-gradients are not weights.
+master. A master in two parts, a bf16 parameter and its error, is scaled as a whole. An average that is only evaluated
+is not such a copy, nor are the weights from before a perturbation. Moments of gradients are not weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from muonclip.torch.mesh import local_part
+from muonclip.torch.update import WEIGHT_ERROR
 
 _KNOWN = frozenset(
     (
@@ -59,6 +60,11 @@ class SecondCopies:
             kept.append(masters.get(id(parameter)))
         copies = [] if given is None else [given]
         return _others([*copies, *(each for each in kept if _is_like(each, parameter))], parameter)
+
+    def error_of(self, parameter: Tensor) -> Tensor | None:
+        """Return the error with which a bf16 parameter is a master, see `split_weights`; None where it is none."""
+        errors = [state[id(parameter)].get(WEIGHT_ERROR) for state, *_ in self._kept if id(parameter) in state]
+        return next((each for each in errors if isinstance(each, Tensor) and each.shape == parameter.shape), None)
 
 
 def unnamed_copies(parameter: Tensor, optimizers: Iterable[Any]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from muonclip.torch.mesh.dtensors import (
     check_state,
     local_gradient,
     local_part,
+    placed_like,
 )
 from muonclip.torch.mesh.index_ranges import local_indices
 from muonclip.torch.mesh.late_types import (
@@ -59,6 +60,7 @@ __all__ = [
     "local_indices",
     "local_part",
     "mixed_precision_of",
+    "placed_like",
     "plain_class",
     "plain_name",
     "replicas_of",

@@ -18,6 +18,17 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def placed_like(parameter: Tensor, local: Tensor) -> Tensor:
+    """Return a tensor of a parameter's shape of which this rank holds `local`, placed as the parameter is."""
+    if not is_dtensor(parameter):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """Return what this rank holds of the gradient, placed as the parameter is.
 

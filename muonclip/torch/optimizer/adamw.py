@@ -2,60 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_functional
 
 from muonclip.torch.mesh import local_gradient, local_part
-from muonclip.torch.optimizer.options import AdamWOptions
+from muonclip.torch.optimizer.options import AdamWOptions, master_dtype
+from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master, joined, split_into
 
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
+_MASTERS_AT_ONCE = 2**24
+"""How many masters are made at once, unless one parameter has more: 64 MiB, and as much for their gradients."""
+
+
+class _Step(NamedTuple):
+    """What this rank has of a parameter and of its state."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
 
 def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOptions) -> None:
-    """Fill the state of a parameter that has none, wholly or not at all."""
+    """Fill the state of a parameter that has none, wholly or not at all; the error of a master may come later."""
+    bits = options.master_weight_bits
+    error = {}
+    if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
+        error[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
     if not state:
         device = parameter.device if options.capturable or options.fused else torch.device("cpu")
         step = torch.zeros((), dtype=torch.float32, device=device)
-        state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        first, second = (torch.zeros_like(parameter, dtype=master_dtype(parameter, bits)) for _ in range(2))
+        state.update(step=step, exp_avg=first, exp_avg_sq=second, **error)
+    else:
+        state.update(error)
+
+
+def restored_moments(
+    saved: Mapping[str, Any], parameter: Tensor, options: AdamWOptions
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield float32 copies of the saved moments of a parameter with a master, whose dtype torch would give them."""
+    if has_master(parameter, options.master_weight_bits):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in saved:
+                yield name, saved[name].detach().to(device=parameter.device, dtype=torch.float32, copy=True)
 
 
 def adamw_step(
     parameters: Iterable[Tensor], options: AdamWOptions, state: Mapping[Tensor, dict[str, Any]]
 ) -> Callable[[], None]:
     """Return what updates those parameters of a group that have a gradient; nothing is changed before it is called."""
-    lists: dict[str, list[Tensor]] = {name: [] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")}
+    steps: list[_Step] = []
+    of_masters: list[tuple[_Step, Tensor]] = []
     for parameter in parameters:
         gradient = local_gradient(parameter)
         if gradient is None:
             continue
         own = state[parameter]
         make_adamw_state(own, parameter, options)
-        lists["params"].append(local_part(parameter))
-        lists["grads"].append(gradient)
-        lists["exp_avgs"].append(local_part(own["exp_avg"]))
-        lists["exp_avg_sqs"].append(local_part(own["exp_avg_sq"]))
-        lists["steps"].append(own["step"])
-    beta1, beta2 = options.betas
-    return partial(
+        moments = local_part(own["exp_avg"]), local_part(own["exp_avg_sq"])
+        each = _Step(local_part(parameter), gradient, *moments, own["step"])
+        if has_master(parameter, options.master_weight_bits):
+            of_masters.append((each, local_part(own[WEIGHT_ERROR])))
+        else:
+            steps.append(each)
+    update = partial(
         adamw_functional,
-        lists["params"],
-        lists["grads"],
-        lists["exp_avgs"],
-        lists["exp_avg_sqs"],
-        [],
-        lists["steps"],
         fused=options.fused,
         capturable=options.capturable,
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
+        beta1=options.betas[0],
+        beta2=options.betas[1],
         lr=options.lr,
         weight_decay=options.weight_decay,
         eps=options.eps,
         maximize=False,
     )
+
+    def move() -> None:
+        _update(update, steps)
+        for some in _some_at_once(of_masters):
+            masters = [joined(each.parameter.detach(), error) for each, error in some]
+            pairs = zip(some, masters, strict=True)
+            _update(update, [each._replace(parameter=m, gradient=each.gradient.float()) for (each, _), m in pairs])
+            for (each, error), master in zip(some, masters, strict=True):
+                split_into(master, each.parameter, error)
+
+    return move
+
+
+def _update(update: Callable[..., None], steps: Sequence[_Step]) -> None:
+    lists: dict[str, list[Tensor]] = {name: [getattr(each, name) for each in steps] for name in _Step._fields}
+    update(lists["parameter"], lists["gradient"], lists["exp_avg"], lists["exp_avg_sq"], [], lists["step"])
+
+
+def _some_at_once(steps: Sequence[tuple[_Step, Tensor]]) -> Iterator[list[tuple[_Step, Tensor]]]:
+    some: list[tuple[_Step, Tensor]] = []
+    for each in steps:
+        if some and sum(step.parameter.numel() for step, _ in (*some, each)) > _MASTERS_AT_ONCE:
+            yield some
+            some = []
+        some.append(each)
+    if some:
+        yield some

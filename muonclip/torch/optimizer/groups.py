@@ -17,8 +17,9 @@ from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import options_of
-from muonclip.torch.optimizer.options import Group
+from muonclip.torch.optimizer.options import Group, master_dtype
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
+from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
 
 
 def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
@@ -113,10 +114,20 @@ def check_parameters(groups: Iterable[Group]) -> None:
         for position, parameter in enumerate(group["params"]):
             name = name_of(group, index, position)
             check_parameter(name, parameter)
+            check_master_weights(name, parameter, group.get("master_weight_bits"))
             if parameter.is_meta and parameter.requires_grad:
                 raise ValueError(f"{name} is {ON_META}")
             if group.get("capturable") and parameter.device.type == "cpu":
                 raise ValueError(f"capturable=True is for CUDA graphs, but {name} is on the CPU. Leave it out.")
+
+
+def check_master_weights(name: str, parameter: Tensor, bits: int | None) -> None:
+    """Raise ValueError, naming it, for a parameter whose masters would need more bits than these."""
+    if bits is not None and parameter.dtype == torch.float16:
+        raise ValueError(
+            f"master_weight_bits={bits}, but {name} is torch.float16, whose numbers are no upper half of float32 ones. "
+            "Cast the model, model.to(torch.bfloat16); or keep it in float32 and compute in float16 by torch.autocast."
+        )
 
 
 def check_gradients(groups: Iterable[Group]) -> None:
@@ -160,6 +171,9 @@ def check_states(
                 held |= {each.name: own[each.name] for each in rule.states if each.name in own}
             elif own:
                 held |= {name: own.get(name) for name in ADAMW_STATES}
+            bits = group.get("master_weight_bits")
+            if has_master(parameter, bits) and WEIGHT_ERROR in own:
+                held[WEIGHT_ERROR] = own[WEIGHT_ERROR]
             for part, value in held.items():
                 if part == "step" and not is_muon:
                     if not _is_count(value):
@@ -167,7 +181,10 @@ def check_states(
                         raise ValueError(f"the step of {name} is {shown(value)}, no count; {_BEGIN_ANEW}")
                     continue
                 expected = _expected(part, parameter, layout, rule)
-                if _fits(value, parameter, expected, any_width=is_muon):
+                dtype = None if is_muon else parameter.dtype if part == "grad" else master_dtype(parameter, bits)
+                if bits is not None and part == WEIGHT_ERROR:
+                    dtype = error_dtype(bits)
+                if _fits(value, parameter, expected, dtype):
                     continue
                 name = name_of(group, index, position)
                 found = (value.dtype, tuple(value.shape), value.device) if isinstance(value, Tensor) else ()
@@ -183,12 +200,12 @@ def check_states(
 _BEGIN_ANEW = "optimizer.state.pop(parameter) begins it anew. Nothing was changed."
 
 
-def _fits(value: Any, parameter: Tensor, shape: tuple[int, ...], *, any_width: bool) -> bool:
-    """Tell whether a state or gradient can be used with its parameter; `any_width`: whatever its floating dtype."""
+def _fits(value: Any, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+    """Tell whether a state or gradient can be used with its parameter; `dtype` None: whatever its floating dtype."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device != parameter.device:
         return False
     is_floating = value.dtype.is_floating_point and value.dtype.itemsize > 1
-    return value.layout is torch.strided and (is_floating if any_width else value.dtype == parameter.dtype)
+    return value.layout is torch.strided and (is_floating if dtype is None else value.dtype == dtype)
 
 
 def _is_count(value: Any) -> bool:

@@ -26,6 +26,7 @@ from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.groups import name_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
 
 FORMAT = 1
 """The version of what this release saves; it grows where an earlier release would read it wrongly."""
@@ -171,7 +172,15 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
                 f"{_OTHER_GROUPS}"
             )
     known = [state.name for state in rule.states] if use == "muon" else ADAMW_STATES
+    error = saved.get(WEIGHT_ERROR)
+    if WEIGHT_ERROR in saved:
+        if not isinstance(error, Tensor) or error.is_meta or error.dtype not in (torch.int8, torch.int16):
+            found = error.dtype if isinstance(error, Tensor) else f"a {kind(error)}"
+            raise ValueError(f"{WEIGHT_ERROR} of {name!r} in the checkpoint is {found}. Nothing was loaded.")
+        check_state(name, WEIGHT_ERROR, error, parameter)
     for part, value in saved.items():
+        if part == WEIGHT_ERROR:
+            continue
         if part == "step" and use == "adamw":
             _check_count(name, value)
         elif part not in known and use == "adamw":  # a variant of Muon may keep more
@@ -191,6 +200,33 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
         for part in ADAMW_STATES:
             if part != "step":
                 check_state(name, part, saved[part], parameter)
+
+
+def restored_error(each: SavedParameter, bits: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the saved error of a parameter's master, as a copy; torch would cast it to the parameter's dtype.
+
+    Raises ValueError for one of other bits than these. Without one, the master begins at the parameter.
+    """
+    error = each.state.get(WEIGHT_ERROR)
+    if error is None or bits is None or not has_master(each.parameter, bits):
+        return
+    if error.dtype != error_dtype(bits):
+        raise ValueError(
+            f"{WEIGHT_ERROR} of {each.name!r} in the checkpoint is {error.dtype}, and master_weight_bits={bits} has "
+            f"{error_dtype(bits)}. Nothing was loaded. Take it out of the checkpoint, and masters begin at parameters."
+        )
+    yield WEIGHT_ERROR, error.detach().to(device=each.parameter.device, copy=True)
+
+
+def without_errors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state without the errors of masters."""
+    state = {
+        key: {name: value for name, value in saved.items() if name != WEIGHT_ERROR}
+        if isinstance(saved, Mapping) and WEIGHT_ERROR in saved
+        else saved
+        for key, saved in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def with_tensor_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from muonclip.core.arguments import check_kind, check_whole, kind, shown
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES
 from muonclip.torch.mesh import Topology, local_gradient, local_part
-from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state
+from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state, restored_moments
 from muonclip.torch.optimizer.group_keys import check_keys
 from muonclip.torch.optimizer.groups import (
     check_gradients,
     check_iterable,
+    check_master_weights,
     check_parameters,
     check_states,
     listed_params,
@@ -40,15 +41,25 @@ from muonclip.torch.optimizer.loading import (
     check_saved_state,
     checked_options,
     in_own_order,
+    restored_error,
     saved_parameters,
     warn_of_missing,
     with_tensor_counts,
+    without_errors,
 )
 from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states, state_bytes
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.optimizer.saved_values import check_saved_values
-from muonclip.torch.update import MUON, ParameterStep, PlacedParameter, UpdatePlan, execute
+from muonclip.torch.update import (
+    MUON,
+    WEIGHT_ERROR,
+    ParameterStep,
+    PlacedParameter,
+    UpdatePlan,
+    execute,
+    has_master,
+)
 from muonclip.torch.update import plan as plan_update
 
 
@@ -106,6 +117,10 @@ class MatrixOptimizer(Optimizer):
             layouts = layouts_of(group, group.pop("layout", None))
         check_keys(group, use)
         group |= defaults.updated(group).as_group() | {"format": FORMAT}
+        for position, item in enumerate(group["params"]):
+            name, parameter = item if isinstance(item, tuple) else (name_of({}, len(self.param_groups), position), item)
+            if isinstance(parameter, Tensor):  # torch says what is wrong with others
+                check_master_weights(name, parameter, group.get("master_weight_bits"))
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
         super().add_param_group(group)
@@ -140,8 +155,11 @@ class MatrixOptimizer(Optimizer):
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
                     states = restored_states(each.state, self._rule(own), each.parameter, own)
-                    restored.append((each.parameter, dict(states)))
-            return with_tensor_counts(ready)
+                else:
+                    states = restored_moments(each.state, each.parameter, own)
+                errors = restored_error(each, own.master_weight_bits)
+                restored.append((each.parameter, {**dict(states), **dict(errors)}))
+            return with_tensor_counts(without_errors(ready))
 
         hook = self.register_load_state_dict_pre_hook(prepare)  # the last: those of others may bring a state into shape
         try:
@@ -224,7 +242,8 @@ class MatrixOptimizer(Optimizer):
             make_matrix_states(state, rule, parameter, layout, options)
             held = {each.name: local_part(state[each.name]) for each in rule.states}
             gradient = local_gradient(parameter)
-            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule))
+            error = local_part(state[WEIGHT_ERROR]) if has_master(parameter, options.master_weight_bits) else None
+            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule, error))
         adamw = [
             adamw_step(group["params"], options, self.state)
             for group, options in zip(self.param_groups, self._options, strict=True)

@@ -15,7 +15,7 @@ from muonclip.core.update_rule import MuonRule
 from muonclip.torch.heads import HeadRows, scale_heads
 from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part
 from muonclip.torch.optimizer.options import MuonOptions
-from muonclip.torch.update import PlacedParameter, rescale
+from muonclip.torch.update import WEIGHT_ERROR, PlacedParameter, error_dtype, has_master, rescale
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -28,6 +28,9 @@ def make_matrix_states(
     for declared in rule.states:
         if declared.name not in state:
             state[declared.name] = _zeros(declared, parameter, layout, options)
+    bits = options.master_weight_bits
+    if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
+        state[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
 
 
 def dtype_of(declared: MatrixState, parameter: Tensor, options: MuonOptions) -> torch.dtype:
@@ -44,6 +47,9 @@ def state_bytes(
     for declared in rule.states:
         shape = declared.stored_shape(parameter.shape, layout.axes(parameter.ndim).fan_in)
         yield declared.name, math.prod(shape) * dtype_of(declared, parameter, options).itemsize
+    bits = options.master_weight_bits
+    if bits is not None and has_master(parameter, bits):
+        yield WEIGHT_ERROR, parameter.numel() * error_dtype(bits).itemsize
 
 
 def check_matrix_states(

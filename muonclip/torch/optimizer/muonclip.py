@@ -40,6 +40,7 @@ from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, options_in_words
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
 from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
+from muonclip.torch.update import MasterWeightBits
 
 Clip = TypeVar("Clip", bound=QKClip | None, default=QKClip)
 """The type of a `MuonClip`'s clip, for type checkers: `None` where that was given, else a `QKClip`."""
@@ -71,7 +72,10 @@ class Muon(MatrixOptimizer):
         products: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
             of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was
             measured.
-        momentum_dtype: The dtype of the momentum; None: the parameter's.
+        momentum_dtype: The dtype of the momentum; None: the parameter's, or float32 where it has a master.
+        master_weight_bits: Update float32 masters of bf16 parameters, which are their roundings: 32 keeps all bits of a
+            master, in two more bytes for each parameter, 24 rounds it to 24, in one more. Other parameters are updated
+            as they are.
         freeze_unused: Leave matrices whose gradient is zero, and their momentum, unchanged for that step. By default
             such a matrix, for instance an expert that got no token, still moves by a full-size update along its
             decaying momentum, as in torch.
@@ -103,6 +107,7 @@ class Muon(MatrixOptimizer):
         ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
+        master_weight_bits: MasterWeightBits | None = None,
         freeze_unused: bool = False,
         update: Update = "muon",
         cautious_decay: bool = False,
@@ -146,7 +151,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         ns_dtype: The dtype of the matrix products, see `Muon`.
         ns_form: The form of the iteration, see `Muon`.
         products: How products are multiplied, see `Muon`.
-        momentum_dtype: The dtype of Muon's momentum; None: the parameter's.
+        momentum_dtype: The dtype of Muon's momentum, see `Muon`.
+        master_weight_bits: Update float32 masters of bf16 parameters, see `Muon`; of both halves, and AdamW's moments
+            are float32 then.
         freeze_unused: Leave matrices whose gradient is zero unchanged for that step, see `Muon`.
         capturable: For CUDA graphs, as in torch.
         update: The rule of the Muon half: "muon", "normuon", "hyperball" or "muown", see `Muon`.
@@ -189,6 +196,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
         momentum_dtype: torch.dtype | None = None,
+        master_weight_bits: MasterWeightBits | None = None,
         freeze_unused: bool = False,
         update: Update = "muon",
         cautious_decay: bool = False,

@@ -27,10 +27,12 @@ from muonclip.core.arguments import (
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
 from muonclip.core.updates import check_update
 from muonclip.torch.update import (
+    MasterWeightBits,
     NewtonSchulzConfig,
     StepOptions,
     check_products,
     check_products_on,
+    has_master,
     iteration_dtype,
 )
 
@@ -40,7 +42,7 @@ TORCH_EPS = 1e-7
 """`torch.optim.Muon`'s default of `eps`, which it has to find in a checkpoint."""
 
 
-_LATER = {"update": "muon", "cautious_decay": False}
+_LATER = {"update": "muon", "cautious_decay": False, "master_weight_bits": None}
 """Options that a group has only where they are not these."""
 
 OFF = ("amsgrad", "maximize", "differentiable", "dampening")
@@ -59,6 +61,7 @@ class MuonOptions(StepOptions):
     products: str | None = None
     momentum_dtype: torch.dtype | str | None = None
     update: str = "muon"
+    master_weight_bits: MasterWeightBits | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -80,12 +83,7 @@ class MuonOptions(StepOptions):
         group: Group = {each.name: getattr(self, each.name) for each in fields(self)}
         group["eps"] = TORCH_EPS if self.eps is None else self.eps
         group["eps_given"] = self.eps is not None
-        for (
-            name,
-            default,
-        ) in _LATER.items():  # a checkpoint of before has none, and DCP wants the keys that it finds here
-            if group[name] == default:
-                del group[name]
+        group = _without_later(group)
         if self.ns_steps is None and _is_triple(self.ns_coefficients):
             group["ns_steps"] = DEFAULT_NS_STEPS
         for name in ("ns_dtype", "momentum_dtype"):
@@ -108,12 +106,13 @@ class MuonOptions(StepOptions):
         check_choice("ns_form", self.ns_form, "standard", "gram", None, hint="None takes the cheaper one.")
         _check_dtype("ns_dtype", self.ns_dtype)
         _check_dtype("momentum_dtype", self.momentum_dtype)
+        _check_master_weight_bits(self.master_weight_bits)
         if self.ns_form == "gram":
             checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
     def momentum_dtype_of(self, parameter: Tensor) -> torch.dtype:
         """Return the dtype of a parameter's momentum."""
-        return _dtype(self.momentum_dtype) or parameter.dtype
+        return _dtype(self.momentum_dtype) or master_dtype(parameter, self.master_weight_bits)
 
     def newton_schulz(self, parameter: Tensor) -> NewtonSchulzConfig:
         """Return how the matrices of a parameter are iterated. Raises ValueError for what its device cannot do."""
@@ -142,12 +141,13 @@ class AdamWOptions:
     weight_decay: float
     fused: bool | None = None
     capturable: bool = False
+    master_weight_bits: MasterWeightBits | None = None
 
     @classmethod
     def given(cls, options: Mapping[str, Any], muon: MuonOptions, *, capturable: bool) -> Self:
         """Read `MuonClip`'s `adamw`; `lr` and `weight_decay` are Muon's where they are not given, or None."""
         check_kind("adamw", options, Mapping, "a dict of options of the AdamW half, adamw=dict(betas=(0.9, 0.95))")
-        known = [each.name for each in fields(cls) if each.name != "capturable"]
+        known = [each.name for each in fields(cls) if each.name not in ("capturable", "master_weight_bits")]
         unknown = sorted(map(str, set(options) - set(known)))
         if unknown:
             raise ValueError(
@@ -155,7 +155,7 @@ class AdamWOptions:
             )
         shared = {"lr": muon.lr, "weight_decay": muon.weight_decay}
         said = {name: value for name, value in options.items() if name not in shared or value is not None}
-        result = cls(**{**shared, **said}, capturable=capturable)
+        result = cls(**{**shared, **said}, capturable=capturable, master_weight_bits=muon.master_weight_bits)
         result.check()
         return result
 
@@ -173,7 +173,8 @@ class AdamWOptions:
 
     def as_group(self) -> Group:
         """Return what a group holds; `momentum` is β₁, for schedulers that cycle it, see `follow_cycle`."""
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"momentum": self.betas[0]}
+        group = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _without_later(group) | {"momentum": self.betas[0]}
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for a value that does not fit."""
@@ -188,6 +189,7 @@ class AdamWOptions:
         if self.fused is not None:
             check_flag("fused", self.fused)
         check_flag("capturable", self.capturable)
+        _check_master_weight_bits(self.master_weight_bits)
 
 
 def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None:
@@ -201,6 +203,11 @@ def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None
     if not isinstance(known, AdamWOptions) or group["momentum"] != known.betas[0]:
         check_number("momentum", group["momentum"], BELOW_ONE)
         group["betas"] = (group["momentum"], *group["betas"][1:])
+
+
+def master_dtype(parameter: Tensor, bits: int | None) -> torch.dtype:
+    """Return the dtype in which a parameter is updated: float32 for one with a master, else its own."""
+    return torch.float32 if has_master(parameter, bits) else parameter.dtype
 
 
 def options_in_words(groups: Sequence[Group]) -> dict[str, str]:
@@ -227,6 +234,19 @@ def _given(options: type[MuonOptions | AdamWOptions], group: Mapping[str, Any]) 
     if not group.get("eps_given", True):
         given["eps"] = None
     return given
+
+
+def _without_later(group: Group) -> Group:
+    """Leave out what earlier releases do not have, where it is off: DCP wants the keys that it finds in a group."""
+    return {name: value for name, value in group.items() if name not in _LATER or value != _LATER[name]}
+
+
+def _check_master_weight_bits(bits: Any) -> None:
+    if bits is not None and not (type(bits) is int and bits in (24, 32)):
+        raise ValueError(
+            f"master_weight_bits={shown(bits)}; use 32 for float32 masters of bf16 parameters, 24 for masters that are "
+            "rounded to 24 bits, or None."
+        )
 
 
 def _check_rates(lr: float | Tensor, weight_decay: float) -> None:

@@ -18,6 +18,7 @@ _OPTIONS = (
     "eps_given",
     "products",
     "capturable",
+    "master_weight_bits",
 )
 """Those that the plan, the checks of parameters or the making of state read."""
 

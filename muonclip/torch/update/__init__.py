@@ -10,11 +10,21 @@ from muonclip.torch.update.matrix_views import local_matrices, row_index
 from muonclip.torch.update.plan import UpdatePlan, plan
 from muonclip.torch.update.products import PRODUCTS, check_products, check_products_on, choose_products
 from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
+from muonclip.torch.update.split_weights import (
+    WEIGHT_ERROR,
+    MasterWeightBits,
+    error_dtype,
+    has_master,
+    joined,
+    split_into,
+)
 from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, rescale
 
 __all__ = [
     "MUON",
     "PRODUCTS",
+    "WEIGHT_ERROR",
+    "MasterWeightBits",
     "MatrixShards",
     "NewtonSchulzConfig",
     "ParameterStep",
@@ -24,11 +34,15 @@ __all__ = [
     "check_products",
     "check_products_on",
     "choose_products",
+    "error_dtype",
     "execute",
+    "has_master",
     "iteration_dtype",
+    "joined",
     "local_matrices",
     "matrix_shards",
     "plan",
     "rescale",
     "row_index",
+    "split_into",
 ]

@@ -19,6 +19,7 @@ from muonclip.torch.update.cost_model import rows_at_once
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices, row_index, writable
 from muonclip.torch.update.rounds import PlacedParameter, Segment
+from muonclip.torch.update.split_weights import joined, split_into
 
 MUON = MuonRule()
 
@@ -49,6 +50,8 @@ class ParameterStep:
         layout: How the parameter is read as matrices.
         options: The options of its group.
         rule: The rule that updates it.
+        error: This rank's shard of the error that makes a bf16 parameter a float32 master, see `split_weights`; None:
+            the parameter is updated itself.
     """
 
     parameter: Tensor
@@ -57,6 +60,7 @@ class ParameterStep:
     layout: MatrixLayout
     options: StepOptions
     rule: MuonRule = MUON
+    error: Tensor | None = None
 
 
 class SegmentStep:
@@ -118,7 +122,7 @@ class SegmentStep:
             return
         if step.gradient is None:
             return
-        with self._editing(step.parameter) as rows:
+        with self._editing_weight() as rows:
             for part in _pieces(rows):
                 whole = part is None
                 self._move(rows if whole else rows[:, part], update if whole else update[:, part], self.scale)
@@ -154,7 +158,7 @@ class SegmentStep:
 
     def _pull_back(self, gradient: Tensor | None, state: Mapping[str, Tensor]) -> Tensor | None:
         """Let a rule change the gradient. Every rank that has a part joins in its sums, with or without a gradient."""
-        weight, operations = self.opened(self.step.parameter)[0], self._operations()
+        weight, operations = self._weight(), self._operations()
         given = torch.zeros_like(weight) if gradient is None else gradient
         pulled, new = self.step.rule.pull_back(given, weight, state, operations)
         if gradient is None:
@@ -175,7 +179,7 @@ class SegmentStep:
         """Let a rule move the weight. Every rank that has a part joins in its sums, with or without a gradient."""
         step, options = self.step, self.step.options
         motion = Motion(options.lr, options.weight_decay, self.scale)
-        with self._state() as state, self._editing(step.parameter) as weight:
+        with self._state() as state, self._editing_weight() as weight:
             moved, new = step.rule.move(weight, update, state, motion, self._operations())
             if self._used is not None:
                 moved = torch.where(self._used, moved, weight)
@@ -207,12 +211,23 @@ class SegmentStep:
             if write_back is not None:
                 write_back()
 
+    def _weight(self) -> Tensor:
+        """Return the matrices that are updated, to read: the weights, or their masters."""
+        weight, error = self.opened(self.step.parameter)[0], self.step.error
+        return weight if error is None else joined(weight, self.opened(error)[0])
+
     @contextmanager
-    def _editing(self, tensor: Tensor) -> Iterator[Tensor]:
-        matrices, write_back = self.opened(tensor)
-        yield matrices
-        if write_back is not None:
-            write_back()
+    def _editing_weight(self) -> Iterator[Tensor]:
+        """Give the matrices that are updated; masters become weights and errors again at the end."""
+        step, weight = self.step, self.opened(self.step.parameter)
+        error = None if step.error is None else self.opened(step.error)
+        master = weight[0] if error is None else joined(weight[0], error[0])
+        yield master
+        if error is not None:
+            split_into(master, weight[0], error[0])
+        for _, write_back in (weight, error or weight)[: 1 if error is None else 2]:
+            if write_back is not None:
+                write_back()
 
     def opened(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         """Return the matrices of this segment in a tensor, and, where they are not a view, what copies them back."""
