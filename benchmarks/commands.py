@@ -120,6 +120,7 @@ _STUDIES = (
     "grad-clipping",
     "variants",
     "fine-tuning",
+    "master-weights",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

@@ -236,6 +236,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "tune a trained model on other text, all weights or LoRA: AdamW, Muon, both; half an hour",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
+    "master-weights": (
+        "train bf16 weights with and without masters: five runs on five seeds, twenty minutes",
+        {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
+    ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip
