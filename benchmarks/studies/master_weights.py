@@ -59,14 +59,14 @@ def run(options: argparse.Namespace) -> None:
     training, seeds = (
         (replace(OWN_RATE, steps=2, validation_batches=1), SEEDS[:1]) if options.quick else (OWN_RATE, SEEDS)
     )
-    corpus, rows = open_corpus(), []
+    corpus, rows, made = open_corpus(), [], environment() | {"threads": 1}
     with torch_threads(1):
         for seed in seeds:
             for way in WAYS:
                 rows.append({"way": way, "seed": seed} | train(corpus, training, WAYS[way], seed))
                 print(rows[-1], file=sys.stderr, flush=True)
                 shared = {"steps": training.steps, "lr": training.lr["muonclip"], "batch_size": training.batch_size}
-                figures = {"environment": environment() | {"threads": 1}, "training": shared, "rows": rows}
+                figures = {"environment": made, "training": shared, "rows": rows}
                 atomic_files.write_json(options.out / "master_weights.json", figures)
     atomic_files.write_text(options.out / "master_weights.md", text := table(figures))
     print(text)
