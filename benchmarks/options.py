@@ -237,7 +237,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
     "master-weights": (
-        "train bf16 weights with and without masters: five runs on five seeds, twenty minutes",
+        "train bf16 weights with and without masters: five runs on three seeds, fifteen minutes",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
