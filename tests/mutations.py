@@ -2775,6 +2775,59 @@ MUTATIONS = (
         "if False:",
         tests_of("torch/test_row_state.py", "test_the_clip_tells_a_state_which_rows_it_has_scaled"),
     ),
+    # Masters of bf16 parameters
+    Mutation(
+        "master-not-scaled-by-the-clip",
+        "The clip scales the rounded weights, and the error of before makes another master of them.",
+        "error = copies.error_of(parameter)",
+        "error = None",
+        tests_of("torch/test_master_weights.py", "test_the_clip_scales_the_master_and_the_parameter_is_its_rounding"),
+    ),
+    Mutation(
+        "master-of-a-truncated-weight",
+        "The parameter is the upper half of its master, and not the nearest number.",
+        "upper = (bits + (1 << (kept - 1))) >> kept",
+        "upper = bits >> kept",
+        tests_of("torch/test_split_weights.py"),
+    ),
+    Mutation(
+        "master-cut-to-24-bits",
+        "Masters of 24 bits are cut, so that small updates in one direction are lost.",
+        "bits = (bits + (1 << (shift - 1)) - 1 + ((bits >> shift) & 1)) >> shift",
+        "bits = bits >> shift",
+        tests_of("torch/test_split_weights.py", "test_of_24_bits_is_kept_what_rounding_leaves_and_no_more"),
+    ),
+    Mutation(
+        "pruned-weight-becomes-nan",
+        "A weight that was set to zero has the error of the one before.",
+        "given = torch.where(weight == 0, given.clamp(min=0), given)",
+        "given = given + 0",
+        tests_of(
+            "torch/test_split_weights.py",
+            "test_a_weight_that_was_set_by_hand_is_the_weight_whatever_error_was_left",
+        ),
+    ),
+    Mutation(
+        "masters-with-moments-of-bf16",
+        "Muon's momentum of a parameter with a master has the parameter's dtype.",
+        "return _dtype(self.momentum_dtype) or master_dtype(parameter, self.master_weight_bits)",
+        "return _dtype(self.momentum_dtype) or parameter.dtype",
+        tests_of("torch/test_master_weights.py", "test_a_step_of_muon_is_that_of_float32_weights[muon-32]"),
+    ),
+    Mutation(
+        "masters-not-resumed",
+        "What a checkpoint holds of masters is lost: they begin again at the parameters.",
+        "errors = restored_error(each, own.master_weight_bits)",
+        "errors = ()",
+        tests_of("torch/test_master_weights.py", "test_resumes_to_the_bit"),
+    ),
+    Mutation(
+        "masters-for-one-half-alone",
+        "AdamW updates the rounded weights.",
+        "capturable=capturable, master_weight_bits=muon.master_weight_bits)",
+        "capturable=capturable)",
+        tests_of("torch/test_master_weights.py", "test_a_step_of_adamw_is_that_of_float32_weights"),
+    ),
     # Variants of the update
     Mutation(
         "hyperball-of-the-parameter",

@@ -50,6 +50,7 @@ def test_every_option_of_a_group_is_an_argument():
     given = dict(lr=2e-3, weight_decay=0.2, momentum=0.8, nesterov=False, ns_coefficients="you", eps=1e-3, ns_steps=4)
     given |= dict(adjust_lr_fn="original", ns_dtype=torch.float64, ns_form="gram", products="plain")
     given |= dict(momentum_dtype=torch.float64, freeze_unused=True, update="normuon", cautious_decay=True)
+    given |= dict(master_weight_bits=24)
     assert sorted(given) == sorted(options)
     model = nn.Sequential(nn.Linear(4, 4))
     for optimizer in (Muon([model[0].weight], **given), MuonClip(model, **given, qk_clip=None)):

@@ -21,7 +21,7 @@ _MASTERS_AT_ONCE = 2**24
 
 
 class _Step(NamedTuple):
-    """What this rank has of a parameter and of its state."""
+    """Hold what this rank has of a parameter and of its state."""
 
     parameter: Tensor
     gradient: Tensor

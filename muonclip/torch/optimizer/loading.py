@@ -218,6 +218,23 @@ def restored_error(each: SavedParameter, bits: int | None) -> Iterator[tuple[str
     yield WEIGHT_ERROR, error.detach().to(device=each.parameter.device, copy=True)
 
 
+def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[MuonOptions | AdamWOptions]) -> None:
+    """Warn of errors of masters in a checkpoint whose parameters have none here: they are left out."""
+    left = [
+        each
+        for each in saved
+        if WEIGHT_ERROR in each.state and not has_master(each.parameter, options[each.group].master_weight_bits)
+    ]
+    if left:
+        first = left[0]
+        warnings.warn(
+            f"the checkpoint holds the errors of masters of bf16 weights, and {first.name} is {first.parameter.dtype} "
+            f"here, as {len(left)} in all: they are left out. The float32 weights of such a run are what "
+            "optimizer.fp32_state_dict(model) returns there.",
+            stacklevel=2,
+        )
+
+
 def without_errors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved state without the errors of masters."""
     state = {

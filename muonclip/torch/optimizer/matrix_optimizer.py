@@ -6,13 +6,13 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -43,10 +43,12 @@ from muonclip.torch.optimizer.loading import (
     in_own_order,
     restored_error,
     saved_parameters,
+    warn_of_left_errors,
     warn_of_missing,
     with_tensor_counts,
     without_errors,
 )
+from muonclip.torch.optimizer.master_weights import fp32_state_dict, load_fp32_state_dict
 from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states, state_bytes
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
@@ -151,6 +153,7 @@ class MatrixOptimizer(Optimizer):
             check_capturable(saved, options)
             check_saved_values(saved, self.rule)
             warn_of_missing(saved)
+            warn_of_left_errors(saved, options)
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
@@ -211,6 +214,37 @@ class MatrixOptimizer(Optimizer):
         """Return the state as any optimizer does; every trainable parameter has one, with or without a gradient."""
         self._make_state()
         return super().state_dict()
+
+    @torch.no_grad()
+    def fp32_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return `model.state_dict()` with the float32 master of each parameter that has one, for saving.
+
+        Args:
+            model: The model that is trained. Parameters that are sharded have sharded masters. What has no master is as
+                it is in the model.
+        """
+        self._make_state()
+        return fp32_state_dict(model, self._errors())
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """Load float32 weights into a model and its masters: `model.load_state_dict` alone would round them to bf16.
+
+        Args:
+            model: The model that is trained.
+            state_dict: What `fp32_state_dict` returned, or the state dict of a float32 model with the same names.
+        """
+        self._make_state()
+        load_fp32_state_dict(model, state_dict, self._errors())
+
+    def _errors(self) -> dict[int, Tensor]:
+        """Return the errors of masters by the `id`s of their parameters."""
+        return {
+            id(parameter): self.state[parameter][WEIGHT_ERROR]
+            for group in self.param_groups
+            for parameter in group["params"]
+            if has_master(parameter, group.get("master_weight_bits")) and WEIGHT_ERROR in self.state[parameter]
+        }
 
     def _defaults(self, use: str) -> MuonOptions | AdamWOptions:
         if isinstance(use, str) and use == "muon":

@@ -35,6 +35,7 @@ from muonclip.torch.optimizer.argument_hints import with_hints
 from muonclip.torch.optimizer.filled_parameters import check_is_of_model, take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
+from muonclip.torch.optimizer.master_weights import masters_in_words
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer, check_workspace
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, options_in_words
@@ -315,7 +316,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     def _plan_update(self) -> None:
         super()._plan_update()
-        self.plan = replace(self.plan, update_plan=self._update_plan, state_bytes=self._state_bytes())
+        states, masters = self._state_bytes(), masters_in_words(self.param_groups)
+        self.plan = replace(self.plan, update_plan=self._update_plan, state_bytes=states, master_weights=masters)
 
     def _refresh_plan(self) -> None:
         self._take_filled()

@@ -57,6 +57,7 @@ class Plan:
         qk_clip: The clip; None where it is off.
         update_plan: Which rank iterates which matrix, and what is sent; shown where there is more than one.
         state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants.
+        master_weights: Which parameters have masters, in words; nothing where none were asked for.
         recipe: The recipe that was asked for, and what was given next to it.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     update_plan: UpdatePlan | None = None
     recipe: Recipe | None = None
+    master_weights: str = ""
 
     @property
     def weights_to_save(self) -> list[str]:
@@ -115,7 +117,8 @@ class Plan:
         to_save = "\n  ".join(self.weights_to_save)
         if to_save:
             to_save = f"frozen weights that the clip scales; save them with what is trained:\n  {to_save}"
-        parts = [parameters, states_in_words(self.state_bytes), over_ranks, found, to_save, options]
+        states = states_in_words(self.state_bytes)
+        parts = [parameters, states, self.master_weights, over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
 

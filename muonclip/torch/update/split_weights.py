@@ -3,7 +3,7 @@
 A bf16 number is the upper half of a float32 one. `weight` is the bf16 number nearest to the master, the one further
 from zero of two equally near; `error` is the distance between both, counted in the last place of the master: int16 for
 all 32 bits of it, int8 for a master rounded (half to even) to 24: a sign, 8 bits of exponent and 15 of significand.
-Each pair stands for one master, and each master that is a number for one pair.
+Each pair is one master, and each master that is a number is one pair.
 
 What anything else writes into the parameter is therefore the weight from then on: a master cannot overwrite it. The
 error that is left is at most half a unit of the parameter's last place. (TransformerEngine keeps 16 bits so, as

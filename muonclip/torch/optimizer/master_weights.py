@@ -1,0 +1,54 @@
+"""Float32 weights of a model whose bf16 parameters have masters: out of them for saving, and into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from muonclip.core.arguments import check_kind
+from muonclip.core.text_table import in_bytes
+from muonclip.torch.mesh import local_part, placed_like
+from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master, joined, split_into
+
+
+def fp32_state_dict(model: nn.Module, errors: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Return `model.state_dict()` with masters in the place of their parameters. `errors`: theirs, by the `id`s."""
+    check_kind("model", model, nn.Module, "the module whose parameters this optimizer has")
+    wide: dict[str, Any] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        plain = value.detach() if isinstance(value, Tensor) else value
+        error = errors.get(id(value))
+        wide[name] = plain if error is None else placed_like(plain, joined(local_part(plain), local_part(error)))
+    return wide
+
+
+def load_fp32_state_dict(model: nn.Module, state_dict: Mapping[str, Any], errors: Mapping[int, Tensor]) -> None:
+    """Load float32 weights into a model and the errors of its masters, which lose nothing, or 8 bits."""
+    check_kind("model", model, nn.Module, "the module whose parameters this optimizer has")
+    model.load_state_dict(state_dict)
+    for name, parameter in _named(model):
+        error, given = errors.get(id(parameter)), state_dict.get(name)
+        if error is not None and isinstance(given, Tensor):
+            weight = local_part(parameter.detach())
+            split_into(local_part(given.detach()).to(weight.device).float(), weight, local_part(error))
+
+
+def masters_in_words(groups: Iterable[Mapping[str, Any]]) -> str:
+    """Say for a plan which parameters have masters, and the bytes of their errors; nothing where none were asked."""
+    lines: list[str] = []
+    for bits in (32, 24):
+        asked = [each for group in groups if group.get("master_weight_bits") == bits for each in group["params"]]
+        narrow = [each for each in asked if has_master(each, bits)]
+        size = sum(each.numel() for each in narrow) * error_dtype(bits).itemsize
+        if asked:
+            lines.append(
+                f"master weights of {bits} bits: {len(narrow)} bf16 parameters, {WEIGHT_ERROR} {in_bytes(size)}; "
+                f"{len(asked) - len(narrow)} wider parameters are their own"
+            )
+    return "\n".join(lines)
+
+
+def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return ((name, value) for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor))
