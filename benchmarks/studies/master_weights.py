@@ -59,14 +59,14 @@ def run(options: argparse.Namespace) -> None:
     training, seeds = (
         (replace(OWN_RATE, steps=2, validation_batches=1), SEEDS[:1]) if options.quick else (OWN_RATE, SEEDS)
     )
-    corpus, rows, made = open_corpus(), [], environment() | {"threads": 1}
+    corpus, rows = open_corpus(), list[dict[str, Any]]()
+    shared = {"steps": training.steps, "lr": training.lr["muonclip"], "batch_size": training.batch_size}
+    figures = {"environment": environment() | {"threads": 1}, "training": shared, "rows": rows}
     with torch_threads(1):
         for seed in seeds:
             for way in WAYS:
                 rows.append({"way": way, "seed": seed} | train(corpus, training, WAYS[way], seed))
                 print(rows[-1], file=sys.stderr, flush=True)
-                shared = {"steps": training.steps, "lr": training.lr["muonclip"], "batch_size": training.batch_size}
-                figures = {"environment": made, "training": shared, "rows": rows}
                 atomic_files.write_json(options.out / "master_weights.json", figures)
     atomic_files.write_text(options.out / "master_weights.md", text := table(figures))
     print(text)
@@ -83,12 +83,13 @@ def train(corpus: Corpus, training: Training, way: Way, seed: int) -> dict[str, 
     optimizer, _ = make_optimizer(model, replace(arm, options=way.options), Precision())
     assert isinstance(optimizer, MuonClip)
     optimizer.register_step_post_hook(model.step_hook)
-    windows = {"seed": seed, "batch_size": training.batch_size, "length": arm.model.max_seq_len}
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = arm.lr * training.schedule(step)
         optimizer.zero_grad()
-        tokens = torch.from_numpy(corpus.batch(step=step, **windows))
+        tokens = torch.from_numpy(
+            corpus.batch(seed=seed, step=step, batch_size=training.batch_size, length=arm.model.max_seq_len)
+        )
         _loss(model, tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
         optimizer.step()
