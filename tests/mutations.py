@@ -822,8 +822,8 @@ MUTATIONS = (
     Mutation(
         "second-copies-kept",  # 37
         "Schedule-free's z, slow weights and masters keep the rows that were scaled, and undo the clip.",
-        "for weight in (parameter, *copies_of(parameter)):",
-        "for weight in (parameter,):",
+        "weights = copies.of(parameter)",
+        "weights = []",
         tests_of("torch/test_second_copies.py", "test_a_known_copy_is_clipped_with_the_weights"),
     ),
     Mutation(
@@ -2917,8 +2917,8 @@ MUTATIONS = (
     Mutation(
         "later-options-in-every-group",
         "Groups have keys that checkpoints of before do not have, and DCP refuses them.",
-        "if group[name] == default:",
-        "if False:",
+        "for name, value in group.items() if name not in _LATER or value != _LATER[name]}",
+        "for name, value in group.items()}",
         tests_of("test_golden_states.py", "test_a_state_of_pytorch_goes_on_as_it_would_have"),
     ),
     Mutation(
