@@ -9,7 +9,7 @@ disturbance (`SEARCH`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from benchmarks.experiment.arms import ARMS as ENTRIES
 from benchmarks.experiment.arms import Choice, choices
 from benchmarks.experiment.data import Corpus
 from benchmarks.experiment.experiment import Experiment
-from benchmarks.experiment.presets import OWN_RATE
+from benchmarks.experiment.presets import HOT
 from benchmarks.experiment.settings import Disturbance, Training
 from benchmarks.records import atomic_files, metrics
 from benchmarks.records.intervals import CONFIDENCE, Interval, interval
@@ -33,7 +33,7 @@ from muonclip.models import MoEConfig
 SEEDS = (0, 1, 2)
 PAIRS = (
     *(("muonclip", "muon"), ("rescue", "muon"), ("rescue", "muonclip")),
-    *(("qk-norm", "muonclip"), ("softcap", "muonclip")),
+    *(("qk-norm", "muonclip"), ("softcap", "muonclip"), ("softcap", "muon")),
 )
 WINDOWS = 32  # of the held-out sample
 LEVEL = 10  # steps over which a level of the loss is averaged
@@ -97,21 +97,16 @@ CASES = {
         disturbance=Disturbance(after=90, steps=10, random_tokens=True),
     ),
 }
-_REGIMES: dict[str, dict[str, Any]] = {
-    "as above": {},
-    "context of 256": {"batch_size": 4, "model": {"max_seq_len": 256}},
-    "8 layers": {"model": {"num_layers": 8}},
-    "batch of 64": {"batch_size": 64, "steps": 100},
-    "bfloat16": {"precision": "bf16"},
-}
 SEARCH = {
-    f"{regime.replace(' ', '-')}-{lr:g}": Case(
-        **{"title": f"{regime}, rate {lr:g}", "lr": lr, "steps": 200, "arms": ("muon",), **own}
-    )
-    for lr in (4 * OWN_RATE.lr["muon"],)
-    for regime, own in _REGIMES.items()
+    name: Case(**{"lr": HOT.lr["muon"], "steps": 120, "arms": ("muon",), **own})
+    for name, own in {
+        "long": {"title": "context of 256", "batch_size": 4, "model": {"max_seq_len": 256}},
+        "deep": {"title": "8 layers", "model": {"num_layers": 8}},
+        "bfloat16": {"title": "bfloat16", "precision": "bf16"},
+        "large-batch": {"title": "batch of 64", "batch_size": 64, "steps": 60},
+    }.items()
 }
-"""Muon alone at four times its best rate; nothing is done to it."""
+"""Muon alone at the hot rate; nothing is done to it, and each has one thing otherwise than the cases above."""
 
 
 class Reading(NamedTuple):
@@ -216,26 +211,36 @@ def read_search(figures: Json) -> str:
     return render("spikes_search.md", rows=rows, reach=REACH, environment=next(iter(found))["environment"])
 
 
+def effects(case: Json) -> dict[tuple[str, str], dict[str, Interval]]:
+    """Return the differences of each pair of PAIRS, by reading, on the seeds that both arms have.
+
+    The runs of a seed saw the same batches.
+    """
+    runs, found = _runs(case), dict[tuple[str, str], dict[str, Interval]]()
+    for one, other in PAIRS:
+        if seeds := [seed for seed in runs.get(one, {}) if seed in runs.get(other, {})]:
+            found[one, other] = {
+                name: interval([runs[one][seed][at] - runs[other][seed][at] for seed in seeds]) for at, name in _FIELDS
+            }
+    return found
+
+
 def _read_case(case: Json) -> dict[str, Any]:
-    experiment = Experiment.from_json(case["config"])
-    runs = {arm: {seed: Reading(**of) for seed, of in seeds.items()} for arm, seeds in case["arms"].items()}
+    experiment, runs = Experiment.from_json(case["config"]), _runs(case)
     rows = [
         {"label": arm.label, **{name: interval([run[at] for run in runs[arm.name].values()]) for at, name in _FIELDS}}
         for arm in experiment.arms
         if arm.name in runs
     ]
-    return {"experiment": experiment, "environment": case["environment"], "rows": rows, "pairs": list(_pairs(runs))}
+    pairs = [
+        {"arm": ENTRIES[one].label, "against": ENTRIES[other].label, **of} for (one, other), of in effects(case).items()
+    ]
+    return {"experiment": experiment, "environment": case["environment"], "rows": rows, "pairs": pairs}
 
 
-def _pairs(runs: Mapping[str, Mapping[str, Reading]]) -> Iterator[dict[str, Any]]:
-    """Compare arms on the seeds that both have, which saw the same batches."""
-    labels = {name: entry.label for name, entry in ENTRIES.items()}
-    for one, other in PAIRS:
-        if seeds := [seed for seed in runs.get(one, {}) if seed in runs.get(other, {})]:
-            apart: dict[str, Interval] = {
-                name: interval([runs[one][seed][at] - runs[other][seed][at] for seed in seeds]) for at, name in _FIELDS
-            }
-            yield {"arm": labels[one], "against": labels[other], **apart}
+def _runs(case: Json) -> dict[str, dict[str, Reading]]:
+    """Return the readings by arm and seed."""
+    return {arm: {seed: Reading(**of) for seed, of in seeds.items()} for arm, seeds in case["arms"].items()}
 
 
 _FIELDS = tuple(enumerate(Reading._fields))

@@ -74,10 +74,11 @@ OTHERS.append("muonclip@lr=0.01@adamw_lr=0.003")
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", [*SAME_PROGRAMS, *OTHERS])
 def test_it_trains_as_pytorch_does(every_arm, run_of, arm):
-    short = with_arms(every_arm, arm, tau=0.03, steps=4, validate_every=2)
+    short = with_arms(every_arm, arm, tau=0.03, steps=4, validate_every=2, probe_windows=3)
     folders = [run_of(replace(short, framework=framework), arm).folder for framework in ("torch", "jax")]
     theirs, ours = map(steps_of, folders)
     assert len(ours) == 4
+    assert all("probe_loss" in record for record in ours)
     for their, own in zip(theirs, ours, strict=True):
         assert own.keys() == their.keys()
         assert (own["step"], own["lr"]) == (their["step"], their["lr"])
