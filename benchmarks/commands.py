@@ -115,6 +115,7 @@ _STUDIES = (
     "scaling",
     "kill-trials",
     "ownership",
+    "referee",
     "gram-accuracy",
     "primer",
     "grad-clipping",

@@ -189,6 +189,12 @@ _KILL_TRIALS = {
 _SWEEP = {
     "--models": _of(several(one_of([each.name for each in ARCHITECTURES], "architecture")), "A,B", "default: all", ())
 }
+_REFEREE = {
+    "--arms": _of(
+        several(arm), "A,B", "default: adamw,torch-muon,muonclip", choices("adamw", "torch-muon", "muonclip")
+    ),
+    "--quick": _flag("a few steps of tiny models, to see that all of it works"),
+}
 _GPU_CHECK = {"--dry-run": _flag("on a CPU: small shapes, Triton's interpreter")}
 _REPORT = {
     "folders": {"type": Path, "nargs": "+", "metavar": "DIR", "help": "the --out of a command, finished or running"},
@@ -219,6 +225,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     "gpu-check": ("what only a GPU can settle, most important first: nine minutes", _GPU_CHECK, ["--out"]),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),
     "ownership": ("draw which ranks hold and iterate the matrices of a layer", {}, ["--out"]),
+    "referee": ("steps to a target loss, each optimizer tuned by as many runs", _REFEREE, ("--out", "--jobs")),
     "gram-accuracy": (
         "where the Gram form may run: its error on saved momenta, half a minute",
         {"--train": _flag("train the momenta anew, and save them in the repository")}, ["--out"],
