@@ -2,8 +2,8 @@
 
 The reference mixture of experts is trained by MuonClip and by each variant, from the same weights on the same batches.
 Every arm gets the same number of rates, tried on a seed of their own; those of hyperball and Muown are of another kind.
-The best of them is then trained on fresh seeds, and what counts is the difference to MuonClip seed by seed. AdamW's half
-has one rate for all.
+The best of them is then trained on fresh seeds, and what counts is the difference to MuonClip seed by seed.
+AdamW's half has one rate for all.
 
     polynomials    the CPU time of one optimizer step, all in turn, on this model and on a Llama of 5M parameters
 """
