@@ -271,4 +271,4 @@ def tables(figures: Mapping[str, Any]) -> str:
 def _verdict(pair: Mapping[str, Any], z: float) -> str:
     if pair["score"] is None:
         return "not finite"
-    return "needs fewer" if pair["score"] >= z else "needs more" if pair["score"] <= -z else "not told apart"
+    return "needs fewer" if pair["score"] >= z else "needs more" if pair["score"] <= -z else "not told from zero"
