@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,15 @@ from typing import Literal
 def of_its_shape(rows: int, columns: int) -> tuple[int, int]:
     """Give a state an entry for every entry of its matrix, as momentum has."""
     return rows, columns
+
+
+BLOCK = 2048
+"""Entries of a row that share a number, see `per_block`."""
+
+
+def per_block(rows: int, columns: int) -> tuple[int, int]:
+    """Give a state one number for every 2048 consecutive entries of a row of its matrix, and for those at its end."""
+    return rows, -(-columns // BLOCK)
 
 
 def per_row(rows: int, columns: int) -> tuple[int, int]:
@@ -23,13 +33,14 @@ class MatrixState:
     """A state by its name, its shape as a function of its matrix's shape, and its dtype.
 
     The rows of a state are those of its matrix: so that it is cut, moved and joined as the matrix is. Its columns are
-    the matrix's too, or one (a number for a whole matrix is kept once for each row). `dtype`: None is the momentum's,
-    which the user chooses; "wide" is float32, or float64 for float64 parameters. Raises ValueError for other shapes.
+    the matrix's too, or one (a number for a whole matrix is kept once for each row), or one for each block of them.
+    `dtype`: None is the momentum's, which the user chooses; "wide" is float32, or float64 for float64 parameters;
+    others are by name. Raises ValueError for other shapes.
     """
 
     name: str
     shape: Callable[[int, int], tuple[int, int]] = of_its_shape
-    dtype: Literal["wide"] | None = None
+    dtype: Literal["wide", "float32", "int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.shape(5, 7) not in ((5, 7), (5, 1)):
@@ -40,12 +51,17 @@ class MatrixState:
 
     @property
     def is_per_row(self) -> bool:
-        """Tell whether it has one column, whatever its matrix has."""
+        """Tell whether its columns are not its matrix's: it has one, or one for each block."""
         return self.shape(5, 7) == (5, 1)
 
     def stored_shape(self, shape: Sequence[int], fan_in: Sequence[int]) -> tuple[int, ...]:
         """Return the shape in which the states of all matrices of a parameter are stored together.
 
-        It is the parameter's; the axes `fan_in`, along which the columns are, have length 1 where there is one column.
+        It is the parameter's. Where the columns are not the matrix's they are along the first of the axes `fan_in`, and
+        the others have length 1.
         """
-        return tuple(1 if self.is_per_row and axis in fan_in else size for axis, size in enumerate(shape))
+        if not self.is_per_row:
+            return tuple(shape)
+        columns = self.shape(1, math.prod(shape[axis] for axis in fan_in))[1]
+        sizes = dict.fromkeys(fan_in, 1) | {fan_in[0]: columns}
+        return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))

@@ -16,7 +16,7 @@ from muonclip.core.arguments import shown
 from muonclip.torch.optimizer.options import OFF, AdamWOptions, Group, MuonOptions
 
 _OPTIONS = {use: {each.name for each in fields(kind)} for use, kind in (("muon", MuonOptions), ("adamw", AdamWOptions))}
-_OWN = {"params", "param_names", "use", "layout", "planned", "format", "eps_given"}
+_OWN = {"params", "param_names", "use", "layout", "planned", "format", "eps_given", "rounding_step"}
 
 OF_HOSTS = {
     "initial_lr", "initial_momentum", "base_momentum", "max_momentum", "base_lr", "max_lr", "min_lr", "swa_lr",

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import kind, shown
+from muonclip.core.matrix_state import MatrixState
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import options_of
+from muonclip.torch.optimizer.matrix_state import held_states
 from muonclip.torch.optimizer.options import Group, master_dtype
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
 from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
@@ -165,10 +167,14 @@ def check_states(
                 name = name_of(group, index, position)
                 raise ValueError(f"{name} has a {kind(own)} for its state; {_BEGIN_ANEW}")
             held: dict[str, Any] = {}
+            stored: dict[str, MatrixState] = {}
             if parameter.grad is not None and not parameter.grad.is_sparse:  # which is said elsewhere
                 held["grad"] = parameter.grad
             if is_muon and layout is not None:
-                held |= {each.name: own[each.name] for each in rule.states if each.name in own}
+                stored = {
+                    each.name: each for each in held_states(rule, own) if each.name in own or each.dtype == "float32"
+                }
+                held |= {part: own.get(part) for part in stored}
             elif own:
                 held |= {name: own.get(name) for name in ADAMW_STATES}
             bits = group.get("master_weight_bits")
@@ -180,10 +186,13 @@ def check_states(
                         name = name_of(group, index, position)
                         raise ValueError(f"the step of {name} is {shown(value)}, no count; {_BEGIN_ANEW}")
                     continue
-                expected = _expected(part, parameter, layout, rule)
+                declared = stored.get(part)
+                expected = _expected(declared, parameter, layout)
                 dtype = None if is_muon else parameter.dtype if part == "grad" else master_dtype(parameter, bits)
                 if bits is not None and part == WEIGHT_ERROR:
                     dtype = error_dtype(bits)
+                elif declared is not None and declared.dtype == "int8":
+                    dtype = torch.int8
                 if _fits(value, parameter, expected, dtype):
                     continue
                 name = name_of(group, index, position)
@@ -215,8 +224,7 @@ def _is_count(value: Any) -> bool:
     return value.device.type != "cpu" or 0 <= float(value) < math.inf
 
 
-def _expected(part: str, parameter: Tensor, layout: MatrixLayout | None, rule: MuonRule) -> tuple[int, ...]:
-    declared = next((each for each in rule.states if each.name == part), None)
+def _expected(declared: MatrixState | None, parameter: Tensor, layout: MatrixLayout | None) -> tuple[int, ...]:
     if declared is None or layout is None:
         return tuple(parameter.shape)
     return declared.stored_shape(parameter.shape, layout.axes(parameter.ndim).fan_in)

@@ -18,13 +18,14 @@ from torch import Tensor
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import BELOW_ONE, check_flag, check_number, check_whole, kind, shown
 from muonclip.core.recipes import check_saved_recipe
+from muonclip.core.state_storage import absmax_of
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_state, plain_name
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.groups import name_of
-from muonclip.torch.optimizer.matrix_state import check_matrix_states
+from muonclip.torch.optimizer.matrix_state import check_matrix_states, held_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
 from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
 
@@ -113,6 +114,7 @@ def checked_options(
             check_held_keys(dict(theirs), use)
             check_flag("eps_given", theirs.get("eps_given", True))
             check_whole("clip_step", theirs.get("clip_step", 0), 0)
+            check_whole("rounding_step", theirs.get("rounding_step", 0), 0)
             check_saved_recipe(theirs.get("recipe", ()))
             if "momentum" in theirs:  # of an AdamW group, too: schedulers cycle β₁ by it
                 check_number("momentum", theirs["momentum"], BELOW_ONE)
@@ -171,7 +173,15 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
                 f"{name!r} has no {part} in the checkpoint, which the optimizer needs to update it for {use!r}. "
                 f"{_OTHER_GROUPS}"
             )
-    known = [state.name for state in rule.states] if use == "muon" else ADAMW_STATES
+    stored = held_states(rule, saved) if use == "muon" else ()
+    known = [state.name for state in stored] if use == "muon" else ADAMW_STATES
+    codes = [state.name for state in stored if state.dtype == "int8"]
+    for part in codes:
+        if absmax_of(part) not in saved:
+            raise ValueError(
+                f"{part} of {name!r} in the checkpoint is torch.int8, and {absmax_of(part)}, the sizes of its blocks, "
+                "is not there. Nothing was loaded."
+            )
     error = saved.get(WEIGHT_ERROR)
     if WEIGHT_ERROR in saved:
         if not isinstance(error, Tensor) or error.is_meta or error.dtype not in (torch.int8, torch.int16):
@@ -187,7 +197,7 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
             raise ValueError(
                 f"{name!r} has {part!r} in the checkpoint, and AdamW keeps only {', '.join(known)}. {_OTHER_GROUPS}"
             )
-        elif part in known and not (isinstance(value, Tensor) and value.is_floating_point()):
+        elif part in known and part not in codes and not (isinstance(value, Tensor) and value.is_floating_point()):
             found = value.dtype if isinstance(value, Tensor) else f"a {kind(value)}"
             raise ValueError(f"{part} of {name!r} in the checkpoint is {found}. Nothing was loaded.")
         elif part in known and (value.is_meta or value.layout is not torch.strided):

@@ -18,9 +18,10 @@ from torch.optim.optimizer import ParamsT
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_kind, check_whole, kind, shown
+from muonclip.core.state_storage import stream_of
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES
-from muonclip.torch.mesh import Topology, local_gradient, local_part
+from muonclip.torch.mesh import Topology, local_gradient, local_part, plain_name
 from muonclip.torch.optimizer.adamw import adamw_step, make_adamw_state, restored_moments
 from muonclip.torch.optimizer.group_keys import check_keys
 from muonclip.torch.optimizer.groups import (
@@ -49,7 +50,7 @@ from muonclip.torch.optimizer.loading import (
     without_errors,
 )
 from muonclip.torch.optimizer.master_weights import fp32_state_dict, load_fp32_state_dict
-from muonclip.torch.optimizer.matrix_state import make_matrix_states, restored_states, state_bytes
+from muonclip.torch.optimizer.matrix_state import local_states, make_matrix_states, restored_states, state_bytes
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.optimizer.saved_values import check_saved_values
@@ -58,11 +59,15 @@ from muonclip.torch.update import (
     WEIGHT_ERROR,
     ParameterStep,
     PlacedParameter,
+    Rounding,
     UpdatePlan,
     execute,
     has_master,
 )
 from muonclip.torch.update import plan as plan_update
+
+ROUNDING_STEP = "rounding_step"
+"""The key of a group whose momentum is rounded stochastically: the steps that it has taken."""
 
 
 class Matrix(NamedTuple):
@@ -118,7 +123,11 @@ class MatrixOptimizer(Optimizer):
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
         check_keys(group, use)
-        group |= defaults.updated(group).as_group() | {"format": FORMAT}
+        options = defaults.updated(group)
+        self._check_rounding(options)
+        group |= options.as_group() | {"format": FORMAT}
+        if isinstance(options, MuonOptions) and options.storage.is_stochastic:
+            group.setdefault(ROUNDING_STEP, 0)
         for position, item in enumerate(group["params"]):
             name, parameter = item if isinstance(item, tuple) else (name_of({}, len(self.param_groups), position), item)
             if isinstance(parameter, Tensor):  # torch says what is wrong with others
@@ -140,7 +149,7 @@ class MatrixOptimizer(Optimizer):
         Raises:
             ValueError: For groups, options and states that this optimizer would not have; nothing is loaded then.
         """
-        restored: list[tuple[Tensor, dict[str, Tensor]]] = []
+        restored: list[tuple[Tensor, dict[str, Tensor | None]]] = []
         check_is_mapping(state_dict)
 
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -157,11 +166,13 @@ class MatrixOptimizer(Optimizer):
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
-                    states = restored_states(each.state, self._rule(own), each.parameter, own)
+                    self._check_rounding(own)
+                    rule = self._rule(own)
+                    states = dict(restored_states(each.name, each.state, rule, each.parameter, each.layout, own))
                 else:
-                    states = restored_moments(each.state, each.parameter, own)
+                    states = dict(restored_moments(each.state, each.parameter, own))
                 errors = restored_error(each, own.master_weight_bits)
-                restored.append((each.parameter, {**dict(states), **dict(errors)}))
+                restored.append((each.parameter, {**states, **dict(errors)}))
             return with_tensor_counts(without_errors(ready))
 
         hook = self.register_load_state_dict_pre_hook(prepare)  # the last: those of others may bring a state into shape
@@ -170,7 +181,10 @@ class MatrixOptimizer(Optimizer):
         finally:
             hook.remove()
         for parameter, states in restored:
-            self.state[parameter].update(states)
+            own = self.state[parameter]
+            own.update(states)
+            for name in [name for name, value in states.items() if value is None]:
+                del own[name]
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_muon", "_adamw", "_workspace_bytes", "_layouts")
@@ -269,15 +283,16 @@ class MatrixOptimizer(Optimizer):
             self._make_state()
             self._has_state = True
         steps: list[ParameterStep] = []
-        for parameter, layout, index, _ in self._matrices:
+        for matrix in self._matrices:
+            parameter, layout, index, _ = matrix
             state, options = self.state[parameter], self._options[index]
             assert isinstance(options, MuonOptions)
             rule = self._rule(options)
             make_matrix_states(state, rule, parameter, layout, options)
-            held = {each.name: local_part(state[each.name]) for each in rule.states}
-            gradient = local_gradient(parameter)
+            held, gradient = local_states(rule, state), local_gradient(parameter)
             error = local_part(state[WEIGHT_ERROR]) if has_master(parameter, options.master_weight_bits) else None
-            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule, error))
+            rounding = self._rounding(matrix) if options.storage.is_stochastic else None
+            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule, error, rounding))
         adamw = [
             adamw_step(group["params"], options, self.state)
             for group, options in zip(self.param_groups, self._options, strict=True)
@@ -286,6 +301,24 @@ class MatrixOptimizer(Optimizer):
         for move in adamw:
             move()
         execute(self._update_plan, steps, self._topology.positions())
+        for group, options in zip(self.param_groups, self._options, strict=True):
+            if isinstance(options, MuonOptions) and options.storage.is_stochastic:
+                group[ROUNDING_STEP] = group.get(ROUNDING_STEP, 0) + 1
+
+    def _rounding(self, matrix: Matrix) -> Rounding:
+        """Return by what the momentum of a parameter is rounded in this step."""
+        group = self.param_groups[matrix.group]
+        name = plain_name(name_of(group, matrix.group, matrix.position))
+        return Rounding(stream_of(name), group.get(ROUNDING_STEP, 0) + 1)
+
+    def _check_rounding(self, options: MuonOptions | AdamWOptions) -> None:
+        """Raise ValueError for stochastic rounding in a CUDA graph, of which each replay would be the same step."""
+        stochastic = isinstance(options, MuonOptions) and options.storage.is_stochastic
+        if stochastic and self._adamw is not None and self._adamw.capturable:
+            raise ValueError(
+                f"capturable=True with momentum_dtype={options.momentum_dtype!r}: the noise of a graph that is "
+                "replayed does not change. Leave one of them out."
+            )
 
     @torch.no_grad()
     def _make_state(self) -> None:
@@ -332,6 +365,7 @@ class MatrixOptimizer(Optimizer):
                 if new != known:
                     waits = isinstance(new.lr, Tensor) and new.lr.device.type != "cpu"  # to read it: drains the queue
                     (replace(new, lr=0.0) if waits else new).check()
+                    self._check_rounding(new)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{index}]: {error}") from None
             options.append(new)

@@ -11,11 +11,21 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout
 from muonclip.core.matrix_state import MatrixState, per_row
+from muonclip.core.state_storage import Storage, stored_states
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.heads import HeadRows, scale_heads
 from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part
 from muonclip.torch.optimizer.options import MuonOptions
-from muonclip.torch.update import WEIGHT_ERROR, PlacedParameter, error_dtype, has_master, rescale
+from muonclip.torch.update import (
+    WEIGHT_ERROR,
+    PlacedParameter,
+    as_numbers,
+    convert_states,
+    error_dtype,
+    has_master,
+    is_coded,
+    rescale,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -24,27 +34,47 @@ if TYPE_CHECKING:
 def make_matrix_states(
     state: dict[str, Any], rule: MuonRule, parameter: Tensor, layout: MatrixLayout, options: MuonOptions
 ) -> None:
-    """Add to a parameter's state what a rule declares and is not there, as zeros; no process is asked."""
+    """Add to a parameter's state what a rule declares and is not there, as zeros; no process is asked.
+
+    What is there stays as it is stored.
+    """
     for declared in rule.states:
         if declared.name not in state:
-            state[declared.name] = _zeros(declared, parameter, layout, options)
+            for part in options.storage.parts(declared):
+                state[part.name] = _zeros(part, parameter, layout, options)
     bits = options.master_weight_bits
     if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
         state[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
+
+
+def held_states(rule: MuonRule, state: Mapping[str, Any]) -> tuple[MatrixState, ...]:
+    """Return what a rule stores of its states, stored as they are in a parameter's state."""
+    return tuple(part for declared in rule.states for part in held_states_of(declared, state))
+
+
+def held_states_of(declared: MatrixState, state: Mapping[str, Any]) -> tuple[MatrixState, ...]:
+    """Return what is stored of one state, stored as it is in a parameter's state."""
+    return _storage_of(declared, state).parts(declared)
+
+
+def local_states(rule: MuonRule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return this rank's part of what is stored of a rule's states."""
+    return {part.name: local_part(state[part.name]) for part in held_states(rule, state)}
 
 
 def dtype_of(declared: MatrixState, parameter: Tensor, options: MuonOptions) -> torch.dtype:
     """Return the dtype in which a state of a parameter is kept."""
     if declared.dtype == "wide":
         return torch.promote_types(parameter.dtype, torch.float32)
-    return options.momentum_dtype_of(parameter)
+    name = options.storage.dtype if declared.dtype is None else declared.dtype
+    return options.momentum_dtype_of(parameter) if name is None else getattr(torch, name)
 
 
 def state_bytes(
     rule: MuonRule, parameter: Tensor, layout: MatrixLayout, options: MuonOptions
 ) -> Iterator[tuple[str, int]]:
-    """Yield each state that a rule keeps of a whole parameter, and its bytes."""
-    for declared in rule.states:
+    """Yield each state that is stored of a whole parameter, and its bytes."""
+    for declared in stored_states(rule.states, options.storage):
         shape = declared.stored_shape(parameter.shape, layout.axes(parameter.ndim).fan_in)
         yield declared.name, math.prod(shape) * dtype_of(declared, parameter, options).itemsize
     bits = options.master_weight_bits
@@ -56,20 +86,73 @@ def check_matrix_states(
     name: str, saved: Mapping[str, Any], rule: MuonRule, parameter: Tensor, layout: MatrixLayout
 ) -> None:
     """Raise ValueError for a state of a checkpoint that is not shaped and placed as it would be made here."""
-    for declared in rule.states:
+    for declared in held_states(rule, saved):
         if declared.name in saved:
             shape, placements = _stored(declared, parameter, layout)
             check_state(name, declared.name, saved[declared.name], parameter, shape, placements)
 
 
 def restored_states(
-    saved: Mapping[str, Any], rule: MuonRule, parameter: Tensor, options: MuonOptions
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield copies of the saved states whose dtype is not the parameter's, to which torch has cast them."""
+    name: str,
+    saved: Mapping[str, Any],
+    rule: MuonRule,
+    parameter: Tensor,
+    layout: MatrixLayout | None,
+    options: MuonOptions,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield copies of the saved states that are not in the parameter's dtype, to which torch has cast them.
+
+    States that were saved in another form than the options say are converted; None is yielded for what is left over.
+    Raises ValueError for states that cannot be converted.
+    """
     for declared in rule.states:
-        value, dtype = saved.get(declared.name), dtype_of(declared, parameter, options)
-        if value is not None and dtype != parameter.dtype:
-            yield declared.name, value.detach().to(device=parameter.device, dtype=dtype, copy=True)
+        if declared.name not in saved:
+            continue
+        have, want = _storage_of(declared, saved), options.storage
+        if declared.dtype is None and layout is not None and have.has_codes != want.has_codes:
+            yield from _converted(name, declared, saved, parameter, layout, options)
+            continue
+        for part in (have if declared.dtype is None else want).parts(declared):
+            dtype = dtype_of(part, parameter, options)
+            if dtype != parameter.dtype:
+                yield part.name, saved[part.name].detach().to(device=parameter.device, dtype=dtype, copy=True)
+
+
+def _converted(
+    name: str,
+    declared: MatrixState,
+    saved: Mapping[str, Any],
+    parameter: Tensor,
+    layout: MatrixLayout,
+    options: MuonOptions,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield a state as codes of the numbers that were saved, or as numbers of the codes."""
+    fan_in = layout.axes(parameter.ndim).fan_in
+    if is_dtensor(parameter) and any(
+        is_shard(each) and each.dim % parameter.ndim in fan_in and parameter.device_mesh.size(dim) > 1
+        for dim, each in enumerate(parameter.placements)
+    ):
+        raise ValueError(
+            f"{declared.name} of {name} in the checkpoint is stored otherwise than momentum_dtype="
+            f"{options.momentum_dtype!r} says, and its rows are divided over ranks. Nothing was loaded. Load it as it "
+            "was saved, or convert it where rows are whole."
+        )
+    parts = options.storage.parts(declared)
+    new = {part.name: _zeros(part, parameter, layout, options) for part in parts}
+    old = {
+        part.name: local_part(saved[part.name]).detach().to(parameter.device)
+        for part in held_states_of(declared, saved)
+    }
+    value = old[declared.name]
+    if options.storage.has_codes and value.numel() and bool(value.any()) and bool((value == value.round()).all()):
+        raise ValueError(
+            f"{declared.name} of {name} in the checkpoint holds whole numbers only: codes that were read without the "
+            "sizes of their blocks. Nothing was loaded. Make the optimizer with momentum_dtype='int8' before "
+            "torch.distributed.checkpoint reads its state."
+        )
+    convert_states({name: local_part(each) for name, each in new.items()}, old, declared.name, layout)
+    yield from new.items()
+    yield from ((left, None) for left in old.keys() - new.keys())
 
 
 def rescale_matrix_states(
@@ -84,11 +167,16 @@ def rescale_matrix_states(
     factors = _full(_FACTORS, parameter, placed.layout, torch.promote_types(parameter.dtype, torch.float32), 1.0)
     for rows, by_head in scaled:
         scale_heads(rows, factors, rows.axis, by_head.to(factors.device))
-    held = {each.name: local_part(state[each.name]) for each in rule.states}
+    held = as_numbers(local_states(rule, state))
     rescale(rule, held, local_part(factors), placed, here)
 
 
 _FACTORS = MatrixState("factors", per_row)
+
+
+def _storage_of(declared: MatrixState, state: Mapping[str, Any]) -> Storage:
+    held = state.get(declared.name)
+    return Storage("int8" if isinstance(held, Tensor) and is_coded(held) else None)
 
 
 def _zeros(declared: MatrixState, parameter: Tensor, layout: MatrixLayout, options: MuonOptions) -> Tensor:
@@ -104,7 +192,8 @@ def _full(declared: MatrixState, parameter: Tensor, layout: MatrixLayout, dtype:
     from torch.distributed.tensor import DTensor
 
     whole = torch.empty(shape, device="meta")
-    held = declared.stored_shape(parameter.to_local().shape, layout.axes(parameter.ndim).fan_in)
+    fan_in = layout.axes(parameter.ndim).fan_in
+    held = tuple(shape[axis] if axis in fan_in else size for axis, size in enumerate(parameter.to_local().shape))
     return DTensor.from_local(
         parameter.to_local().new_full(held, value, dtype=dtype),
         parameter.device_mesh,

@@ -25,6 +25,7 @@ from muonclip.core.arguments import (
     shown,
 )
 from muonclip.core.coefficients import DEFAULT_NS_STEPS, Coefficients, checked_gram_restarts
+from muonclip.core.state_storage import Storage
 from muonclip.core.updates import check_update
 from muonclip.torch.update import (
     MasterWeightBits,
@@ -105,14 +106,28 @@ class MuonOptions(StepOptions):
         check_products(self.products)
         check_choice("ns_form", self.ns_form, "standard", "gram", None, hint="None takes the cheaper one.")
         _check_dtype("ns_dtype", self.ns_dtype)
-        _check_dtype("momentum_dtype", self.momentum_dtype)
+        if Storage.named("momentum_dtype", self._momentum_dtype) is None:
+            _check_dtype("momentum_dtype", self.momentum_dtype, "'int8', ")
         _check_master_weight_bits(self.master_weight_bits)
         if self.ns_form == "gram":
             checked_gram_restarts(self.ns_coefficients, self.ns_steps)
 
+    @property
+    def storage(self) -> Storage:
+        """How the momentum is stored."""
+        name = self._momentum_dtype
+        return Storage.named("momentum_dtype", name) or Storage(name)
+
     def momentum_dtype_of(self, parameter: Tensor) -> torch.dtype:
-        """Return the dtype of a parameter's momentum."""
-        return _dtype(self.momentum_dtype) or master_dtype(parameter, self.master_weight_bits)
+        """Return the dtype in which a parameter's momentum moves: that in which it is stored, or a wider one."""
+        storage = self.storage
+        if storage.has_codes or storage.is_stochastic:
+            return torch.promote_types(parameter.dtype, torch.float32)
+        return _dtype(storage.dtype) or master_dtype(parameter, self.master_weight_bits)
+
+    @property
+    def _momentum_dtype(self) -> str | None:
+        return None if self.momentum_dtype is None else str(self.momentum_dtype).removeprefix("torch.")
 
     def newton_schulz(self, parameter: Tensor) -> NewtonSchulzConfig:
         """Return how the matrices of a parameter are iterated. Raises ValueError for what its device cannot do."""
@@ -262,13 +277,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _check_dtype(name: str, dtype: object) -> None:
+def _check_dtype(name: str, dtype: object, others: str = "") -> None:
     """Raise ValueError unless it is a real floating dtype, its name, or None."""
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if known is not None and isinstance(known, torch.dtype) and known.is_floating_point and known.itemsize > 1:
         return
     if dtype is not None:
-        raise ValueError(f"{name}={dtype!r} is not a floating dtype; give torch.float32, torch.bfloat16, … or None.")
+        raise ValueError(
+            f"{name}={dtype!r} is not a floating dtype; give torch.float32, torch.bfloat16, … {others}or None."
+        )
 
 
 def _hashable(coefficients: Any) -> Any:

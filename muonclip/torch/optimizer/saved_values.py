@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from muonclip.core.state_storage import absmax_of
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import local_part
 from muonclip.torch.optimizer.loading import SavedParameter
@@ -25,9 +26,10 @@ def check_saved_values(saved: Iterable[SavedParameter], rule: MuonRule) -> None:
     Each rank looks at its own shards and waits for no other: only some may be loading.
     """
     of_muon = {each.name for each in rule.states}
+    absmax = {absmax_of(name) for name in of_muon}
     together: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, str, Tensor]]] = defaultdict(list)
     for each in saved:
-        for part in of_muon if each.use == "muon" else ("exp_avg", "exp_avg_sq"):
+        for part in of_muon | absmax if each.use == "muon" else ("exp_avg", "exp_avg_sq"):
             if part in each.state:
                 value = local_part(each.state[part]).detach()
                 value = value.float() if value.dtype.itemsize < 2 else value
@@ -46,6 +48,11 @@ def check_saved_values(saved: Iterable[SavedParameter], rule: MuonRule) -> None:
                 raise ValueError(
                     f"{part} of {name!r} in the checkpoint holds {low}, and is a mean of squares. Nothing was loaded. "
                     f"{_INSTEAD}"
+                )
+            if part in absmax and low < 0:
+                raise ValueError(
+                    f"{part} of {name!r} in the checkpoint holds {low}, and is a largest absolute value. Nothing was "
+                    f"loaded. {_INSTEAD}"
                 )
 
 

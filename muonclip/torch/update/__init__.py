@@ -18,7 +18,8 @@ from muonclip.torch.update.split_weights import (
     joined,
     split_into,
 )
-from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, rescale
+from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, as_numbers, rescale
+from muonclip.torch.update.stored_states import Rounding, convert_states, is_coded, read_codes
 
 __all__ = [
     "MUON",
@@ -29,19 +30,24 @@ __all__ = [
     "NewtonSchulzConfig",
     "ParameterStep",
     "PlacedParameter",
+    "Rounding",
     "StepOptions",
     "UpdatePlan",
+    "as_numbers",
     "check_products",
     "check_products_on",
     "choose_products",
+    "convert_states",
     "error_dtype",
     "execute",
     "has_master",
+    "is_coded",
     "iteration_dtype",
     "joined",
     "local_matrices",
     "matrix_shards",
     "plan",
+    "read_codes",
     "rescale",
     "row_index",
     "split_into",

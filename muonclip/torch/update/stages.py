@@ -20,6 +20,7 @@ from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices, row_index, writable
 from muonclip.torch.update.rounds import PlacedParameter, Segment
 from muonclip.torch.update.split_weights import joined, split_into
+from muonclip.torch.update.stored_states import Rounding, StoredStates, is_coded
 
 MUON = MuonRule()
 
@@ -52,6 +53,7 @@ class ParameterStep:
         rule: The rule that updates it.
         error: This rank's shard of the error that makes a bf16 parameter a float32 master, see `split_weights`; None:
             the parameter is updated itself.
+        rounding: By what its momentum is rounded stochastically; None: to the nearest.
     """
 
     parameter: Tensor
@@ -61,6 +63,7 @@ class ParameterStep:
     options: StepOptions
     rule: MuonRule = MUON
     error: Tensor | None = None
+    rounding: Rounding | None = None
 
 
 class SegmentStep:
@@ -91,22 +94,46 @@ class SegmentStep:
             if options.freeze_unused:
                 self._used = self._find_used(torch.zeros_like(buffer) if gradient is None else gradient)
             if type(step.rule).pull_back is not MuonRule.pull_back:
-                gradient = self._pull_back(gradient, state)
+                gradient = self._pull_back(gradient, as_numbers(state))
+            stored = self._stored(buffer)
+            dtype = buffer.dtype if stored is None else torch.promote_types(step.parameter.dtype, torch.float32)
             if gradient is None:
                 into.zero_()
+                if stored is not None and stored.are_shared:
+                    self._write(stored, self._read(stored, state, dtype), state, slice(None))
                 return
-            used = None if self._used is None else self._used.to(buffer.dtype)
+            used = None if self._used is None else self._used.to(dtype)
             momentum = Momentum(options.momentum, options.nesterov, used=used)
-            for rows in _pieces(buffer) if is_by_entry(step.rule) else (None,):
-                part = state if rows is None else {name: value[:, rows] for name, value in state.items()}
-                new = (gradient if rows is None else gradient[:, rows]).to(buffer.dtype)
+            by_piece = is_by_entry(step.rule) and not (stored is not None and stored.are_shared)
+            for rows in _pieces(buffer) if by_piece else (None,):
+                held = state if rows is None else {name: value[:, rows] for name, value in state.items()}
+                part = held if stored is None else self._read(stored, held, dtype)
+                new = (gradient if rows is None else gradient[:, rows]).to(dtype)
                 _store(step.rule.advance(new, part, momentum, WHOLE), part)
+                if stored is not None:
+                    self._write(stored, part, held, rows or slice(None))
                 if start == stop:
                     continue
                 if stop - start < self.count:
                     part, new = {name: value[start:stop] for name, value in part.items()}, new[start:stop]
                 direction = step.rule.direction(new, part, momentum, WHOLE)
                 (into if rows is None else into[:, rows]).copy_(direction)
+
+    def _stored(self, buffer: Tensor) -> StoredStates | None:
+        """Return what reads and writes the momentum; None where it is stored as it moves."""
+        step, shards, own = self.step, self.segment.shards, slice(self.segment.start, self.segment.stop)
+        if step.rounding is None and not is_coded(buffer):
+            return None
+        return StoredStates(step.layout, shards, self.position, own, step.rounding, self.cut)
+
+    def _read(self, stored: StoredStates, held: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        names = {each.name: each.dtype is None for each in self.step.rule.states}
+        return {name: stored.read(held, name, dtype) if own else held[name] for name, own in names.items()}
+
+    def _write(self, stored: StoredStates, new: Mapping[str, Tensor], held: Mapping[str, Tensor], rows: slice) -> None:
+        for declared in self.step.rule.states:
+            if declared.dtype is None:
+                stored.write(new[declared.name], held, declared.name, rows, self._used)
 
     def apply(self, update: Tensor) -> None:
         """W ← W − η (U · scale + λ W), the scale by the shape of the whole matrix; U (matrices, m, n) with m ≤ n."""
@@ -150,7 +177,8 @@ class SegmentStep:
 
     def _apply_rule(self, update: Tensor) -> Tensor:
         """Let a rule change the update. Every rank that has a part joins in its sums, with or without a gradient."""
-        with self._state() as state:
+        with self._state() as held:
+            state = as_numbers(held)
             update, new = self.step.rule.apply(update, state, self._operations())
             if self.step.gradient is not None:
                 _store(self._of_used(new, state), state)
@@ -179,7 +207,8 @@ class SegmentStep:
         """Let a rule move the weight. Every rank that has a part joins in its sums, with or without a gradient."""
         step, options = self.step, self.step.options
         motion = Motion(options.lr, options.weight_decay, self.scale)
-        with self._state() as state, self._editing_weight() as weight:
+        with self._state() as held, self._editing_weight() as weight:
+            state = as_numbers(held)
             moved, new = step.rule.move(weight, update, state, motion, self._operations())
             if self._used is not None:
                 moved = torch.where(self._used, moved, weight)
@@ -205,7 +234,7 @@ class SegmentStep:
 
     @contextmanager
     def _state(self) -> Iterator[dict[str, Tensor]]:
-        opened = {each.name: self.opened(self.step.state[each.name]) for each in self.step.rule.states}
+        opened = {name: self.opened(value) for name, value in self.step.state.items()}
         yield {name: matrices for name, (matrices, _) in opened.items()}
         for _, write_back in opened.values():
             if write_back is not None:
@@ -234,6 +263,11 @@ class SegmentStep:
         matrices, write_back = writable(tensor, self.step.layout, self.segment.shards, self.position)
         whole = self.count == len(matrices)
         return matrices if whole else matrices[self.segment.start : self.segment.stop], write_back
+
+
+def as_numbers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the states that are stored as they are read: codes are for no stage but `advance`, which reads them."""
+    return {name: value for name, value in state.items() if not is_coded(value)}
 
 
 def is_by_entry(rule: MuonRule) -> bool:
