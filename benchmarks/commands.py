@@ -122,6 +122,7 @@ _STUDIES = (
     "variants",
     "fine-tuning",
     "master-weights",
+    "momentum-dtype",
     "sweep",
 )
 COMMANDS |= dict.fromkeys((*_STUDIES, "gpu-check"), study)

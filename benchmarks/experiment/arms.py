@@ -52,6 +52,15 @@ ARMS: dict[str, Entry] = {
     "muown": Entry("MuonClip, Muown", "#882255", "muon", clips=True, options={"update": "muown"}),
     "cautious": Entry("MuonClip, cautious decay", "#AA4499", "muon", clips=True, options={"cautious_decay": True}),
     "torch-muon": Entry("torch.optim.Muon + AdamW", "#661100", "torch-muon"),
+    **{
+        name: Entry(f"MuonClip, momentum {words}", colour, "muon", clips=True, options={"momentum_dtype": dtype})
+        for name, words, colour, dtype in (
+            ("bf16", "bf16", "#44AA99", "bfloat16"),
+            ("bf16-stochastic", "bf16, stochastic", "#999933", "bfloat16_stochastic"),
+            ("int8", "int8", "#888888", "int8"),
+            ("int8-stochastic", "int8, stochastic", "#6699CC", "int8_stochastic"),
+        )
+    },
     "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
     "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
     "softcap": Entry("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),

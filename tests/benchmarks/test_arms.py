@@ -27,7 +27,7 @@ def test_settings_replace_those_of_the_experiment(experiment):
     assert only(experiment, "softcap@tau=7").changes == {"softcap": 7.0}
     assert [arm for arm in ARMS if not only(experiment, arm).changes] == [
         "adamw", "muon", "muonclip", "rescue", "per-head", "per-head-pairs", "normuon", "hyperball", "muown",
-        "cautious", "torch-muon", "adamw-clip",
+        "cautious", "torch-muon", "bf16", "bf16-stochastic", "int8", "int8-stochastic", "adamw-clip",
     ]  # fmt: skip
 
 
