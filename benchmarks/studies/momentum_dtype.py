@@ -30,6 +30,7 @@ from muonclip.core.text_table import in_bytes
 FLOAT32 = "muonclip"
 FORMS = (FLOAT32, "bf16", "bf16-stochastic", "int8", "int8-stochastic")
 """The arms, of which the first is what the others are compared with."""
+TRAINING = replace(OWN_RATE, steps=150)
 SEEDS = (0, 1, 2)
 
 
@@ -37,17 +38,17 @@ def run(options: argparse.Namespace) -> None:
     """Train all arms on all seeds. Writes momentum_dtype.json and, what it also prints, momentum_dtype.md."""
     make_folder(options.out)
     training, seeds = (
-        (replace(OWN_RATE, steps=2, validation_batches=1), SEEDS[:1]) if options.quick else (OWN_RATE, SEEDS)
+        (replace(TRAINING, steps=2, validation_batches=1), SEEDS[:1]) if options.quick else (TRAINING, SEEDS)
     )
+    shared = {"steps": training.steps, "lr": training.lr[FLOAT32], "batch_size": training.batch_size}
     corpus, rows = open_corpus(), []
+    figures = {"environment": environment() | {"threads": 1}, "training": shared, "rows": rows}
     with torch_threads(1):
         for seed in seeds:
             for arm in FORMS:
                 rows.append({"arm": arm, "seed": seed} | train(corpus, training, arm, seed))
+                atomic_files.write_json(options.out / "momentum_dtype.json", figures)
                 print(rows[-1], file=sys.stderr, flush=True)
-    shared = {"steps": training.steps, "lr": training.lr[FLOAT32], "batch_size": training.batch_size}
-    figures = {"environment": environment() | {"threads": 1}, "training": shared, "rows": rows}
-    atomic_files.write_json(options.out / "momentum_dtype.json", figures)
     atomic_files.write_text(options.out / "momentum_dtype.md", text := table(figures))
     print(text)
 
