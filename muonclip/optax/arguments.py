@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from muonclip.core.arguments import Rule, check_array, check_number, shown
+from muonclip.core.state_storage import Storage
 
 
 def check_if_concrete(value: Any, check: Callable[[Any], Any]) -> None:
@@ -36,6 +37,13 @@ def check_dtype(name: str, dtype: Any) -> None:
         known = jnp.dtype(bool)
     if known is not None and not (jnp.issubdtype(known, jnp.floating) and known.itemsize > 1):
         raise ValueError(f"{name}={shown(dtype)} is not a floating dtype; give jnp.float32, jnp.bfloat16, … or None.")
+
+
+def check_momentum_dtype(dtype: Any) -> None:
+    """Raise ValueError unless momentum can be stored so: in a floating dtype, or in a form of `core.state_storage`."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None)  # of jnp.int8
+    if Storage.named("mu_dtype", name) is None:
+        check_dtype("mu_dtype", dtype)
 
 
 def check_real(name: str, value: Any) -> None:

@@ -25,11 +25,19 @@ from muonclip.core.recipes import RecipeName, takes_recipe
 from muonclip.core.update_rule import MuonRule, agree
 from muonclip.core.update_scale import AdjustLR
 from muonclip.core.updates import UPDATES, Update, check_update
-from muonclip.optax.arguments import check_dtype, check_if_concrete, check_mask, check_scalar, check_tree
+from muonclip.optax.arguments import (
+    check_dtype,
+    check_if_concrete,
+    check_mask,
+    check_momentum_dtype,
+    check_scalar,
+    check_tree,
+)
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.plan import plan
 from muonclip.optax.qk_clip import qk_clip
 from muonclip.optax.qk_projection import QKProjections
+from muonclip.optax.stored_states import storage_of
 from muonclip.optax.types import PyTree, Shardings, WeightLayouts
 from muonclip.optax.update_rule import ScaleByMuonState as ScaleByMuonState  # where pickles look for it
 from muonclip.optax.update_rule import scale_by_rule
@@ -43,7 +51,7 @@ def scale_by_muon(
     ns_steps: int | None = None,
     beta: float | jax.Array = 0.95,
     eps: float | jax.Array = 0.0,
-    mu_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | str | None = None,
     *,
     nesterov: Nesterov = True,
     adjust_lr_fn: AdjustLR = 1.0,
@@ -60,7 +68,9 @@ def scale_by_muon(
         ns_steps: The number of steps; None: the own length of a named set or a list, five of one triple.
         beta: Of the momentum, an average: M ← β M + (1−β) G; in [0, 1).
         eps: Floor of the Frobenius norm.
-        mu_dtype: The dtype of the momentum; None: the parameter's.
+        mu_dtype: The dtype of the momentum; None: the parameter's. "int8" stores codes, with a float32 size for each
+            2048 entries of a row (arXiv 2509.23106); "int8_stochastic" and "bfloat16_stochastic" round without a bias,
+            by a noise that is a function of the parameter's name, the step and the entry.
         nesterov: True is `torch.optim.Muon`'s, (1−β) G + β M; "bias_corrected" is `optax.contrib.muon`'s, which divides
             the two terms by 1 − β^t and 1 − β^(t+1) and so has, in the first steps, another direction; False is M.
         adjust_lr_fn: The scale, see `muonclip.core.update_scale`; 1.0 leaves the polar factor as it is, as
@@ -106,7 +116,7 @@ def muonclip(
     ns_steps: int | None = None,
     eps: float | jax.Array = 0.0,
     adjust_lr_fn: AdjustLR = "match_rms_adamw",
-    mu_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | str | None = None,
     ns_dtype: DTypeLike | None = None,
     ns_form: Literal["standard", "gram"] | None = None,
     weight_decay_mask: optax.MaskOrFn | None = None,
@@ -143,7 +153,8 @@ def muonclip(
         ns_steps: The number of steps; None: the own length of a named set or a list, five of one triple.
         eps: Floor of the Frobenius norm of Muon.
         adjust_lr_fn: The scale of Muon's updates, see `muonclip.core.update_scale`.
-        mu_dtype: The dtype of both momenta; None: the parameter's.
+        mu_dtype: The dtype of both momenta; None: the parameter's. "int8", "int8_stochastic" and
+            "bfloat16_stochastic", see `scale_by_muon`, are of Muon's alone.
         ns_dtype: The dtype of the products, see `scale_by_muon`.
         ns_form: The form of the iteration, see `scale_by_muon`.
         weight_decay_mask: A tree with True or False for each array, or a function of the parameters that makes it;
@@ -190,7 +201,10 @@ def muonclip(
 
     b1, b2 = ADAM_BETAS
     options = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "eps": ADAM_EPS, "weight_decay": weight_decay}
-    options |= {"mu_dtype": mu_dtype, "mask": planned("decays") if weight_decay_mask is None else weight_decay_mask}
+    check_momentum_dtype(mu_dtype)
+    form = storage_of(mu_dtype)
+    of_both = None if form.has_codes or form.is_stochastic else mu_dtype
+    options |= {"mu_dtype": of_both, "mask": planned("decays") if weight_decay_mask is None else weight_decay_mask}
     options |= adamw or {}
     _check_adamw(options)
 
@@ -231,7 +245,7 @@ def _by_rule(
     """Check the arguments of `scale_by_rule` and make it."""
     newton_schulz.check()
     update_scale(1, 1, adjust_lr_fn)
-    check_dtype("mu_dtype", mu_dtype)
+    check_momentum_dtype(mu_dtype)
     check_scalar("eps", newton_schulz.eps, NOT_NEGATIVE)
     check_scalar("beta", beta, BELOW_ONE)
     check_tree("shardings", shardings, Sharding, "a tree of Shardings")

@@ -36,17 +36,18 @@ from muonclip.core.parameter_roles import (
     role_of,
 )
 from muonclip.core.recipes import RecipeName, option_lines, takes_recipe
+from muonclip.core.state_storage import stored_states
 from muonclip.core.text_table import table
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES, Update, states_in_words
-from muonclip.optax.arguments import check_dtype
+from muonclip.optax.arguments import check_momentum_dtype
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
-from muonclip.optax.dtypes import wide
 from muonclip.optax.head_rows import HeadRows, is_adapter
 from muonclip.optax.known_attention import attentions_by_shape
 from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import below, declared_for, map_named, named_arrays
 from muonclip.optax.qk_projection import QKProjection, QKProjections, flatten_projections
+from muonclip.optax.stored_states import dtype_of, storage_of
 from muonclip.optax.types import PyTree, WeightLayouts
 
 _QUERY_KEY_VALUE_NAMES = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj"}
@@ -107,7 +108,7 @@ def plan(
     ns_dtype: DTypeLike | None = None,
     ns_form: Form | None = None,
     update: Update = "muon",
-    mu_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | str | None = None,
     recipe: RecipeName | Recipe | None = None,
 ) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
@@ -133,7 +134,7 @@ def plan(
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, dtype=ns_dtype, form=ns_form)
     newton_schulz.check()
     check_choice("update", update, *UPDATES)
-    check_dtype("mu_dtype", mu_dtype)
+    check_momentum_dtype(mu_dtype)
     lines = _lines(params, weight_dimension_numbers, qk_projections)
     sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
     planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes})
@@ -217,13 +218,15 @@ def _state_bytes(
     rule: MuonRule, lines: Iterable[PlannedParameter], arrays: Mapping[str, Any], mu_dtype: Any
 ) -> dict[str, int]:
     """Count the bytes of each state that a rule keeps of all matrices."""
-    sizes = {declared.name: 0 for declared in rule.states}
+    storage = storage_of(mu_dtype)
+    parts = stored_states(rule.states, storage)
+    sizes = {part.name: 0 for part in parts}
     for line in lines:
         if line.use == "muon":
             own, dtype = ArrayLayout.from_layout(line.layout, line.shape), arrays[line.name].dtype
-            for declared in rule.states:
-                kept = np.dtype(wide(dtype) if declared.dtype == "wide" else mu_dtype or dtype)
-                sizes[declared.name] += math.prod(declared.stored_shape(line.shape, own.fan_in)) * kept.itemsize
+            for part in parts:
+                kept = np.dtype(dtype_of(part, dtype, storage))
+                sizes[part.name] += math.prod(part.stored_shape(line.shape, own.fan_in)) * kept.itemsize
     return sizes
 
 

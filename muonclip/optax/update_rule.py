@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from muonclip.core import update_scale
 from muonclip.core.arguments import check_array, check_kind
-from muonclip.core.matrix_state import MatrixState
+from muonclip.core.state_storage import Storage, absmax_of, stored_states
 from muonclip.core.update_rule import MatrixOperations, Momentum, Motion, MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.optax.array_layout import KERNEL, ArrayLayout
@@ -21,6 +21,7 @@ from muonclip.optax.newton_schulz import NewtonSchulz
 from muonclip.optax.paths import declared_for, named_arrays
 from muonclip.optax.plan import weight_layouts
 from muonclip.optax.sharding import check_visible, orthogonalize_arrays
+from muonclip.optax.stored_states import StoredStates, storage_of, zeros
 
 
 class ScaleByMuonState(NamedTuple):
@@ -65,7 +66,7 @@ def scale_by_rule(
     a schedule; its updates are what is to be added, and nothing may scale them. Other rules read neither this nor
     `weight_decay`. Raises ValueError without them.
     """
-    moves = type(rule).move is not MuonRule.move
+    moves, storage = type(rule).move is not MuonRule.move, storage_of(mu_dtype)
     if moves and learning_rate is None:
         raise ValueError(f"{type(rule).__name__} moves the weights itself, so it needs learning_rate=….")
 
@@ -73,12 +74,10 @@ def scale_by_rule(
         layouts = _layouts(weight_dimension_numbers, params)
         check_visible(params, shardings)
         leaves, treedef = jax.tree.flatten(params)
-        states: dict[str, optax.Updates] = {"momentum_buffer": optax.tree.zeros_like(params, dtype=mu_dtype)}
-        for declared in rule.states:
-            if declared.name not in states:
-                each = zip(leaves, layouts.values(), strict=True)
-                zeros = [_zeros(declared, leaf, layout, mu_dtype) for leaf, layout in each]
-                states[declared.name] = treedef.unflatten(zeros)
+        states: dict[str, optax.Updates] = {}
+        for part in stored_states(rule.states, storage):
+            each = zip(leaves, layouts.values(), strict=True)
+            states[part.name] = treedef.unflatten([zeros(part, leaf, layout, storage) for leaf, layout in each])
         return _as_optax(jnp.zeros((), jnp.int32), states)
 
     def update(
@@ -94,10 +93,13 @@ def scale_by_rule(
         gradients, treedef = jax.tree.flatten(updates)
         stored = {"momentum_buffer": state.mu, **getattr(state, "others", {})}
         weights = treedef.flatten_up_to(params) if moves else [None] * len(gradients)
-        columns = {declared.name: treedef.flatten_up_to(stored[declared.name]) for declared in rule.states}
+        _check_stored(stored, storage)
+        columns = {part.name: treedef.flatten_up_to(stored[part.name]) for part in stored_states(rule.states, storage)}
         arrays: list[_Array] = []
-        for number, (gradient, weight, layout) in enumerate(zip(gradients, weights, layouts.values(), strict=True)):
-            old = {name: column[number] for name, column in columns.items()}
+        for number, (name, layout) in enumerate(layouts.items()):
+            gradient, weight = gradients[number], weights[number]
+            form = StoredStates(layout, storage, wide(gradient.dtype), name, count)
+            old = form.read(rule.states, {name: column[number] for name, column in columns.items()})
             dtype = old["momentum_buffer"].dtype
             momentum = Momentum(beta, nesterov, count.astype(wide(dtype)))
             scales = _scales(layout, gradient.shape, adjust_lr_fn)
@@ -105,7 +107,7 @@ def scale_by_rule(
             given: Any = gradient
             if moves:
                 given, old = rule.pull_back(gradient, weight, old, own)
-            arrays.append(_Array(given, layout, old, momentum, own, scales, gradient.dtype))
+            arrays.append(_Array(given, layout, old, momentum, own, scales, gradient.dtype, form))
         states = [rule.advance(each.gradient, each.old, each.momentum, each.operations) for each in arrays]
         directions = [
             rule.direction(each.gradient, advanced, each.momentum, each.operations)
@@ -125,7 +127,8 @@ def scale_by_rule(
             applied = [_applied(rule, *each, *now) for each in zip(arrays, done, states, weights, strict=True)]
             done, states = [u for u, _ in applied], [s for _, s in applied]
         done = [u.astype(each.dtype) for u, each in zip(done, arrays, strict=True)]
-        new = {name: treedef.unflatten([each[name] for each in states]) for name in columns}
+        written = [each.form.write(rule.states, state) for each, state in zip(arrays, states, strict=True)]
+        new = {name: treedef.unflatten([each[name] for each in written]) for name in columns}
         return treedef.unflatten(done), _as_optax(count, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -142,6 +145,7 @@ class _Array(NamedTuple):
     scales: tuple[float, ...]
     dtype: Any
     """That of the updates: the gradient's."""
+    form: StoredStates
 
 
 def _applied(
@@ -173,17 +177,20 @@ def _as(number: Any, dtype: Any) -> Any:
     return number.astype(dtype) if isinstance(number, jax.Array) else number
 
 
-def _zeros(declared: MatrixState, leaf: jax.Array, layout: ArrayLayout, mu_dtype: Any) -> jax.Array:
-    """Make a state of all matrices of an array, sharded as the array is."""
-    dtype = wide(leaf.dtype) if declared.dtype == "wide" else mu_dtype or leaf.dtype
-    zeros = jnp.zeros_like(leaf, dtype)
-    return jnp.sum(zeros, axis=layout.fan_in, keepdims=True) if declared.is_per_row else zeros
-
-
 def _as_optax(count: jax.Array, states: Mapping[str, optax.Updates]) -> ScaleByMuonState | ScaleByRuleState:
     others = {name: value for name, value in states.items() if name != "momentum_buffer"}
     mu = states["momentum_buffer"]
     return ScaleByRuleState(count, mu, others) if others else ScaleByMuonState(count, mu)
+
+
+def _check_stored(stored: Mapping[str, Any], storage: Storage) -> None:
+    """Raise ValueError for a state that was stored in another form than `mu_dtype` says."""
+    has_codes = absmax_of("momentum_buffer") in stored
+    if has_codes != storage.has_codes:
+        raise ValueError(
+            f"the state's momentum is {'codes of blocks' if has_codes else 'stored as numbers'}, and mu_dtype says "
+            "otherwise. Give the mu_dtype that it was made with."
+        )
 
 
 def _layouts(weight_dimension_numbers: Any, arrays: Any) -> dict[str, ArrayLayout]:
