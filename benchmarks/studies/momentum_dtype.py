@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.execution.train import make_folder
-from benchmarks.experiment.arms import ARMS
+from benchmarks.experiment.arms import ARMS, choose
 from benchmarks.experiment.data import open_corpus
 from benchmarks.experiment.experiment import Experiment
 from benchmarks.experiment.presets import OWN_RATE
@@ -29,7 +29,7 @@ from muonclip.torch import MuonClip
 FLOAT32 = "muonclip"
 FORMS = (FLOAT32, "bf16", "bf16-stochastic", "int8", "int8-stochastic")
 """The arms, of which the first is what the others are compared with."""
-TRAINING = replace(OWN_RATE, steps=150)
+TRAINING, RATE = replace(OWN_RATE, steps=150, lr={}), OWN_RATE.lr[FLOAT32]
 SEEDS = (0, 1, 2)
 
 
@@ -42,12 +42,13 @@ def run(options: argparse.Namespace) -> None:
     model = MoEConfig.cpu(vocab_size=corpus.vocab_size)
     protocol = Experiment.on(corpus, name="", title="", chosen=(), seeds=(), model=model, training=training)
     trials = Trials(protocol, options.out / "momentum_dtype.jsonl", options.jobs or 1)
-    losses = trials.losses(FORMS, seeds)
-    shared = {"steps": training.steps, "lr": training.lr[FLOAT32], "batch_size": training.batch_size}
+    names = {arm: choose(arm, lr=RATE).name for arm in FORMS}
+    losses = trials.losses([*names.values()], seeds)
+    shared = {"steps": training.steps, "lr": RATE, "batch_size": training.batch_size}
     figures = {
         "environment": trials.environment,
         "training": shared,
-        "arms": {arm: {"loss": losses[arm], "state_bytes": state_bytes(model, arm)} for arm in FORMS},
+        "arms": {arm: {"loss": losses[names[arm]], "state_bytes": state_bytes(model, arm)} for arm in FORMS},
         "rows": trials.rows,
     }
     atomic_files.write_json(options.out / "momentum_dtype.json", figures)

@@ -10,6 +10,7 @@ from muonclip.core.arguments import check_choice, plain_number, shown
 from muonclip.core.hyperball import HyperballRule
 from muonclip.core.muown import MuownRule
 from muonclip.core.normuon import NorMuonRule
+from muonclip.core.state_storage import absmax_of
 from muonclip.core.text_table import in_bytes
 from muonclip.core.update_rule import MuonRule
 
@@ -43,10 +44,17 @@ def check_update(update: Any, weight_decay: Any, *, cautious_decay: bool) -> Non
         raise ValueError("cautious_decay=True with update='hyperball', which has no decay. Leave one of them out.")
 
 
-def states_in_words(sizes: Mapping[str, Mapping[str, int]]) -> str:
-    """Write the bytes of each state by update, for a plan; nothing where Muon itself is the only update."""
+def states_in_words(sizes: Mapping[str, Mapping[str, int]], momentum_dtype: object = None) -> str:
+    """Write the bytes of each state by update, and their sum, for a plan.
+
+    Nothing where Muon itself is the only update, and its momentum as the weights are.
+    """
+    stored = [name for states in sizes.values() for name in states]
+    if not sizes.keys() - {"muon"} and momentum_dtype is None and absmax_of("momentum_buffer") not in stored:
+        return ""
     lines = [
         f"update {update}: state " + ", ".join(f"{name} {in_bytes(size)}" for name, size in states.items())
         for update, states in sizes.items()
     ]
-    return "\n".join(lines) if sizes.keys() - {"muon"} else ""
+    total = in_bytes(sum(sum(states.values()) for states in sizes.values()))
+    return "\n".join([*lines, f"state of the Muon half: {total}"])

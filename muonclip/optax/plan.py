@@ -67,9 +67,11 @@ class Plan:
         parameters: A line for each array, in the order of the tree.
         products: The matrices of each shape, whichever way they lie, and the dtype and form of the products that
             iterate them.
-        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants.
+        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants, and where
+            `mu_dtype` says how the momentum is stored.
         recipe: The recipe that was asked for, and what was given next to it.
         options: What the recipe sets, and the options of the products; shown with a recipe.
+        mu_dtype: How the momentum is stored; None: as the parameters are.
     """
 
     parameters: tuple[PlannedParameter, ...]
@@ -77,6 +79,7 @@ class Plan:
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     recipe: Recipe | None = None
     options: Mapping[str, object] = field(default_factory=dict[str, object])
+    mu_dtype: object = None
 
     def __str__(self) -> str:
         parameters = parameter_table(
@@ -84,7 +87,9 @@ class Plan:
         )
         products = table([("matrices", "products"), *self.products]) if self.products else ""
         options = "" if self.recipe is None else option_lines(self.options, self.recipe)
-        return "\n\n".join(filter(None, (parameters, states_in_words(self.state_bytes), products, options)))
+        return "\n\n".join(
+            filter(None, (parameters, states_in_words(self.state_bytes, self.mu_dtype), products, options))
+        )
 
     def tree(self, params: Any, of: Callable[[PlannedParameter], Any]) -> Any:
         """Return `of(line)` of each line, as a tree with the structure of `params`.
@@ -124,7 +129,7 @@ def plan(
         ns_dtype: The dtype of the products, see `scale_by_muon`.
         ns_form: The form of the iteration, see `scale_by_muon`.
         update: The rule of the Muon half, see `muonclip`.
-        mu_dtype: The dtype of the momentum, see `scale_by_muon`.
+        mu_dtype: How the momentum is stored, see `scale_by_muon`.
         recipe: Show what this recipe sets where `muonclip` is given nothing else.
 
     Raises:
@@ -137,7 +142,7 @@ def plan(
     check_momentum_dtype(mu_dtype)
     lines = _lines(params, weight_dimension_numbers, qk_projections)
     sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
-    planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes})
+    planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes}, mu_dtype=mu_dtype)
     if not isinstance(recipe, Recipe):
         return planned
     options = {**recipe.arguments(recipe.given), "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}

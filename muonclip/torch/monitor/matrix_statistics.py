@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muonclip.core import MatrixLayout
+from muonclip.core.state_storage import absmax_of
 from muonclip.torch.mesh import Topology, is_shard, local_part
-from muonclip.torch.update import MatrixShards, local_matrices, matrix_shards, row_index
+from muonclip.torch.update import MatrixShards, local_matrices, matrix_shards, read_codes, row_index
 
 _ITERATIONS = 8
 
@@ -49,6 +50,8 @@ class WeightStep:
     layout: MatrixLayout
     before: Tensor
     momentum: Tensor | None
+    momentum_absmax: Tensor | None = None
+    """The sizes of its blocks, where it is stored as codes."""
 
 
 def statistics_of(steps: Sequence[WeightStep], topology: Topology) -> list[MatrixStatistics]:
@@ -91,8 +94,14 @@ class _Part:
         before = read(step.before)
         self.update = self.weight - before
         tensors = [before, self.update, self.weight]
-        if step.momentum is not None:
+        if step.momentum is not None and step.momentum_absmax is None:
             tensors.append(read(local_part(step.momentum)))
+        elif step.momentum is not None and step.momentum_absmax is not None:
+            stored = {"m": step.momentum, absmax_of("m"): step.momentum_absmax}
+            held = {
+                name: local_matrices(local_part(each), step.layout, shards, position) for name, each in stored.items()
+            }
+            tensors.append(read_codes(held, "m", shards.columns[position], self.weight.dtype))
         self.squares = torch.stack([each.square().sum((1, 2)).to(self.weight.dtype) for each in tensors])
 
 

@@ -15,10 +15,13 @@ from torch.optim import Optimizer
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_flag, check_kind, check_whole
+from muonclip.core.matrix_state import MatrixState, per_block
+from muonclip.core.state_storage import absmax_of
 from muonclip.torch.clip import JointMaxima, QKClip
 from muonclip.torch.mesh import Topology, check_parameter, is_dtensor, local_part
 from muonclip.torch.monitor.matrix_statistics import MatrixStatistics, WeightStep, statistics_of
 from muonclip.torch.optimizer import MuonClip, default_layout, plan_module
+from muonclip.torch.update import is_coded
 
 _FIELDS = tuple(each.name for each in fields(MatrixStatistics))
 _MOMENTA = ("momentum_buffer", "exp_avg")
@@ -189,7 +192,7 @@ class Monitor:
         if not self._before:
             return
         steps = [
-            WeightStep(parameter, self._layouts[name], before, self._momentum_of(parameter))
+            WeightStep(parameter, self._layouts[name], before, *self._momentum_of(parameter, self._layouts[name]))
             for name, (parameter, before) in self._before.items()
         ]
         self._statistics = dict(zip(self._before, statistics_of(steps, self._topology), strict=True))
@@ -201,11 +204,19 @@ class Monitor:
         if version != self._known:
             self._layouts, self._known = _layouts_of(self._model, self._clip), version
 
-    def _momentum_of(self, parameter: Tensor) -> Tensor | None:
+    def _momentum_of(self, parameter: Tensor, layout: MatrixLayout) -> tuple[Tensor | None, Tensor | None]:
+        """Return the momentum of a parameter, and the sizes of its blocks where it is stored as codes."""
         state = self._optimizer.state.get(parameter, {})
-        found = (state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor))
         placed = parameter.shape, getattr(parameter, "placements", None)
-        return next((each for each in found if (each.shape, getattr(each, "placements", None)) == placed), None)
+        for name in _MOMENTA:
+            found = state.get(name)
+            if isinstance(found, Tensor) and (found.shape, getattr(found, "placements", None)) == placed:
+                if not is_coded(found):
+                    return found, None
+                absmax, fan_in = state.get(absmax_of(name)), layout.axes(parameter.ndim).fan_in
+                shape = MatrixState(name, per_block).stored_shape(parameter.shape, fan_in)
+                return (found, absmax) if absmax is not None and absmax.shape == shape else (None, None)
+        return None, None
 
 
 def check_options(*, every: Any, logits: Any, matrices: Any, clip: Any) -> None:

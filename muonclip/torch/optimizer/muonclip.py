@@ -73,7 +73,10 @@ class Muon(MatrixOptimizer):
         products: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
             of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was
             measured.
-        momentum_dtype: The dtype of the momentum; None: the parameter's, or float32 where it has a master.
+        momentum_dtype: The dtype of the momentum; None: the parameter's, or float32 where it has a master. "int8" stores
+            codes, with a float32 size for each 2048 entries of a row of a matrix (arXiv 2509.23106). "int8_stochastic"
+            and "bfloat16_stochastic" round without a bias, by a noise that is a function of the parameter's name, the
+            step and the entry.
         master_weight_bits: Update float32 masters of bf16 parameters, which are their roundings: 32 keeps all bits of a
             master, in two more bytes for each parameter, 24 rounds it to 24, in one more. Other parameters are updated
             as they are.
@@ -107,7 +110,7 @@ class Muon(MatrixOptimizer):
         ns_dtype: torch.dtype | None = None,
         ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         master_weight_bits: MasterWeightBits | None = None,
         freeze_unused: bool = False,
         update: Update = "muon",
@@ -152,7 +155,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         ns_dtype: The dtype of the matrix products, see `Muon`.
         ns_form: The form of the iteration, see `Muon`.
         products: How products are multiplied, see `Muon`.
-        momentum_dtype: The dtype of Muon's momentum, see `Muon`.
+        momentum_dtype: The dtype of Muon's momentum, or "int8", "int8_stochastic", "bfloat16_stochastic", see `Muon`.
         master_weight_bits: Update float32 masters of bf16 parameters, see `Muon`; of both halves, and AdamW's moments
             are float32 then.
         freeze_unused: Leave matrices whose gradient is zero unchanged for that step, see `Muon`.
@@ -196,7 +199,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         ns_dtype: torch.dtype | None = None,
         ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         master_weight_bits: MasterWeightBits | None = None,
         freeze_unused: bool = False,
         update: Update = "muon",

@@ -56,7 +56,8 @@ class Plan:
         defaults: The options of the optimizer.
         qk_clip: The clip; None where it is off.
         update_plan: Which rank iterates which matrix, and what is sent; shown where there is more than one.
-        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants.
+        state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants, and where
+            `momentum_dtype` says how the momentum is stored.
         master_weights: Which parameters have masters, in words; nothing where none were asked for.
         recipe: The recipe that was asked for, and what was given next to it.
     """
@@ -117,7 +118,7 @@ class Plan:
         to_save = "\n  ".join(self.weights_to_save)
         if to_save:
             to_save = f"frozen weights that the clip scales; save them with what is trained:\n  {to_save}"
-        states = states_in_words(self.state_bytes)
+        states = states_in_words(self.state_bytes, self.defaults.get("momentum_dtype"))
         parts = [parameters, states, self.master_weights, over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
