@@ -29,7 +29,7 @@ from muonclip.torch import MuonClip
 FLOAT32 = "muonclip"
 FORMS = (FLOAT32, "bf16", "bf16-stochastic", "int8", "int8-stochastic")
 """The arms, of which the first is what the others are compared with."""
-TRAINING, RATE = replace(OWN_RATE, steps=150, lr={}), OWN_RATE.lr[FLOAT32]
+TRAINING, RATE = replace(OWN_RATE, lr={}), OWN_RATE.lr[FLOAT32]
 SEEDS = (0, 1, 2)
 
 

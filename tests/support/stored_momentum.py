@@ -1,4 +1,4 @@
-"""Momentum that is stored as codes of blocks, or rounded stochastically, in NumPy; the noise in whole numbers of Python."""
+"""Momentum stored as codes of blocks, or rounded stochastically, in NumPy; the noise in whole numbers of Python."""
 
 import zlib
 
@@ -56,7 +56,7 @@ def stored(x, form, bits=None):
 
 
 class StoredMatrix(Matrix):
-    """A logical matrix whose momentum is stored in a form; `rows`, `columns`: their numbers, for the noise of `name`."""
+    """A logical matrix whose momentum is stored; `rows`, `columns`: their numbers, for the noise of `name`."""
 
     def __init__(self, weight, *, form, name, rows, columns, **options):
         super().__init__(weight, **options)
