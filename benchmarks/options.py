@@ -242,6 +242,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     "fine-tuning": (
         "tune a trained model on other text, all weights or LoRA: AdamW, Muon, both; half an hour",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
+    ),
     "momentum-dtype": (
         "store the momentum in float32, bf16 or int8: five runs on three seeds, half an hour",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ("--out", "--jobs"),

@@ -90,6 +90,126 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    # Momentum in int8, stochastic rounding
+    Mutation(
+        "codes-are-cut-off",
+        "Stochastic rounding to int8 rounds down.",
+        "xp.floor(ratio + (noise * 2.0**-16 + 2.0**-17))",
+        "xp.floor(ratio)",
+        tests_of("core/test_state_storage.py", "test_stochastic_rounding_has_no_bias[int8_stochastic]"),
+    ),
+    Mutation(
+        "bfloat16-is-cut-off",
+        "Stochastic rounding to bfloat16 rounds towards zero.",
+        "(bits + noise) & _UPPER",
+        "bits & _UPPER",
+        tests_of("core/test_state_storage.py", "test_stochastic_rounding_has_no_bias[bfloat16_stochastic]"),
+    ),
+    Mutation(
+        "codes-pass-127",
+        "The largest entry of a block becomes 128, which int8 reads as -128.",
+        "return xp.clip(xp.floor(",
+        "return (lambda x, *_: x)(xp.floor(",
+        tests_of(
+            "core/test_state_storage.py", "test_codes_are_the_same_bits_in_all_frameworks_and_those_of_numpy_s_oracle"
+        ),
+    ),
+    Mutation(
+        "noise-of-every-step-is-one",
+        "A parameter draws the same noise in each step.",
+        "key = _mixed(_mixed(step) + stream)",
+        "key = _mixed(_mixed(step * 0) + stream)",
+        tests_of(
+            "torch/test_stored_momentum.py", "test_parameters_and_steps_have_noise_of_their_own_and_a_name_has_one"
+        ),
+    ),
+    Mutation(
+        "noise-by-the-wrapper-s-name",
+        "A model draws other noise under DDP than without it.",
+        "name = plain_name(name_of(group, matrix.group, matrix.position))",
+        "name = name_of(group, matrix.group, matrix.position)",
+        tests_of(
+            "torch/test_stored_momentum.py", "test_parameters_and_steps_have_noise_of_their_own_and_a_name_has_one"
+        ),
+    ),
+    Mutation(
+        "steps-of-noise-are-not-counted",
+        "The step of the noise stays where it is.",
+        "group[ROUNDING_STEP] = group.get(ROUNDING_STEP, 0) + 1",
+        "group[ROUNDING_STEP] = group.get(ROUNDING_STEP, 0)",
+        tests_of(
+            "torch/test_stored_momentum.py",
+            "test_a_trajectory_is_numpy_s_on_every_logical_matrix[int8_stochastic-muon]",
+        ),
+    ),
+    Mutation(
+        "infinite-blocks-are-hidden",
+        "A block with infinity is read as other numbers than NaN.",
+        "return xp.where(largest < xp.inf, largest, xp.nan)",
+        "return xp.where(largest < xp.inf, largest, 0.0)",
+        tests_of("torch/test_stored_momentum.py", "test_a_gradient_that_is_not_finite_diverges_as_in_float32"),
+    ),
+    Mutation(
+        "blocks-begin-where-a-shard-does",
+        "The blocks of a shard of columns are counted from its first column.",
+        "stop = min(last, start - start % BLOCK + BLOCK)",
+        "stop = min(last, start + BLOCK)",
+        tests_of("core/test_state_storage.py", "test_blocks_are_of_the_whole_matrix"),
+    ),
+    Mutation(
+        "sizes-of-cut-blocks-are-each-rank-s",
+        "Ranks that divide the columns of a matrix have sizes of their own for one block.",
+        "self._rounding, self._cut = rounding, cut if has_cut_columns(shards) else None",
+        "self._rounding, self._cut = rounding, None",
+        tests_of("torch/test_row_state.py", "test_sharded_equals_whole_and_every_row_is_kept_by_those_who_have_it"),
+    ),
+    Mutation(
+        "unused-experts-are-stored-anew",
+        "The codes of an expert without a gradient are rounded again in each step.",
+        "held.copy_(value if used is None else torch.where(used, value, held))",
+        "held.copy_(value)",
+        tests_of("torch/test_stored_momentum.py", "test_unused_experts_keep_their_codes"),
+    ),
+    Mutation(
+        "codes-without-sizes-are-loaded",
+        "A checkpoint whose codes have lost the sizes of their blocks is taken, and fails later.",
+        "        if absmax_of(part) not in saved:",
+        "        if False:",
+        tests_of("torch/test_stored_momentum.py", "test_a_damaged_state_is_refused_before_anything_is_loaded"),
+    ),
+    Mutation(
+        "sizes-of-blocks-are-not-looked-at",
+        "Sizes that are NaN or negative are loaded.",
+        'for part in of_muon | absmax if each.use == "muon"',
+        'for part in of_muon if each.use == "muon"',
+        tests_of("torch/test_stored_momentum.py", "test_a_damaged_state_is_refused_before_anything_is_loaded"),
+    ),
+    Mutation(
+        "codes-are-taken-for-numbers",
+        "Codes that torch.distributed.checkpoint has read into float32 become the momentum.",
+        "if options.storage.has_codes and value.numel() and bool(value.any())",
+        "if False and value.numel() and bool(value.any())",
+        tests_of("torch/test_stored_momentum.py", "test_codes_that_were_read_as_numbers_are_refused"),
+    ),
+    Mutation(
+        "sizes-stay-behind",
+        "Momentum that is read back from codes keeps the sizes of blocks in its state.",
+        "                del own[name]",
+        "                own.get(name)",
+        tests_of(
+            "torch/test_stored_momentum.py",
+            "test_a_checkpoint_in_float32_becomes_codes_and_back_where_its_groups_say_so",
+        ),
+    ),
+    Mutation(
+        "jax-reads-all-blocks-by-the-first",
+        "Columns after the first 2048 are read by the size of the first block.",
+        "jax.lax.slice_in_dim(of_block, number, number + 1, axis=axis), result)",
+        "jax.lax.slice_in_dim(of_block, 0, 1, axis=axis), result)",
+        tests_of(
+            "optax/test_stored_momentum.py", "test_blocks_are_along_the_columns_wherever_these_are_and_as_torch_s"
+        ),
+    ),
     Mutation(
         "pairs-of-heads-are-single-in-jax",
         'per_head="pairs" makes a matrix of each head in the layouts of the reference model in JAX.',

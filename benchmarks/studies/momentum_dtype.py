@@ -1,4 +1,4 @@
-"""How Muon's momentum is stored: the loss at the end of a training, and the bytes of the state.
+"""Compares the forms in which Muon's momentum is stored: the loss at the end of a training, and the state's bytes.
 
 The reference mixture of experts is trained by MuonClip at its best rate, with the momentum in each form, from the same
 weights and on the same batches.

@@ -1,4 +1,4 @@
-"""How a state of matrices is stored: in a dtype, or as int8 codes, rounded to the nearest number or stochastically.
+"""Stores a state of matrices: in a dtype, or as int8 codes, rounded to the nearest number or stochastically.
 
     a = max |x| over a block        float32; a block is up to 2048 consecutive entries of a row of a logical matrix
     q = round(x / s),  s = a / 127  to the nearest, ties to even; or stochastically, ⌊x / s + u⌋

@@ -1,6 +1,6 @@
 """States of arrays of matrices that are stored otherwise than they move: see `core.state_storage`.
 
-Blocks are told apart by the number of each column, without a reshape, so that arrays may be sharded along any axis.
+The number of a column tells its block, without a reshape, so that arrays may be sharded along any axis.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ MHA = {"attn": QKProjection.mha(q="q", k="k", num_heads=2)}
 OPTIONS = dict(
     beta=NOT_BELOW_ONE, eps=NO_RATE, ns_coefficients=NO_NAME, ns_steps=but_none(NO_COUNT), nesterov=NO_NUMBER.filter(
         lambda x: not isinstance(x, bool)
-    ), adjust_lr_fn=but_none(NOT_POSITIVE), ns_form=NO_NAME, mu_dtype=st.sampled_from(["x", "int8", bool, 3, 1j, len]),
+    ), adjust_lr_fn=but_none(NOT_POSITIVE), ns_form=NO_NAME, mu_dtype=st.sampled_from(["x", "int16", bool, 3, 1j, len]),
     ns_dtype=st.sampled_from([jnp.int32, "float33", complex, jnp.float32(1), [], object()]),
 )  # fmt: skip
 

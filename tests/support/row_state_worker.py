@@ -28,6 +28,9 @@ VARIANTS = {  # "rows" is the page's class, the others are the library's
     "normuon": {"update": "normuon", "cautious_decay": True},
     "hyperball": {"update": "hyperball", "weight_decay": 0.0},
     "muown": {"update": "muown"},
+    "int8": {"momentum_dtype": "int8"},
+    "int8_stochastic": {"momentum_dtype": "int8_stochastic", "update": "muown"},
+    "bfloat16_stochastic": {"momentum_dtype": "bfloat16_stochastic"},
 }
 CASES = {  # name → shape, layout, placements on a mesh of one dimension
     "rows": ((12, 20), PLAIN, (S0,)),
@@ -46,6 +49,8 @@ CASES = {  # name → shape, layout, placements on a mesh of one dimension
     "convolution": ((8, 6, 3, 3), PLAIN, (S0,)),
     "convolution_inputs": ((8, 6, 3, 3), PLAIN, (S1,)),
     "replicated": ((8, 8), PLAIN, (R,)),
+    "cut_blocks": ((3, 5000), PLAIN, (S1,)),
+    "cut_blocks_of_inputs": ((5000, 3), MatrixLayout(transposed=True), (S0,)),
 }
 ON_FOUR = {  # on a mesh of two by two
     "hsdp": ((12, 20), PLAIN, (R, S0)),

@@ -114,7 +114,7 @@ class MuonOptions(StepOptions):
 
     @property
     def storage(self) -> Storage:
-        """How the momentum is stored."""
+        """The way in which the momentum is stored."""
         name = self._momentum_dtype
         return Storage.named("momentum_dtype", name) or Storage(name)
 
