@@ -2640,7 +2640,7 @@ MUTATIONS = (
     Mutation(
         "momentum-cast-when-loaded",  # 19
         "A float32 momentum of a bf16 parameter comes back in bf16.",
-        "if value is not None and dtype != parameter.dtype:",
+        "if dtype != parameter.dtype:",
         "if False:",
         tests_of("torch/test_muon.py", "test_resumes_bit_for_bit"),
     ),

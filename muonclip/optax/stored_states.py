@@ -90,28 +90,26 @@ class StoredStates:
     def _largest(self, value: jax.Array) -> jax.Array:
         """Return the largest |x| of each block, float32, its blocks along the first of the axes of columns."""
         absolute, fan_in = jnp.abs(value).astype(jnp.float32), self._layout.fan_in
-        blocks = [
-            jnp.max(absolute if own is None else jnp.where(own, absolute, 0.0), axis=fan_in, keepdims=True)
-            for own in self._members(value.shape)
-        ]
+        members = self._members(value.shape)
+        parts = [jnp.where(own, absolute, 0.0) for own in members] or [absolute]
+        blocks = [jnp.max(part, axis=fan_in, keepdims=True) for part in parts]
         return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, fan_in[0])
 
     def _spread(self, of_block: jax.Array, shape: Sequence[int]) -> jax.Array:
         """Give every entry the number of its block, in a shape that broadcasts."""
-        first, *others = self._members(shape)
-        axis, result = self._layout.fan_in[0], of_block
-        if first is None:
-            return result
+        members, axis = self._members(shape), self._layout.fan_in[0]
+        if not members:
+            return of_block
         result = jax.lax.slice_in_dim(of_block, 0, 1, axis=axis)
-        for number, own in enumerate(others, 1):
+        for number, own in enumerate(members[1:], 1):
             result = jnp.where(own, jax.lax.slice_in_dim(of_block, number, number + 1, axis=axis), result)
         return result
 
-    def _members(self, shape: Sequence[int]) -> list[jax.Array | None]:
-        """Tell for each block which columns are in it, in a shape that broadcasts; None where it is all of them."""
+    def _members(self, shape: Sequence[int]) -> list[jax.Array]:
+        """Tell for each block which columns are in it, in a shape that broadcasts; nothing where one block has all."""
         columns = math.prod(shape[axis] for axis in self._layout.fan_in)
         if columns <= BLOCK:
-            return [None]
+            return []
         numbers = _numbers(shape, self._layout.fan_in) // BLOCK
         return [numbers == number for number in range(-(-columns // BLOCK))]
 

@@ -313,8 +313,9 @@ class MatrixOptimizer(Optimizer):
 
     def _check_rounding(self, options: MuonOptions | AdamWOptions) -> None:
         """Raise ValueError for stochastic rounding in a CUDA graph, of which each replay would be the same step."""
-        stochastic = isinstance(options, MuonOptions) and options.storage.is_stochastic
-        if stochastic and self._adamw is not None and self._adamw.capturable:
+        if not isinstance(options, MuonOptions) or not options.storage.is_stochastic:
+            return
+        if self._adamw is not None and self._adamw.capturable:
             raise ValueError(
                 f"capturable=True with momentum_dtype={options.momentum_dtype!r}: the noise of a graph that is "
                 "replayed does not change. Leave one of them out."

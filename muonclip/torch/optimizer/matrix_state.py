@@ -112,7 +112,7 @@ def restored_states(
         if declared.dtype is None and layout is not None and have.has_codes != want.has_codes:
             yield from _converted(name, declared, saved, parameter, layout, options)
             continue
-        for part in (have if declared.dtype is None else want).parts(declared):
+        for part in have.parts(declared):
             dtype = dtype_of(part, parameter, options)
             if dtype != parameter.dtype:
                 yield part.name, saved[part.name].detach().to(device=parameter.device, dtype=dtype, copy=True)
