@@ -2930,8 +2930,8 @@ MUTATIONS = (
     Mutation(
         "masters-with-moments-of-bf16",
         "Muon's momentum of a parameter with a master has the parameter's dtype.",
-        "return _dtype(self.momentum_dtype) or master_dtype(parameter, self.master_weight_bits)",
-        "return _dtype(self.momentum_dtype) or parameter.dtype",
+        "return _dtype(storage.dtype) or master_dtype(parameter, self.master_weight_bits)",
+        "return _dtype(storage.dtype) or parameter.dtype",
         tests_of("torch/test_master_weights.py", "test_a_step_of_muon_is_that_of_float32_weights[muon-32]"),
     ),
     Mutation(

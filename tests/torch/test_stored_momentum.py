@@ -406,3 +406,22 @@ def test_noise_of_numpy_is_that_of_the_first_step():
 
 
 PINNED = [6417, 6974, 13066]
+
+
+def test_codes_go_with_masters_of_bf16_parameters():
+    """The momentum and the weight are those of a run in float32, whose gradients are rounded to bf16."""
+    start = torch.tensor(normal(0, (6, 40)), dtype=torch.bfloat16)
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    optimizers = [
+        Muon([("w", narrow)], momentum_dtype="int8", master_weight_bits=32, ns_dtype=torch.float32),
+        Muon([("w", wide)], momentum_dtype="int8", ns_dtype=torch.float32),
+    ]
+    for step in range(4):
+        narrow.grad = torch.tensor(normal(1 + step, (6, 40)), dtype=torch.bfloat16)
+        wide.grad = narrow.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    own, other = (optimizer.state[each] for optimizer, each in zip(optimizers, (narrow, wide), strict=True))
+    assert torch.equal(own["momentum_buffer"], other["momentum_buffer"])
+    assert torch.equal(own["momentum_buffer_absmax"], other["momentum_buffer_absmax"])
+    assert torch.equal(narrow, wide.bfloat16())

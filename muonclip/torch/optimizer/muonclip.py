@@ -73,7 +73,7 @@ class Muon(MatrixOptimizer):
         products: "plain", "baddbmm", or "halves", which makes half of each symmetric product; "quack" for the kernels
             of quack-kernels on NVIDIA GPUs, with `ns_form="gram"` its Gram iteration; None: the fastest that was
             measured.
-        momentum_dtype: The dtype of the momentum; None: the parameter's, or float32 where it has a master. "int8" stores
+        momentum_dtype: The dtype of the momentum; None: the parameter's, or float32 where it has a master. "int8" are
             codes, with a float32 size for each 2048 entries of a row of a matrix (arXiv 2509.23106). "int8_stochastic"
             and "bfloat16_stochastic" round without a bias, by a noise that is a function of the parameter's name, the
             step and the entry.
