@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.experiment.presets import HOT, OWN_RATE
 from benchmarks.options import make_parser
+from benchmarks.studies import spikes
 from benchmarks.studies.evidence_reading import hot_arms, hot_effects
 from benchmarks.studies.speed_steps import OURS, facts
 from benchmarks.training import precision
@@ -97,8 +98,8 @@ def said() -> dict[str, list[str]]:
     rms, evidence_minutes = _update_rms(), f"about {_minutes_of('evidence')} minutes on two cores"
     hot_steps = _read("evidence/hot")["config"]["training"]["steps"]
     return {
-        "README": [_versions(), *_pythons(), *_reproduction(), evidence_minutes, _remedies()],
-        "index": [_step(), _clip(), _reproduction()[0], _remedies()],
+        "README": [_versions(), *_pythons(), *_reproduction(), evidence_minutes, _remedies(), *_pulse()],
+        "index": [_step(), _clip(), _reproduction()[0], _remedies(), *_pulse()],
         "install": _pythons(),
         "switching": [f"{rms} in our runs", f"{adamw_update_rms(0.9):.3f} at β₁ = 0.9"],
         "monitor": [f"{rms} for Muon in our runs"],
@@ -164,6 +165,25 @@ def _remedies() -> str:
     assert effects["Muon, QK-norm"] == "not told from zero"
     assert abs(arms["loss"]["softcap"] - arms["loss"]["muonclip"]) < arms["spread"]["muonclip"]
     return "QK-norm and a soft cap do as well"
+
+
+def _pulse() -> list[str]:
+    """What the first disturbance leaves."""
+    case = _read("evidence/spikes")["cases"]["rate-pulse"]
+    training = case["config"]["training"]
+    disturbance = training["disturbance"]
+    assert disturbance["rate"] == 10
+    left = {pair: effect["left"] for pair, effect in spikes.effects(case).items()}
+    assert left["qk-norm", "muonclip"].verdict == left["muonclip", "muon"].verdict == "lower"
+    assert left["rescue", "muon"].verdict == "lower"
+    same = ("rescue", "muonclip"), ("softcap", "muonclip"), ("softcap", "muon")
+    assert {left[pair].verdict for pair in same} == {"not told from zero"}
+    after = training["steps"] - disturbance["after"] - disturbance["steps"]
+    return [
+        f"ten times as large for {disturbance['steps']} steps",
+        f"{after} steps later Muon's logits are still high",
+        f"its loss is {-left['muonclip', 'muon'].mean:.3f} nats above MuonClip's",
+    ]
 
 
 def _step() -> str:
