@@ -50,7 +50,7 @@ def _draw_case(part: SubFigure, result: Results, top: float) -> None:
     low, high = _range(loss, first)
     _, end = _range(loss, training.steps - END)
     axes[0].set(xlim=(first, training.steps), ylim=(low - 0.04 * (high - low), high + 0.04 * (high - low)))
-    axes[1].set_ylim(low - 0.1 * (end - low), end + 0.3 * (end - low))
+    axes[1].set_ylim(low - 0.1 * (end - low), min(end + 0.3 * (end - low), high))
     axes[2].set_xlabel("step")
     part.suptitle(result.experiment.title, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
     handles = [

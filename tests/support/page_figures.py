@@ -112,6 +112,7 @@ def said() -> dict[str, list[str]]:
             f"{hot_steps} steps at the hot rate, and of `make reproduce` {HOT.steps}",
             f"at least {precision._GAIN - 1:.0%} faster".replace("%", " %"),
             _remedies(),
+            *_spikes(),
         ],
     }
 
@@ -167,6 +168,25 @@ def _remedies() -> str:
     return "QK-norm and a soft cap do as well"
 
 
+def _spikes() -> list[str]:
+    """What the disturbances leave."""
+    figures = _read("evidence/spikes")
+    pulse, jump = (figures["cases"][name] for name in ("rate-pulse", "rate-jump"))
+    before, after = ([run[at] for run in pulse["arms"]["muon"].values()] for at in ("before", "peak"))
+    assert round(fmean(after) - fmean(before)) == 2
+    assert spikes.effects(pulse)["qk-norm", "muonclip"]["before"].mean < 0
+    first, later = (spikes.effects(case)["muonclip", "muon"] for case in (pulse, jump))
+    assert {first["peak"].verdict, later["peak"].verdict} == {"not told from zero"}
+    assert later["left"].verdict == "lower"
+    assert jump["config"]["training"]["disturbance"]["rate"] == 4
+    assert min(run["last_logit"] for run in jump["arms"]["muon"].values()) > 2000
+    return [
+        *_pulse(),
+        f"and ends {-later['left'].mean:.3f} nats below Muon's",
+        f"with a {figures['confidence']:.0%} interval".replace("%", " %"),
+    ]
+
+
 def _pulse() -> list[str]:
     """What the first disturbance leaves."""
     case = _read("evidence/spikes")["cases"]["rate-pulse"]
@@ -181,8 +201,8 @@ def _pulse() -> list[str]:
     after = training["steps"] - disturbance["after"] - disturbance["steps"]
     return [
         f"ten times as large for {disturbance['steps']} steps",
-        f"{after} steps later Muon's logits are still high",
-        f"its loss is {-left['muonclip', 'muon'].mean:.3f} nats above MuonClip's",
+        f"{after} steps later Muon's logits are still high, and its",
+        f"loss is {-left['muonclip', 'muon'].mean:.3f} nats above MuonClip's",
     ]
 
 
