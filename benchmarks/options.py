@@ -154,7 +154,7 @@ _SPIKES = {
         f"of {', '.join(spikes.CASES)} (default: all)",
         tuple(spikes.CASES),
     ),
-    "--search": _flag("disturb nothing, and look for spikes of Muon's own: quarter of an hour on one core"),
+    "--search": _flag("disturb nothing, and look for spikes of Muon's own: ten minutes on one core"),
 }
 _CLIP_COST = {
     "--models": _of(several(one_of(MODELS, "model")), "A,B", f"of {', '.join(MODELS)}", tuple(MODELS)),
@@ -209,7 +209,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     "reproduce": ("the README's figures: logits under a hot rate and under each one's own", _SAME, _FIGURES),
     "evidence": ("rates, token efficiency, cost of clipping, all arms: 45 minutes on two cores", _SAME, _FIGURES),
     "spikes": (
-        "disturb runs, and measure what is left of it: an hour on one core", _SAME | _SPIKES, _FIGURES,
+        "disturb runs, and measure what is left of it: half an hour on one core", _SAME | _SPIKES, _FIGURES,
     ),
     "clip-cost": ("time whole training steps with QK-Clip and without: 25 minutes", _CLIP_COST, ["--out"]),
     "optax-speed": (
