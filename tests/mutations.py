@@ -3846,6 +3846,35 @@ MUTATIONS = (
         "            if False and any(p.grad is not None",
         tests_of("torch/test_host_modes.py", "test_a_transform_of_the_model_itself_next_to_the_training_is_said_once"),
     ),
+    # Heads that are declared by pattern
+    Mutation(
+        "last-pattern-counts",
+        "Of several patterns of layouts= that fit, the last counts.",
+        "next((p for p in layouts if any(fnmatch",
+        "next((p for p in reversed(layouts) if any(fnmatch",
+        tests_of("core/test_declared_layouts.py", "test_a_pattern_fits_a_parameter_or_its_module_and_the_first_counts"),
+    ),
+    Mutation(
+        "declared-heads-of-one-row",
+        "layouts= may leave single rows, whose update is their gradient's direction.",
+        "if is_one_row(matrices):\n        raise",
+        "if False:\n        raise",
+        tests_of("core/test_declared_layouts.py", "test_what_does_not_fit_is_refused_with_pattern_and_parameter"),
+    ),
+    Mutation(
+        "declared-heads-not-in-the-plan-of-a-module",
+        "MuonClip takes layouts= and does not pass it to its plan.",
+        "return with_layouts(planned, layouts, plain_name=plain_name)",
+        "return planned",
+        tests_of("torch/test_declared_layouts.py", "test_the_plan_prints_the_heads_and_what_is_not_named_stays"),
+    ),
+    Mutation(
+        "declared-heads-in-optax-not-in-the-update",
+        "Optax's muonclip takes layouts= and updates whole matrices.",
+        "lines = plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts)",
+        "lines = plan(params, muon_weight_dimension_numbers, qk_projections)",
+        tests_of("optax/test_declared_layouts.py", "test_a_trajectory_is_numpy_s_head_by_head"),
+    ),
     # The reference model
     Mutation(
         "yarn-scale-not-squared",  # 12

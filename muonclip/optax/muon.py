@@ -17,10 +17,11 @@ import optax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from muonclip.core import Recipe, update_scale
+from muonclip.core import MatrixLayout, Recipe, update_scale
 from muonclip.core.adam_defaults import ADAM_BETAS, ADAM_EPS
 from muonclip.core.arguments import BELOW_ONE, NOT_NEGATIVE, check_choice, check_flag, check_kind
 from muonclip.core.coefficients import Coefficients
+from muonclip.core.declared_layouts import check_layouts
 from muonclip.core.recipes import RecipeName, takes_recipe
 from muonclip.core.update_rule import MuonRule, agree
 from muonclip.core.update_scale import AdjustLR
@@ -121,6 +122,7 @@ def muonclip(
     ns_form: Literal["standard", "gram"] | None = None,
     weight_decay_mask: optax.MaskOrFn | None = None,
     muon_weight_dimension_numbers: WeightLayouts = None,
+    layouts: Mapping[str, int | MatrixLayout] | None = None,
     adamw: Mapping[str, Any] | None = None,
     shardings: Shardings = None,
     wide_updates: bool = False,
@@ -161,6 +163,8 @@ def muonclip(
             None: not on norms, biases and other vectors.
         muon_weight_dimension_numbers: Which axes are rows and columns, and which arrays are AdamW's (None), see `plan`,
             which shows what becomes of each parameter.
+        layouts: The heads of some projections, as those of linear attention or an indexer, where names, shapes or
+            `muon_weight_dimension_numbers` say one matrix: see `plan`.
         adamw: Arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
         shardings: See `scale_by_muon`.
         wide_updates: See `qk_clip`.
@@ -189,12 +193,13 @@ def muonclip(
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
     check_flag("wide_updates", wide_updates)
+    check_layouts(layouts)
     if isinstance(recipe, Recipe):
-        _check_recipe(recipe, qk_projections, muon_weight_dimension_numbers)
+        _check_recipe(recipe, qk_projections, muon_weight_dimension_numbers or layouts)
 
     def planned(field: str) -> Callable[[optax.Params], PyTree]:
         def tree(params: optax.Params) -> PyTree:
-            lines = plan(params, muon_weight_dimension_numbers, qk_projections)
+            lines = plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts)
             return lines.tree(params, operator.attrgetter(field))
 
         return tree
@@ -284,7 +289,7 @@ def _check_recipe(recipe: Recipe, qk_projections: Any, numbers: Any) -> None:
     if recipe.per_head and numbers is None:
         raise ValueError(
             f"recipe={recipe.name!r} takes heads as matrices of their own ({recipe.heads}). Say which rows these are: "
-            "muon_weight_dimension_numbers= with a MatrixLayout(heads=(…,)) for each, see plan."
+            "layouts= with a pattern and a number of heads for each, or muon_weight_dimension_numbers=, see plan."
         )
 
 

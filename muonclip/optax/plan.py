@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers
 
@@ -23,6 +25,7 @@ from muonclip.core import MatrixLayout, Recipe
 from muonclip.core.arguments import check_array, check_choice
 from muonclip.core.coefficients import Coefficients
 from muonclip.core.cost_model import Form
+from muonclip.core.declared_layouts import check_layouts, with_layouts
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
 from muonclip.core.parameter_roles import (
     ARRAY_NAMES,
@@ -108,6 +111,7 @@ def plan(
     weight_dimension_numbers: WeightLayouts = None,
     qk_projections: QKProjections | None = None,
     *,
+    layouts: Mapping[str, int | MatrixLayout] | None = None,
     ns_coefficients: Coefficients = "jordan",
     ns_steps: int | None = None,
     ns_dtype: DTypeLike | None = None,
@@ -124,6 +128,8 @@ def plan(
             `optax.contrib.MuonDimensionNumbers` or a `muonclip.core.MatrixLayout` for each matrix and None for what
             AdamW updates; None: names, shapes and declared attentions decide.
         qk_projections: The declared attentions, see `qk_clip`.
+        layouts: For each pattern of parameters' names, a number of heads, each a matrix of its own, or a
+            `muonclip.core.MatrixLayout`, `{"*/linear_attn/q_proj": 16}`; the first pattern that fits counts.
         ns_coefficients: The polynomials, see `muonclip.core.resolve_coefficients`.
         ns_steps: The number of steps, see `scale_by_muon`.
         ns_dtype: The dtype of the products, see `scale_by_muon`.
@@ -133,14 +139,16 @@ def plan(
         recipe: Show what this recipe sets where `muonclip` is given nothing else.
 
     Raises:
-        ValueError: For arrays whose axes are not understood, in a list, and for a form that may not run with these
-            polynomials.
+        ValueError: For arrays whose axes are not understood, in a list, for a form that may not run with these
+            polynomials, and for `layouts` that do not fit.
     """
     newton_schulz = NewtonSchulz(ns_coefficients, ns_steps, dtype=ns_dtype, form=ns_form)
     newton_schulz.check()
     check_choice("update", update, *UPDATES)
     check_momentum_dtype(mu_dtype)
-    lines = _lines(params, weight_dimension_numbers, qk_projections)
+    check_layouts(layouts)
+    own = _lines(params, weight_dimension_numbers, qk_projections)
+    lines = tuple(with_layouts(own, layouts, readable=_readable, whole=not _is_masked(params)))
     sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
     planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes}, mu_dtype=mu_dtype)
     if not isinstance(recipe, Recipe):
@@ -233,6 +241,24 @@ def _state_bytes(
                 kept = np.dtype(dtype_of(part, dtype, storage))
                 sizes[part.name] += math.prod(part.stored_shape(line.shape, own.fan_in)) * kept.itemsize
     return sizes
+
+
+def _is_masked(params: Any) -> bool:
+    """Tell whether Optax has left out some of the parameters, as `optax.partition` does for each of its parts."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
+    return any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+
+
+def _readable(line: PlannedParameter) -> MatrixLayout | None:
+    """Return the layout of a line as a MatrixLayout; None where no such layout has its axes."""
+    if isinstance(line.layout, MatrixLayout):
+        return line.layout
+    batch, fan_out, fan_in = (own := ArrayLayout.from_layout(line.layout, line.shape)).batch, own.fan_out, own.fan_in
+    axes = list(range(len(line.shape)))
+    if [*batch, *fan_out, *fan_in] == axes:
+        return MatrixLayout(len(batch), out_ndim=len(fan_out))
+    transposed = [*batch, *fan_in, *fan_out] == axes and len(fan_in) == 1
+    return MatrixLayout(len(batch), transposed=True) if transposed else None
 
 
 def _as_declared(name: str, shape: tuple[int, ...], layout: WeightLayout | None) -> PlannedParameter:

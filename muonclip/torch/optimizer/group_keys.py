@@ -51,7 +51,8 @@ WORDS = {
     **dict.fromkeys(("compute_dtype", "dtype", "matmul_dtype"), "ns_dtype"),
     **dict.fromkeys(("backend", "use_triton", "use_syrk"), "products"),
     **dict.fromkeys(
-        ("per_head", "tau", "qk_clip", "recipe", "workspace_bytes"), "{0}, of the optimizer and not of a group"
+        ("per_head", "layouts", "tau", "qk_clip", "recipe", "workspace_bytes"),
+        "{0}, of the optimizer and not of a group",
     ),
 }
 """Words of other implementations, or of other places here, and what a group says for them."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypeVar
 
-from muonclip.core import Recipe
+from muonclip.core import MatrixLayout, Recipe
 from muonclip.core.arguments import check_flag, check_kind, shown
 from muonclip.core.coefficients import JORDAN, Coefficients
+from muonclip.core.declared_layouts import DECLARED, check_layouts
 from muonclip.core.head_parts import PerHead, heads_per_matrix
 from muonclip.core.parameter_roles import Use
 from muonclip.core.qk_clip import DEFAULT_TAU
@@ -142,6 +143,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         eps: Floor of the Frobenius norm, see `Muon`.
         adjust_lr_fn: The scale of Muon's updates, see `muonclip.core.update_scale`.
         per_head: Every head of q, k and v is a matrix of its own, or every so many: "pairs", or their number.
+        layouts: The heads of projections that no softmax attention has, as those of linear attention or an indexer: a
+            number of heads, or a layout, for each pattern of parameters' names, `{"*.linear_attn.q_proj": 16}`. Each is
+            a matrix of its own. The first pattern that fits counts.
         tau: Heads whose largest attention logit, after the softmax scale, exceeds it are clipped after each step. A
             number, a function of the step, or either for each attention, as `QKClip` has it; a checkpoint keeps the
             step.
@@ -193,6 +197,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         eps: float | None = None,
         adjust_lr_fn: AdjustLR = "match_rms_adamw",
         per_head: PerHead = False,
+        layouts: Mapping[str, int | MatrixLayout] | None = None,
         tau: Tau = DEFAULT_TAU,
         qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
@@ -211,6 +216,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         muon.check()
         check_workspace(workspace_bytes)
         heads_per_matrix(per_head)
+        check_layouts(layouts)
         check_tau_rules(tau)
         check_flag("capturable", capturable)
         if capturable and varies(tau):
@@ -219,6 +225,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             )
         adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
         check_engine(model)
+        if layouts is not None and not isinstance(model, nn.Module):
+            raise ValueError("layouts= goes by the names of a model: pass the model, or give each group its layout=.")
+        self._declared_layouts = layouts
         self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
         try:
             recipe = recipe if isinstance(recipe, Recipe) else None
@@ -259,14 +268,16 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._clip_version = 0 if self.qk_clip is None else self.qk_clip.attentions.version
         self._shown: Mapping[str, Use] = {} if self.qk_clip is None else self.qk_clip.attentions.shown
         to_come = self.qk_clip is not None and self.qk_clip.attentions.to_come
-        if per_head and not ((projections or to_come) and isinstance(model, nn.Module)):
+        if per_head and not ((projections or to_come or self._declared_layouts) and isinstance(model, nn.Module)):
             raise ValueError(
                 "per_head=True needs to know the heads: pass the model itself, its attentions declared, or let the "
                 "clip find them: tau=math.inf finds and never clips."
             )
         if isinstance(model, nn.Module):
             named = dict(model.named_parameters())
-            planned = plan_module(model, projections, per_head=per_head, shown=self._shown_by(model))
+            planned = plan_module(
+                model, projections, per_head=per_head, layouts=self._declared_layouts, shown=self._shown_by(model)
+            )
             groups = groups_of(planned, named)
         else:
             groups = given_groups(model)
@@ -361,7 +372,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self._take_recipe()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("qk_clip", "plan", "_per_head", "_finds_layouts", "_clip_version", "_shown")
+        own = ("qk_clip", "plan", "_per_head", "_declared_layouts", "_finds_layouts", "_clip_version", "_shown")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _note_step(self, groups: Iterable[Group]) -> None:
@@ -449,7 +460,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
             for position, parameter in enumerate(group["params"]):
                 line = next(lines)
-                if group["use"] == "muon" and id(parameter) in known:
+                if group["use"] == "muon" and id(parameter) in known and line.reason != DECLARED:
                     layouts[position] = known[id(parameter)]
                     line = replace(line, layout=known[id(parameter)], reason=SPLIT_REASON)
                 planned.append(line)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from muonclip.core import MatrixLayout, Recipe
+from muonclip.core.declared_layouts import with_layouts
 from muonclip.core.folded_rows import folded
 from muonclip.core.head_parts import PerHead
 from muonclip.core.parameter_plan import PlannedParameter, parameter_table
@@ -128,16 +129,19 @@ def plan_module(
     projections: Mapping[str, QKProjection],
     *,
     per_head: PerHead,
+    layouts: Mapping[str, int | MatrixLayout] | None = None,
     shown: Mapping[str, Use] | None = None,
 ) -> list[PlannedParameter]:
-    """Plan each parameter of the model, tied ones once. `shown`: what forwards have shown of them, by name."""
+    """Plan each parameter of the model, tied ones once. `layouts`: declared by patterns; `shown`: what forwards have
+    shown of parameters, by name."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not isinstance(owners.get(id(parameter)), nn.Embedding):  # a tied head is an embedding
                 owners[id(parameter)] = module
-    layouts = projection_layouts(projections, per_head)
-    return plan_named(model.named_parameters(), owners=owners, layouts=layouts, shown=shown)
+    known = projection_layouts(projections, per_head)
+    planned = plan_named(model.named_parameters(), owners=owners, layouts=known, shown=shown)
+    return with_layouts(planned, layouts, plain_name=plain_name)
 
 
 def plan_named(
