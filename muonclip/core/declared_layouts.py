@@ -50,7 +50,7 @@ def with_layouts(
 ) -> list[PlannedParameter]:
     """Return the lines of a plan, those of Muon's matrices that a pattern fits with the layout that it declares.
 
-    `readable`: the layout of a line's own, None where it is no MatrixLayout; `plain_name`: a name without what wrappers
+    `readable`: the layout of a line's own, None where it is of another kind; `plain_name`: a name without what wrappers
     put into it; `whole`: the lines are those of the whole model.
     A pattern fits the name of a parameter or of its module.
 
