@@ -110,13 +110,19 @@ def listed_params(group: Mapping[str, Any]) -> list[Any]:
     return list(params)
 
 
-def check_parameters(groups: Iterable[Group]) -> None:
-    """Raise ValueError, naming it, for a parameter that the optimizer cannot take."""
+def check_parameters(groups: Iterable[Group], *, offload: bool = False) -> None:
+    """Raise ValueError, naming it, for a parameter that the optimizer cannot take; `offload`: with states in host
+    memory."""
     for index, group in enumerate(groups):
         for position, parameter in enumerate(group["params"]):
             name = name_of(group, index, position)
             check_parameter(name, parameter)
             check_master_weights(name, parameter, group.get("master_weight_bits"))
+            if offload and is_dtensor(parameter) and parameter.device.type != "cpu":
+                raise ValueError(
+                    f"offload=True, but {name} is a DTensor on {parameter.device}, whose states PyTorch keeps there, "
+                    "too. Leave it out; FSDP2 keeps parameters and states in host memory by CPUOffloadPolicy."
+                )
             if parameter.is_meta and parameter.requires_grad:
                 raise ValueError(f"{name} is {ON_META}")
             if group.get("capturable") and parameter.device.type == "cpu":
@@ -154,10 +160,12 @@ def check_states(
     layouts: Sequence[Sequence[MatrixLayout | None]],
     state: Mapping[Tensor, Mapping[str, Any]],
     rules: Sequence[MuonRule],
+    offload: bool = False,
 ) -> None:
     """Raise ValueError, naming the parameter, for a gradient or a state that does not fit its parameter any more.
 
     So it is where a model was cast, moved or resized after its states were made. `rules`: one for each group.
+    `offload`: whether Muon's states are in host memory.
     """
     for index, group in enumerate(groups):
         is_muon, rule = group["use"] == "muon", rules[index]
@@ -193,7 +201,9 @@ def check_states(
                     dtype = error_dtype(bits)
                 elif declared is not None and declared.dtype == "int8":
                     dtype = torch.int8
-                if _fits(value, parameter, expected, dtype):
+                on_host = offload and is_muon and part != "grad"
+                device = torch.device("cpu") if on_host else parameter.device
+                if _fits(value, device, expected, dtype):
                     continue
                 name = name_of(group, index, position)
                 found = (value.dtype, tuple(value.shape), value.device) if isinstance(value, Tensor) else ()
@@ -209,9 +219,9 @@ def check_states(
 _BEGIN_ANEW = "optimizer.state.pop(parameter) begins it anew. Nothing was changed."
 
 
-def _fits(value: Any, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+def _fits(value: Any, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
     """Tell whether a state or gradient can be used with its parameter; `dtype` None: whatever its floating dtype."""
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device != parameter.device:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.device != device:
         return False
     is_floating = value.dtype.is_floating_point and value.dtype.itemsize > 1
     return value.layout is torch.strided and (is_floating if dtype is None else value.dtype == dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -245,11 +245,11 @@ def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[MuonO
         )
 
 
-def without_errors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved state without the errors of masters."""
+def without_states(state_dict: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a saved state without what has these names, which torch is not to cast or move."""
     state = {
-        key: {name: value for name, value in saved.items() if name != WEIGHT_ERROR}
-        if isinstance(saved, Mapping) and WEIGHT_ERROR in saved
+        key: {name: value for name, value in saved.items() if name not in names}
+        if isinstance(saved, Mapping)
         else saved
         for key, saved in state_dict["state"].items()
     }

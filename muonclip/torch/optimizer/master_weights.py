@@ -20,7 +20,7 @@ def fp32_state_dict(model: nn.Module, errors: Mapping[int, Tensor]) -> dict[str,
     for name, value in model.state_dict(keep_vars=True).items():
         plain = value.detach() if isinstance(value, Tensor) else value
         error = errors.get(id(value))
-        wide[name] = plain if error is None else placed_like(plain, joined(local_part(plain), local_part(error)))
+        wide[name] = plain if error is None else _master(plain, error)
     return wide
 
 
@@ -31,8 +31,11 @@ def load_fp32_state_dict(model: nn.Module, state_dict: Mapping[str, Any], errors
     for name, parameter in _named(model):
         error, given = errors.get(id(parameter)), state_dict.get(name)
         if error is not None and isinstance(given, Tensor):
-            weight = local_part(parameter.detach())
-            split_into(local_part(given.detach()).to(weight.device).float(), weight, local_part(error))
+            weight, held = local_part(parameter.detach()), local_part(error)
+            own = held.to(weight.device)  # from host memory, with `offload`
+            split_into(local_part(given.detach()).to(weight.device).float(), weight, own)
+            if own is not held:
+                held.copy_(own)
 
 
 def masters_in_words(groups: Iterable[Mapping[str, Any]]) -> str:
@@ -48,6 +51,17 @@ def masters_in_words(groups: Iterable[Mapping[str, Any]]) -> str:
                 f"{len(asked) - len(narrow)} wider parameters are their own"
             )
     return "\n".join(lines)
+
+
+def offload_in_words(sizes: Mapping[str, Mapping[str, int]]) -> str:
+    """Say for a plan what is in host memory. `sizes`: bytes by update and state."""
+    size = sum(each for states in sizes.values() for each in states.values())
+    return f"offload: the states of the Muon half, {in_bytes(size)}, are in host memory"
+
+
+def _master(parameter: Tensor, error: Tensor) -> Tensor:
+    weight = local_part(parameter)
+    return placed_like(parameter, joined(weight, local_part(error).to(weight.device)))
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

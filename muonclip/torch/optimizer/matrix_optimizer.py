@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from muonclip.core import MatrixLayout
-from muonclip.core.arguments import check_kind, check_whole, kind, shown
+from muonclip.core.arguments import check_flag, check_kind, check_whole, kind, shown
 from muonclip.core.state_storage import stream_of
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES
@@ -47,10 +47,17 @@ from muonclip.torch.optimizer.loading import (
     warn_of_left_errors,
     warn_of_missing,
     with_tensor_counts,
-    without_errors,
+    without_states,
 )
 from muonclip.torch.optimizer.master_weights import fp32_state_dict, load_fp32_state_dict
-from muonclip.torch.optimizer.matrix_state import local_states, make_matrix_states, restored_states, state_bytes
+from muonclip.torch.optimizer.matrix_state import (
+    held_states,
+    local_states,
+    make_matrix_states,
+    offloaded,
+    restored_states,
+    state_bytes,
+)
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
 from muonclip.torch.optimizer.saved_values import check_saved_values
@@ -90,13 +97,21 @@ class MatrixOptimizer(Optimizer):
     rule: ClassVar[MuonRule] = MUON
 
     def __init__(
-        self, groups: ParamsT, muon: MuonOptions, adamw: AdamWOptions | None, workspace_bytes: int | None
+        self,
+        groups: ParamsT,
+        muon: MuonOptions,
+        adamw: AdamWOptions | None,
+        workspace_bytes: int | None,
+        *,
+        offload: bool = False,
     ) -> None:
         check_workspace(workspace_bytes)
+        check_flag("offload", offload)
         muon.check()
         check_iterable(groups)
         self._muon, self._adamw = muon, adamw
         self._workspace_bytes = workspace_bytes
+        self._offload = offload
         self._topology = Topology()
         self._layouts: list[list[MatrixLayout | None]] = []
         self._forget_plan()
@@ -163,17 +178,21 @@ class MatrixOptimizer(Optimizer):
             check_saved_values(saved, self.rule)
             warn_of_missing(saved)
             warn_of_left_errors(saved, options)
+            names = {WEIGHT_ERROR}  # what torch is not to cast, or to put on the device
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
                     self._check_rounding(own)
-                    rule = self._rule(own)
-                    states = dict(restored_states(each.name, each.state, rule, each.parameter, each.layout, own))
+                    rule, held = self._rule(own), (each.name, each.state)
+                    states = dict(restored_states(*held, rule, each.parameter, each.layout, own, offload=self._offload))
                 else:
                     states = dict(restored_moments(each.state, each.parameter, own))
-                errors = restored_error(each, own.master_weight_bits)
-                restored.append((each.parameter, {**states, **dict(errors)}))
-            return with_tensor_counts(without_errors(ready))
+                errors = dict(restored_error(each, own.master_weight_bits))
+                if self._offload and each.use == "muon":
+                    errors = {name: offloaded(value) for name, value in errors.items()}
+                    names |= {state.name for state in held_states(self._rule(own), each.state)}
+                restored.append((each.parameter, {**states, **errors}))
+            return with_tensor_counts(without_states(ready, names))
 
         hook = self.register_load_state_dict_pre_hook(prepare)  # the last: those of others may bring a state into shape
         try:
@@ -187,7 +206,7 @@ class MatrixOptimizer(Optimizer):
                 del own[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_muon", "_adamw", "_workspace_bytes", "_layouts")
+        own = ("_muon", "_adamw", "_workspace_bytes", "_offload", "_layouts")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -288,11 +307,12 @@ class MatrixOptimizer(Optimizer):
             state, options = self.state[parameter], self._options[index]
             assert isinstance(options, MuonOptions)
             rule = self._rule(options)
-            make_matrix_states(state, rule, parameter, layout, options)
+            make_matrix_states(state, rule, parameter, layout, options, offload=self._offload)
             held, gradient = local_states(rule, state), local_gradient(parameter)
             error = local_part(state[WEIGHT_ERROR]) if has_master(parameter, options.master_weight_bits) else None
             rounding = self._rounding(matrix) if options.storage.is_stochastic else None
-            steps.append(ParameterStep(local_part(parameter), gradient, held, layout, options, rule, error, rounding))
+            own = local_part(parameter), gradient, held, layout, options, rule, error, rounding
+            steps.append(ParameterStep(*own, offloaded=self._offload))
         adamw = [
             adamw_step(group["params"], options, self.state)
             for group, options in zip(self.param_groups, self._options, strict=True)
@@ -331,7 +351,8 @@ class MatrixOptimizer(Optimizer):
                 if isinstance(options, AdamWOptions):
                     make_adamw_state(self.state[parameter], parameter, options)
                 elif layout is not None:
-                    make_matrix_states(self.state[parameter], self._rule(options), parameter, layout, options)
+                    rule, own = self._rule(options), self.state[parameter]
+                    make_matrix_states(own, rule, parameter, layout, options, offload=self._offload)
 
     def _refresh_plan(self) -> None:
         """Check options and parameters, and plan the update anew, if what these depend on has changed."""
@@ -347,9 +368,9 @@ class MatrixOptimizer(Optimizer):
         states = [id(value) for own in self.state.values() if isinstance(own, dict) for value in own.values()]
         changed = inputs != self._inputs
         if changed:
-            check_parameters(self.param_groups)
+            check_parameters(self.param_groups, offload=self._offload)
         if changed or states != self._states:
-            check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)])
+            check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)], self._offload)
             self._states = states
         if changed:
             self._plan_update()

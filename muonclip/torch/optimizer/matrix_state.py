@@ -14,7 +14,7 @@ from muonclip.core.matrix_state import MatrixState, per_row
 from muonclip.core.state_storage import Storage, stored_states
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.heads import HeadRows, scale_heads
-from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part
+from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part, placed_like
 from muonclip.torch.optimizer.options import MuonOptions
 from muonclip.torch.update import (
     WEIGHT_ERROR,
@@ -24,6 +24,7 @@ from muonclip.torch.update import (
     error_dtype,
     has_master,
     is_coded,
+    on_host,
     rescale,
 )
 
@@ -32,19 +33,32 @@ if TYPE_CHECKING:
 
 
 def make_matrix_states(
-    state: dict[str, Any], rule: MuonRule, parameter: Tensor, layout: MatrixLayout, options: MuonOptions
+    state: dict[str, Any],
+    rule: MuonRule,
+    parameter: Tensor,
+    layout: MatrixLayout,
+    options: MuonOptions,
+    *,
+    offload: bool = False,
 ) -> None:
     """Add to a parameter's state what a rule declares and is not there, as zeros; no process is asked.
 
-    What is there stays as it is stored.
+    What is there stays as it is stored. `offload`: keep it in host memory.
     """
+    made: dict[str, Tensor] = {}
     for declared in rule.states:
         if declared.name not in state:
             for part in options.storage.parts(declared):
-                state[part.name] = _zeros(part, parameter, layout, options)
+                made[part.name] = _zeros(part, parameter, layout, options)
     bits = options.master_weight_bits
     if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
-        state[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
+        made[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
+    state.update({name: offloaded(value) for name, value in made.items()} if offload else made)
+
+
+def offloaded(value: Tensor) -> Tensor:
+    """Return a copy of a state in host memory, placed as the state is."""
+    return placed_like(value, on_host(local_part(value).detach()))
 
 
 def held_states(rule: MuonRule, state: Mapping[str, Any]) -> tuple[MatrixState, ...]:
@@ -99,8 +113,11 @@ def restored_states(
     parameter: Tensor,
     layout: MatrixLayout | None,
     options: MuonOptions,
+    *,
+    offload: bool,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield copies of the saved states that are not in the parameter's dtype, to which torch has cast them.
+    """Yield copies of the saved states that are not in the parameter's dtype, to which torch would cast them, or, with
+    `offload`, of all that are kept in host memory.
 
     States that were saved in another form than the options say are converted; None is yielded for what is left over.
     Raises ValueError for states that cannot be converted.
@@ -110,11 +127,14 @@ def restored_states(
             continue
         have, want = _storage_of(declared, saved), options.storage
         if declared.dtype is None and layout is not None and have.has_codes != want.has_codes:
-            yield from _converted(name, declared, saved, parameter, layout, options)
+            for part, value in _converted(name, declared, saved, parameter, layout, options):
+                yield part, offloaded(value) if offload and value is not None else value
             continue
         for part in have.parts(declared):
             dtype = dtype_of(part, parameter, options)
-            if dtype != parameter.dtype:
+            if offload:
+                yield part.name, offloaded(saved[part.name].detach().to(dtype=dtype))
+            elif dtype != parameter.dtype:
                 yield part.name, saved[part.name].detach().to(device=parameter.device, dtype=dtype, copy=True)
 
 
@@ -164,11 +184,13 @@ def rescale_matrix_states(
     here: RankPosition,
 ) -> None:
     """Tell a rule that the rows of the heads of a weight were multiplied by these factors [heads], for each part."""
+    held = {each.name: local_part(state[each.name]) for each in rule.states}
     factors = _full(_FACTORS, parameter, placed.layout, torch.promote_types(parameter.dtype, torch.float32), 1.0)
     for rows, by_head in scaled:
         scale_heads(rows, factors, rows.axis, by_head.to(factors.device))
     held = as_numbers(local_states(rule, state))
-    rescale(rule, held, local_part(factors), placed, here)
+    own = local_part(factors).to(next(iter(held.values())).device)  # which may be the host
+    rescale(rule, held, own, placed, here)
 
 
 _FACTORS = MatrixState("factors", per_row)

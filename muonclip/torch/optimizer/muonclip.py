@@ -36,7 +36,7 @@ from muonclip.torch.optimizer.argument_hints import with_hints
 from muonclip.torch.optimizer.filled_parameters import check_is_of_model, take_filled
 from muonclip.torch.optimizer.groups import given_groups, groups_of, name_of
 from muonclip.torch.optimizer.layouts import projection_layouts
-from muonclip.torch.optimizer.master_weights import masters_in_words
+from muonclip.torch.optimizer.master_weights import masters_in_words, offload_in_words
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer, check_workspace
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, options_in_words
@@ -89,6 +89,8 @@ class Muon(MatrixOptimizer):
             give `weight_decay=0`; or "muown" (arXiv 2605.10797), Muon on the directions of rows, Adam and the decay on
             their magnitudes. A group may have its own.
         cautious_decay: Decay only the entries that the update takes towards zero (arXiv 2510.12402).
+        offload: Keep the states of matrices, and the errors of their masters, in host memory; a step fetches them a
+            batch ahead, and returns them. Nothing else changes. For parameters on one accelerator.
         workspace_bytes: Largest batch of equal shapes iterated at once, in bytes, counted in float32; None: 256 MiB. A
             processor takes 2 MiB at once of what it holds whole.
 
@@ -116,9 +118,10 @@ class Muon(MatrixOptimizer):
         freeze_unused: bool = False,
         update: Update = "muon",
         cautious_decay: bool = False,
+        offload: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
-        super().__init__(params, MuonOptions.from_mapping(locals()), None, workspace_bytes)
+        super().__init__(params, MuonOptions.from_mapping(locals()), None, workspace_bytes, offload=offload)
 
 
 class MuonClip(MatrixOptimizer, Generic[Clip]):
@@ -166,6 +169,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         capturable: For CUDA graphs, as in torch.
         update: The rule of the Muon half: "muon", "normuon", "hyperball" or "muown", see `Muon`.
         cautious_decay: Decay only the entries that Muon's update takes towards zero, see `Muon`.
+        offload: Keep the states of the Muon half in host memory, see `Muon`; not with `capturable`.
         workspace_bytes: Largest batch of matrices iterated at once, in bytes, see `Muon`.
 
     Raises:
@@ -210,6 +214,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         update: Update = "muon",
         cautious_decay: bool = False,
         capturable: bool = False,
+        offload: bool = False,
         workspace_bytes: int | None = None,
     ) -> None:
         muon = MuonOptions.from_mapping(locals())
@@ -219,6 +224,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         check_layouts(layouts)
         check_tau_rules(tau)
         check_flag("capturable", capturable)
+        check_flag("offload", offload)
+        if capturable and offload:
+            raise ValueError(
+                "capturable=True with offload=True: the host waits for copies in each step. Leave one of them out."
+            )
         if capturable and varies(tau):
             raise ValueError(
                 "capturable=True with a tau that is a function: a graph that is replayed does not call it."
@@ -231,7 +241,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
         try:
             recipe = recipe if isinstance(recipe, Recipe) else None
-            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head, recipe=recipe)
+            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head, recipe=recipe, offload=offload)
         except BaseException:  # which keeps this object as long as it lasts, and so its hooks
             if self.qk_clip is not None and self.qk_clip is not qk_clip:
                 self.qk_clip.attentions.withdraw()
@@ -248,6 +258,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         *,
         per_head: PerHead,
         recipe: Recipe | None,
+        offload: bool,
     ) -> None:
         """Divide the parameters, and add their groups."""
         projections: dict[str, QKProjection] = {}  # layouts come from them with the clip off, too
@@ -281,7 +292,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             groups = groups_of(planned, named)
         else:
             groups = given_groups(model)
-        super().__init__(groups, muon, adamw_options, workspace_bytes)
+        super().__init__(groups, muon, adamw_options, workspace_bytes, offload=offload)
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
         of_clip = None if self.qk_clip is None else self.qk_clip.attentions.model
@@ -330,8 +341,10 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     def _plan_update(self) -> None:
         super()._plan_update()
-        states, masters = self._state_bytes(), masters_in_words(self.param_groups)
-        self.plan = replace(self.plan, update_plan=self._update_plan, state_bytes=states, master_weights=masters)
+        states, memory = self._state_bytes(), masters_in_words(self.param_groups)
+        if self._offload:
+            memory += ("\n" if memory else "") + offload_in_words(states)
+        self.plan = replace(self.plan, update_plan=self._update_plan, state_bytes=states, memory=memory)
 
     def _refresh_plan(self) -> None:
         self._take_filled()

@@ -59,7 +59,7 @@ class Plan:
         update_plan: Which rank iterates which matrix, and what is sent; shown where there is more than one.
         state_bytes: The bytes of each state of the Muon half, by `update` and name; shown for variants, and where
             `momentum_dtype` says how the momentum is stored.
-        master_weights: Which parameters have masters, in words; nothing where none were asked for.
+        memory: What has masters, and what is in host memory, in words; nothing where neither was asked for.
         recipe: The recipe that was asked for, and what was given next to it.
     """
 
@@ -70,7 +70,7 @@ class Plan:
     state_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     update_plan: UpdatePlan | None = None
     recipe: Recipe | None = None
-    master_weights: str = ""
+    memory: str = ""
 
     @property
     def weights_to_save(self) -> list[str]:
@@ -120,7 +120,7 @@ class Plan:
         if to_save:
             to_save = f"frozen weights that the clip scales; save them with what is trained:\n  {to_save}"
         states = states_in_words(self.state_bytes, self.defaults.get("momentum_dtype"))
-        parts = [parameters, states, self.master_weights, over_ranks, found, to_save, options]
+        parts = [parameters, states, self.memory, over_ranks, found, to_save, options]
         return "\n\n".join(filter(None, parts))
 
 

@@ -5,6 +5,7 @@ Matrices only: parameter groups, options and state are `optimizer`'s, facts abou
 
 from muonclip.torch.update.cost_model import iteration_dtype
 from muonclip.torch.update.execute import execute
+from muonclip.torch.update.host_copies import on_host
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import local_matrices, row_index
 from muonclip.torch.update.plan import UpdatePlan, plan
@@ -46,6 +47,7 @@ __all__ = [
     "joined",
     "local_matrices",
     "matrix_shards",
+    "on_host",
     "plan",
     "read_codes",
     "rescale",

@@ -19,6 +19,7 @@ from muonclip.core import Products, iterate, normalize
 from muonclip.core.arguments import check_kind
 from muonclip.core.index_ranges import length
 from muonclip.torch.mesh import Mesh, RankPosition
+from muonclip.torch.update.host_copies import copies_to
 from muonclip.torch.update.normalization import normalized
 from muonclip.torch.update.plain_segments import together
 from muonclip.torch.update.plan import UpdatePlan
@@ -52,14 +53,45 @@ def execute(update_plan: UpdatePlan, steps: Sequence[ParameterStep], positions: 
             raise ValueError(f"positions lacks {mesh}, a mesh of the plan.")
     mine = {each.slot: each for each in update_plan.rounds if each.bucket.has_part_on(positions[each.bucket.mesh])}
     running: list[Generator[None]] = []
+    prepared = _prepared([mine[slot] for slot in sorted(mine)], steps, positions)
     # Every rank passes every slot, so that all of them come to the collectives that they share in one order. The parts
     # of the newest round are on their way while those before are iterated.
     for slot in range(max(mine, default=-1) + 1):
-        newest = [_run(mine[slot], steps, positions[mine[slot].bucket.mesh])] if slot in mine else []
+        newest = [_run(mine[slot], next(prepared), positions[mine[slot].bucket.mesh])] if slot in mine else []
         newest = _advanced(newest)
         running = _advanced(running) + newest
     while running:
         running = _advanced(running)
+    for device in {step.parameter.device for step in steps if step.offloaded}:
+        copies_to(device).finish()
+
+
+def _prepared(
+    rounds: Sequence[Round], steps: Sequence[ParameterStep], positions: Mapping[Mesh, RankPosition]
+) -> Iterator[list[SegmentStep]]:
+    """Yield the segments of each round, whose states are fetched one round ahead."""
+    ahead: list[SegmentStep] | None = None
+    for each in rounds:
+        following = _segments(each, steps, positions[each.bucket.mesh])
+        for segment in following:
+            if segment.step.offloaded:
+                segment.fetch(copies_to(segment.device))
+        if ahead is not None:
+            yield ahead
+        ahead = following
+    if ahead is not None:
+        yield ahead
+
+
+def _segments(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> list[SegmentStep]:
+    """Return the segments of a round that step on this rank."""
+    bucket = round_.bucket
+    position, cut = here.index(bucket.active), here.group(bucket.active)
+    segments = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in round_.segments]
+    if cut is None and here.group(bucket.replicas) is None:  # nobody else counts on an order
+        segments = [segment for segment in segments if segment.step.gradient is not None]
+        segments.sort(key=lambda segment: (segment.tall, id(segment.step.options)))  # so that equal ones are neighbours
+    return segments
 
 
 def _advanced(rounds: Sequence[Generator[None]]) -> list[Generator[None]]:
@@ -67,20 +99,19 @@ def _advanced(rounds: Sequence[Generator[None]]) -> list[Generator[None]]:
     return [each for each in rounds if next(each, rounds) is None]
 
 
-def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> Generator[None]:
+def _run(round_: Round, segments: list[SegmentStep], here: RankPosition) -> Generator[None]:
     """Take one round from the momentum to the weights; yields, on every rank equally often, where it waits."""
     bucket = round_.bucket
     position, replica = here.index(bucket.active), here.index(bucket.replicas)
     cut, replicas = here.group(bucket.active), here.group(bucket.replicas)
     alone = cut is None and replicas is None
     shares = [sum(owned) for owned in round_.counts]
-    segments = [SegmentStep(steps[segment.parameter], segment, position, cut) for segment in round_.segments]
-    if alone:  # nobody else counts on an order
-        segments = [segment for segment in segments if segment.step.gradient is not None]
-        segments.sort(key=lambda segment: (segment.tall, id(segment.step.options)))  # so that equal ones are neighbours
+    if alone:
         shares = [sum(segment.count for segment in segments)]
     if not segments:
         return
+    for copies in {copies_to(segment.device) for segment in segments if segment.step.offloaded}:
+        copies.arrive()
     inside = list(together(segments)) if alone else segments
     passed, start, stop = 0, sum(shares[:replica]), sum(shares[: replica + 1])
     size = stop - start, length(bucket.small[position]), length(bucket.long[position])
@@ -101,6 +132,9 @@ def _run(round_: Round, steps: Sequence[ParameterStep], here: RankPosition) -> G
     for each in inside:
         each.apply(result[done : done + each.count])
         done += each.count
+    for segment in segments:
+        if segment.step.offloaded:
+            segment.give_back(copies_to(segment.device))
 
 
 def _iterated(stack: Tensor, iteration: NewtonSchulzConfig, cut: dist.ProcessGroup | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from muonclip.core.update_rule import MatrixOperations, Momentum, Motion, MuonRu
 from muonclip.core.update_scale import AdjustLR
 from muonclip.torch.mesh import RankPosition
 from muonclip.torch.update.cost_model import rows_at_once
+from muonclip.torch.update.host_copies import HostCopies
 from muonclip.torch.update.matrix_shards import MatrixShards, matrix_shards
 from muonclip.torch.update.matrix_views import editing, local_matrices, row_index, writable
 from muonclip.torch.update.rounds import PlacedParameter, Segment
@@ -54,6 +55,7 @@ class ParameterStep:
         error: This rank's shard of the error that makes a bf16 parameter a float32 master, see `split_weights`; None:
             the parameter is updated itself.
         rounding: By what its momentum is rounded stochastically; None: to the nearest.
+        offloaded: Whether state and error are in host memory, and come to the parameter's device for the step alone.
     """
 
     parameter: Tensor
@@ -64,6 +66,7 @@ class ParameterStep:
     rule: MuonRule = MUON
     error: Tensor | None = None
     rounding: Rounding | None = None
+    offloaded: bool = False
 
 
 class SegmentStep:
@@ -74,6 +77,28 @@ class SegmentStep:
         self.count, self.tall = segment.stop - segment.start, segment.shards.tall
         self.device = step.parameter.device
         self._used: Tensor | None = None
+        self._fetched: dict[int, Tensor] = {}  # of what is offloaded, by `id`
+        self._to_return: list[tuple[Tensor, Tensor, Callable[[], None] | None]] = []
+
+    def fetch(self, copies: HostCopies) -> None:
+        """Begin to copy what is offloaded of these matrices to the device."""
+        step = self.step
+        errors = () if step.error is None else (step.error,)
+        for held in (*step.state.values(), *errors):
+            matrices, write_back = self.opened(held)
+            working = copies.fetch(matrices)
+            self._fetched[id(held)] = working
+            self._to_return.append((working, matrices, write_back))
+
+    def give_back(self, copies: HostCopies) -> None:
+        """Begin to copy it back; the copies on the device are used no more."""
+        self._fetched.clear()
+        for working, matrices, write_back in self._to_return:
+            copies.give_back(working, matrices)
+            if write_back is not None:
+                copies.finish()
+                write_back()
+        self._to_return.clear()
 
     def advance(self, start: int, stop: int, into: Tensor) -> None:
         """Let the gradient into the state; write what is orthogonalised of the matrices `start` to `stop`, of
@@ -260,6 +285,9 @@ class SegmentStep:
 
     def opened(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         """Return the matrices of this segment in a tensor, and, where they are not a view, what copies them back."""
+        fetched = self._fetched.get(id(tensor))
+        if fetched is not None:
+            return fetched, None
         matrices, write_back = writable(tensor, self.step.layout, self.segment.shards, self.position)
         whole = self.count == len(matrices)
         return matrices if whole else matrices[self.segment.start : self.segment.stop], write_back
