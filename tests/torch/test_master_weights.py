@@ -1,10 +1,13 @@
 """`master_weight_bits`: bf16 parameters are updated as the float32 weights would be of which they are the rounding."""
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 from rounded_masters import rounded_to_24
 from tiny_attention import TinyModel
 from torch import nn
@@ -13,6 +16,7 @@ from variants import CASES, VARIANTS, normal
 from muonclip.torch import Muon, MuonClip
 from muonclip.torch.update.split_weights import joined, split_into
 
+WORKER = Path(__file__).parents[1] / "support" / "master_worker.py"
 BITS = (24, 32)
 OPTIONS = {**VARIANTS, "muon": {}, "unused": {"freeze_unused": True}, "tensor rate": {"lr": torch.tensor(0.05)}}
 
@@ -336,3 +340,17 @@ def test_no_warning_is_given_of_weights_that_come_back():
         model, optimizer = build(master_weight_bits=24, lr=0.2, tau=0.2)
         train(model, optimizer, range(10))
         assert optimizer.qk_clip.report().clipped_heads
+
+
+@pytest.mark.slow
+def test_sharded_masters_are_those_of_whole_weights_and_go_on_at_another_number_of_ranks(tmp_path):
+    """Four ranks save and two load, with their states in host memory."""
+    for number, world in enumerate((4, 2)):
+        run_ranks(world, WORKER, number, tmp_path)
+        for rank in range(world):
+            found = json.loads((tmp_path / f"{number}-{rank}.json").read_text())
+            assert found["error"] < 2.0**-14
+            assert found["offloaded"]
+            assert found["sharded"]
+            assert found.get("loaded", True)
+            assert found.get("resumed", 0.0) < 2.0**-14
