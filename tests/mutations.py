@@ -2948,6 +2948,28 @@ MUTATIONS = (
         "capturable=capturable)",
         tests_of("torch/test_master_weights.py", "test_a_step_of_adamw_is_that_of_float32_weights"),
     ),
+    # States in host memory
+    Mutation(
+        "offloaded-states-not-returned",
+        "What a step made of a state is lost with its copy on the device.",
+        "segment.give_back(copies_to(segment.device))",
+        "pass",
+        tests_of("torch/test_offload.py", "test_every_step_is_to_the_bit_what_it_is_without[muon]"),
+    ),
+    Mutation(
+        "offloaded-states-fetched-when-needed",
+        "A round waits for its states, which could have come during the one before.",
+        "        if ahead is not None:\n            yield ahead\n        ahead = following",
+        "        yield following",
+        tests_of("torch/test_offload.py", "test_states_are_fetched_a_round_ahead_and_returned_once"),
+    ),
+    Mutation(
+        "offloaded-states-strided-as-the-parameter",
+        "A part of a state that is no view is written back with the rest of it, over what another round returned.",
+        'held = torch.empty(value.shape, dtype=value.dtype, pin_memory=torch.cuda.is_available(), device="cpu")',
+        "held = torch.empty_like(value)",
+        tests_of("torch/test_offload.py", "test_states_on_the_host_are_contiguous_whatever_the_parameter_is"),
+    ),
     # Variants of the update
     Mutation(
         "hyperball-of-the-parameter",

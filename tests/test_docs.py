@@ -35,7 +35,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import grad_clipping, scaling
+from benchmarks.studies import grad_clipping, master_weights, scaling
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -52,8 +52,9 @@ SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.m
 CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
 COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
 RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
+MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memory.md
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
-INCLUDED = {GRAD_CLIPPING, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
+INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -368,6 +369,12 @@ def test_the_table_of_scaling_is_that_of_its_figures():
 def test_the_table_of_gradient_clipping_is_that_of_its_figures():
     figures = json.loads(GRAD_CLIPPING.with_suffix(".json").read_text(encoding="utf-8"))
     assert GRAD_CLIPPING.read_text(encoding="utf-8") == grad_clipping.table(figures)
+
+
+def test_the_table_of_master_weights_is_that_of_its_figures():
+    figures = json.loads(MASTER_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    assert MASTER_WEIGHTS.read_text(encoding="utf-8") == master_weights.table(figures)
+    assert {row["way"] for row in figures["rows"]} == master_weights.WAYS.keys()
 
 
 def test_the_lines_of_the_cheat_sheet_run():

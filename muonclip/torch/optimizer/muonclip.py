@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Generic, Literal, cast
 
 import torch
@@ -39,7 +39,13 @@ from muonclip.torch.optimizer.layouts import projection_layouts
 from muonclip.torch.optimizer.master_weights import masters_in_words, offload_in_words
 from muonclip.torch.optimizer.matrix_optimizer import MatrixOptimizer, check_workspace
 from muonclip.torch.optimizer.matrix_state import rescale_matrix_states
-from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, options_in_words
+from muonclip.torch.optimizer.options import (
+    AdamWOptions,
+    Group,
+    MuonOptions,
+    options_in_words,
+    options_to_show,
+)
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
 from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
 from muonclip.torch.update import MasterWeightBits
@@ -267,8 +273,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         elif isinstance(model, nn.Module):
             projections = declared_qk_projections(model)
         defaults = {
-            **asdict(muon),
-            "adamw": asdict(adamw_options),
+            **options_to_show(muon),
+            "adamw": options_to_show(adamw_options),
             "tau": self.qk_clip and tau_in_words(self.qk_clip.tau),
         }
         if recipe is not None:
@@ -413,7 +419,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             muon = next(
                 (MuonOptions.from_mapping(group) for group in self.param_groups if group["use"] == "muon"), None
             )
-            defaults = {**self.plan.defaults, **({} if muon is None else asdict(muon))}
+            defaults = {**self.plan.defaults, **({} if muon is None else options_to_show(muon))}
             self.plan = replace(self.plan, recipe=saved_recipe(saved, self.plan.recipe), defaults=defaults)
 
     def _update(self) -> None:

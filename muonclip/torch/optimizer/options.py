@@ -6,7 +6,7 @@ A group of `torch.optim` is a dict, and so is what a checkpoint holds: `as_group
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
@@ -223,6 +223,13 @@ def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None
 def master_dtype(parameter: Tensor, bits: int | None) -> torch.dtype:
     """Return the dtype in which a parameter is updated: float32 for one with a master, else its own."""
     return torch.float32 if has_master(parameter, bits) else parameter.dtype
+
+
+def options_to_show(options: MuonOptions | AdamWOptions) -> Group:
+    """Return the options that a plan shows: masters where there are some, once."""
+    is_muon = isinstance(options, MuonOptions)
+    kept = {"master_weight_bits"} if is_muon and options.master_weight_bits is not None else set[str]()
+    return {name: value for name, value in asdict(options).items() if name != "master_weight_bits" or name in kept}
 
 
 def options_in_words(groups: Sequence[Group]) -> dict[str, str]:
