@@ -2604,7 +2604,7 @@ MUTATIONS = (
     Mutation(
         "capturable-noticed-after-the-update",  # 29
         "The parameters are checked when the plan of the update is made, and the plan when the update is over.",
-        "        if changed:\n            check_parameters(self.param_groups)\n",
+        "        if changed:\n            check_parameters(self.param_groups, offload=self._offload)\n",
         "",
         tests_of("torch/test_muonclip.py", "test_capturable_is_refused_on_the_cpu_before_anything_moves"),
     ),
@@ -2842,7 +2842,7 @@ MUTATIONS = (
     Mutation(
         "states-of-a-cast-model-not-checked",
         "A model that was cast after its first step fails in the middle of the next one.",
-        "check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)])",
+        "check_states(self.param_groups, self._layouts, self.state, [*map(self._rule, self._options)], self._offload)",
         "pass",
         tests_of(
             "torch/test_all_or_nothing.py",
@@ -2937,8 +2937,8 @@ MUTATIONS = (
     Mutation(
         "masters-not-resumed",
         "What a checkpoint holds of masters is lost: they begin again at the parameters.",
-        "errors = restored_error(each, own.master_weight_bits)",
-        "errors = ()",
+        "errors = dict(restored_error(each, own.master_weight_bits))",
+        "errors = {}",
         tests_of("torch/test_master_weights.py", "test_resumes_to_the_bit"),
     ),
     Mutation(
