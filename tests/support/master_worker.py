@@ -10,13 +10,15 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tiny_attention import TinyModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muonclip.core import MatrixLayout
-from muonclip.torch import MuonClip
+from muonclip.torch import MuonClip, QKClip
 
 STEPS = 3
 EXPERTS, FUSED = MatrixLayout(batch_ndim=1), MatrixLayout(blocks=(24, 8, 8))
@@ -91,6 +93,29 @@ def error(found, expected):
     )
 
 
+def clipped(sharded):
+    """Masters after three steps in which only the clip acts; from float32 weights."""
+    torch.manual_seed(0)
+    model = TinyModel("gqa")
+    wide = {name: value.clone() for name, value in model.state_dict().items()}
+    model.bfloat16()
+    if sharded:
+        fully_shard(model)
+        register_fsdp_forward_method(model, "loss")
+        places = {name: (p.device_mesh, p.placements) for name, p in model.named_parameters()}
+        wide = {name: distribute_tensor(value, *places[name], src_data_rank=None) for name, value in wide.items()}
+    optimizer = MuonClip(model, 0.0, qk_clip=QKClip(model, tau=0.2, observe="always"), master_weight_bits=24)
+    optimizer.load_fp32_state_dict(model, wide)
+    heads = 0
+    for step in range(3):
+        tokens = torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(step))
+        model.loss(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        heads += optimizer.qk_clip.report().clipped_heads
+    return heads, {name: whole(value) for name, value in optimizer.fp32_state_dict(model).items()}, wide
+
+
 if __name__ == "__main__":
     number, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -105,6 +130,9 @@ if __name__ == "__main__":
         "offloaded": same(everything(*offloaded), everything(*sharded)),
         "sharded": all(isinstance(v, DTensor) for v in sharded[1].fp32_state_dict(sharded[0]).values()),
     }
+    (heads, alone, wide), (_, together, _) = clipped(False), clipped(True)
+    found["clipped"] = bool(heads) and any(not torch.equal(alone[name], value) for name, value in wide.items())
+    found["clipped alike"] = all(torch.equal(together[name], value) for name, value in alone.items())
     model, optimizer = make(mesh, offload=bool(number))
     if number:
         weights, moments = get_state_dict(model, optimizer)

@@ -352,5 +352,7 @@ def test_sharded_masters_are_those_of_whole_weights_and_go_on_at_another_number_
             assert found["error"] < 2.0**-14
             assert found["offloaded"]
             assert found["sharded"]
+            assert found["clipped"]
+            assert found["clipped alike"]
             assert found.get("loaded", True)
             assert found.get("resumed", 0.0) < 2.0**-14
