@@ -16,6 +16,7 @@ GENERATED = {
         "architectures/sweep.md",
         "evidence/rates.md",
         "evidence/reading.md",
+        "evidence/search.md",
         "evidence/spikes.md",
         "optax-speed/cpu.md",
         "scaling/scaling.md",

@@ -69,6 +69,7 @@ def test_what_commands_have_written_into_pages_is_what_they_write():
     names = ("sweep", "efficiency", "clip-cost", "hot")
     assert text_of("evidence/reading") == read_evidence({name: figures_of(f"evidence/{name}") for name in names})
     assert text_of("evidence/spikes") == spikes.read_spikes(figures_of("evidence/spikes"))
+    assert text_of("evidence/search") == spikes.read_search(figures_of("evidence/search"))
     assert text_of("evidence/rates") == read_rates(figures_of("evidence/rates"))
     for page, written in (
         ("clip-cost", read_clip_cost(figures_of("clip-cost/cpu"))),

@@ -114,7 +114,7 @@ class Reading(NamedTuple):
 
     `before` and `left` are means over LEVEL steps: before the disturbance, and at the end of the run. `peak` and
     `max_logit` are the largest after the beginning of the disturbance, of the whole run where there is none;
-    `rise` is the largest over the lowest of the REACH steps before, after the warm-up.
+    `rise` is the largest over the lowest of the REACH steps before, after the warm-up and before any disturbance.
     """
 
     before: float
@@ -164,7 +164,7 @@ def reading_of(records: RunRecords, training: Training) -> Reading:
     """Read a run. A run that diverged has nothing left: NaN."""
     loss, logits, disturbance = records.steps["probe_loss"], records.steps["max_logit"], training.disturbance
     first = disturbance.after if disturbance else 0
-    settled = loss.iloc[training.warmup_steps :]
+    settled = loss.iloc[training.warmup_steps : first or None]
     return Reading(
         before=loss.iloc[max(0, first - LEVEL) : first].mean(),
         peak=loss.iloc[first:].max(),

@@ -100,13 +100,13 @@ def losses(values, **own):
 
 def test_what_is_left_is_read_at_the_end(experiment):
     """2 before; 3, then 5 in the disturbance of steps 13 and 14; then 4; the last ten are 2.5."""
-    values = [9.0] * 2 + [2.0] * 10 + [3.0, 5.0] + [4.0] * 3 + [2.5] * 10
+    values = [9.0] * 2 + [2.0] * 4 + [2.5] + [1.5] + [2.0] * 4 + [3.0, 5.0] + [4.0] * 3 + [2.5] * 10
     training = with_arms(
         experiment, "muon", steps=27, warmup_steps=1, disturbance=Disturbance(after=12, steps=2)
     ).training
     reading = spikes.reading_of(run_records(losses(values)), training)
     assert reading._asdict() == {
-        "before": 2.0, "peak": 5.0, "left": 2.5, "rise": 3.0, "max_logit": 270.0, "last_logit": 225.0,
+        "before": 2.0, "peak": 5.0, "left": 2.5, "rise": 0.5, "max_logit": 270.0, "last_logit": 225.0,
     }  # fmt: skip
     diverged = spikes.reading_of(run_records(losses([*values[:-1], math.nan], diverges=True)), training)
     assert math.isnan(diverged.left)
@@ -165,5 +165,6 @@ def test_cases_end_after_their_disturbance(corpus):
 
 
 def test_the_search_takes_the_largest_rise(results):
-    found = replace(results, experiment=replace(results.experiment, title="Deep"))
+    alone = replace(results.experiment.training, disturbance=None)
+    found = replace(results, experiment=replace(results.experiment, title="Deep", training=alone))
     assert "| Deep | 2.000 | 270 |" in spikes.read_search(spikes.figures_of([found]))

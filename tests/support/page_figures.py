@@ -184,7 +184,13 @@ def _spikes() -> list[str]:
         *_pulse(),
         f"and ends {-later['left'].mean:.3f} nats below Muon's",
         f"with a {figures['confidence']:.0%} interval".replace("%", " %"),
+        f"at most {max(_rises(_read('evidence/search'), 'muon')):.3f} nats here",
+        f"have rises up to {max(_rises(figures, 'muon')):.3f}, MuonClip's up to {max(_rises(figures, 'muonclip')):.3f}",
     ]
+
+
+def _rises(figures: dict, arm: str) -> list[float]:
+    return [run["rise"] for case in figures["cases"].values() for run in case["arms"][arm].values()]
 
 
 def _pulse() -> list[str]:
