@@ -9,50 +9,102 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch.autograd.function import Function
+from torch.autograd.function import Function, FunctionMeta
 
 Seen = Callable[[Any, Any, Any, Callable[[], Any]], Any]
 """Makes a call of an autograd function, `seen(function, args, kwargs, run)`, and returns what it returned."""
 
 
 class _Applied:
-    """In the place of the code of torch's `apply` of autograd functions, while some thread traces.
-
-    Many keep the `apply` of their class under a name of their own, so it is its code that is replaced.
-    """
+    """In the place of what torch calls, while some thread traces. Many keep the `apply` of a class under a name of
+    their own, so it is not enough to replace that."""
 
     def __init__(self) -> None:
         self._lock, self._users, self._of_thread = threading.Lock(), 0, threading.local()
-        self._apply = vars(Function)["apply"].__func__
-        self._code = self._apply.__code__
-        self._host = types.FunctionType(self._code, self._apply.__globals__, "apply", None, self._apply.__closure__)
 
     @contextmanager
-    def seen_by(self, seen: Seen) -> Iterator[None]:
+    def seen_by(self, seen: Seen | None) -> Iterator[None]:
         with self._lock:
             self._users += 1
-            self._apply.__globals__["_qk_applied"] = self._applied
-            self._apply.__code__ = _replacement().__code__
+            self._replace()
+        before = getattr(self._of_thread, "seen", None)
         self._of_thread.seen = seen
         try:
             yield
         finally:
-            self._of_thread.seen = None
+            self._of_thread.seen = before
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    self._apply.__code__ = self._code
-
-    def _applied(self, function: Any, args: Any, kwargs: Any) -> Any:
-        seen = getattr(self._of_thread, "seen", None)
-        run = functools.partial(self._host, function, *args, **kwargs)
-        return run() if seen is None else seen(function, args, kwargs, run)
+                    self._put_back()
 
     def host(self, function: Any) -> Callable[..., Any]:
-        return functools.partial(self._host, function)
+        """Return the `apply` of an autograd function that nobody sees."""
+
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            with self.seen_by(None):
+                return function.apply(*args, **kwargs)
+
+        return apply
+
+    def _call(self, function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        seen = getattr(self._of_thread, "seen", None)
+        return run() if seen is None else seen(function, args, kwargs, run)
+
+    def _replace(self) -> None:
+        raise NotImplementedError
+
+    def _put_back(self) -> None:
+        raise NotImplementedError
 
 
-_applied = _Applied()
+class _ByCode(_Applied):
+    """Until torch 2.13 `apply` is a function in Python, which gets other code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._apply = vars(Function)["apply"].__func__
+        self._code = self._apply.__code__
+        self._host = types.FunctionType(self._code, self._apply.__globals__, "apply", None, self._apply.__closure__)
+
+    def _replace(self) -> None:
+        self._apply.__globals__["_qk_applied"] = self._applied
+        self._apply.__code__ = _replacement().__code__
+
+    def _put_back(self) -> None:
+        self._apply.__code__ = self._code
+
+    def _applied(self, function: Any, args: Any, kwargs: Any) -> Any:
+        return self._call(function, args, kwargs, functools.partial(self._host, function, *args, **kwargs))
+
+
+class _ByForward(_Applied):
+    """From torch 2.14 on `apply` is compiled; it looks `forward` up in the class, which gives it another one."""
+
+    def _replace(self) -> None:
+        FunctionMeta.__getattribute__ = self._look_up  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _put_back(self) -> None:
+        del FunctionMeta.__getattribute__
+
+    @property
+    def _look_up(self) -> Callable[[Any, str], Any]:
+        def look_up(function: Any, name: str) -> Any:
+            found = type.__getattribute__(function, name)
+            if name != "forward" or getattr(self._of_thread, "seen", None) is None:
+                return found
+            contexts = int(function.setup_context is Function.setup_context)  # arguments before those of `apply`
+
+            @functools.wraps(found)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._call(function, args[contexts:], kwargs, functools.partial(found, *args, **kwargs))
+
+            return forward
+
+        return look_up
+
+
+_applied = _ByCode() if isinstance(vars(Function)["apply"], classmethod) else _ByForward()
 
 
 def seen_autograd_functions(seen: Seen) -> AbstractContextManager[None]:

@@ -5,7 +5,9 @@ In evaluation mode no layer is dropped. What is seen in the forward, `tracer.py`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +59,8 @@ def trace(
         sums = tracer.sums
         opaque = OpaqueCalls(sums, lambda: len(tracer.calls))
         sums.operators = opaque.operator
-        with torch.enable_grad(), handling(tracer), seen_autograd_functions(opaque.applied), tracer, sums:
+        seen = seen_autograd_functions(opaque.applied)
+        with torch.enable_grad(), _hooks_are_ours(), handling(tracer), seen, tracer, sums:
             outputs = replica.run()
         shown = _shown(replica, tracer, outputs, whole=not prefix)
     sources = [source for call in tracer.calls for source in call.sources()]
@@ -69,6 +72,15 @@ def trace(
     return Trace(
         tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators, shown
     )
+
+
+@contextmanager
+def _hooks_are_ours() -> Iterator[None]:
+    """Silence torch (2.14 on) where it warns of hooks on saved tensors around selective checkpoints: they are of the
+    trace."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
+        yield
 
 
 def _shown(replica: Replica, tracer: AttentionTracer, outputs: Any, *, whole: bool) -> dict[str, Use]:

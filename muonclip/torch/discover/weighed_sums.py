@@ -138,6 +138,7 @@ class WeighedSums(TorchDispatchMode):
         self.without_logits: list[Sighting] = []
         self.operators_of_weights: set[tuple[str, str]] = set()  # of what may make weights of scores: where, and which
         self.looked_up: set[int] = set()  # the storages of what rows were looked up in
+        self._is_paused = False
         self.left_to_steps: set[str] = set()  # modules of which they are told that their attention was not observed
         for each in model.parameters():
             self.put(each, _OF_PARAMETERS)
@@ -152,15 +153,22 @@ class WeighedSums(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """See nothing meanwhile."""
-        inner = torch._C._len_torch_dispatch_stack() - 1
-        if inner < 0 or torch._C._get_dispatch_stack_at(inner) is not self:  # it is so already, or a model has its own
+        count = torch._C._len_torch_dispatch_stack()
+        modes = [torch._C._get_dispatch_stack_at(index) for index in range(count)]
+        if not any(mode is self for mode in modes):  # it is so already
             yield
-            return
-        torch._C._pop_torch_dispatch_stack(None)
-        try:
-            yield
-        finally:
-            torch._C._push_on_torch_dispatch_stack(self)
+        elif modes[-1] is self:
+            torch._C._pop_torch_dispatch_stack(None)
+            try:
+                yield
+            finally:
+                torch._C._push_on_torch_dispatch_stack(self)
+        else:  # a model has a mode of its own, which hands on what it sees
+            before, self._is_paused = self._is_paused, True
+            try:
+                yield
+            finally:
+                self._is_paused = before
 
     def project(self, result: Any, given: Any = ()) -> None:
         """Note that a result is a projection of what was given, or the output of an attention that was recorded."""
@@ -244,6 +252,8 @@ class WeighedSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         if may_make_weights(func):
             self.operators_of_weights.add((self.innermost(), str(func)))
         if getattr(func, "namespace", "higher_order") not in TORCHS_OWN:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C import _TorchDispatchModeKey  # pyright: ignore[reportPrivateUsage]
 from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportPrivateUsage]
 from torch._C._functorch import peek_interpreter_stack
-from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
@@ -65,7 +65,7 @@ def unobservable() -> Unobservable | None:
         return _EXPORT if torch.compiler.is_exporting() else _of_thread.unobservable
     if peek_interpreter_stack() is not None:
         return _TRANSFORM if _of_thread.unobservable is None else _TRANSFORM_OF_OTHERS
-    if torch._C._is_tracing() or _symbolic_trace._is_fx_tracing_flag:
+    if torch._C._is_tracing() or is_fx_symbolic_tracing():
         return _EXPORT
     if torch._C._len_torch_dispatch_stack():
         for key, reason in _INFRASTRUCTURE.items():
