@@ -59,7 +59,7 @@ class _Applied:
 
 
 class _ByCode(_Applied):
-    """Until torch 2.13 `apply` is a function in Python, which gets other code."""
+    """Gives `apply` other code: until torch 2.13 it is a function in Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _ByCode(_Applied):
 
 
 class _ByForward(_Applied):
-    """From torch 2.14 on `apply` is compiled; it looks `forward` up in the class, which gives it another one."""
+    """Gives `apply`, which is compiled from torch 2.14 on, another `forward` where it looks one up in a class."""
 
     def _replace(self) -> None:
         FunctionMeta.__getattribute__ = self._look_up  # pyright: ignore[reportAttributeAccessIssue]
