@@ -118,6 +118,7 @@ _STUDIES = (
     "referee",
     "gram-accuracy",
     "primer",
+    "coordinate-check",
     "grad-clipping",
     "variants",
     "fine-tuning",

@@ -231,6 +231,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         {"--train": _flag("train the momenta anew, and save them in the repository")}, ["--out"],
     ),
     "primer": ("draw what Muon does to gradients, singular values and logits: one minute", {}, ["--out"]),
+    "coordinate-check": (
+        "see whether a rate carries over to other widths, for three scales of the update: three minutes on one core",
+        {"--quick": _flag("two widths and one seed, to see that all of it works")}, ["--out"],
+    ),
     "grad-clipping": (
         "clip all gradients, AdamW's alone, or none: five runs on three seeds, ten minutes",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],

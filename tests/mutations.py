@@ -3868,6 +3868,13 @@ MUTATIONS = (
         "            if False and any(p.grad is not None",
         tests_of("torch/test_host_modes.py", "test_a_transform_of_the_model_itself_next_to_the_training_is_said_once"),
     ),
+    Mutation(
+        "spectral-scale-by-the-longer-side",
+        "The spectral scale grows with a matrix, as that of AdamW's RMS does.",
+        "return math.sqrt(fan_out / fan_in)",
+        "return math.sqrt(max(fan_out, fan_in) / 16)",
+        tests_of("benchmarks/test_coordinate_check.py", "test_changes_are_the_same_at_every_width"),
+    ),
     # Heads that are declared by pattern
     Mutation(
         "last-pattern-counts",

@@ -260,7 +260,19 @@ def _primer() -> list[str]:
         f"from {largest['muon'][0]:.1f} to {largest['muon'][1]:.1f} under Muon",
         f"do not exceed {largest['muonclip'][1]:.1f} under MuonClip",
         *(f"{label}: {_band(label)}" for label in primer["singular-values"]["after"]),
+        _coordinate_check(),
     ]
+
+
+def _coordinate_check() -> str:
+    check = _read("primer/coordinate-check")
+    slopes = {name: scale["slopes"]["all layers"] for name, scale in check["scales"].items()}
+    first, last = check["widths"][0], check["widths"][-1]
+    return (
+        f"From width {first} to {last} the change after all layers grows as the width to the power "
+        f"{slopes['original']:.2f} with `original`, {slopes['spectral_unclamped']:.2f} with `spectral_unclamped` "
+        f"and {slopes['match_rms_adamw']:.2f} with `match_rms_adamw`"
+    )
 
 
 def _band(label: str) -> str:
