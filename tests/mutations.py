@@ -3873,7 +3873,9 @@ MUTATIONS = (
         "The spectral scale grows with a matrix, as that of AdamW's RMS does.",
         "return math.sqrt(fan_out / fan_in)",
         "return math.sqrt(max(fan_out, fan_in) / 16)",
-        tests_of("benchmarks/test_coordinate_check.py", "test_changes_are_the_same_at_every_width"),
+        tests_of(
+            "benchmarks/test_coordinate_check.py", "test_changes_are_the_same_at_every_width_but_for_the_rms_of_adamw"
+        ),
     ),
     # Heads that are declared by pattern
     Mutation(
