@@ -35,7 +35,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import grad_clipping, master_weights, scaling
+from benchmarks.studies import grad_clipping, master_weights, scaling, variants
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -54,7 +54,8 @@ COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/
 RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
 MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memory.md
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
-INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES}
+VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
+INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -375,6 +376,17 @@ def test_the_table_of_master_weights_is_that_of_its_figures():
     figures = json.loads(MASTER_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     assert MASTER_WEIGHTS.read_text(encoding="utf-8") == master_weights.table(figures)
     assert {row["way"] for row in figures["rows"]} == master_weights.WAYS.keys()
+
+
+def test_the_tables_of_variants_are_those_of_their_figures_and_these_of_the_raw_rows():
+    figures = json.loads(VARIANTS.with_suffix(".json").read_text(encoding="utf-8"))
+    assert VARIANTS.read_text(encoding="utf-8") == variants.table(figures)
+    losses = {(row["arm"], row["seed"]): row["loss"] for row in figures["rows"]}
+    for arm in figures["arms"]:
+        of = arm["entry"], arm["polynomial"], arm["ns_steps"]
+        assert arm["loss"] == [
+            losses[variants.named(of, arm["best"]), seed] for seed in figures["seeds"]["differences"]
+        ]
 
 
 def test_the_lines_of_the_cheat_sheet_run():

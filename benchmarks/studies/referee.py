@@ -28,7 +28,7 @@ from benchmarks.experiment.presets import OWN_RATE
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import made_with
 from benchmarks.records.intervals import interval
-from benchmarks.studies.trials import Trials
+from benchmarks.studies.trials import TINY, Trials
 from muonclip.models import MoEConfig
 
 ADAMW_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     corpus, rules = open_corpus(), QUICK if options.quick else RULES
     model, training = MoEConfig.cpu(vocab_size=corpus.vocab_size), replace(OWN_RATE, lr={})
     if options.quick:
-        model = replace(model, hidden_size=32, num_layers=2, max_seq_len=16, q_lora_rank=24, kv_lora_rank=16)
+        model = replace(model, **TINY)
         training = replace(training, batch_size=2, validation_batches=1)
     protocol = Experiment.on(corpus, name="", title="", chosen=(), seeds=(), model=model, training=training)
     trials = Trials(protocol, options.out / "referee.jsonl", options.jobs or 2)

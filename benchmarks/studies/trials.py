@@ -29,6 +29,9 @@ from benchmarks.training.torch_learner import TorchLearner
 
 Row = dict[str, Any]
 
+TINY = {"hidden_size": 32, "num_layers": 2, "max_seq_len": 16, "q_lora_rank": 24, "kv_lora_rank": 16}
+"""Changes that make the model of `MoEConfig.cpu` one for dry runs."""
+
 
 class Trials:
     """The trials of a protocol: an experiment without arms, whose model, data and training all runs share.
