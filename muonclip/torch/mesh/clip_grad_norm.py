@@ -35,8 +35,8 @@ def clip_grad_norm_(
     Args:
         parameters: The parameters whose gradients are clipped, or an optimizer: then those of its groups.
         max_norm: The largest norm that they keep.
-        only: With an optimizer, its groups for AdamW or for Muon alone. The norm is theirs, and other gradients stay as
-            they are.
+        only: With an optimizer, its groups for AdamW (or the `rest` in its place) or for Muon alone. The norm is
+            theirs, and other gradients stay as they are.
         stages: The ranks of this one's pipeline, whose parameters are others and count as well.
 
     Raises:
@@ -89,7 +89,7 @@ def _listed(parameters: object, only: str | None) -> tuple[list[Tensor], list[Te
                 f"only={only!r}, and groups of this {kind(parameters)} do not say whose they are. Give a MuonClip, or "
                 "the parameters to clip."
             )
-        wanted = [group for group in groups if only is None or group["use"] == only]
+        wanted = [group for group in groups if only is None or (group["use"] == "muon") == (only == "muon")]
         return [p for group in groups for p in group["params"]], [p for group in wanted for p in group["params"]]
     if not isinstance(parameters, Iterable) or isinstance(parameters, str | bytes | Mapping | nn.Module):
         raise TypeError(f"parameters={shown(parameters)} is a {kind(parameters)}; give tensors, model.parameters().")

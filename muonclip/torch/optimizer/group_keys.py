@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 
 from muonclip.core.arguments import shown
@@ -69,9 +69,24 @@ def check_keys(group: Group, use: str) -> None:
             )
 
 
+def check_keys_of_class(group: Group, known: Iterable[str], name: str) -> None:
+    """Raise ValueError for a key of a group for an optimizer of another class, `name`, that it does not have."""
+    known = {*known, "lr"}
+    for key, value in group.items():
+        is_none = key == "weight_decay" and not value  # which vectors are given, whoever updates them
+        if key not in known and key not in _PASS and not is_none and not _is_mark(key):
+            raise ValueError(
+                f"{key}={shown(value)} in a parameter group with use='rest' is not an option of {name}, and would be "
+                f"ignored. Options are {', '.join(sorted(known))}. For a mark of your own begin its name with an "
+                "underscore."
+            )
+
+
 def check_held_keys(group: Group, use: str) -> None:
     """Raise ValueError for a key of a group that exists, or was saved, by which a user means what nothing reads: a word
     of others, or a misspelt option. Other keys are marks of whoever has set them."""
+    if use == "rest":  # the options of a class, which may be anything
+        return
     for key in group.keys() - _LEFT_BY_MUONCLIP:
         if key not in _OPTIONS.get(use, set()) and key not in _PASS and (key in WORDS or _is_misspelt(key)):
             check_keys({key: group[key]}, use)
@@ -79,7 +94,8 @@ def check_held_keys(group: Group, use: str) -> None:
 
 def options_of(use: str, given: Group) -> Group:
     """Return what was given for a group that is divided, without what only the other use reads."""
-    of_others = set().union(*_OPTIONS.values()) - _OPTIONS[use]
+    own = _OPTIONS.get(use, set().union(*_OPTIONS.values()) - _OPTIONS["muon"] | {"lr", "weight_decay"})
+    of_others = set().union(*_OPTIONS.values()) - own
     return {key: value for key, value in given.items() if key not in of_others}
 
 

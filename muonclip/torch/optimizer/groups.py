@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import kind, shown
 from muonclip.core.matrix_state import MatrixState
+from muonclip.core.parameter_plan import OtherUse, Use
 from muonclip.core.update_rule import MuonRule
 from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
@@ -24,10 +26,14 @@ from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
 from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
 
 
-def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) -> list[Group]:
-    """Make at most three groups of planned parameters: Muon, AdamW, AdamW without decay."""
+def groups_of(
+    planned: Sequence[PlannedParameter], named: Mapping[str, Tensor], other: OtherUse = "adamw"
+) -> list[Group]:
+    """Make at most three groups of planned parameters: Muon, the other half, the other half without decay."""
     groups: list[Group] = []
-    for use, decays in (("muon", True), ("adamw", True), ("adamw", False)):
+    planned = [replace(line, use=other) if line.use == "adamw" else line for line in planned]
+    halves: list[tuple[Use, bool]] = [("muon", True), (other, True), (other, False)]
+    for use, decays in halves:
         lines = [line for line in planned if line.use == use and line.decays == decays]
         if lines:
             group: Group = {"params": [(line.name, named[line.name]) for line in lines], "use": use, "planned": lines}
@@ -39,8 +45,11 @@ def groups_of(planned: Sequence[PlannedParameter], named: Mapping[str, Tensor]) 
     return groups
 
 
-def given_groups(params: Iterable[Any]) -> list[Group]:
-    """Make groups of what a user passed, groups or named parameters; what says no `use` is divided by names."""
+def given_groups(params: Iterable[Any], other: OtherUse = "adamw") -> list[Group]:
+    """Make groups of what a user passed, groups or named parameters; what says no `use` is divided by names.
+
+    `other`: whose the parameters are that are not Muon's.
+    """
     groups: list[Group] = []
     check_iterable(params)
     given = list(params)
@@ -56,7 +65,7 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
         if not all(isinstance(item, tuple) for item in named):
             raise ValueError(
                 "MuonClip was given parameters without names, so an embedding looks like a hidden matrix. Pass the "
-                "model itself, model.named_parameters(), or groups that say use='muon' or use='adamw'."
+                f"model itself, model.named_parameters(), or groups that say use='muon' or use={other!r}."
             )
         twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
         if twice:
@@ -64,7 +73,8 @@ def given_groups(params: Iterable[Any]) -> list[Group]:
                 f"two parameters are named {twice[0]!r}; give each its own name, by a prefix for each module."
             )
         options = {name: value for name, value in group.items() if name != "params"}
-        groups += [{**options_of(part["use"], options), **part} for part in groups_of(plan_named(named), dict(named))]
+        parts = groups_of(plan_named(named), dict(named), other)
+        groups += [{**options_of(part["use"], options), **part} for part in parts]
     if groups and not all(isinstance(item, tuple) for group in groups for item in group["params"]):
         for group in groups:  # torch wants names for all or for none
             group["params"] = [item[1] if isinstance(item, tuple) else item for item in group["params"]]
@@ -142,6 +152,7 @@ def check_gradients(groups: Iterable[Group]) -> None:
     """Raise ValueError, naming the parameter, for a gradient that the optimizer cannot take."""
     for index, group in enumerate(groups):
         gradients = [parameter.grad for parameter in group["params"]]
+        takes_sparse = group["use"] == "rest"  # or says itself that it does not
         kinds = {*map(type, group["params"]), *map(type, gradients)}
         if kinds <= _PLAIN and not any(each.is_sparse for each in gradients if each is not None):
             continue  # as in most steps, which this must not slow down
@@ -149,6 +160,8 @@ def check_gradients(groups: Iterable[Group]) -> None:
             if gradient is None:
                 continue
             if gradient.is_sparse:
+                if takes_sparse:
+                    continue
                 name = name_of(group, index, position)
                 raise ValueError(f"{name} has a sparse gradient, which neither Muon nor AdamW takes.")
             if is_dtensor(gradient) or is_dtensor(parameter):
@@ -171,7 +184,7 @@ def check_states(
         is_muon, rule = group["use"] == "muon", rules[index]
         for position, parameter in enumerate(group["params"]):
             layout, own = layouts[index][position], state.get(parameter, {})
-            if not isinstance(own, dict):
+            if not isinstance(own, dict) and group["use"] != "rest":
                 name = name_of(group, index, position)
                 raise ValueError(f"{name} has a {kind(own)} for its state; {_BEGIN_ANEW}")
             held: dict[str, Any] = {}
@@ -183,7 +196,7 @@ def check_states(
                     each.name: each for each in held_states(rule, own) if each.name in own or each.dtype == "float32"
                 }
                 held |= {part: own.get(part) for part in stored}
-            elif own:
+            elif own and group["use"] == "adamw":
                 held |= {name: own.get(name) for name in ADAMW_STATES}
             bits = group.get("master_weight_bits")
             if has_master(parameter, bits) and WEIGHT_ERROR in own:

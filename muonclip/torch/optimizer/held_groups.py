@@ -37,7 +37,7 @@ def check_held_groups(groups: Sequence[Any], layouts: Sequence[Sequence[MatrixLa
         names = group.get("param_names", parameters)
         if not isinstance(names, list | tuple) or len(names) != len(own):
             raise ValueError(f"param_groups[{index}]['param_names']={shown(names)} is not a name for each. {_ANEW}")
-        if own and not (isinstance(use, str) and use == ("adamw" if own[0] is None else "muon")):
+        if own and not (isinstance(use, str) and use in (("adamw", "rest") if own[0] is None else ("muon",))):
             raise ValueError(f"param_groups[{index}]['use']={shown(use)} is not what it was added for. {_ANEW}")
         missing = sorted(_NEEDED.get(str(use), frozenset()) - group.keys())
         if missing:
@@ -45,7 +45,8 @@ def check_held_groups(groups: Sequence[Any], layouts: Sequence[Sequence[MatrixLa
         try:
             if "eps_given" in group:
                 check_flag("eps_given", group["eps_given"])
-            check_off(group)
+            if use != "rest":
+                check_off(group)
             check_held_keys(group, str(use))
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None

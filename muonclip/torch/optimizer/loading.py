@@ -26,7 +26,7 @@ from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.groups import name_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, held_states
-from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions
+from muonclip.torch.optimizer.options import AdamWOptions, Group, Options
 from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
 
 FORMAT = 1
@@ -97,14 +97,12 @@ def in_own_order(state_dict: Mapping[str, Any], own: Sequence[Group]) -> dict[st
     return {**state_dict, "param_groups": ordered}
 
 
-def checked_options(
-    saved: Sequence[Group], defaults: Callable[[str], MuonOptions | AdamWOptions]
-) -> list[MuonOptions | AdamWOptions]:
+def checked_options(saved: Sequence[Group], defaults: Callable[[str], Options]) -> list[Options]:
     """Return the options of a checkpoint's groups, `defaults` of their use where a group says nothing.
 
     Raises ValueError for what it would not be made with.
     """
-    options: list[MuonOptions | AdamWOptions] = []
+    options: list[Options] = []
     for index, theirs in enumerate(saved):
         use = use_of(theirs)
         missing = [name for name in _NEEDED[use] if name not in theirs]
@@ -116,7 +114,7 @@ def checked_options(
             check_whole("clip_step", theirs.get("clip_step", 0), 0)
             check_whole("rounding_step", theirs.get("rounding_step", 0), 0)
             check_saved_recipe(theirs.get("recipe", ()))
-            if "momentum" in theirs:  # of an AdamW group, too: schedulers cycle β₁ by it
+            if "momentum" in theirs and use != "rest":  # of an AdamW group, too: schedulers cycle β₁ by it
                 check_number("momentum", theirs["momentum"], BELOW_ONE)
             options.append(defaults(use).updated(theirs))
         except (AttributeError, TypeError, ValueError) as error:
@@ -124,7 +122,7 @@ def checked_options(
     return options
 
 
-def check_capturable(saved: Iterable[SavedParameter], options: Sequence[MuonOptions | AdamWOptions]) -> None:
+def check_capturable(saved: Iterable[SavedParameter], options: Sequence[Options]) -> None:
     """Raise ValueError, naming the parameter, for a group that was saved for CUDA graphs and has one on the CPU."""
     for each in saved:
         own = options[each.group]
@@ -148,7 +146,9 @@ def saved_parameters(
 
 def warn_of_missing(saved: Sequence[SavedParameter]) -> None:
     """Warn of parameters without a state in a checkpoint that has others: they begin anew."""
-    names = [each.name for each in saved if not each.state and each.parameter.requires_grad and each.parameter.numel()]
+    halves = {each.use for each in saved if each.state}
+    wanted = [each for each in saved if each.use in halves or each.use != "rest"]  # some classes keep no states
+    names = [each.name for each in wanted if not each.state and each.parameter.requires_grad and each.parameter.numel()]
     if names and any(each.state for each in saved):
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(
@@ -167,6 +167,8 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
         return
     if parameter.is_meta:
         raise ValueError(f"{name} is {ON_META}")
+    if use == "rest":  # its class knows
+        return
     for part in (_MOMENTUM,) if use == "muon" else ADAMW_STATES:
         if not isinstance(saved.get(part), Tensor | (int | float if part == "step" else Tensor)):
             raise ValueError(
@@ -228,7 +230,7 @@ def restored_error(each: SavedParameter, bits: int | None) -> Iterator[tuple[str
     yield WEIGHT_ERROR, error.detach().to(device=each.parameter.device, copy=True)
 
 
-def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[MuonOptions | AdamWOptions]) -> None:
+def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[Options]) -> None:
     """Warn of errors of masters in a checkpoint whose parameters have none here: they are left out."""
     left = [
         each
@@ -257,13 +259,14 @@ def without_states(state_dict: Mapping[str, Any], names: Collection[str]) -> dic
 
 
 def with_tensor_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved state whose counts of steps are float32 tensors of its own.
+    """Return a saved state whose counts of AdamW's steps are float32 tensors of its own.
 
     Old ones are numbers; in bfloat16 a count would stop at 256.
     """
+    of_rest = {key for group in state_dict["param_groups"] if use_of(group) == "rest" for key in group["params"]}
     state = {
         key: {**saved, "step": torch.as_tensor(saved["step"]).detach().to(torch.float32, copy=True).reshape(())}
-        if isinstance(saved, Mapping) and "step" in saved
+        if isinstance(saved, Mapping) and "step" in saved and key not in of_rest
         else saved
         for key, saved in state_dict["state"].items()
     }
@@ -280,6 +283,7 @@ _MOMENTUM = "momentum_buffer"
 _NEEDED = {
     "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
     "adamw": ("lr", "weight_decay", "betas", "eps"),
+    "rest": ("lr",),
 }
 """The options that torch's own optimizers save, too; others have their default where they are not saved."""
 

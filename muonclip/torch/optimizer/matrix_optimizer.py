@@ -6,10 +6,10 @@ The mathematics is in `muonclip.core`; how matrices get to it, in `update`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,9 @@ from muonclip.torch.optimizer.matrix_state import (
     restored_states,
     state_bytes,
 )
-from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, follow_cycle
+from muonclip.torch.optimizer.options import AdamWOptions, Group, MuonOptions, Options, follow_cycle
 from muonclip.torch.optimizer.plan_inputs import plan_inputs
+from muonclip.torch.optimizer.rest import Rest, RestOptions
 from muonclip.torch.optimizer.saved_values import check_saved_values
 from muonclip.torch.update import (
     MUON,
@@ -87,7 +88,7 @@ class Matrix(NamedTuple):
 
 
 class MatrixOptimizer(Optimizer):
-    """Groups with `use` "muon" or "adamw", a layout for every Muon parameter, and their state.
+    """Groups with `use` "muon" and "adamw" or "rest", a layout for every Muon parameter, and their state.
 
     `_layouts[g][i]` belongs to `param_groups[g]["params"][i]`: by position, because engines replace parameters, and
     outside the groups, because those are saved. `rule` is what matrices are updated by in groups with the `update`
@@ -100,7 +101,7 @@ class MatrixOptimizer(Optimizer):
         self,
         groups: ParamsT,
         muon: MuonOptions,
-        adamw: AdamWOptions | None,
+        other: AdamWOptions | Rest | None,
         workspace_bytes: int | None,
         *,
         offload: bool = False,
@@ -109,22 +110,32 @@ class MatrixOptimizer(Optimizer):
         check_flag("offload", offload)
         muon.check()
         check_iterable(groups)
-        self._muon, self._adamw = muon, adamw
+        self._muon = muon
+        self._adamw = other if isinstance(other, AdamWOptions) else None
+        self._rest = other if isinstance(other, Rest) else None
+        self._has_rest = False  # made, while groups are added for the first time
         self._workspace_bytes = workspace_bytes
         self._offload = offload
         self._topology = Topology()
         self._layouts: list[list[MatrixLayout | None]] = []
         self._forget_plan()
         defaults = muon.as_group()
-        common = defaults if adamw is None else ("lr", "weight_decay", "momentum")
+        common = defaults if other is None else ("lr", "weight_decay", "momentum")
+        if self._rest is not None:
+            groups = self._rest.made_on(cast("Iterable[Group]", groups))
         super().__init__(groups, {name: defaults[name] for name in common})
+        if self._rest is not None:
+            if self._rest.optimizer is not None:
+                self.state.update(self._rest.optimizer.state)  # of classes that make states when they are made
+            self._rest.share(self.param_groups, self.state)
+            self._has_rest = True
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group.
 
         Args:
-            param_group: `params`, and any option of its `use` ("muon", the default, or "adamw"). A Muon group may carry
-                `layout`, a `MatrixLayout` or one per parameter; by default the shape decides.
+            param_group: `params`, and any option of its `use` ("muon", the default, or the other half's). A Muon
+                group may carry `layout`, a `MatrixLayout` or one per parameter; by default the shape decides.
 
         Raises:
             ValueError: For parameters and options that do not fit; nothing is added then.
@@ -137,20 +148,29 @@ class MatrixOptimizer(Optimizer):
         layouts: list[MatrixLayout | None] = [None] * len(group["params"])
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
-        check_keys(group, use)
-        options = defaults.updated(group)
-        self._check_rounding(options)
-        group |= options.as_group() | {"format": FORMAT}
-        if isinstance(options, MuonOptions) and options.storage.is_stochastic:
-            group.setdefault(ROUNDING_STEP, 0)
-        for position, item in enumerate(group["params"]):
-            name, parameter = item if isinstance(item, tuple) else (name_of({}, len(self.param_groups), position), item)
-            if isinstance(parameter, Tensor):  # torch says what is wrong with others
-                check_master_weights(name, parameter, group.get("master_weight_bits"))
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
-        super().add_param_group(group)
-        self._layouts.append(layouts)
+        added_later = self._rest if use == "rest" and self._has_rest else None
+        if use != "rest":
+            check_keys(group, use)
+        try:
+            if added_later is not None:
+                group = added_later.added(group)
+            options = defaults.updated(group)
+            self._check_rounding(options)
+            group |= options.as_group() | {"format": FORMAT}
+            if isinstance(options, MuonOptions) and options.storage.is_stochastic:
+                group.setdefault(ROUNDING_STEP, 0)
+            for position, item in enumerate(group["params"]):
+                index = len(self.param_groups)
+                name, parameter = item if isinstance(item, tuple) else (name_of({}, index, position), item)
+                if isinstance(parameter, Tensor):  # torch says what is wrong with others
+                    check_master_weights(name, parameter, group.get("master_weight_bits"))
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].clone()  # a scheduler that scales each group in place must not do so thrice
+            super().add_param_group(group)
+            self._layouts.append(layouts)
+        finally:
+            if added_later is not None:
+                added_later.share(self.param_groups, self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as any optimizer does; `torch.optim.Muon`'s is accepted, and keeps torch's floor.
@@ -165,6 +185,7 @@ class MatrixOptimizer(Optimizer):
             ValueError: For groups, options and states that this optimizer would not have; nothing is loaded then.
         """
         restored: list[tuple[Tensor, dict[str, Tensor | None]]] = []
+        rest: list[Optimizer | None] = []
         check_is_mapping(state_dict)
 
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -185,13 +206,17 @@ class MatrixOptimizer(Optimizer):
                     self._check_rounding(own)
                     rule, held = self._rule(own), (each.name, each.state)
                     states = dict(restored_states(*held, rule, each.parameter, each.layout, own, offload=self._offload))
-                else:
+                elif isinstance(own, AdamWOptions):
                     states = dict(restored_moments(each.state, each.parameter, own))
+                else:
+                    continue
                 errors = dict(restored_error(each, own.master_weight_bits))
                 if self._offload and each.use == "muon":
                     errors = {name: offloaded(value) for name, value in errors.items()}
                     names |= {state.name for state in held_states(self._rule(own), each.state)}
                 restored.append((each.parameter, {**states, **errors}))
+            if self._rest is not None:
+                rest.append(self._rest.loaded(ready))
             return with_tensor_counts(without_states(ready, names))
 
         hook = self.register_load_state_dict_pre_hook(prepare)  # the last: those of others may bring a state into shape
@@ -204,9 +229,11 @@ class MatrixOptimizer(Optimizer):
             own.update(states)
             for name in [name for name, value in states.items() if value is None]:
                 del own[name]
+        if self._rest is not None:
+            self._rest.take(rest[0], self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_muon", "_adamw", "_workspace_bytes", "_offload", "_layouts")
+        own = ("_muon", "_adamw", "_rest", "_has_rest", "_workspace_bytes", "_offload", "_layouts")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -220,6 +247,8 @@ class MatrixOptimizer(Optimizer):
             for name, value in self._defaults(use).as_group().items():
                 group.setdefault(name, value)
             group["format"] = FORMAT
+        if self._rest is not None:
+            self._rest.share(self.param_groups, self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -244,8 +273,12 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as any optimizer does; every trainable parameter has one, with or without a gradient."""
-        self._make_state()
+        """Return the state as any optimizer does; every trainable parameter has one, with or without a gradient.
+
+        With a `rest`, whose class makes its states in its first step, there is none before.
+        """
+        if self._rest is None or self.state:
+            self._make_state()
         return super().state_dict()
 
     @torch.no_grad()
@@ -279,15 +312,17 @@ class MatrixOptimizer(Optimizer):
             if has_master(parameter, group.get("master_weight_bits")) and WEIGHT_ERROR in self.state[parameter]
         }
 
-    def _defaults(self, use: str) -> MuonOptions | AdamWOptions:
+    def _defaults(self, use: str) -> Options:
         if isinstance(use, str) and use == "muon":
             return self._muon
         if isinstance(use, str) and use == "adamw" and self._adamw is not None:
             return self._adamw
-        known = "'muon'" if self._adamw is None else "'muon', 'adamw'"
-        raise ValueError(f"use={use!r} in a parameter group; it is one of {known}.")
+        if isinstance(use, str) and use == "rest" and self._rest is not None:
+            return RestOptions()
+        other = ", 'adamw'" if self._adamw is not None else ", 'rest'" if self._rest is not None else ""
+        raise ValueError(f"use={use!r} in a parameter group; it is one of 'muon'{other}.")
 
-    def _rule(self, options: MuonOptions | AdamWOptions) -> MuonRule:
+    def _rule(self, options: Options) -> MuonRule:
         """Return what the matrices of a group with these options are updated by."""
         return self._rule_named(options.update if isinstance(options, MuonOptions) else "muon")
 
@@ -320,6 +355,9 @@ class MatrixOptimizer(Optimizer):
         ]
         for move in adamw:
             move()
+        if self._rest is not None:
+            self._rest.share(self.param_groups, self.state)
+            self._rest.step()
         execute(self._update_plan, steps, self._topology.positions())
         for group, options in zip(self.param_groups, self._options, strict=True):
             if isinstance(options, MuonOptions) and options.storage.is_stochastic:
@@ -331,7 +369,7 @@ class MatrixOptimizer(Optimizer):
         name = plain_name(name_of(group, matrix.group, matrix.position))
         return Rounding(stream_of(name), group.get(ROUNDING_STEP, 0) + 1)
 
-    def _check_rounding(self, options: MuonOptions | AdamWOptions) -> None:
+    def _check_rounding(self, options: Options) -> None:
         """Raise ValueError for stochastic rounding in a CUDA graph, of which each replay would be the same step."""
         if not isinstance(options, MuonOptions) or not options.storage.is_stochastic:
             return
@@ -350,7 +388,7 @@ class MatrixOptimizer(Optimizer):
                     continue
                 if isinstance(options, AdamWOptions):
                     make_adamw_state(self.state[parameter], parameter, options)
-                elif layout is not None:
+                elif layout is not None and isinstance(options, MuonOptions):
                     rule, own = self._rule(options), self.state[parameter]
                     make_matrix_states(own, rule, parameter, layout, options, offload=self._offload)
 
@@ -365,7 +403,9 @@ class MatrixOptimizer(Optimizer):
         if not isinstance(self.state, defaultdict):
             check_kind("optimizer.state", self.state, dict, "a dict of the states by parameter")
             self.state = defaultdict(dict, self.state)
-        states = [id(value) for own in self.state.values() if isinstance(own, dict) for value in own.values()]
+        others = set[int]() if self._rest is None else self._rest.owns()  # whose class may replace its states
+        held = [own for parameter, own in self.state.items() if id(parameter) not in others]
+        states = [id(value) for own in held if isinstance(own, dict) for value in own.values()]
         changed = inputs != self._inputs
         if changed:
             check_parameters(self.param_groups, offload=self._offload)
@@ -379,14 +419,14 @@ class MatrixOptimizer(Optimizer):
     def _check_options(self) -> None:
         """Read the options of the groups, which schedulers and users set; raise for those that do not fit."""
         check_held_groups(self.param_groups, self._layouts)
-        options: list[MuonOptions | AdamWOptions] = []
+        options: list[Options] = []
         for index, (group, known) in enumerate(zip_longest(self.param_groups, self._options)):
             try:
                 follow_cycle(group, known)
                 new = self._defaults(group["use"]).from_mapping(group)
                 if new != known:
                     waits = isinstance(new.lr, Tensor) and new.lr.device.type != "cpu"  # to read it: drains the queue
-                    (replace(new, lr=0.0) if waits else new).check()
+                    (replace(cast("Any", new), lr=0.0) if waits else new).check()
                     self._check_rounding(new)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{index}]: {error}") from None
@@ -434,7 +474,7 @@ class MatrixOptimizer(Optimizer):
         self._inputs: list[object] | None = None
         self._states: list[int] = []  # the tensors that were checked, by id
         self._has_state = False  # as far as the plan knows
-        self._options: list[MuonOptions | AdamWOptions] = []  # of the groups, as they were checked
+        self._options: list[Options] = []  # of the groups, as they were checked
 
     def _find_matrices(self) -> Iterator[Matrix]:
         """Yield Muon's parameters that may move."""

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import TypeVar
 
@@ -47,6 +48,7 @@ from muonclip.torch.optimizer.options import (
     options_to_show,
 )
 from muonclip.torch.optimizer.plan import SPLIT_REASON, Plan, PlannedParameter, plan_module
+from muonclip.torch.optimizer.rest import Rest, RestClass
 from muonclip.torch.optimizer.shown_roles import FirstForward, warn_of_other_roles
 from muonclip.torch.update import MasterWeightBits
 
@@ -139,8 +141,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
 
     Args:
         model: A module; or named parameters, or groups `dict(params=…, use="muon" | "adamw", …)`, with `qk_clip` given
-            or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's; `plan` says which and
-            why.
+            or None. Matrices are Muon's, embeddings, head, norms, biases and the rest AdamW's, or those of `rest`, in
+            groups `use="rest"`; `plan` says which and why.
         lr: The rate of both halves, per step. With the default `adjust_lr_fn` updates have the RMS of AdamW's
             (Moonlight, arXiv 2502.16982): its decay carries over, and rates from its own, in large runs, to five times
             that in small ones.
@@ -165,6 +167,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             `muonclip.core.RECIPES`. `plan` says what came from where. A recipe never sets `lr`.
         adamw: Options of the AdamW half: `lr` (None: `lr`), `betas`, `eps`, `weight_decay` (None: `weight_decay`; none
             on norms and biases), `fused`.
+        rest: Another optimizer in the place of AdamW: a class such as `torch.optim.NAdam` or one of a library, or
+            `functools.partial(Class, …)` with its options. It has the rate `lr` unless the partial gives another, and
+            its own decay (none on norms and biases). `step`, `state_dict` and `param_groups` are one optimizer's.
         ns_dtype: The dtype of the matrix products, see `Muon`.
         ns_form: The form of the iteration, see `Muon`.
         products: How products are multiplied, see `Muon`.
@@ -211,6 +216,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         tau: Tau = DEFAULT_TAU,
         qk_clip: Clip | Literal["auto", "required"] = "auto",
         adamw: Mapping[str, Any] | None = None,
+        rest: RestClass | None = None,
         ns_dtype: torch.dtype | None = None,
         ns_form: Literal["standard", "gram"] | None = None,
         products: str | None = None,
@@ -239,7 +245,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             raise ValueError(
                 "capturable=True with a tau that is a function: a graph that is replayed does not call it."
             )
-        adamw_options = AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
+        other = _other_half(adamw, rest, muon, capturable=capturable)
         check_engine(model)
         if layouts is not None and not isinstance(model, nn.Module):
             raise ValueError("layouts= goes by the names of a model: pass the model, or give each group its layout=.")
@@ -247,7 +253,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self.qk_clip = cast("Clip", _find_clip(model, qk_clip, tau))
         try:
             recipe = recipe if isinstance(recipe, Recipe) else None
-            self._make(model, muon, adamw_options, workspace_bytes, per_head=per_head, recipe=recipe, offload=offload)
+            self._make(model, muon, other, workspace_bytes, per_head=per_head, recipe=recipe, offload=offload)
         except BaseException:  # which keeps this object as long as it lasts, and so its hooks
             if self.qk_clip is not None and self.qk_clip is not qk_clip:
                 self.qk_clip.attentions.withdraw()
@@ -259,7 +265,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self,
         model: nn.Module | Iterable[Any],
         muon: MuonOptions,
-        adamw_options: AdamWOptions,
+        other: AdamWOptions | Rest,
         workspace_bytes: int | None,
         *,
         per_head: PerHead,
@@ -274,7 +280,7 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             projections = declared_qk_projections(model)
         defaults = {
             **options_to_show(muon),
-            "adamw": options_to_show(adamw_options),
+            **({"rest": other} if isinstance(other, Rest) else {"adamw": options_to_show(other)}),
             "tau": self.qk_clip and tau_in_words(self.qk_clip.tau),
         }
         if recipe is not None:
@@ -295,10 +301,10 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             planned = plan_module(
                 model, projections, per_head=per_head, layouts=self._declared_layouts, shown=self._shown_by(model)
             )
-            groups = groups_of(planned, named)
+            groups = groups_of(planned, named, other.use)
         else:
-            groups = given_groups(model)
-        super().__init__(groups, muon, adamw_options, workspace_bytes, offload=offload)
+            groups = given_groups(model, other.use)
+        super().__init__(groups, muon, other, workspace_bytes, offload=offload)
         if isinstance(model, nn.Module):
             self._topology.find_replicas_of(model)
         of_clip = None if self.qk_clip is None else self.qk_clip.attentions.model
@@ -309,6 +315,21 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             self._unfilled = weakref.ref(model)
         self._plan_update()
         self._matrices.clear()  # until the first step an engine may replace the parameters: hold none
+
+    @property
+    def rest(self) -> Optimizer | None:
+        """The optimizer of the other half that was made of `rest=`; None where that is AdamW.
+
+        It has the groups and states of this one. What it does besides its step is called on it.
+        """
+        return None if self._rest is None else self._rest.optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        """Return `train` and `eval` of a rest that has them, as schedule-free optimizers do; trainers call them."""
+        rest = self.__dict__.get("_rest")
+        if name in ("train", "eval") and rest is not None and hasattr(rest.optimizer, name):
+            return getattr(rest.optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group for Muon or AdamW, as its `use` says; without it, the plan's rules divide named parameters.
@@ -322,10 +343,12 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         if planned is None and "use" not in param_group:
             before = len(self.param_groups), self.plan
             try:
-                for group in given_groups([param_group]):
+                for group in given_groups([param_group], "adamw" if self._rest is None else self._rest.use):
                     self.add_param_group(group)
             except BaseException:
                 del self.param_groups[before[0] :], self._layouts[before[0] :]
+                if self._rest is not None:
+                    self._rest.share(self.param_groups, self.state)
                 self.plan = before[1]
                 raise
             return
@@ -486,6 +509,23 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         self.plan = replace(self.plan, parameters=tuple(planned))
         self._forget_plan()
         self._refresh_plan()
+
+
+def _other_half(
+    adamw: Mapping[str, Any] | None, rest: RestClass | None, muon: MuonOptions, *, capturable: bool
+) -> AdamWOptions | Rest:
+    if rest is None:
+        return AdamWOptions.given({} if adamw is None else adamw, muon, capturable=capturable)
+    if adamw is not None:
+        raise ValueError(
+            f"adamw={shown(dict(adamw) if isinstance(adamw, Mapping) else adamw)} and rest={shown(rest)} are two "
+            "optimizers for one half. Leave one of them out; options of a class go into its functools.partial."
+        )
+    if capturable:
+        raise ValueError(
+            "capturable=True with rest=: give it to the class, rest=functools.partial(…, capturable=True)."
+        )
+    return Rest(rest, muon.lr)
 
 
 def _find_clip(model: nn.Module | Iterable[Any], qk_clip: QKClip | str | None, tau: Tau) -> QKClip | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +41,24 @@ Group: TypeAlias = dict[str, Any]
 
 TORCH_EPS = 1e-7
 """`torch.optim.Muon`'s default of `eps`, which it has to find in a checkpoint."""
+
+
+class Options(Protocol):
+    """The options of a group, whoever's it is."""
+
+    @property
+    def lr(self) -> Any: ...
+
+    @property
+    def master_weight_bits(self) -> Any: ...
+
+    def from_mapping(self, values: Mapping[str, Any], /) -> Options: ...
+
+    def updated(self, group: Mapping[str, Any], /) -> Options: ...
+
+    def as_group(self) -> Group: ...
+
+    def check(self) -> None: ...
 
 
 _LATER = {"update": "muon", "cautious_decay": False, "master_weight_bits": None}
@@ -150,6 +168,7 @@ class MuonOptions(StepOptions):
 class AdamWOptions:
     """The options of an AdamW group, as `torch.optim.AdamW` has them."""
 
+    use: ClassVar[Literal["adamw"]] = "adamw"
     lr: float | Tensor
     betas: tuple[float, float] = ADAM_BETAS
     eps: float = ADAM_EPS
@@ -207,15 +226,18 @@ class AdamWOptions:
         _check_master_weight_bits(self.master_weight_bits)
 
 
-def follow_cycle(group: Group, known: MuonOptions | AdamWOptions | None) -> None:
-    """Let β₁ of an AdamW group be the momentum that OneCycleLR or CyclicLR has set since its options were `known`.
+def follow_cycle(group: Group, known: object) -> None:
+    """Let β₁ of a group that is not Muon's be the momentum that OneCycleLR or CyclicLR has set.
+
+    So it is since its options were `known`.
 
     These schedulers cycle `momentum` in all groups of an optimizer that has it among its defaults, and leave
     `max_momentum` in each.
     """
-    if group["use"] != "adamw" or "max_momentum" not in group:
+    if group["use"] == "muon" or "max_momentum" not in group or not isinstance(group.get("betas"), Sequence):
         return
-    if not isinstance(known, AdamWOptions) or group["momentum"] != known.betas[0]:
+    betas = getattr(known, "betas", None)
+    if betas is None or group["momentum"] != betas[0]:
         check_number("momentum", group["momentum"], BELOW_ONE)
         group["betas"] = (group["momentum"], *group["betas"][1:])
 

@@ -88,7 +88,8 @@ class Plan:
         clip = self.qk_clip
         to_come = "" if clip is None else clip.attentions.to_come
         lines = [_as_of_now(line) for line in self.parameters] if to_come else self.parameters
-        parameters = parameter_table(lines, lambda layout, shape: layout.describe(shape))
+        rest = getattr(self.defaults.get("rest"), "name", "rest")
+        parameters = parameter_table(lines, lambda layout, shape: layout.describe(shape), rest)
         attentions = [
             (
                 name or "(model)",

@@ -29,7 +29,7 @@ def check_saved_values(saved: Iterable[SavedParameter], rule: MuonRule) -> None:
     absmax = {absmax_of(name) for name in of_muon}
     together: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, str, Tensor]]] = defaultdict(list)
     for each in saved:
-        for part in of_muon | absmax if each.use == "muon" else ("exp_avg", "exp_avg_sq"):
+        for part in {"muon": of_muon | absmax, "adamw": ("exp_avg", "exp_avg_sq")}.get(each.use, ()):
             if part in each.state:
                 value = local_part(each.state[part]).detach()
                 value = value.float() if value.dtype.itemsize < 2 else value
