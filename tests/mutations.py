@@ -275,8 +275,8 @@ MUTATIONS = (
     Mutation(
         "cycled-momentum-of-one-half",
         "OneCycleLR cycles Muon's momentum alone.",
-        'if group["use"] != "adamw" or "max_momentum" not in group:',
-        'if group["use"] != "adamw" or "max_momentum" in group:',
+        'if group["use"] == "muon" or "max_momentum" not in group',
+        'if group["use"] == "muon" or "max_momentum" in group',
         tests_of("torch/test_cycled_momentum.py"),
     ),
     Mutation(
@@ -306,6 +306,58 @@ MUTATIONS = (
         "key = (pieces[:at], pieces[at + 1 :], cells) if at > 0 else index",
         "key = (pieces[at + 1 :], cells) if at > 0 else index",
         tests_of("core/test_folded_rows.py"),
+    ),
+    # Another optimizer for the rest
+    Mutation(
+        "rest-has-its-own-rate",
+        "A class of the user's begins with its own rate, and not with the optimizer's.",
+        'self._options = {"lr": lr, **self._options}',
+        "self._options = {**self._options}",
+        tests_of("torch/test_rest.py", "test_the_rate_is_ours_or_the_partial_s_and_the_decay_the_class_s"),
+    ),
+    Mutation(
+        "rest-runs-hooks-twice",
+        "Hooks of steps run for the rest, too.",
+        'step = getattr(step, "__wrapped__", step)',
+        "step = step",
+        tests_of("torch/test_rest.py", "test_one_step_runs_hooks_once_and_evaluates_a_closure_once"),
+    ),
+    Mutation(
+        "rest-that-failed-stays-added",
+        "A group that was refused is stepped by the rest.",
+        "added_later.share(self.param_groups, self.state)",
+        "pass",
+        tests_of("torch/test_rest.py", "test_groups_may_be_given_and_added_and_are_taken_back_by_an_error"),
+    ),
+    Mutation(
+        "rest-counts-are-cast",
+        "Counts and products of a rest are loaded in the dtype of a bf16 parameter.",
+        "value.numel() == held.numel() == 1",
+        "value.numel() == held.numel() == 0",
+        tests_of("torch/test_rest.py", "test_a_run_that_is_saved_or_copied_goes_on_to_the_bit"),
+    ),
+    Mutation(
+        "rest-states-of-its-making-are-lost",
+        "States that a class makes when it is made are not the optimizer's.",
+        "self.state.update(self._rest.optimizer.state)",
+        "self.state.update({})",
+        tests_of(
+            "torch/test_rest.py", "test_each_half_is_what_its_optimizer_does_alone_and_the_clip_is_exact[Adagrad]"
+        ),
+    ),
+    Mutation(
+        "rest-of-another-class-is-loaded",
+        "A checkpoint of another class is taken.",
+        'saved = group.get("rest", self.name)',
+        "saved = self.name",
+        tests_of("torch/test_rest.py", "test_a_checkpoint_of_another_class_or_of_adamw_is_refused"),
+    ),
+    Mutation(
+        "optax-rest-is-adamw",
+        "A transformation for the rest is not used.",
+        'if rest is None else {"rest": rest}',
+        'if rest is None else {"rest": optax.adamw(**options)}',
+        tests_of("optax/test_rest.py", "test_each_half_is_what_its_transformation_does_alone"),
     ),
     # QK-Clip: a model without attention
     Mutation(

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
-from muonclip.core.arguments import Rule, check_array, check_number, shown
+from muonclip.core.arguments import Rule, check_array, check_number, kind, shown
 from muonclip.core.state_storage import Storage
 
 
@@ -67,6 +68,20 @@ def check_tree(name: str, tree: Any, kinds: type | tuple[type, ...], wanted: str
     for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds)):
         if not isinstance(leaf, kinds):
             raise TypeError(f"{name} holds {shown(leaf)}; give {wanted}.")
+
+
+def check_rest(rest: Any, adamw: Any = None) -> None:
+    """Raise TypeError unless it is a transformation that was made, or None; ValueError next to options of AdamW."""
+    if rest is None:
+        return
+    if not isinstance(rest, optax.GradientTransformation):
+        name = getattr(rest, "__name__", "lion")
+        raise TypeError(
+            f"rest={shown(rest)} is a {kind(rest)}; give a transformation that was made, with its rate: "
+            f"rest=optax.{name}(1e-4)."
+        )
+    if adamw is not None:
+        raise ValueError(f"adamw={shown(adamw)} and rest= are two optimizers for one half. Leave one of them out.")
 
 
 def check_mask(name: str, mask: Any) -> None:

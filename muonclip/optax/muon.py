@@ -31,6 +31,7 @@ from muonclip.optax.arguments import (
     check_if_concrete,
     check_mask,
     check_momentum_dtype,
+    check_rest,
     check_scalar,
     check_tree,
 )
@@ -124,6 +125,7 @@ def muonclip(
     muon_weight_dimension_numbers: WeightLayouts = None,
     layouts: Mapping[str, int | MatrixLayout] | None = None,
     adamw: Mapping[str, Any] | None = None,
+    rest: optax.GradientTransformation | None = None,
     shardings: Shardings = None,
     wide_updates: bool = False,
     update: Update = "muon",
@@ -166,6 +168,8 @@ def muonclip(
         layouts: The heads of some projections, as those of linear attention or an indexer, where names, shapes or
             `muon_weight_dimension_numbers` say one matrix: see `plan`.
         adamw: Arguments of `optax.adamw` other than b1=0.9, b2=0.95, eps=1e-8, the same rate and decay.
+        rest: Another transformation in the place of AdamW, `optax.lion(1e-4)` for instance, with a rate and a decay of
+            its own.
         shardings: See `scale_by_muon`.
         wide_updates: See `qk_clip`.
         update: "normuon", as in `scale_by_muon`; "hyperball" (arXiv 2606.16899), which holds the Frobenius norm of
@@ -192,6 +196,7 @@ def muonclip(
         )
     if adamw is not None:
         check_kind("adamw", adamw, Mapping, "a dict of arguments of optax.adamw")
+    check_rest(rest, adamw)
     check_flag("wide_updates", wide_updates)
     check_layouts(layouts)
     if isinstance(recipe, Recipe):
@@ -199,7 +204,7 @@ def muonclip(
 
     def planned(field: str) -> Callable[[optax.Params], PyTree]:
         def tree(params: optax.Params) -> PyTree:
-            lines = plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts)
+            lines = plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts, rest=rest)
             return lines.tree(params, operator.attrgetter(field))
 
         return tree
@@ -228,7 +233,8 @@ def muonclip(
         decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
         decay = _cautiously(decay) if cautious_decay else decay
         muon = optax.chain(muon, decay, optax.scale_by_learning_rate(learning_rate))
-    halves = optax.partition({"muon": muon, "adamw": optax.adamw(**options)}, planned("use"))
+    other = {"adamw": optax.adamw(**options)} if rest is None else {"rest": rest}
+    halves = optax.partition({"muon": muon, **other}, planned("use"))
     return (
         halves
         if qk_projections is None

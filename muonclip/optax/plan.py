@@ -43,7 +43,7 @@ from muonclip.core.state_storage import stored_states
 from muonclip.core.text_table import table
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.updates import UPDATES, Update, states_in_words
-from muonclip.optax.arguments import check_momentum_dtype
+from muonclip.optax.arguments import check_momentum_dtype, check_rest
 from muonclip.optax.array_layout import ArrayLayout, WeightLayout
 from muonclip.optax.head_rows import HeadRows, is_adapter
 from muonclip.optax.known_attention import attentions_by_shape
@@ -119,6 +119,7 @@ def plan(
     update: Update = "muon",
     mu_dtype: DTypeLike | str | None = None,
     recipe: RecipeName | Recipe | None = None,
+    rest: optax.GradientTransformation | None = None,
 ) -> Plan:
     """Make the plan that `muonclip` follows with the same arguments.
 
@@ -137,6 +138,7 @@ def plan(
         update: The rule of the Muon half, see `muonclip`.
         mu_dtype: How the momentum is stored, see `scale_by_muon`.
         recipe: Show what this recipe sets where `muonclip` is given nothing else.
+        rest: What takes the place of AdamW, see `muonclip`.
 
     Raises:
         ValueError: For arrays whose axes are not understood, in a list, for a form that may not run with these
@@ -146,9 +148,12 @@ def plan(
     newton_schulz.check()
     check_choice("update", update, *UPDATES)
     check_momentum_dtype(mu_dtype)
+    check_rest(rest)
     check_layouts(layouts)
     own = _lines(params, weight_dimension_numbers, qk_projections)
     lines = tuple(with_layouts(own, layouts, readable=_readable, whole=not _is_masked(params)))
+    if rest is not None:
+        lines = tuple(replace(line, use="rest") if line.use == "adamw" else line for line in lines)
     sizes = _state_bytes(UPDATES[update], lines, named_arrays(params), mu_dtype)
     planned = Plan(lines, tuple(_products(lines, params, newton_schulz)), {update: sizes}, mu_dtype=mu_dtype)
     if not isinstance(recipe, Recipe):

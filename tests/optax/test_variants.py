@@ -121,6 +121,37 @@ def test_rates_and_decays_may_be_schedules():
             np.testing.assert_allclose(params[name], weight, atol=1e-7, err_msg=name)
 
 
+def test_decays_that_do_not_follow_the_rate_or_come_with_the_gradient_and_ascent():
+    """Independent and coupled decay and `maximize`, as the page has them."""
+
+    def rate(count):
+        return 0.05 / (1 + count)
+
+    def chained(first, weight_decay):
+        tx = transformation("cautious", learning_rate=rate, weight_decay=weight_decay, cautious_decay=False)
+        return optax.chain(first, tx)
+
+    cases = {
+        "independent": (optax.identity(), lambda count: 0.01 / rate(count)),
+        "coupled": (optax.add_decayed_weights(0.3), 0.0),
+        "ascent": (optax.scale(-1.0), 0.0),
+    }
+    for case, (first, weight_decay) in cases.items():
+        params, _ = trained(chained(first, weight_decay), arrays_of_jax(), range(6))
+        expected = arrays(0)
+        for name, weight in expected.items():
+            own = [Matrix(view, lr=0.0, weight_decay=0.0) for view in CASES[name][2](weight)]
+            for step in range(6):
+                gradient = arrays(1000 * step + 500)[name] * (-1 if case == "ascent" else 1)
+                gradient = gradient + (0.3 * weight if case == "coupled" else 0)
+                share = 0.01 * weight if case == "independent" else 0
+                for matrix, part in zip(own, CASES[name][2](gradient), strict=True):
+                    matrix.lr = rate(step)
+                    matrix.step(part)
+                weight -= share
+            np.testing.assert_allclose(params[name], weight, atol=1e-7, err_msg=f"{case} {name}")
+
+
 def arrays_of_jax():
     return jax.tree.map(jnp.asarray, arrays(0))
 

@@ -123,6 +123,29 @@ def test_cautious_decay_leaves_entries_alone_that_grow():
     assert torch.equal(cautious.detach(), torch.where(shrinks, plain, without).detach())
 
 
+def test_a_decay_that_does_not_follow_the_rate_is_set_before_each_step():
+    """Independent decay, as the page has it: a share of the weights, whatever the rate."""
+    start = normal(0, (6, 4))
+    ours, parameter = Matrix(start.copy(), lr=0.1, weight_decay=0.0), nn.Parameter(torch.tensor(start))
+    optimizer = Muon([parameter], lr=0.1, weight_decay=0.1)
+
+    def independent(optimizer, *_):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.01 / group["lr"]
+
+    optimizer.register_step_pre_hook(independent)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(STEPS):
+        gradient = normal(100 + step, (6, 4))
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        schedule.step()
+        ours.lr, share = 0.1 / (1 + step), 0.01 * ours.weight
+        ours.step(gradient)
+        ours.weight -= share
+        np.testing.assert_allclose(parameter.detach(), ours.weight, atol=1e-12)
+
+
 def test_signs_decide_where_a_product_would_be_zero():
     small = np.float32([1e-30, -1e-30, 0.0])
     assert agree(small, small).tolist() == [True, True, False]

@@ -152,8 +152,8 @@ class Rest:
             if saved != self.name:
                 raise ValueError(
                     f"the checkpoint was saved with rest={shown(saved)}, and this optimizer has rest={self.name}, "
-                    "whose states are others. Nothing was loaded. Make it with the class of the checkpoint, or load the "
-                    "weights alone."
+                    "whose states are others. Nothing was loaded. Make it with the class of the checkpoint, or load "
+                    "the weights alone."
                 )
         if self.optimizer is None:
             return None
