@@ -404,6 +404,7 @@ def test_the_signature_says_that_there_is_no_rest_by_default():
     assert inspect.signature(MuonClip).parameters["rest"].default is None
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_and_a_checkpoint_of_two_goes_on_with_one(tmp_path):
     run_ranks(2, rest_worker.__file__, tmp_path, timeout=300)
     rest_worker.resume_alone(tmp_path)
