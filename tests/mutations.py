@@ -180,8 +180,8 @@ MUTATIONS = (
     Mutation(
         "sizes-of-blocks-are-not-looked-at",
         "Sizes that are NaN or negative are loaded.",
-        'for part in of_muon | absmax if each.use == "muon"',
-        'for part in of_muon if each.use == "muon"',
+        'for part in {"muon": of_muon | absmax',
+        'for part in {"muon": of_muon',
         tests_of("torch/test_stored_momentum.py", "test_a_damaged_state_is_refused_before_anything_is_loaded"),
     ),
     Mutation(
@@ -2363,7 +2363,7 @@ MUTATIONS = (
     Mutation(
         "both-halves-clipped-for-one",
         "Clipping AdamW's gradients alone clips Muon's, too.",
-        'if only is None or group["use"] == only]',
+        'if only is None or (group["use"] == "muon") == (only == "muon")]',
         "]",
         tests_of("torch/test_clip_grad_norm.py", "test_one_half_is_clipped_by_its_own_norm_and_the_other_stays"),
     ),

@@ -29,7 +29,7 @@ _HOW = "Give a class of optimizers, rest=torch.optim.NAdam, or with options rest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestOptions:
-    """What is read of a group of such a class; the other options are the class's own affair.
+    """The options that are read of a group for such a class; the others are the class's own affair.
 
     `lr`: its rate. `betas`: of a class that has them, for schedulers that cycle β₁.
     """
