@@ -3954,8 +3954,8 @@ MUTATIONS = (
     Mutation(
         "declared-heads-in-optax-not-in-the-update",
         "Optax's muonclip takes layouts= and updates whole matrices.",
-        "lines = plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts)",
-        "lines = plan(params, muon_weight_dimension_numbers, qk_projections)",
+        "plan(params, muon_weight_dimension_numbers, qk_projections, layouts=layouts, rest=rest)",
+        "plan(params, muon_weight_dimension_numbers, qk_projections, rest=rest)",
         tests_of("optax/test_declared_layouts.py", "test_a_trajectory_is_numpy_s_head_by_head"),
     ),
     # The reference model

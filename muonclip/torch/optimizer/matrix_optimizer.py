@@ -149,8 +149,7 @@ class MatrixOptimizer(Optimizer):
         if use == "muon":
             layouts = layouts_of(group, group.pop("layout", None))
         added_later = self._rest if use == "rest" and self._has_rest else None
-        if use != "rest":
-            check_keys(group, use)
+        check_keys(group, use)
         try:
             if added_later is not None:
                 group = added_later.added(group)

@@ -325,7 +325,11 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         return None if self._rest is None else self._rest.optimizer
 
     def __getattr__(self, name: str) -> Any:
-        """Return `train` and `eval` of a rest that has them, as schedule-free optimizers do; trainers call them."""
+        """Return `train` and `eval` of a rest that has them, as schedule-free optimizers do; trainers call them.
+
+        Args:
+            name: The name of the attribute.
+        """
         rest = self.__dict__.get("_rest")
         if name in ("train", "eval") and rest is not None and hasattr(rest.optimizer, name):
             return getattr(rest.optimizer, name)
