@@ -46,7 +46,8 @@ HOOKS.loader.exec_module(hooks)
 README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence" / "index.md"
 READING = ROOT / "docs" / "evidence" / "reading.md"  # generated, a part of that page
-SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # as well, of docs/optax.md
+SPIKES, SPIKES_SEARCH = (EVIDENCE.with_name(f"{name}.md") for name in ("spikes", "search"))  # as well
+SPEED = ROOT / "docs" / "optax-speed" / "cpu.md"  # of docs/optax.md
 SWEEP = ROOT / "docs" / "architectures" / "sweep.md"  # of docs/architectures.md
 SCALING = ROOT / "docs" / "scaling" / "scaling.md"  # of docs/parallel/harness.md
 CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
@@ -56,6 +57,7 @@ MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memor
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
 INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
+INCLUDED |= {SPIKES, SPIKES_SEARCH}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
