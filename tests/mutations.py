@@ -337,15 +337,6 @@ MUTATIONS = (
         tests_of("torch/test_rest.py", "test_a_run_that_is_saved_or_copied_goes_on_to_the_bit"),
     ),
     Mutation(
-        "rest-states-of-its-making-are-lost",
-        "States that a class makes when it is made are not the optimizer's.",
-        "self.state.update(self._rest.optimizer.state)",
-        "self.state.update({})",
-        tests_of(
-            "torch/test_rest.py", "test_each_half_is_what_its_optimizer_does_alone_and_the_clip_is_exact[Adagrad]"
-        ),
-    ),
-    Mutation(
         "rest-of-another-class-is-loaded",
         "A checkpoint of another class is taken.",
         'saved = group.get("rest", self.name)',
