@@ -35,7 +35,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import grad_clipping, master_weights, scaling, variants
+from benchmarks.studies import grad_clipping, master_weights, momentum_dtype, scaling, variants
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -55,9 +55,10 @@ COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/
 RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
 MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memory.md
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
+MOMENTUM_DTYPE = ROOT / "docs" / "memory" / "momentum_dtype.md"  # of docs/memory.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
 INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
-INCLUDED |= {SPIKES, SPIKES_SEARCH}
+INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -378,6 +379,11 @@ def test_the_table_of_master_weights_is_that_of_its_figures():
     figures = json.loads(MASTER_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     assert MASTER_WEIGHTS.read_text(encoding="utf-8") == master_weights.table(figures)
     assert {row["way"] for row in figures["rows"]} == master_weights.WAYS.keys()
+
+
+def test_the_table_of_momenta_is_that_of_its_figures():
+    figures = json.loads(MOMENTUM_DTYPE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert MOMENTUM_DTYPE.read_text(encoding="utf-8") == momentum_dtype.table(figures)
 
 
 def test_the_tables_of_variants_are_those_of_their_figures_and_these_of_the_raw_rows():
