@@ -110,9 +110,7 @@ MUTATIONS = (
         "The largest entry of a block becomes 128, which int8 reads as -128.",
         "return xp.clip(xp.floor(",
         "return (lambda x, *_: x)(xp.floor(",
-        tests_of(
-            "core/test_state_storage.py", "test_codes_are_the_same_bits_in_all_frameworks_and_those_of_numpy_s_oracle"
-        ),
+        tests_of("core/test_state_storage.py", "test_the_largest_of_a_block_is_127_whatever_the_noise"),
     ),
     Mutation(
         "noise-of-every-step-is-one",

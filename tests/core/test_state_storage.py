@@ -75,6 +75,15 @@ def test_codes_are_the_same_bits_in_all_frameworks_and_those_of_numpy_s_oracle(s
     assert error.max() <= (1 if stochastic else 0.5) / 127 * (1 + 1e-5)
 
 
+def test_the_largest_of_a_block_is_127_whatever_the_noise():
+    """Though its quotient may be a rounding above."""
+    largest = np.random.default_rng(0).uniform(1, 2, size=(2000, 1)).astype(np.float32)
+    x = largest * np.float32([[1, -1]])
+    for noise_of_all in (0, 65535):
+        codes, _ = FRAMEWORKS["torch"].rounded(x, np.full(x.shape, noise_of_all))
+        assert np.abs(codes).max() == 127
+
+
 def test_ties_go_to_even():
     codes, _ = FRAMEWORKS["torch"].rounded(np.float32([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2]]
