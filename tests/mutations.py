@@ -2940,8 +2940,8 @@ MUTATIONS = (
     Mutation(
         "master-not-scaled-by-the-clip",
         "The clip scales the rounded weights, and the error of before makes another master of them.",
-        "error = copies.error_of(parameter)",
-        "error = None",
+        "errors = copies.errors_of(parameter)",
+        "errors = ()",
         tests_of("torch/test_master_weights.py", "test_the_clip_scales_the_master_and_the_parameter_is_its_rounding"),
     ),
     Mutation(
@@ -2978,9 +2978,37 @@ MUTATIONS = (
     Mutation(
         "masters-not-resumed",
         "What a checkpoint holds of masters is lost: they begin again at the parameters.",
-        "errors = dict(restored_error(each, own.master_weight_bits))",
+        "errors = dict(restored_errors(each, own.master_weight_bits))",
         "errors = {}",
         tests_of("torch/test_master_weights.py", "test_resumes_to_the_bit"),
+    ),
+    Mutation(
+        "master-s-last-bits-with-a-sign",
+        "The last 8 bits of an error are cut with their sign, and the upper ones do not go with them.",
+        "        error = error >> 8",
+        "        error = (error + 128) >> 8",
+        tests_of("torch/test_split_weights.py", "test_all_bits_of_a_number_come_back_and_its_weight_is_the_nearest"),
+    ),
+    Mutation(
+        "master-s-last-bits-not-fetched",
+        "Of masters in host memory only the upper errors come to the device.",
+        "for held in (*step.state.values(), *step.errors):",
+        "for held in (*step.state.values(), *step.errors[:1]):",
+        tests_of("torch/test_offload.py"),
+    ),
+    Mutation(
+        "masters-of-32-bits-cut-in-silence",
+        "A checkpoint of masters of 32 bits loses their last 8 where there are 24.",
+        "if len(held) > len(error_dtypes(bits)):",
+        "if False:",
+        tests_of("torch/test_master_weights.py", "test_masters_of_32_bits_are_refused_by_24"),
+    ),
+    Mutation(
+        "masters-of-24-bits-begin-anew-with-32",
+        "Masters of 24 bits lose their error where there are 32.",
+        "error = each.state[name] if name in held else",
+        "error = each.state[name] if name in held and len(held) > 1 else",
+        tests_of("torch/test_master_weights.py", "test_masters_of_24_bits_go_on_with_32_as_they_are"),
     ),
     Mutation(
         "masters-for-one-half-alone",

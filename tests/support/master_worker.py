@@ -1,7 +1,8 @@
 """One rank of the sharded tests of `test_master_weights.py`: `master_worker.py NUMBER FOLDER`.
 
 Trains sharded bf16 parameters with masters, of both halves, next to the same whole, with states on the device and in
-host memory. Then goes on from the checkpoint of the run before, if there was one, and saves its own.
+host memory; two ranks train replicas as well. Gathers the whole state and loads it into other shards. Then goes on
+from the checkpoint of the run before, if there was one, and saves its own.
 """
 
 import json
@@ -12,10 +13,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tiny_attention import TinyModel
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from muonclip.core import MatrixLayout
 from muonclip.torch import MuonClip, QKClip
@@ -67,8 +69,7 @@ def train(model, optimizer, steps):
 
 
 def whole(tensor):
-    wide = tensor.to(torch.int32) if tensor.dtype == torch.int16 else tensor  # which no back end gathers
-    return wide.full_tensor() if isinstance(wide, DTensor) else wide
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def everything(model, optimizer):
@@ -116,6 +117,48 @@ def clipped(sharded):
     return heads, {name: whole(value) for name, value in optimizer.fp32_state_dict(model).items()}, wide
 
 
+def gathered(model, optimizer, mesh, *, offload):
+    """Whether a state that is gathered whole is the sharded one, and, loaded into other shards, becomes it again."""
+    options = StateDictOptions(full_state_dict=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    expected = everything(model, optimizer)
+    is_same = all(
+        torch.equal(moments["state"][name][key], value)
+        for name, each in expected.items()
+        for key, value in each.items()
+        if key not in ("weight", "master")
+    )
+    again, other = make(mesh, offload=offload)
+    set_state_dict(again, other, model_state_dict=weights, optim_state_dict=moments, options=options)
+    return is_same, same(everything(again, other), expected)
+
+
+def of_batches(rank=None):
+    """The masters of four steps on two batches: both in turn, or one on each of two replicas."""
+    torch.manual_seed(0)
+    model = TinyModel("gqa").bfloat16()
+    optimizer = MuonClip(model, 0.05, tau=0.5, master_weight_bits=32)
+    forward = Loss(model) if rank is None else DistributedDataParallel(Loss(model))
+    for step in range(4):
+        for batch in (0, 1) if rank is None else (rank,):
+            tokens = torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(2 * step + batch))
+            (forward(tokens) / (2 if rank is None else 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.fp32_state_dict(model)
+
+
+class Loss(nn.Module):
+    """The loss of a model as a forward, which is what DistributedDataParallel sees."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.loss(tokens)
+
+
 if __name__ == "__main__":
     number, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -130,6 +173,10 @@ if __name__ == "__main__":
         "offloaded": same(everything(*offloaded), everything(*sharded)),
         "sharded": all(isinstance(v, DTensor) for v in sharded[1].fp32_state_dict(sharded[0]).values()),
     }
+    found["gathered"], found["scattered"] = gathered(*sharded, mesh, offload=bool(number))
+    if world == 2:
+        replica, alone = of_batches(rank), of_batches()
+        found["replicas"] = max((replica[name] - value).abs().max().item() for name, value in alone.items())
     (heads, alone, wide), (_, together, _) = clipped(False), clipped(True)
     found["clipped"] = bool(heads) and any(not torch.equal(alone[name], value) for name, value in wide.items())
     found["clipped alike"] = all(torch.equal(together[name], value) for name, value in alone.items())

@@ -14,7 +14,7 @@ from torch import nn
 from variants import CASES, VARIANTS, normal
 
 from muonclip.torch import Muon, MuonClip
-from muonclip.torch.update.split_weights import joined, split_into
+from muonclip.torch.update.split_weights import errors_of, joined, split_into
 
 WORKER = Path(__file__).parents[1] / "support" / "master_worker.py"
 BITS = (24, 32)
@@ -39,7 +39,7 @@ def train(model, optimizer, steps):
 
 
 def master(optimizer, parameter):
-    return joined(parameter.detach(), optimizer.state[parameter]["weight_error"])
+    return joined(parameter.detach(), errors_of(optimizer.state[parameter]))
 
 
 def round_masters(weights, bits):
@@ -137,7 +137,7 @@ def test_the_clip_scales_the_master_and_the_parameter_is_its_rounding(kind, bits
             for p, axis in rows.parameters():
                 scaled = master(optimizer, p)
                 rows.of(scaled, axis)[1] *= 1.7
-                split_into(scaled, p.detach(), optimizer.state[p]["weight_error"])
+                split_into(scaled, p.detach(), errors_of(optimizer.state[p]))
                 for name, q in model.named_parameters():
                     if q is p:
                         before[name] = master(optimizer, p)
@@ -164,8 +164,8 @@ def factors_of(report):
 
 
 def nearest(wide):
-    weight, error = torch.empty_like(wide, dtype=torch.bfloat16), torch.empty_like(wide, dtype=torch.int16)
-    split_into(wide, weight, error)
+    weight = torch.empty_like(wide, dtype=torch.bfloat16)
+    split_into(wide, weight, [torch.empty_like(wide, dtype=dtype) for dtype in (torch.int8, torch.uint8)])
     return weight
 
 
@@ -240,24 +240,80 @@ def test_a_checkpoint_without_masters_begins_them_at_its_parameters(bits):
     train(again, other, range(3, 5))
 
 
-def test_masters_of_other_bits_are_refused_and_those_of_float32_weights_are_left_out():
-    model, optimizer = build(master_weight_bits=24)
+def with_bits(saved, bits):
+    """A saved state whose groups say so many bits."""
+    return {**saved, "param_groups": [{**group, "master_weight_bits": bits} for group in saved["param_groups"]]}
+
+
+@pytest.mark.parametrize("when", ["saved", "loaded"])
+def test_masters_of_24_bits_go_on_with_32_as_they_are(when):
+    model, optimizer = build("mla", master_weight_bits=24)
+    train(model, optimizer, range(3))
+    again, other = build("mla", master_weight_bits=32)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(with_bits(optimizer.state_dict(), 32 if when == "saved" else 24))
+    for group in other.param_groups:
+        group["master_weight_bits"] = 32
+    if when == "loaded":
+        other.state_dict()  # makes what is not there
+    wide = copy.deepcopy(again).float()
+    for p, q, r in zip(model.parameters(), again.parameters(), wide.parameters(), strict=True):
+        assert not other.state[q]["weight_error_low"].any()
+        assert torch.equal(master(other, q), master(optimizer, p))
+        r.data.copy_(master(optimizer, p))
+    train(again, other, [3])
+    assert any(other.state[p]["weight_error_low"].any() for p in again.parameters())
+
+
+def test_masters_of_32_bits_are_refused_by_24_and_those_of_float32_weights_are_left_out():
+    model, optimizer = build(master_weight_bits=32)
     train(model, optimizer, range(2))
     saved = optimizer.state_dict()
-    _, other = build(master_weight_bits=32)
+    _, other = build(master_weight_bits=24)
     before = copy.deepcopy(other.state_dict())
-    for group in saved["param_groups"]:
-        group["master_weight_bits"] = 32
     with pytest.raises(
-        ValueError, match=r"weight_error of 'layers.0.q.weight' in the checkpoint is torch.int8, and master"
+        ValueError, match=r"weight_error_low of 'layers.0.q.weight' in the checkpoint is of masters of 32 bits"
     ):
-        other.load_state_dict(saved)
+        other.load_state_dict(with_bits(saved, 24))
     assert str(other.state_dict()) == str(before)
+    cut = with_bits(copy.deepcopy(saved), 24)
+    for own in cut["state"].values():
+        del own["weight_error_low"]
+    again, other = build(master_weight_bits=24)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(cut)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(master(other, q), master(optimizer, p), rtol=2.0**-15, atol=0)
+    for group in optimizer.param_groups:
+        group["master_weight_bits"] = 24
+    with pytest.raises(ValueError, match=r"its weight_error_low is torch.uint8"):
+        train(model, optimizer, [2])
     wide, optimizer = build(dtype=torch.float32)
     with pytest.warns(UserWarning, match=r"layers.0.q.weight is torch.float32 here"):
         optimizer.load_state_dict(saved)
     train(wide, optimizer, range(2))
     assert not any("weight_error" in own for own in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("weight_error", lambda _: None, "no weight_error, whose last bits"),
+        ("weight_error", lambda error: error.short(), "is torch.int16, not torch.int8"),
+        ("weight_error_low", lambda error: error.char(), "is torch.int8, not torch.uint8"),
+        ("weight_error_low", lambda error: error[:1], "weight_error_low"),
+    ],
+)
+@pytest.mark.parametrize("use", ["muon", "adamw"])
+def test_errors_that_are_not_as_they_were_made_are_refused(use, part, change, match):
+    parameters = [("w", nn.Parameter(torch.randn(4, 6).bfloat16()))]
+    optimizer = MuonClip([dict(params=parameters, use=use)], qk_clip=None, master_weight_bits=32)
+    saved = optimizer.state_dict()
+    value = change(saved["state"][0].pop(part))
+    if value is not None:
+        saved["state"][0][part] = value
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(saved)
 
 
 def test_wide_parameters_are_their_own_masters_and_float16_is_refused():
@@ -329,9 +385,8 @@ def test_the_plan_says_what_has_masters():
     assert said in str(optimizer.plan)
     assert "master_weight_bits = 24" in str(optimizer.plan)
     _, wide = build(dtype=torch.float32, master_weight_bits=32)
-    assert f"of 32 bits: 0 bf16 parameters, weight_error 0 B; {len(errors)} wider parameters are their own" in str(
-        wide.plan
-    )
+    names = "weight_error and weight_error_low"
+    assert f"of 32 bits: 0 bf16 parameters, {names} 0 B; {len(errors)} wider parameters are their own" in str(wide.plan)
 
 
 def test_no_warning_is_given_of_weights_that_come_back():
@@ -344,7 +399,7 @@ def test_no_warning_is_given_of_weights_that_come_back():
 
 @pytest.mark.slow
 def test_sharded_masters_are_those_of_whole_weights_and_go_on_at_another_number_of_ranks(tmp_path):
-    """Four ranks save and two load, with their states in host memory."""
+    """Four ranks save and two load, with their states in host memory. Each gathers all, and loads it, to the bit."""
     for number, world in enumerate((4, 2)):
         run_ranks(world, WORKER, number, tmp_path)
         for rank in range(world):
@@ -352,6 +407,9 @@ def test_sharded_masters_are_those_of_whole_weights_and_go_on_at_another_number_
             assert found["error"] < 2.0**-14
             assert found["offloaded"]
             assert found["sharded"]
+            assert found["gathered"]
+            assert found["scattered"]
+            assert found.get("replicas", 0.0) < 1e-6  # matrices that iterate in other company
             assert found["clipped"]
             assert found["clipped alike"]
             assert found.get("loaded", True)

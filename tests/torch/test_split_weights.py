@@ -7,7 +7,7 @@ import pytest
 import torch
 from rounded_masters import rounded_to_24
 
-from muonclip.torch.update.split_weights import error_dtype, joined, split_into
+from muonclip.torch.update.split_weights import error_dtypes, joined, split_into
 
 UPPER = np.arange(2**16, dtype=np.uint32)
 LOWER = (
@@ -37,16 +37,26 @@ def numbers(lower):
 
 
 def split(master, bits):
-    weight, error = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=error_dtype(bits))
-    split_into(master, weight, error)
-    return weight, error
+    weight = torch.empty_like(master, dtype=torch.bfloat16)
+    errors = [torch.empty_like(master, dtype=dtype) for dtype in error_dtypes(bits).values()]
+    split_into(master, weight, errors)
+    return weight, errors
+
+
+def errors_like(value, weight, bits):
+    """A distance in the last place of masters as the errors in which it is kept."""
+    full = torch.full(weight.shape, value, dtype=torch.int32)
+    return [full.to(torch.int8)] if bits == 24 else [(full >> 8).to(torch.int8), (full & 0xFF).to(torch.uint8)]
+
+
+ENDS = {bits: torch.iinfo(dtype) for bits, dtype in ((24, torch.int8), (32, torch.int16))}
 
 
 @pytest.mark.parametrize("lower", LOWER)
 def test_all_bits_of_a_number_come_back_and_its_weight_is_the_nearest(lower):
     master = numbers(lower)
-    weight, error = split(master, 32)
-    again, real = joined(weight, error), ~master.isnan()
+    weight, errors = split(master, 32)
+    again, real = joined(weight, errors), ~master.isnan()
     assert torch.equal(again.view(torch.int32)[real], master.view(torch.int32)[real])
     assert torch.equal(weight.isnan(), ~real)
     assert again[~real].isnan().all()
@@ -63,14 +73,14 @@ def test_all_bits_of_a_number_come_back_and_its_weight_is_the_nearest(lower):
 @pytest.mark.parametrize("lower", LOWER)
 def test_of_24_bits_is_kept_what_rounding_leaves_and_no_more(lower):
     master = numbers(lower)
-    weight, error = split(master, 24)
-    real, again = ~master.isnan(), joined(weight, error)
+    weight, errors = split(master, 24)
+    real, again = ~master.isnan(), joined(weight, errors)
     expected = rounded_to_24(master)
     assert torch.equal(again[real], expected[real])
     assert torch.equal(again[real].signbit(), master[real].signbit())
     twice = split(again, 24)
     assert torch.equal(twice[0][real].view(torch.int16), weight[real].view(torch.int16))
-    assert torch.equal(twice[1][real], error[real])
+    assert torch.equal(twice[1][0][real], errors[0][real])
     finite = real & weight.isfinite()
     step = (weight.double() - again.double()).abs()[finite]
     assert (step <= (again.bfloat16().double() - again.double()).abs()[finite]).all()
@@ -79,29 +89,40 @@ def test_of_24_bits_is_kept_what_rounding_leaves_and_no_more(lower):
 @pytest.mark.parametrize("bits", [24, 32])
 def test_a_pair_of_bf16_and_error_is_one_master(bits):
     weight = torch.from_numpy(UPPER.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
-    ends = torch.iinfo(error_dtype(bits))
+    ends = ENDS[bits]
     for value in (ends.min, ends.min + 1, -3, -1, 0, 1, 5, ends.max):
-        error = torch.full((2**16,), value, dtype=error_dtype(bits))
-        again = split(joined(weight, error), bits)
-        own = ~weight.isnan() & ~((weight == 0) & (error < 0)) & ~(weight.isinf() & (error > 0))
+        errors = errors_like(value, weight, bits)
+        again = split(joined(weight, errors), bits)
+        own = ~weight.isnan() & ~(weight == 0 if value < 0 else weight.isinf() & (value > 0))
         assert torch.equal(again[0][own].view(torch.int16), weight[own].view(torch.int16))
-        assert torch.equal(again[1][own], error[own])
+        assert all(torch.equal(new[own], old[own]) for new, old in zip(again[1], errors, strict=True))
 
 
 @pytest.mark.parametrize("bits", [24, 32])
 @pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, 1.0, -3e-38])
 def test_a_weight_that_was_set_by_hand_is_the_weight_whatever_error_was_left(bits, value):
     weight = torch.tensor([value]).bfloat16()
-    ends = torch.iinfo(error_dtype(bits))
+    ends = ENDS[bits]
     for left in (ends.min, -1, 0, 1, ends.max):
-        master = joined(weight, torch.tensor([left], dtype=error_dtype(bits)))
+        master = joined(weight, errors_like(left, weight, bits))
         assert torch.equal(split(master, bits)[0], weight) or abs(value) == math.inf
         assert not master.isnan().any()
         assert math.isfinite(value) or abs(master.item()) >= torch.finfo(torch.bfloat16).max
 
 
+@pytest.mark.parametrize("lower", LOWER)
+def test_the_error_of_24_bits_is_the_first_of_those_of_32(lower):
+    weight, errors = split(numbers(lower), 24)
+    master, more = joined(weight, errors), [errors[0], torch.zeros_like(errors[0], dtype=torch.uint8)]
+    real = ~weight.isnan()
+    assert torch.equal(joined(weight, more)[real], master[real])
+    again, kept = split(master, 32)
+    assert torch.equal(again[real], weight[real])
+    assert all(torch.equal(new[real], old[real]) for new, old in zip(kept, more, strict=True))
+
+
 def test_views_are_written_where_they_are():
     weight, error = torch.zeros(4, 6, dtype=torch.bfloat16), torch.zeros(4, 6, dtype=torch.int8)
     master = torch.randn(6, 4)
-    split_into(master, weight.mT, error.mT)
-    torch.testing.assert_close(joined(weight.mT, error.mT), master, rtol=2.0**-16, atol=0)
+    split_into(master, weight.mT, [error.mT])
+    torch.testing.assert_close(joined(weight.mT, [error.mT]), master, rtol=2.0**-16, atol=0)

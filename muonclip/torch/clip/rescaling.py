@@ -82,23 +82,24 @@ def _of_heads(flags: Sequence[bool], maxima: JointMaxima) -> Tensor:
 
 def _scale_rows(rows: HeadRows, factors: Tensor, copies: SecondCopies) -> None:
     for parameter, axis in rows.parameters():
-        error = copies.error_of(parameter)
+        errors = copies.errors_of(parameter)
         weights = copies.of(parameter)
-        if error is None:
-            weights = [parameter, *weights]
+        if errors:
+            _scale_master(rows, parameter, axis, factors, errors)
         else:
-            _scale_master(rows, parameter, axis, factors, error)
+            weights = [parameter, *weights]
         for weight in weights:
             scale_heads(rows, weight, axis, factors.to(weight.device))
 
 
 @torch.no_grad()
-def _scale_master(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor, error: Tensor) -> None:
+def _scale_master(rows: HeadRows, parameter: Tensor, axis: Axes, factors: Tensor, errors: Sequence[Tensor]) -> None:
     """Scale a master that is in two parts: the parameter becomes the rounding of the scaled one."""
-    weight, held = local_part(parameter), local_part(error)
-    own = held.to(weight.device)
+    weight, held = local_part(parameter), [local_part(each) for each in errors]
+    own = [each.to(weight.device) for each in held]
     master = placed_like(parameter, joined(weight, own))
     scale_heads(rows, master, axis, factors.to(weight.device))
     split_into(local_part(master), weight, own)
-    if own is not held:
-        held.copy_(own)
+    for each, new in zip(held, own, strict=True):
+        if new is not each:
+            each.copy_(new)

@@ -2,7 +2,7 @@
 
 Schedule-free optimizers average their weights with `z` (arXiv 2405.15682), Lookahead pulls them to slow weights
 (arXiv 1907.08610), dual averaging makes them anew from where they began and a sum of gradients, others keep a wider
-master. A master in two parts, a bf16 parameter and its error, is scaled as a whole. An average that is only evaluated
+master. A master in two parts, a bf16 parameter and its errors, is scaled as a whole. An average that is only evaluated
 is not such a copy, nor are the weights from before a perturbation. Moments of gradients are not weights.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from muonclip.torch.mesh import local_part
-from muonclip.torch.update import WEIGHT_ERROR
+from muonclip.torch.update import errors_of
 
 _KNOWN = frozenset(
     (
@@ -61,10 +61,13 @@ class SecondCopies:
         copies = [] if given is None else [given]
         return _others([*copies, *(each for each in kept if _is_like(each, parameter))], parameter)
 
-    def error_of(self, parameter: Tensor) -> Tensor | None:
-        """Return the error with which a bf16 parameter is a master, see `split_weights`; None where it is none."""
-        errors = [state[id(parameter)].get(WEIGHT_ERROR) for state, *_ in self._kept if id(parameter) in state]
-        return next((each for each in errors if isinstance(each, Tensor) and each.shape == parameter.shape), None)
+    def errors_of(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """Return the errors with which a bf16 parameter is a master, see `split_weights`; none where it is none."""
+        for state, *_ in self._kept:
+            errors = errors_of(state.get(id(parameter), {}))
+            if errors and all(isinstance(each, Tensor) and each.shape == parameter.shape for each in errors):
+                return errors
+        return ()
 
 
 def unnamed_copies(parameter: Tensor, optimizers: Iterable[Any]) -> list[Tensor]:

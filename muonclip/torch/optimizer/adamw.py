@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw as adamw_functional
 
 from muonclip.torch.mesh import local_gradient, local_part
 from muonclip.torch.optimizer.options import AdamWOptions, master_dtype
-from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master, joined, split_into
+from muonclip.torch.update import errors_of, has_master, joined, missing_errors, split_into
 
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
@@ -30,19 +30,20 @@ class _Step(NamedTuple):
     step: Tensor
 
 
+_MasterStep: TypeAlias = tuple[_Step, list[Tensor]]
+
+
 def make_adamw_state(state: dict[str, Any], parameter: Tensor, options: AdamWOptions) -> None:
-    """Fill the state of a parameter that has none, wholly or not at all; the error of a master may come later."""
+    """Fill the state of a parameter that has none, wholly or not at all; the errors of a master may come later."""
     bits = options.master_weight_bits
-    error = {}
-    if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
-        error[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
+    errors = missing_errors(state, parameter, bits)
     if not state:
         device = parameter.device if options.capturable or options.fused else torch.device("cpu")
         step = torch.zeros((), dtype=torch.float32, device=device)
         first, second = (torch.zeros_like(parameter, dtype=master_dtype(parameter, bits)) for _ in range(2))
-        state.update(step=step, exp_avg=first, exp_avg_sq=second, **error)
+        state.update(step=step, exp_avg=first, exp_avg_sq=second, **errors)
     else:
-        state.update(error)
+        state.update(errors)
 
 
 def restored_moments(
@@ -60,7 +61,7 @@ def adamw_step(
 ) -> Callable[[], None]:
     """Return what updates those parameters of a group that have a gradient; nothing is changed before it is called."""
     steps: list[_Step] = []
-    of_masters: list[tuple[_Step, Tensor]] = []
+    of_masters: list[_MasterStep] = []
     for parameter in parameters:
         gradient = local_gradient(parameter)
         if gradient is None:
@@ -70,7 +71,7 @@ def adamw_step(
         moments = local_part(own["exp_avg"]), local_part(own["exp_avg_sq"])
         each = _Step(local_part(parameter), gradient, *moments, own["step"])
         if has_master(parameter, options.master_weight_bits):
-            of_masters.append((each, local_part(own[WEIGHT_ERROR])))
+            of_masters.append((each, [local_part(error) for error in errors_of(own)]))
         else:
             steps.append(each)
     update = partial(
@@ -89,11 +90,11 @@ def adamw_step(
     def move() -> None:
         _update(update, steps)
         for some in _some_at_once(of_masters):
-            masters = [joined(each.parameter.detach(), error) for each, error in some]
+            masters = [joined(each.parameter.detach(), errors) for each, errors in some]
             pairs = zip(some, masters, strict=True)
             _update(update, [each._replace(parameter=m, gradient=each.gradient.float()) for (each, _), m in pairs])
-            for (each, error), master in zip(some, masters, strict=True):
-                split_into(master, each.parameter, error)
+            for (each, errors), master in zip(some, masters, strict=True):
+                split_into(master, each.parameter, errors)
 
     return move
 
@@ -103,8 +104,8 @@ def _update(update: Callable[..., None], steps: Sequence[_Step]) -> None:
     update(lists["parameter"], lists["gradient"], lists["exp_avg"], lists["exp_avg_sq"], [], lists["step"])
 
 
-def _some_at_once(steps: Sequence[tuple[_Step, Tensor]]) -> Iterator[list[tuple[_Step, Tensor]]]:
-    some: list[tuple[_Step, Tensor]] = []
+def _some_at_once(steps: Sequence[_MasterStep]) -> Iterator[list[_MasterStep]]:
+    some: list[_MasterStep] = []
     for each in steps:
         if some and sum(step.parameter.numel() for step, _ in (*some, each)) > _MASTERS_AT_ONCE:
             yield some

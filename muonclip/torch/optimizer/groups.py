@@ -23,7 +23,7 @@ from muonclip.torch.optimizer.group_keys import options_of
 from muonclip.torch.optimizer.matrix_state import held_states
 from muonclip.torch.optimizer.options import Group, master_dtype
 from muonclip.torch.optimizer.plan import PlannedParameter, plan_named
-from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
+from muonclip.torch.update import WEIGHT_ERRORS, error_dtypes, has_master
 
 
 def groups_of(
@@ -199,8 +199,8 @@ def check_states(
             elif own and group["use"] == "adamw":
                 held |= {name: own.get(name) for name in ADAMW_STATES}
             bits = group.get("master_weight_bits")
-            if has_master(parameter, bits) and WEIGHT_ERROR in own:
-                held[WEIGHT_ERROR] = own[WEIGHT_ERROR]
+            if has_master(parameter, bits):
+                held |= {name: own[name] for name in WEIGHT_ERRORS if name in own}
             for part, value in held.items():
                 if part == "step" and not is_muon:
                     if not _is_count(value):
@@ -210,8 +210,8 @@ def check_states(
                 declared = stored.get(part)
                 expected = _expected(declared, parameter, layout)
                 dtype = None if is_muon else parameter.dtype if part == "grad" else master_dtype(parameter, bits)
-                if bits is not None and part == WEIGHT_ERROR:
-                    dtype = error_dtype(bits)
+                if bits is not None and part in WEIGHT_ERRORS:
+                    dtype = error_dtypes(bits).get(part)
                 elif declared is not None and declared.dtype == "int8":
                     dtype = torch.int8
                 on_host = offload and is_muon and part != "grad"

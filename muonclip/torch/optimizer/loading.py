@@ -27,7 +27,7 @@ from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.groups import name_of
 from muonclip.torch.optimizer.matrix_state import check_matrix_states, held_states
 from muonclip.torch.optimizer.options import AdamWOptions, Group, Options
-from muonclip.torch.update import WEIGHT_ERROR, error_dtype, has_master
+from muonclip.torch.update import WEIGHT_ERRORS, error_dtypes, has_master
 
 FORMAT = 1
 """The version of what this release saves; it grows where an earlier release would read it wrongly."""
@@ -184,14 +184,9 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
                 f"{part} of {name!r} in the checkpoint is torch.int8, and {absmax_of(part)}, the sizes of its blocks, "
                 "is not there. Nothing was loaded."
             )
-    error = saved.get(WEIGHT_ERROR)
-    if WEIGHT_ERROR in saved:
-        if not isinstance(error, Tensor) or error.is_meta or error.dtype not in (torch.int8, torch.int16):
-            found = error.dtype if isinstance(error, Tensor) else f"a {kind(error)}"
-            raise ValueError(f"{WEIGHT_ERROR} of {name!r} in the checkpoint is {found}. Nothing was loaded.")
-        check_state(name, WEIGHT_ERROR, error, parameter)
+    _check_errors(name, saved, parameter)
     for part, value in saved.items():
-        if part == WEIGHT_ERROR:
+        if part in WEIGHT_ERRORS:
             continue
         if part == "step" and use == "adamw":
             _check_count(name, value)
@@ -214,20 +209,40 @@ def check_saved_state(each: SavedParameter, rule: MuonRule) -> None:
                 check_state(name, part, saved[part], parameter)
 
 
-def restored_error(each: SavedParameter, bits: int | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the saved error of a parameter's master, as a copy; torch would cast it to the parameter's dtype.
+def restored_errors(each: SavedParameter, bits: int | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the saved errors of a parameter's master, as copies; torch would cast them to the parameter's dtype.
 
-    Raises ValueError for one of other bits than these. Without one, the master begins at the parameter.
+    Those of 24 bits are exact with 32. Raises ValueError for those of more bits than these. Without any, the master
+    begins at the parameter.
     """
-    error = each.state.get(WEIGHT_ERROR)
-    if error is None or bits is None or not has_master(each.parameter, bits):
+    held = [name for name in WEIGHT_ERRORS if name in each.state]
+    if not held or bits is None or not has_master(each.parameter, bits):
         return
-    if error.dtype != error_dtype(bits):
+    if len(held) > len(error_dtypes(bits)):
         raise ValueError(
-            f"{WEIGHT_ERROR} of {each.name!r} in the checkpoint is {error.dtype}, and master_weight_bits={bits} has "
-            f"{error_dtype(bits)}. Nothing was loaded. Take it out of the checkpoint, and masters begin at parameters."
+            f"{held[-1]} of {each.name!r} in the checkpoint is of masters of 32 bits, and master_weight_bits={bits} "
+            "has no place for it. Nothing was loaded. Take it out of the checkpoint, and masters are cut to 24 bits."
         )
-    yield WEIGHT_ERROR, error.detach().to(device=each.parameter.device, copy=True)
+    for name, dtype in error_dtypes(bits).items():
+        error = each.state[name] if name in held else torch.zeros_like(each.state[held[0]], dtype=dtype)
+        yield name, error.detach().to(device=each.parameter.device, copy=True)
+
+
+def _check_errors(name: str, saved: Mapping[str, Any], parameter: Tensor) -> None:
+    """Raise ValueError for errors of a master that are not as the optimizer would have made them."""
+    for part, dtype in WEIGHT_ERRORS.items():
+        if part not in saved:
+            continue
+        error = saved[part]
+        if not isinstance(error, Tensor) or error.is_meta or error.dtype != dtype:
+            found = error.dtype if isinstance(error, Tensor) else f"a {kind(error)}"
+            raise ValueError(f"{part} of {name!r} in the checkpoint is {found}, not {dtype}. Nothing was loaded.")
+        check_state(name, part, error, parameter)
+        first = next(iter(WEIGHT_ERRORS))
+        if first not in saved:
+            raise ValueError(
+                f"{name!r} has {part} in the checkpoint, and no {first}, whose last bits it is. Nothing was loaded."
+            )
 
 
 def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[Options]) -> None:
@@ -235,7 +250,8 @@ def warn_of_left_errors(saved: Sequence[SavedParameter], options: Sequence[Optio
     left = [
         each
         for each in saved
-        if WEIGHT_ERROR in each.state and not has_master(each.parameter, options[each.group].master_weight_bits)
+        if WEIGHT_ERRORS.keys() & each.state.keys()
+        and not has_master(each.parameter, options[each.group].master_weight_bits)
     ]
     if left:
         first = left[0]

@@ -42,7 +42,7 @@ from muonclip.torch.optimizer.loading import (
     check_saved_state,
     checked_options,
     in_own_order,
-    restored_error,
+    restored_errors,
     saved_parameters,
     warn_of_left_errors,
     warn_of_missing,
@@ -64,11 +64,12 @@ from muonclip.torch.optimizer.rest import Rest, RestOptions
 from muonclip.torch.optimizer.saved_values import check_saved_values
 from muonclip.torch.update import (
     MUON,
-    WEIGHT_ERROR,
+    WEIGHT_ERRORS,
     ParameterStep,
     PlacedParameter,
     Rounding,
     UpdatePlan,
+    errors_of,
     execute,
     has_master,
 )
@@ -198,7 +199,7 @@ class MatrixOptimizer(Optimizer):
             check_saved_values(saved, self.rule)
             warn_of_missing(saved)
             warn_of_left_errors(saved, options)
-            names = {WEIGHT_ERROR}  # what torch is not to cast, or to put on the device
+            names = {*WEIGHT_ERRORS}  # what torch is not to cast, or to put on the device
             for each in saved:
                 own = options[each.group]
                 if isinstance(own, MuonOptions):
@@ -209,7 +210,7 @@ class MatrixOptimizer(Optimizer):
                     states = dict(restored_moments(each.state, each.parameter, own))
                 else:
                     continue
-                errors = dict(restored_error(each, own.master_weight_bits))
+                errors = dict(restored_errors(each, own.master_weight_bits))
                 if self._offload and each.use == "muon":
                     errors = {name: offloaded(value) for name, value in errors.items()}
                     names |= {state.name for state in held_states(self._rule(own), each.state)}
@@ -302,13 +303,13 @@ class MatrixOptimizer(Optimizer):
         self._make_state()
         load_fp32_state_dict(model, state_dict, self._errors())
 
-    def _errors(self) -> dict[int, Tensor]:
+    def _errors(self) -> dict[int, tuple[Tensor, ...]]:
         """Return the errors of masters by the `id`s of their parameters."""
         return {
-            id(parameter): self.state[parameter][WEIGHT_ERROR]
+            id(parameter): errors
             for group in self.param_groups
             for parameter in group["params"]
-            if has_master(parameter, group.get("master_weight_bits")) and WEIGHT_ERROR in self.state[parameter]
+            if has_master(parameter, group.get("master_weight_bits")) and (errors := errors_of(self.state[parameter]))
         }
 
     def _defaults(self, use: str) -> Options:
@@ -343,9 +344,10 @@ class MatrixOptimizer(Optimizer):
             rule = self._rule(options)
             make_matrix_states(state, rule, parameter, layout, options, offload=self._offload)
             held, gradient = local_states(rule, state), local_gradient(parameter)
-            error = local_part(state[WEIGHT_ERROR]) if has_master(parameter, options.master_weight_bits) else None
+            masters = errors_of(state) if has_master(parameter, options.master_weight_bits) else ()
+            errors = tuple(map(local_part, masters))
             rounding = self._rounding(matrix) if options.storage.is_stochastic else None
-            own = local_part(parameter), gradient, held, layout, options, rule, error, rounding
+            own = local_part(parameter), gradient, held, layout, options, rule, errors, rounding
             steps.append(ParameterStep(*own, offloaded=self._offload))
         adamw = [
             adamw_step(group["params"], options, self.state)

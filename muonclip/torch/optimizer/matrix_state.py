@@ -17,13 +17,13 @@ from muonclip.torch.heads import HeadRows, scale_heads
 from muonclip.torch.mesh import RankPosition, check_state, is_dtensor, is_shard, local_part, placed_like
 from muonclip.torch.optimizer.options import MuonOptions
 from muonclip.torch.update import (
-    WEIGHT_ERROR,
     PlacedParameter,
     as_numbers,
     convert_states,
-    error_dtype,
+    error_dtypes,
     has_master,
     is_coded,
+    missing_errors,
     on_host,
     rescale,
 )
@@ -50,9 +50,7 @@ def make_matrix_states(
         if declared.name not in state:
             for part in options.storage.parts(declared):
                 made[part.name] = _zeros(part, parameter, layout, options)
-    bits = options.master_weight_bits
-    if bits is not None and has_master(parameter, bits) and WEIGHT_ERROR not in state:
-        made[WEIGHT_ERROR] = torch.zeros_like(parameter, dtype=error_dtype(bits), requires_grad=False)
+    made |= missing_errors(state, parameter, options.master_weight_bits)
     state.update({name: offloaded(value) for name, value in made.items()} if offload else made)
 
 
@@ -93,7 +91,7 @@ def state_bytes(
         yield declared.name, math.prod(shape) * dtype_of(declared, parameter, options).itemsize
     bits = options.master_weight_bits
     if bits is not None and has_master(parameter, bits):
-        yield WEIGHT_ERROR, parameter.numel() * error_dtype(bits).itemsize
+        yield from ((name, parameter.numel() * dtype.itemsize) for name, dtype in error_dtypes(bits).items())
 
 
 def check_matrix_states(

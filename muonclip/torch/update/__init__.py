@@ -12,11 +12,13 @@ from muonclip.torch.update.plan import UpdatePlan, plan
 from muonclip.torch.update.products import PRODUCTS, check_products, check_products_on, choose_products
 from muonclip.torch.update.rounds import NewtonSchulzConfig, PlacedParameter
 from muonclip.torch.update.split_weights import (
-    WEIGHT_ERROR,
+    WEIGHT_ERRORS,
     MasterWeightBits,
-    error_dtype,
+    error_dtypes,
+    errors_of,
     has_master,
     joined,
+    missing_errors,
     split_into,
 )
 from muonclip.torch.update.stages import MUON, ParameterStep, StepOptions, as_numbers, rescale
@@ -25,7 +27,7 @@ from muonclip.torch.update.stored_states import Rounding, convert_states, is_cod
 __all__ = [
     "MUON",
     "PRODUCTS",
-    "WEIGHT_ERROR",
+    "WEIGHT_ERRORS",
     "MasterWeightBits",
     "MatrixShards",
     "NewtonSchulzConfig",
@@ -39,7 +41,8 @@ __all__ = [
     "check_products_on",
     "choose_products",
     "convert_states",
-    "error_dtype",
+    "error_dtypes",
+    "errors_of",
     "execute",
     "has_master",
     "is_coded",
@@ -47,6 +50,7 @@ __all__ = [
     "joined",
     "local_matrices",
     "matrix_shards",
+    "missing_errors",
     "on_host",
     "plan",
     "read_codes",

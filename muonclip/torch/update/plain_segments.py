@@ -106,7 +106,7 @@ def _joined(run: list[_Views]) -> SegmentStep | PlainSegments:
 def _views(segment: SegmentStep) -> _Views | None:
     """Look at a segment's matrices; None where not all of them are plain views of one dtype."""
     step, rule, options, weight = segment.step, segment.step.rule, segment.step.options, segment.step.parameter
-    if step.gradient is None or step.error is not None or step.rounding is not None or step.offloaded:
+    if step.gradient is None or step.errors or step.rounding is not None or step.offloaded:
         return None
     if options.freeze_unused or not isinstance(options.lr, float):
         return None

@@ -52,10 +52,10 @@ class ParameterStep:
         layout: How the parameter is read as matrices.
         options: The options of its group.
         rule: The rule that updates it.
-        error: This rank's shard of the error that makes a bf16 parameter a float32 master, see `split_weights`; None:
+        errors: This rank's shards of the errors that make a bf16 parameter a float32 master, see `split_weights`; none:
             the parameter is updated itself.
         rounding: By what its momentum is rounded stochastically; None: to the nearest.
-        offloaded: Whether state and error are in host memory, and come to the parameter's device for the step alone.
+        offloaded: Whether state and errors are in host memory, and come to the parameter's device for the step alone.
     """
 
     parameter: Tensor
@@ -64,7 +64,7 @@ class ParameterStep:
     layout: MatrixLayout
     options: StepOptions
     rule: MuonRule = MUON
-    error: Tensor | None = None
+    errors: tuple[Tensor, ...] = ()
     rounding: Rounding | None = None
     offloaded: bool = False
 
@@ -83,8 +83,7 @@ class SegmentStep:
     def fetch(self, copies: HostCopies) -> None:
         """Begin to copy what is offloaded of these matrices to the device."""
         step = self.step
-        errors = () if step.error is None else (step.error,)
-        for held in (*step.state.values(), *errors):
+        for held in (*step.state.values(), *step.errors):
             matrices, write_back = self.opened(held)
             working = copies.fetch(matrices)
             self._fetched[id(held)] = working
@@ -267,19 +266,19 @@ class SegmentStep:
 
     def _weight(self) -> Tensor:
         """Return the matrices that are updated, to read: the weights, or their masters."""
-        weight, error = self.opened(self.step.parameter)[0], self.step.error
-        return weight if error is None else joined(weight, self.opened(error)[0])
+        weight, errors = self.opened(self.step.parameter)[0], self.step.errors
+        return joined(weight, [self.opened(each)[0] for each in errors]) if errors else weight
 
     @contextmanager
     def _editing_weight(self) -> Iterator[Tensor]:
         """Give the matrices that are updated; masters become weights and errors again at the end."""
-        step, weight = self.step, self.opened(self.step.parameter)
-        error = None if step.error is None else self.opened(step.error)
-        master = weight[0] if error is None else joined(weight[0], error[0])
+        opened = [self.opened(each) for each in (self.step.parameter, *self.step.errors)]
+        weight, *errors = (matrices for matrices, _ in opened)
+        master = joined(weight, errors) if errors else weight
         yield master
-        if error is not None:
-            split_into(master, weight[0], error[0])
-        for _, write_back in (weight, error or weight)[: 1 if error is None else 2]:
+        if errors:
+            split_into(master, weight, errors)
+        for _, write_back in opened:
             if write_back is not None:
                 write_back()
 
