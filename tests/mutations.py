@@ -2990,18 +2990,14 @@ MUTATIONS = (
         tests_of("torch/test_split_weights.py", "test_all_bits_of_a_number_come_back_and_its_weight_is_the_nearest"),
     ),
     Mutation(
-        "master-s-last-bits-not-fetched",
-        "Of masters in host memory only the upper errors come to the device.",
-        "for held in (*step.state.values(), *step.errors):",
-        "for held in (*step.state.values(), *step.errors[:1]):",
-        tests_of("torch/test_offload.py"),
-    ),
-    Mutation(
         "masters-of-32-bits-cut-in-silence",
         "A checkpoint of masters of 32 bits loses their last 8 where there are 24.",
         "if len(held) > len(error_dtypes(bits)):",
         "if False:",
-        tests_of("torch/test_master_weights.py", "test_masters_of_32_bits_are_refused_by_24"),
+        tests_of(
+            "torch/test_master_weights.py",
+            "test_masters_of_32_bits_are_refused_by_24_and_those_of_float32_weights_are_left_out",
+        ),
     ),
     Mutation(
         "masters-of-24-bits-begin-anew-with-32",
