@@ -3,7 +3,7 @@
 A bf16 number is the upper half of a float32 one. `weight` is the bf16 number nearest to the master, the one further
 from zero of two equally near; the error is the distance between both, counted in the last place of the master: int8 for
 a master rounded (half to even) to 24 bits: a sign, 8 bits of exponent and 15 of significand. For all 32 bits the 8 that
-follow are kept next to it, as uint8: two states of 8 bits, since neither NCCL nor gloo moves int16. Each weight with its
+follow are kept next to it, in uint8: two states of 8 bits, as neither NCCL nor gloo moves int16. Each weight with its
 errors is one master, and each master that is a number is one weight with its errors.
 
 What anything else writes into the parameter is therefore the weight from then on: a master cannot overwrite it. The
