@@ -1,6 +1,7 @@
 """The README and the pages: their code runs and prints what they say, their commands exist, their links hold."""
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import io
@@ -403,7 +404,7 @@ def test_the_lines_of_the_cheat_sheet_run():
     assert len(lines) >= 13
     for line in lines:
         model = muonclip.models.torch.MoE(muonclip.models.MoEConfig.cpu(num_layers=1))
-        exec(line, {**vars(muonclip.torch), "torch": torch, "math": math, "model": model})
+        exec(line, {**vars(muonclip.torch), "torch": torch, "math": math, "functools": functools, "model": model})
 
 
 def test_the_figures_of_the_readme_are_those_recorded():
