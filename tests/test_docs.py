@@ -36,7 +36,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import grad_clipping, master_weights, momentum_dtype, scaling, variants
+from benchmarks.studies import fine_tuning, grad_clipping, master_weights, momentum_dtype, scaling, variants
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -55,10 +55,11 @@ CHEAT_SHEET = ROOT / "docs" / "cheat-sheet.md"
 COLLECTIVES = ROOT / "docs" / "optax-collectives" / "collectives.md"  # of docs/optax.md
 RATES = ROOT / "docs" / "evidence" / "rates.md"  # of docs/switching.md, docs/evidence/index.md
 MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memory.md
+FINE_TUNING = ROOT / "docs" / "fine-tuning" / "fine_tuning.md"  # of docs/switching.md
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
 MOMENTUM_DTYPE = ROOT / "docs" / "memory" / "momentum_dtype.md"  # of docs/memory.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
-INCLUDED = {GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
+INCLUDED = {FINE_TUNING, GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
 INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
@@ -374,6 +375,11 @@ def test_the_table_of_scaling_is_that_of_its_figures():
 def test_the_table_of_gradient_clipping_is_that_of_its_figures():
     figures = json.loads(GRAD_CLIPPING.with_suffix(".json").read_text(encoding="utf-8"))
     assert GRAD_CLIPPING.read_text(encoding="utf-8") == grad_clipping.table(figures)
+
+
+def test_the_table_of_fine_tuning_is_that_of_its_figures():
+    figures = json.loads(FINE_TUNING.with_suffix(".json").read_text(encoding="utf-8"))
+    assert FINE_TUNING.read_text(encoding="utf-8") == fine_tuning.table(figures)
 
 
 def test_the_table_of_master_weights_is_that_of_its_figures():

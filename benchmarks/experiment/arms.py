@@ -34,7 +34,7 @@ class Entry:
     baseline: str | None = None  # the entry that is the same but for the clip
     late: bool = False  # whether the clip waits for `Training.rescue_at`
     per_head: PerHead = False  # whether each head's rows, or those of so many heads, are a matrix of their own
-    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of MuonClip, the same in torch and Optax
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of MuonClip
     model: Callable[[MoEConfig, Training], MoEConfig] = lambda config, training: config
 
 

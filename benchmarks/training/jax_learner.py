@@ -8,6 +8,7 @@ the clip alone are the same program, and the same to the bit until it acts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,13 +68,13 @@ class JaxLearner(Learner):
 
     def state(self) -> dict[str, Any]:
         leaves = jax.tree.leaves_with_path(self.now.optimizer)
-        optimizer = {jax.tree_util.keystr(path): torch.from_numpy(np.array(leaf)) for path, leaf in leaves}
+        optimizer = {jax.tree_util.keystr(path): _to_torch(leaf) for path, leaf in leaves}
         return {"model": models.to_torch(self.now.params, self.now.buffers), "optimizer": optimizer}
 
     def restore(self, state: dict[str, Any]) -> None:
         saved = state["optimizer"]
         optimizer = jax.tree.map_with_path(
-            lambda path, _: jnp.array(saved[jax.tree_util.keystr(path)].numpy()), self.now.optimizer
+            lambda path, _: _to_jax(saved[jax.tree_util.keystr(path)]), self.now.optimizer
         )
         self.now = State(*models.from_torch(state["model"]), optimizer)
 
@@ -99,12 +100,30 @@ def transformation(arm: Arm, lr: Any, tau: Any) -> optax.GradientTransformationE
                 "b2": b2,
                 "eps": ADAM_EPS,
             },
-            **{"weight_decay": training.weight_decay, **arm.options},
+            **{"weight_decay": training.weight_decay, **_in_optax(arm.options)},
         )
     else:
         adamw = optax.adamw(lr, b1, b2, eps=ADAM_EPS, weight_decay=training.weight_decay, mask=_matrices)
         update = optax.chain(adamw, qk_clip(projections, tau))
     return optax.chain(optax.clip_by_global_norm(training.grad_clip), update)
+
+
+def _to_torch(array: Array) -> torch.Tensor:
+    """Copy an array to PyTorch, which does not know NumPy's bfloat16."""
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _to_jax(tensor: torch.Tensor) -> Array:
+    if tensor.dtype == torch.bfloat16:
+        return jnp.array(tensor.view(torch.int16).numpy().view(jnp.bfloat16))
+    return jnp.array(tensor.numpy())
+
+
+def _in_optax(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an arm by the names that they have in Optax."""
+    return {"mu_dtype" if name == "momentum_dtype" else name: value for name, value in options.items()}
 
 
 def _step(arm: Arm, state: State, windows: Array, lr: Array, tau: Array) -> tuple[State, dict[str, Any]]:

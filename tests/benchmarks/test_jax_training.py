@@ -79,11 +79,12 @@ def test_it_trains_as_pytorch_does(every_arm, run_of, arm):
     theirs, ours = map(steps_of, folders)
     assert len(ours) == 4
     assert all("probe_loss" in record for record in ours)
+    stored = "momentum_dtype" in ARMS[choices(arm)[0].entry].options  # of 8 bits: exact in tests of its own
     for their, own in zip(theirs, ours, strict=True):
         assert own.keys() == their.keys()
         assert (own["step"], own["lr"]) == (their["step"], their["lr"])
         for name in own.keys() - {"step", "lr", "clipped_heads"}:
-            assert_close(own[name], their[name], rtol=1e-4)
+            assert_close(own[name], their[name], rtol=2**-6 if stored else 1e-4)
         assert own["clipped_heads"] == their["clipped_heads"]
     read = read_run(folders[1])
     assert read.clipped(0.03).sum(axis=1).tolist() == read.steps["clipped_heads"].tolist()
