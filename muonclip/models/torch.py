@@ -243,11 +243,12 @@ class LatentAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
+        q = self.project_queries(x)  # first: the order in which the gradients of x are added decides their last bits
         kv = self.kv_b_proj(self.kv_a_norm(self.kv_a_proj(x)))
         kv = kv.unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))  # by width: a rank may have some of the heads
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         k_rope = self.k_rope_proj(x)[:, :, None].expand(-1, -1, kv.shape[2], -1)
-        return self.project_queries(x), torch.cat((k_nope, k_rope), -1), v
+        return q, torch.cat((k_nope, k_rope), -1), v
 
     def project_queries(self, x: Tensor) -> Tensor:
         """Project x [B, T, D] to q [B, T, H, d], before normalisation and rotation."""
