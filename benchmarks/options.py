@@ -244,7 +244,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         {"--quick": _flag("two steps of each, to see that all of it works")}, ("--out", "--jobs"),
     ),
     "fine-tuning": (
-        "tune a trained model on other text, all weights or LoRA: AdamW, Muon, both; half an hour",
+        "tune a trained model on other text, all weights or LoRA: AdamW, Muon, both; a quarter of an hour",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
     "momentum-dtype": (

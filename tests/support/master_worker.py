@@ -11,6 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from drawn_gradients import train, whole
 from tiny_attention import TinyModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -54,22 +55,6 @@ def make(mesh, offload=False):
         layouts = {} if options.get("use") == "adamw" else {"layout": [layout for _, layout, _ in SHAPES.values()]}
         groups.append({"use": "muon", "params": params, **layouts, **options})
     return model, MuonClip(groups, 0.1, qk_clip=None, ns_dtype=torch.float32, offload=offload)
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        for index, parameter in enumerate(model.parameters()):
-            seed = torch.Generator().manual_seed(1000 * step + index)
-            gradient = torch.randn(parameter.shape, generator=seed).bfloat16()
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
-            parameter.grad = gradient
-        optimizer.step()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def everything(model, optimizer):

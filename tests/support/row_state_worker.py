@@ -10,11 +10,12 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from drawn_gradients import train, whole
 from row_state import NorMuon
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from muonclip.core import MatrixLayout
@@ -76,22 +77,6 @@ def make(cases, mesh):
     return model, NorMuon(groups, lr=0.1, weight_decay=0.1)
 
 
-def train(model, optimizer, steps):
-    for step in steps:
-        for index, parameter in enumerate(model.parameters()):
-            seed = torch.Generator().manual_seed(1000 * step + index)
-            gradient = torch.randn(parameter.shape, generator=seed, dtype=torch.float64)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                gradient = distribute_tensor(gradient, mesh, placements, src_data_rank=None)
-            parameter.grad = gradient
-        optimizer.step()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def everything(model, optimizer):
     """Weights and states, whole, by name."""
     flat = {}
@@ -126,7 +111,7 @@ if __name__ == "__main__":
     for cases, on in ((CASES, mesh), (ON_FOUR, square)):
         if on is not None:
             expected, model = make(cases, None), make(cases, on)
-            train(*expected, range(STEPS)), train(*model, range(STEPS))
+            train(*expected, range(STEPS), torch.float64), train(*model, range(STEPS), torch.float64)
             found["errors"] |= errors(everything(*model), everything(*expected))
             for name, (_, layout, _) in cases.items():
                 for variant in ("rows", "normuon"):
@@ -142,10 +127,10 @@ if __name__ == "__main__":
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         saved, now = torch.load(f"{folder}/{number - 1}.pt", weights_only=True), everything(model, optimizer)
         found["loaded"] = all(torch.equal(now[name][key], v) for name, each in saved.items() for key, v in each.items())
-    train(model, optimizer, range(first, first + STEPS))
+    train(model, optimizer, range(first, first + STEPS), torch.float64)
     if number:
         straight = make(CASES, None)
-        train(*straight, range(first + STEPS))
+        train(*straight, range(first + STEPS), torch.float64)
         found["resumed"] = max(errors(everything(model, optimizer), everything(*straight)).values())
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=f"{folder}/{number}")

@@ -182,7 +182,6 @@ def rescale_matrix_states(
     here: RankPosition,
 ) -> None:
     """Tell a rule that the rows of the heads of a weight were multiplied by these factors [heads], for each part."""
-    held = {each.name: local_part(state[each.name]) for each in rule.states}
     factors = _full(_FACTORS, parameter, placed.layout, torch.promote_types(parameter.dtype, torch.float32), 1.0)
     for rows, by_head in scaled:
         scale_heads(rows, factors, rows.axis, by_head.to(factors.device))
