@@ -25,7 +25,7 @@ from benchmarks.experiment.presets import OWN_RATE
 from benchmarks.records import atomic_files
 from benchmarks.records.environment import made_with
 from benchmarks.records.intervals import interval, median_interval
-from benchmarks.studies.speed_sets import SETS
+from benchmarks.studies.speed_sets import SETS, weights_of
 from benchmarks.studies.trials import Trials
 from benchmarks.training.timing import in_turn, seconds, torch_threads
 from muonclip.core.text_table import in_bytes
@@ -88,8 +88,7 @@ def step_times(rounds: int) -> dict[str, dict[str, list[float]]]:
 def _step(name: str, arm: str) -> Callable[[], object]:
     """Return one step on the matrices of a set, on gradients that stay."""
     torch.manual_seed(0)
-    made = SETS[name]
-    weights = [each for each in (made() if callable(made) else made) if each.layout is not None]
+    weights = [each for each in weights_of(SETS[name]) if each.layout is not None]
     named = [(f"{index}", torch.nn.Parameter(torch.randn(each.shape))) for index, each in enumerate(weights)]
     for _, parameter in named:
         parameter.grad = torch.randn_like(parameter)

@@ -70,10 +70,10 @@ def measure(options: argparse.Namespace, written: Path) -> None:
             atomic_files.write_json(written, result)
 
 
-def _updates(options: argparse.Namespace, sets: Mapping[str, Any], *, compiled: bool) -> Rows:
+def _updates(options: argparse.Namespace, sets: Mapping[str, speed_sets.Weights], *, compiled: bool) -> Rows:
     for threads in options.threads:
-        for name, weights in (speed_sets.TINY if options.quick else sets).items():
-            weights = weights() if callable(weights) else weights
+        for name, made in (speed_sets.TINY if options.quick else sets).items():
+            weights = speed_sets.weights_of(made)
             yield speed_updates.compare(name, weights, threads, options.rounds, compiled=compiled, tell=_tell)
 
 

@@ -6,7 +6,8 @@ only get every logical matrix as a parameter of its own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ class Weight(NamedTuple):
     layout: MatrixLayout | None = WHOLE
 
 
+Weights: TypeAlias = tuple[Weight, ...] | Callable[[], tuple[Weight, ...]]
+"""The weights of a set, or what makes them."""
+
+
+def weights_of(made: Weights) -> tuple[Weight, ...]:
+    """Return the weights of a set."""
+    return made() if callable(made) else made
+
+
 def matrices(count: int, *shape: int, layout: MatrixLayout = WHOLE) -> tuple[Weight, ...]:
     return (Weight(shape, layout),) * count
 
@@ -36,7 +46,7 @@ def reference_moe() -> tuple[Weight, ...]:
 
 
 K2_QUARTER = ((384, 1792), (3072, 384), (192, 1792), (4096, 128), (1792, 2048))  # q down, up; kv down, up; out
-SETS = {
+SETS: dict[str, Weights] = {
     "64 × (64×128)": matrices(64, 64, 128),
     "16 × (256×512)": matrices(16, 256, 512),
     "8 × (512×1792)": matrices(8, 512, 1792),
@@ -45,7 +55,7 @@ SETS = {
     "reference MoE": reference_moe,
     "2048×7168": matrices(1, 2048, 7168),
 }
-OTHERS = {
+OTHERS: dict[str, Weights] = {
     "ViT-tiny, 12 layers": (*matrices(12, 576, 192), *matrices(12, 192, 192), *matrices(24, 768, 192)),
     "Llama, width 512": (*matrices(2, 512, 512), *matrices(2, 256, 512), *matrices(2, 1376, 512), Weight((512, 1376))),
     "Llama, width 1024": (*matrices(2, 1024, 1024), *matrices(2, 256, 1024), *matrices(3, 2816, 1024)),

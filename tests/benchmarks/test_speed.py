@@ -119,7 +119,7 @@ def test_peak_memory_counts_what_lives_at_once():
 def test_peers_get_every_matrix_once(name):
     """The pieces of a parameter are its elements, and matrices of two axes."""
     weights = (speed_sets.SETS | speed_sets.OTHERS)[name]
-    for shape, layout in dict.fromkeys(weights() if callable(weights) else weights):
+    for shape, layout in dict.fromkeys(speed_sets.weights_of(weights)):
         x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
         pieces = speed_sets.split(x, layout)
         assert torch.equal(torch.cat([piece.flatten() for piece in pieces]).sort().values, x.flatten())
