@@ -3,17 +3,19 @@
 PYTHON ?=
 TORCH_INDEX ?=
 TORCH ?=
+ENGINES ?=
 OUT = runs/reproduce
 
-VENV := .venv$(if $(TORCH),-torch-$(TORCH))
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))$(if $(ENGINES),-engines)
 PY := $(VENV)/bin/python
 CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 PYTEST = $(PY) -m pytest -n 2 -rs --durations=10
+comma := ,
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 python3 python)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 NAME := import sys; print("python%d.%d" % sys.version_info[:2])
 
-.PHONY: help env check-python test test-slow format format-check lint typecheck reproduce evidence docs release clean
+.PHONY: help env check-python test test-slow test-engines format format-check lint typecheck reproduce evidence docs release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +30,15 @@ test: env ## format check, lint, types, and all tests but the slow ones
 
 test-slow: env ## the slow tests
 	@$(PY) .ci/parts.py "make test-slow" 14 tests "$(PYTEST) -m slow -p no:randomly --dist worksteal"
+
+# The training engines bring much that nothing else here needs, so they have an environment of their own, .venv-engines.
+test-engines: ## the tests with TorchTitan, torchao, DeepSpeed and Megatron-core installed
+ifeq ($(ENGINES),)
+	@$(MAKE) -s ENGINES=yes test-engines
+else
+test-engines: env
+	@$(PY) .ci/parts.py "make test-engines" 4 tests "$(PYTEST) -p no:randomly --dist worksteal tests/engines"
+endif
 
 format: env ## rewrite the sources in the house format
 	$(PY) -m ruff format .
@@ -90,7 +101,7 @@ endif
 ifneq ($(TORCH_INDEX),)
 	$(PY) -m pip install --no-compile -c $(CONSTRAINTS) --index-url "$(TORCH_INDEX)" torch
 endif
-	$(PY) -m pip install --no-compile -c $(CONSTRAINTS) -e ".[dev]"
+	$(PY) -m pip install --no-compile -c $(CONSTRAINTS) -e ".[dev$(if $(ENGINES),$(comma)engines)]"
 	@touch $@
 
 ifneq ($(PYTHON),)
