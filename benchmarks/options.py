@@ -184,6 +184,8 @@ _KILL_TRIALS = {
     "--processes": _of(count, "N", "default: 4", 4),
     "--arm": _of(str, "ARM", "default: muonclip", "muonclip"),
     "--seed": _of(int, "N", "of the draws (default: 0)", 0),
+    "--experts": _of(count, "N", "ranks sharing the experts (default: 1)", 1),
+    "--all-ranks": _flag("every second trial kills all ranks at once"),
     "--out": _of(Path, "FILE.jsonl", "gets a line per trial", required=True),
 }
 _SWEEP = {

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from scipy import stats
-
 CONFIDENCE = 0.95
 Verdict = Literal["not finite", "same to the bit", "one seed", "not told from zero", "lower", "higher"]
 
@@ -55,6 +53,8 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
+    from scipy import stats  # it takes a second to import, and every rank of a run imports this module
+
     error = statistics.stdev(values) / math.sqrt(len(values)) if math.isfinite(mean) else math.nan
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
     return Interval(mean, mean - half, mean + half)
@@ -72,6 +72,8 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
     A bound is None where so few values cannot give it.
     """
+    from scipy import stats
+
     ordered, count = sorted(values), len(values)
     below = int(stats.binom.ppf((1 - confidence) / 2, count, 0.5))
     low, high = (ordered[below - 1], ordered[count - below]) if below else (None, None)

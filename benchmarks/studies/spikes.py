@@ -24,8 +24,6 @@ from benchmarks.records import atomic_files, metrics
 from benchmarks.records.intervals import CONFIDENCE, Interval, interval
 from benchmarks.records.run_records import RunRecords
 from benchmarks.records.summary import Results
-from benchmarks.report import page
-from benchmarks.studies import spikes_plots
 from benchmarks.studies.templates import render
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models import MoEConfig
@@ -136,6 +134,9 @@ def spikes(
 ) -> None:
     """Train what is not trained yet; write spikes.json, spikes.md, the pictures and report.html."""
     experiments = [CASES[name].experiment(name, corpus, model, arms, seeds) for name in cases]
+    from benchmarks.report import page  # what draws costs seconds, and every rank of a run imports this module
+    from benchmarks.studies import spikes_plots
+
     results, out = train(experiments, corpus, execution), execution.out
     figures = figures_of(results)
     atomic_files.write_json(out / "spikes.json", metrics.to_json(figures))

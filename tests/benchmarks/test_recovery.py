@@ -18,7 +18,7 @@ from benchmarks.execution.rank_runs import Team
 from benchmarks.execution.ranks import PIDS, Ranks
 from benchmarks.execution.sharded_checkpoints import MANIFEST, STATE, ShardedCheckpoints
 from benchmarks.experiment.errors import UsageError
-from benchmarks.records.folders import LOG, METRICS, RESULT, STARTS
+from benchmarks.records.folders import CHECKPOINTS, LOG, METRICS, RESULT, STARTS, run_folder
 from benchmarks.studies import kill_trials
 from benchmarks.training import sharded_learner
 from benchmarks.training.run import Schedule
@@ -240,13 +240,27 @@ def test_messages_of_lost_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--async-checkpoints",)], ids=["", "asynchronous"])
+@pytest.mark.parametrize("more", [(), ("--async-checkpoints", "--experts", "2")], ids=["", "asynchronous, experts 2"])
 def test_kill_trials(tmp_path, more):
-    lines = list(kill_trials.lines(tmp_path, 3, 2, "muonclip", 1, *more))
+    lines = list(kill_trials.lines(tmp_path, 3, 2, "muonclip", 1, *more, all_ranks=bool(more)))
     for line in lines:
         assert line["equal"], line
         assert line["restarts"] == 1
     assert {line["what"] for line in lines} == {"after step", "during save"}
+    assert {len(line["ranks"]) for line in lines} == ({1, 2} if more else {1})
+
+
+def test_the_state_of_a_run_is_told_apart_by_a_bit(alone, tmp_path):
+    def digest(value):
+        out = tmp_path / str(value)
+        kept = ShardedCheckpoints(run_folder(out, "muonclip", 0) / CHECKPOINTS, alone)
+        kept.save(3, {"model.w": torch.zeros(2)}, {})
+        kept.save(6, {"model.w": torch.tensor([1.0, value])}, {})
+        return kill_trials.state(out, "muonclip")
+
+    assert kill_trials.state(tmp_path / "nothing", "muonclip") is None
+    assert digest(1.0) != digest(1.0 + 2**-23)
+    assert digest(1.0) == digest(1.0)
 
 
 @pytest.mark.slow
