@@ -55,7 +55,7 @@ _POLL = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """These ranks are killed once `step` is recorded, or while the checkpoint of that step is written."""
+    """Kills these ranks once `step` is recorded, or while the checkpoint of that step is written."""
 
     ranks: tuple[int, ...]
     step: int
