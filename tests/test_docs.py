@@ -58,9 +58,10 @@ MASTER_WEIGHTS = ROOT / "docs" / "memory" / "master_weights.md"  # of docs/memor
 FINE_TUNING = ROOT / "docs" / "fine-tuning" / "fine_tuning.md"  # of docs/switching.md
 GRAD_CLIPPING = ROOT / "docs" / "grad-clipping" / "grad_clipping.md"  # of docs/switching.md
 MOMENTUM_DTYPE = ROOT / "docs" / "memory" / "momentum_dtype.md"  # of docs/memory.md
+REFEREE = ROOT / "docs" / "referee" / "referee.md"  # of docs/referee.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
 INCLUDED = {FINE_TUNING, GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
-INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE}
+INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE, REFEREE}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from benchmarks.experiment.arms import choices
 from benchmarks.studies import referee
 from benchmarks.studies.referee import RULES
 
+RECORDED = Path(__file__).parents[2] / "docs" / "referee"
 MADE = {"command": "python -m benchmarks referee", "date": "2026-11-30T00:00:00", "muonclip": "0.1.0"}
 BEST = {"adamw": {"lr": 1e-3}, "muon": {"lr": 1e-2, "weight_decay": 0.3, "adamw_lr": 5e-3}, "muonclip": {"lr": 1e-2}}
 NEEDS = {"adamw": 250, "muon": 130, "muonclip": 130}  # steps at the best settings, of the mean seed
@@ -136,3 +138,21 @@ def test_a_dry_run_of_real_optimizers_goes_on_where_it_was_stopped(tmp_path, cap
     assert again["arms"] == figures["arms"]
     assert again["pairs"] == figures["pairs"]
     assert rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-5] == lines[:-5]
+
+
+def test_the_committed_tables_are_what_the_rules_make_of_the_raw_rows():
+    figures = json.loads((RECORDED / "referee.json").read_text(encoding="utf-8"))
+    losses = {(row["arm"], row["seed"]): row["loss"] for row in figures["rows"]}
+
+    class Recorded:
+        def losses(self, arms, seeds):
+            return {arm: [losses[arm, seed] for seed in seeds] for arm in arms}
+
+    compared = choices(*(arm["name"] for arm in figures["arms"]))
+    found = json.loads(json.dumps(referee.judge(Recorded(), compared, RULES)))
+    assert (RECORDED / "referee.md").read_text(encoding="utf-8") == referee.tables(figures | found)
+    # The page says so, also where σ is that of these runs.
+    for sigma in (RULES.sigma, found["sigma_of_runs"]):
+        found = referee.judge(Recorded(), compared, replace(RULES, sigma=sigma))
+        assert [arm["steps"] for arm in found["arms"]] == [281, 119, 119]
+        assert [abs(pair["score"]) >= RULES.z for pair in found["pairs"]] == [True, True, False]
