@@ -90,6 +90,59 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    # The cluster on paper
+    Mutation(
+        "embedding-counted-twice",
+        "The head has the embedding's weights, too.",
+        'Unit("head", tuple(found["head"]))',
+        'Unit("head", tuple(found["head"] + found["embedding"]))',
+        tests_of("benchmarks/test_cluster.py", "test_k2_has_the_parameters_that_its_sizes_make"),
+    ),
+    Mutation(
+        "zero-1-forgotten",
+        "Every rank has the whole of masters and moments.",
+        "own = experts / layout.expert_data + others / layout.data  # ZeRO-1",
+        "own = experts + others",
+        tests_of(
+            "benchmarks/test_cluster.py",
+            "test_the_ranks_together_have_each_state_once_and_attention_on_all_data_ranks",
+        ),
+    ),
+    Mutation(
+        "expert-parallelism-divides-attention",
+        "The ranks that share experts also share attention, as if it were tensor parallelism.",
+        "return experts, sum(unit.numel(experts=False) for unit in stage) / layout.tensor",
+        "return experts, sum(unit.numel(experts=False) for unit in stage) / layout.tensor / layout.expert",
+        tests_of("benchmarks/test_cluster.py", "test_the_published_figures_of_k2_come_out"),
+    ),
+    Mutation(
+        "bubble-without-virtual-stages",
+        "The bubble is that of 1F1B without interleaving.",
+        "(layout.pipeline - 1) / (layout.virtual * micro_batches)",
+        "(layout.pipeline - 1) / micro_batches",
+        tests_of("benchmarks/test_cluster.py", "test_a_schedule_that_is_played_waits_as_long_and_holds_as_much[16-4]"),
+    ),
+    Mutation(
+        "all-positions-attend",
+        "Causal attention is counted over all pairs of positions.",
+        "return products + (length or config.max_seq_len)",
+        "return products + 2 * (length or config.max_seq_len)",
+        tests_of("benchmarks/test_cluster.py", "test_the_operations_are_those_that_torch_counts[mla]"),
+    ),
+    Mutation(
+        "all-experts-are-active",
+        "A token meets all experts.",
+        "active = config.num_experts_per_tok / config.num_experts",
+        "active = 1",
+        tests_of("benchmarks/test_cluster.py", "test_the_operations_are_those_that_torch_counts[mla]"),
+    ),
+    Mutation(
+        "neighbours-on-the-network",
+        "What an owner sends back to its neighbours passes the network.",
+        "owned[at] * (sum(sizes) - elements) * back",
+        "owned[at] * sum(sizes) * back",
+        tests_of("benchmarks/test_cluster.py", "test_the_links_share_out_what_the_plan_sends"),
+    ),
     # Momentum in int8, stochastic rounding
     Mutation(
         "codes-are-cut-off",

@@ -1,55 +1,5 @@
-"""Counts what collectives send, below all of torch's interfaces."""
+"""The counter of what collectives send, for scripts of the tests: see `benchmarks.studies.sent_bytes`."""
 
-import torch
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
+from benchmarks.studies.sent_bytes import SentBytes
 
-
-class SentBytes(TorchDispatchMode):
-    """By collective: bytes that leave this rank. An all-reduce counts as a reduce-scatter and an all-gather."""
-
-    def __init__(self, group_size):
-        super().__init__()
-        self.group_size, self.by_name, self.calls = group_size, {}, []
-
-    @property
-    def total(self):
-        return sum(self.by_name.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        if "c10d" in namespace:
-            self.calls.append(name)
-            size = sent(name, args)
-            self.by_name[name] = self.by_name.get(name, 0) + size
-        return func(*args, **(kwargs or {}))
-
-
-def sent(name, args):
-    flat = list(_tensors(args))
-    group = next(a for a in args if isinstance(a, torch.ScriptObject | dist.ProcessGroup))
-    ways, rank = _size_and_rank(group)
-    if name == "alltoall_base_":
-        _, given, _, _, splits = args[:5]
-        each = list(splits) or [given.shape[0] // ways] * ways
-        return sum(n for at, n in enumerate(each) if at != rank) * given.element_size()
-    if name == "_allgather_base_":
-        return flat[1].nbytes * (ways - 1)
-    if name == "broadcast_":
-        return flat[0].nbytes * (ways - 1) if args[2] == rank else 0
-    if name == "allreduce_":
-        return round(2 * sum(t.nbytes for t in flat) * (ways - 1) / ways)
-    raise AssertionError(f"{name} is not expected here")
-
-
-def _size_and_rank(group):
-    group = group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
-    return group.size(), group.rank()
-
-
-def _tensors(value):
-    if hasattr(value, "element_size"):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+__all__ = ["SentBytes"]

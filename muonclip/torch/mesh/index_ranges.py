@@ -34,15 +34,13 @@ def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> IndexRanges:
     ranges: IndexRanges = ((0, size),) if size else ()
     for ways, at, factor in cuts:
         parts: list[tuple[int, int]] = []
-        for start, stop in _equal_parts(0, length(ranges), factor):
-            divided = _equal_parts(start, stop, ways)
-            if at < len(divided):
-                parts += sliced(ranges, *divided[at])
+        for part in range(factor):
+            parts += sliced(ranges, *_equal_part(*_equal_part(0, length(ranges), factor, part), ways, at))
         ranges = merged(parts)
     return ranges
 
 
-def _equal_parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
-    """Divide a range as `torch.chunk` does: into equal parts, rounded up; the last ones may be shorter or missing."""
-    size = max(1, -(-(stop - start) // count))
-    return [(low, min(low + size, stop)) for low in range(start, stop, size)]
+def _equal_part(start: int, stop: int, count: int, at: int) -> tuple[int, int]:
+    """Return one part of a range, as `torch.chunk` divides it: equal parts, rounded up; the last may be empty."""
+    size = -(-(stop - start) // count)
+    return min(start + at * size, stop), min(start + (at + 1) * size, stop)
