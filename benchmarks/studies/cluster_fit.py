@@ -3,7 +3,7 @@
 A rank's compute is the processor time of its main thread during `optimizer.step()`; its communication is that of all
 its other threads, which are gloo's: each process computes on one thread. Neither counts waiting, so both mean the same
 where more processes run than there are cores; wall times would not. A process that shares its core's units and caches
-with others takes more processor time than one alone, so one process is measured beside a second that does the same.
+with others takes more processor time than one alone, so one process is measured next to a second that does the same.
 
     compute          a · operations of Newton–Schulz + b · bytes packed and unpacked + c
     communication    d · bytes sent and received + e · collectives
@@ -57,10 +57,10 @@ def measure(out: Path, rounds: int) -> list[Row]:
     rows: list[Row] = []
     for count in (*FITTED_ON, PREDICTED_FOR):
         process = start("benchmarks.studies.cluster_fit", str(out), str(rounds), ranks=count)
-        with tempfile.TemporaryDirectory() as unread:  # one process alone: beside the same, as all others are
+        with tempfile.TemporaryDirectory() as unread:  # one process alone: next to another one, as all others are
             words = "benchmarks.studies.cluster_fit", unread, str(rounds)
-            beside = start(*words, ranks=1) if count == 1 else None
-            status = process.wait() or (beside is not None and beside.wait())
+            second = start(*words, ranks=1) if count == 1 else None
+            status = process.wait() or (second is not None and second.wait())
         if status:
             raise UsageError("cluster", f"{count} processes ended with status {status}; they said why above.")
         part = out / f"ranks-{count}.json"

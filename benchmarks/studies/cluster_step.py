@@ -9,7 +9,7 @@ ranks that repeat a weight.
     in flight   2 (PP − 1) + (VPP − 1) PP + 1 parts of a micro-batch on the first stage, PP of them where VPP = 1
     a link      NVLink within `node` neighbours, the network between; all bytes of a ring that leaves the node pass the
                 network, and of an all-to-all those for ranks elsewhere
-    hidden      collectives of experts, of pipeline stages and of gradients run beside the products: they cost only what
+    hidden      collectives of experts, of pipeline stages and of gradients run next to the products: they cost only what
                 is longer than these; those of tensor parallelism and of the optimizer cost all of their time
 """
 
