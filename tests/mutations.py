@@ -3248,8 +3248,8 @@ MUTATIONS = (
     Mutation(
         "uneven-shards-rounded-down",
         "Uneven shards are as long as their size rounded down, where torch rounds up.",
-        "size = max(1, -(-(stop - start) // count))",
-        "size = max(1, (stop - start) // count)",
+        "size = -(-(stop - start) // count)",
+        "size = (stop - start) // count",
         tests_of("torch/test_sharded_clip.py", "test_indices_are_those_of_chunk"),
     ),
     Mutation(

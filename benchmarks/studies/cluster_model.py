@@ -1,4 +1,4 @@
-"""What a model asks of a cluster: weights, operations, and activations of each of its units, from its configuration.
+"""The weights, operations and activations of each unit of a model, from its configuration.
 
 A unit is what a pipeline stage holds whole: the embedding, a layer, the head with the norm before it. Names and shapes
 of weights are the reference model's own, made on the meta device; who updates them, and as which matrices, is what

@@ -9,7 +9,7 @@ ranks that repeat a weight.
     in flight   2 (PP − 1) + (VPP − 1) PP + 1 parts of a micro-batch on the first stage, PP of them where VPP = 1
     a link      NVLink within `node` neighbours, the network between; all bytes of a ring that leaves the node pass the
                 network, and of an all-to-all those for ranks elsewhere
-    hidden      collectives of experts, of pipeline stages and of gradients run next to the products: they cost only what
+    hidden      collectives of experts, of pipeline stages and of gradients run during the products: they cost only what
                 is longer than these; those of tensor parallelism and of the optimizer cost all of their time
 """
 
@@ -97,13 +97,13 @@ class Layout:
 
     @property
     def expert_data(self) -> int:
-        """How often each expert is repeated."""
+        """The number of ranks that repeat each expert."""
         return self.data // self.expert
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on: `tokens` in all, in micro-batches of `sequences` for each rank of `length` tokens."""
+    """The `tokens` that one step trains on, in micro-batches of `sequences` for each rank of `length` tokens."""
 
     tokens: int
     length: int
@@ -325,7 +325,7 @@ def update_plan(weights: tuple[Weight, ...], layout: Layout) -> UpdatePlan:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks of one collective: how many, how far apart in the numbering, and on which machine."""
+    """Ranks of one collective: how many, the distance of their numbers, and their machine."""
 
     size: int
     stride: int
