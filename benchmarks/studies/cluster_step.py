@@ -155,7 +155,7 @@ class Step:
 
     @property
     def update_share(self) -> float:
-        """What the optimizer takes of the forward and backward passes: its time, and that of its own collectives."""
+        """The time of the optimizer and of its own collectives, in parts of that of the forward and backward passes."""
         own = sum(each.seconds for each in self.collectives if each.name.startswith("update"))
         return (self.update + own) / (self.seconds - self.update - own)
 
@@ -333,7 +333,7 @@ class Group:
 
     @property
     def neighbours(self) -> int:
-        """How many of them are within reach of NVLink."""
+        """The number of them within reach of NVLink."""
         return min(self.size, max(1, self.machine.node // self.stride))
 
     def ring(self, name: str, whole: float, *, times: int = 1, hidden: bool = False) -> Collective:
