@@ -113,6 +113,7 @@ _STUDIES = (
     "optax-collectives",
     "speed",
     "scaling",
+    "cluster",
     "kill-trials",
     "ownership",
     "referee",

@@ -90,6 +90,14 @@ count = value(number(int, 1), "an integer of at least 1")
 seed = value(number(int, 0), "an integer of at least 0")
 
 
+def degrees(text: str) -> tuple[int, ...]:
+    """Read five degrees of parallelism with commas between them."""
+    items = tuple(count(part) for part in text.split(","))
+    if len(items) != 5:
+        raise ArgumentTypeError(f"{text} has {len(items)} numbers; give five: PP,VPP,EP,DP,TP")
+    return items
+
+
 def _of(kind: Callable[[str], Any], metavar: str, meaning: str, default: Any = None, **more: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar, "help": meaning, "default": default, **more}
 
@@ -179,6 +187,15 @@ _SCALING = {
     "--batch": _of(count, "WINDOWS", "per process; strong case: of the most (default: 8)", 8, dest="batch_size"),
     "--rounds": _of(count, "N", "timed steps (default: 15)", 15),
 }
+_CLUSTER = {
+    "--parts": _of(several(one_of(("paper", "plans", "fit"), "part")), "A,B", "of paper, plans, fit (default: all)",
+                   ("paper", "plans", "fit")),
+    "--rounds": _of(count, "N", "timed steps (default: 9)", 9),
+    "--layout": _of(degrees, "PP,VPP,EP,DP,TP", "one step alone, with these degrees; nothing is written"),
+    "--model": _one_of(("k2", "moonlight", "llama"), "k2", "of --layout (default: k2)"),
+    "--machine": _one_of(("h800", "h200", "gb300"), "h800", "of --layout (default: h800)"),
+    "--out": _of(Path, "DIR", "results; parts that are not made anew are kept"),
+}  # fmt: skip
 _KILL_TRIALS = {
     "--trials": _of(count, "N", "default: 20", 20),
     "--processes": _of(count, "N", "default: 4", 4),
@@ -223,6 +240,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
     "scaling": (
         "time training steps on more and more processes: alone for --processes, or under torchrun", _SCALING,
         ("--preset", "--device", "--data", "--out", "--collective-timeout"),
+    ),
+    "cluster": (
+        "predict a step on 8 to 4096 GPUs, plan Kimi K2's, and measure the error on processes: ten minutes", _CLUSTER,
+        (),
     ),
     "gpu-check": ("what only a GPU can settle, most important first: nine minutes", _GPU_CHECK, ["--out"]),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),

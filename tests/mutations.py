@@ -137,6 +137,13 @@ MUTATIONS = (
         tests_of("benchmarks/test_cluster.py", "test_the_operations_are_those_that_torch_counts[mla]"),
     ),
     Mutation(
+        "gigabytes-of-two-to-the-thirty",
+        "A GB is taken for a GiB.",
+        'f"{step.memory[name] / 1e9:.1f}"',
+        'f"{step.memory[name] / 2**30:.1f}"',
+        tests_of("benchmarks/test_cluster.py", "test_one_step_is_printed_in_decimal_gigabytes"),
+    ),
+    Mutation(
         "neighbours-on-the-network",
         "What an owner sends back to its neighbours passes the network.",
         "owned[at] * (sum(sizes) - elements) * back",

@@ -83,6 +83,9 @@ class Layout:
     recompute: frozenset[Stored] = frozenset()
     fp8: frozenset[Stored] = frozenset()
     offload: bool = False
+    """Whether activations wait in the host's memory."""
+    host_states: bool = False
+    """Whether masters, moments and momentum do."""
 
     def __post_init__(self) -> None:
         for each in fields(self)[:5]:
@@ -206,19 +209,20 @@ def memory_of(
 ) -> dict[str, float]:
     """Count the bytes of one rank of a stage: states, and what waits for the backward pass.
 
-    With `offload`, masters and moments are in the host's memory, and of the activations one part of a micro-batch.
+    With `offload`, the activations of two parts of a micro-batch are here: one that is computed, one on its way.
     """
     experts, others = numel_of(stage, layout)
     own = experts / layout.expert_data + others / layout.data  # ZeRO-1
     moments = 2 if optimizer == "adamw" else _moments(stage)
-    state = 0.0 if layout.offload else FP32
+    state = 0.0 if layout.host_states else FP32
     waiting = sum(
         activation_bytes(config, unit, recompute=layout.recompute, fp8=layout.fp8) / layout.tensor
         for unit in stage
         if unit.kind != "head"
     )
     head = sum(activation_bytes(config, unit) / layout.tensor for unit in stage if unit.kind == "head")
-    at_once = parts_in_flight(layout, index, batch.micro_batches(layout)) if not layout.offload else 1
+    at_once = parts_in_flight(layout, index, batch.micro_batches(layout))
+    at_once = min(at_once, 2) if layout.offload else at_once
     tokens = batch.sequences * batch.length
     return {
         "parameters": BF16 * (experts + others),
@@ -389,20 +393,27 @@ def _collectives(
 
 
 def by_link(decided: UpdatePlan, node: int) -> dict[int, dict[Link, int]]:
-    """Divide what each rank sends into what stays within `node` neighbours, and what leaves them."""
+    """Divide what each rank sends into what stays within `node` neighbours, and what leaves them.
+
+    A sum of Gram matrices is a ring, all of which passes the network where one of its ranks is elsewhere.
+    """
     links: dict[int, dict[Link, int]] = {rank: {"nvlink": 0, "network": 0} for rank in decided.ranks}
     for each in decided.rounds:
-        if each.method != "owner" or each.bucket.num_replicas > 1:
-            if each.sent():
-                raise NotImplementedError("links are counted for shards that go to owners and back, not for replicas.")
+        if each.bucket.num_replicas > 1:
+            raise NotImplementedError("links are counted for shards, not for replicas.")
+        for by_rank in each.sent().values() if each.method == "gram" else ():
+            near = len({rank // node for rank in each.bucket.members()[0]}) == 1
+            for rank, amount in by_rank.items():
+                links[rank]["nvlink" if near else "network"] += amount
+        if each.method != "owner":
             continue
         out, back = each.bucket.iteration.sent.itemsize, each.bucket.iteration.dtype.itemsize
         sizes = each.bucket.sizes()
         for ranks, owned in zip(each.bucket.members(), each.counts, strict=True):
-            near: dict[int, list[int]] = {}
+            nodes: dict[int, list[int]] = {}
             for at, rank in enumerate(ranks):
-                near.setdefault(rank // node, []).append(at)
-            for inside in near.values():
+                nodes.setdefault(rank // node, []).append(at)
+            for inside in nodes.values():
                 there, elements = sum(owned[at] for at in inside), sum(sizes[at] for at in inside)
                 for at in inside:
                     link = links[ranks[at]]

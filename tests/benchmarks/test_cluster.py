@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchrun import torchrun
 
-from benchmarks.studies import cluster_fit
+from benchmarks.__main__ import main
+from benchmarks.studies import cluster, cluster_fit
 from benchmarks.studies.cluster_model import (
     IN_FP8,
     SELECTIVE,
@@ -45,7 +46,7 @@ from muonclip.torch import MuonClip
 
 K2 = MoEConfig.k2()
 K2_BATCH = Batch(67_108_864, 4096)
-K2_LAYOUT = Layout(16, 4, 16, 16, 1, SELECTIVE, IN_FP8, offload=True)
+K2_LAYOUT = Layout(16, 4, 16, 16, 1, SELECTIVE, IN_FP8, offload=True, host_states=True)
 TINY = MoEConfig.cpu(  # all widths differ, and a head's value is as wide as its query: nothing is padded
     num_layers=2,
     hidden_size=80,
@@ -279,13 +280,13 @@ def test_the_published_figures_of_k2_come_out():
     assert step.micro_batches == 1024
     assert states(step) == pytest.approx(30e9, rel=0.06)
     assert step.fits
-    everywhere = predict(K2, machines()["h800"], replace(K2_LAYOUT, data=256, offload=False), K2_BATCH)
+    everywhere = predict(K2, machines()["h800"], replace(K2_LAYOUT, data=256, host_states=False), K2_BATCH)
     assert states(everywhere) == pytest.approx(30e9, rel=0.06)
 
 
 def test_optimizers_differ_in_the_update_alone():
     of = {
-        optimizer: predict(K2, machines()["h800"], replace(K2_LAYOUT, data=64, offload=False), K2_BATCH, optimizer)
+        optimizer: predict(K2, machines()["h800"], replace(K2_LAYOUT, data=64, host_states=False), K2_BATCH, optimizer)
         for optimizer in ("adamw", "muonclip", "gathering")
     }
     assert of["adamw"].seconds < of["muonclip"].seconds < of["gathering"].seconds
@@ -304,6 +305,31 @@ def test_experts_divide_over_expert_parallel_ranks_and_nothing_else_does():
         total(stage, experts=[True]) / 16,
         total(stage, experts=[False]),
     )
+
+
+def test_what_others_published_is_met_or_its_difference_is_known():
+    found = cluster.published()
+    for row in found["ratios"]:  # Moonlight's (1, 1.25]
+        assert 1 < row["ratio"] <= 1.25
+    assert found["ratios"][1]["ratio"] == pytest.approx(1 + 1 / (2 * 4), abs=0.01)
+    few, many = found["gb300"]
+    assert few["published_slower"] == pytest.approx(-0.021, abs=5e-4)
+    assert few["iteration_fused"] == pytest.approx(few["published_iteration"], rel=0.05)
+    assert many["slower_fused"] == pytest.approx(many["published_slower"], rel=0.1)
+    assert few["slower_fused"] < few["slower"] < 0
+
+
+def test_one_step_is_printed_in_decimal_gigabytes(capsys):
+    assert main(["cluster", "--layout", "16,4,16,16,1"]) == 0
+    said = capsys.readouterr().out
+    assert "Kimi K2 on 256 × h800" in said
+    assert "| parameters, GB | 9.6 | 9.6 | 9.6 |" in said
+    with pytest.raises(SystemExit):
+        main(["cluster", "--layout", "16,4,3,16,1"])
+    assert "expert=3 must divide data=16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["cluster"])
+    assert "--out: is needed" in capsys.readouterr().err
 
 
 def test_machines_say_where_their_figures_are_from():
