@@ -4,7 +4,7 @@
 `cluster_plans` makes the optimizer's own plan for Kimi K2 on a fake process group, and `cluster_fit` measures how far
 such a prediction is off where it can be tried: constants of 1, 2 and 4 processes against 8.
 
-    --out DIR       all parts, or those of --parts, into DIR/cluster.json, cluster.md and two pictures
+    --out DIR       all parts, or those of --parts, into DIR/cluster.json, four pages of tables and two pictures
     --layout …      one step alone, as a table; nothing is written
 """
 
@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, Callable[[], MoEConfig], Batch, Callable[[int], Lay
     "llama": ("Llama 3 70B", _llama, Batch(16_777_216, 8192), _llama_layout),
 }
 PARTS = ("paper", "plans", "fit")
+PAGES = ("fit", "published", "plans", "tables")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -94,15 +95,17 @@ def run(options: argparse.Namespace) -> None:
         atomic_files.write_json(kept, result)
     if missing := [part for part in PARTS if part not in result]:
         raise UsageError("--parts", f"{', '.join(missing)} was never made in {options.out}; leave --parts out.")
-    atomic_files.write_text(options.out / "cluster.md", text := table(result))
+    written = tables(result)
+    for name, text in written.items():
+        atomic_files.write_text(options.out / f"{name}.md", text)
     for name, dark in (("cluster.png", False), ("cluster-dark.png", True)):
         draw(result, options.out / name, dark=dark)
-    print(text)
+    print("\n".join(written.values()))
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Write all tables in Markdown. Sizes are decimal: a GB is 1e9 bytes."""
-    return render("cluster.md", **result)
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Write the tables in Markdown, by the name of their page. Sizes are decimal: a GB is 1e9 bytes."""
+    return {name: render("cluster.md", page=name, **result).strip() + "\n" for name in PAGES}
 
 
 def _fit(out: Path, rounds: int) -> dict[str, Any]:
@@ -249,10 +252,12 @@ def _moonlight_shares(tokens: int) -> dict[str, Any]:
 
 
 def _pair(ways: int) -> dict[str, Any]:
-    """Count what Moonlight sends where its states are divided over so many ranks, and experts not at all."""
-    _, make, batch, _ = MODELS["moonlight"]
-    step = predict(make(), machines()["h800"], Layout(data=ways), batch)
-    return {"ways": ways, "ratio": _communication_ratio(step)}
+    """Count what is sent where states are divided over so many ranks, and nothing else is."""
+    steps = {
+        name: predict(MODELS[name][1](), machines()["h800"], Layout(data=ways), MODELS[name][2])
+        for name in ("moonlight", "llama")
+    }
+    return {"ways": ways} | {name: _communication_ratio(step) for name, step in steps.items()}
 
 
 def _gb300(config: MoEConfig, machine: Machine, sequences: int) -> dict[str, Any]:

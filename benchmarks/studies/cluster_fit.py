@@ -2,10 +2,11 @@
 
 A rank's compute is the processor time of its main thread during `optimizer.step()`; its communication is that of all
 its other threads, which are gloo's: each process computes on one thread. Neither counts waiting, so both mean the same
-where more processes run than there are cores; wall times would not. A process that shares its core's units and caches
+where more processes run than there are cores; wall times would not. Processes that take turns on a core refill its
+caches each time, hence b: it is met with four processes on two cores. A process that shares its core's units and caches
 with others takes more processor time than one alone, so one process is measured next to a second that does the same.
 
-    compute          a · operations of Newton–Schulz + b · bytes packed and unpacked + c
+    compute          a · operations of Newton–Schulz + b · these where processes take turns on a core + c
     communication    d · bytes sent and received + e · collectives
 
 The constants are fitted by least squares of relative errors, none of them negative, on the medians of every rank.
@@ -35,6 +36,7 @@ from benchmarks.studies.sent_bytes import SentBytes
 from muonclip.models import MoEConfig
 from muonclip.models.parallel import Parallelism, parallelize
 from muonclip.models.torch import MoE
+from muonclip.selftest import available_cores
 from muonclip.torch import MuonClip
 
 FITTED_ON, PREDICTED_FOR = (1, 2, 4), 8
@@ -104,7 +106,7 @@ def measure_ranks(out: Path, rounds: int, config: MoEConfig = SIZES) -> None:
         optimizer.zero_grad()
     decided = optimizer.plan.update_plan
     assert decided is not None
-    row: Row = {"processes": size, "rank": rank, "flops": decided.flops()[rank]}
+    row: Row = {"processes": size, "cores": available_cores(), "rank": rank, "flops": decided.flops()[rank]}
     row |= {"planned_bytes": planned_bytes(config, decided.sent(), size, rank), "counted_bytes": counted.total}
     row |= {"collectives": len(counted.calls)}
     for name, values in (("compute_ms", compute), ("communication_ms", communication), ("wall_ms", wall)):
@@ -165,7 +167,8 @@ def prediction(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _compute(row: Row) -> list[float]:
-    return [row["flops"] / 1e9, row["counted_bytes"] / 1e6, 1.0]
+    operations = row["flops"] / 1e9
+    return [operations, operations if row["processes"] > row["cores"] else 0.0, 1.0]
 
 
 def _communication(row: Row) -> list[float]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.tensor.placement_types import Shard
@@ -314,7 +314,7 @@ def _update(
 
 @cache
 def update_plan(weights: tuple[Weight, ...], layout: Layout) -> UpdatePlan:
-    """Make our own plan for the weights of a stage: rows are sharded over the ranks that repeat them."""
+    """Make our own plan for the weights of a stage: they are sharded over the ranks that repeat them."""
     config = NewtonSchulzConfig(torch.bfloat16, "jordan", None, device="cuda")
     copies, parts = layout.expert_data, layout.expert
     dense = Mesh((layout.data,), tuple(range(layout.data)), ("data",))
@@ -322,8 +322,10 @@ def update_plan(weights: tuple[Weight, ...], layout: Layout) -> UpdatePlan:
     placed: list[PlacedParameter] = []
     for each in weights:
         assert each.layout is not None
-        where: tuple[Any, Any] = (of_experts, (Shard(1), Shard(0))) if each.is_expert else (dense, (Shard(0),))
-        placed.append(PlacedParameter(each.name, each.shape, each.layout, config, *where))
+        mesh, where = dense, (Shard(0),)
+        if each.is_expert:  # whole experts where they divide, rows of all else, as `muonclip.models.parallel` has it
+            mesh, where = of_experts, (Shard(0 if each.shape[0] // parts % copies == 0 else 1), Shard(0))
+        placed.append(PlacedParameter(each.name, each.shape, each.layout, config, mesh, where))
     return plan(placed)
 
 

@@ -309,9 +309,9 @@ def test_experts_divide_over_expert_parallel_ranks_and_nothing_else_does():
 
 def test_what_others_published_is_met_or_its_difference_is_known():
     found = cluster.published()
-    for row in found["ratios"]:  # Moonlight's (1, 1.25]
-        assert 1 < row["ratio"] <= 1.25
-    assert found["ratios"][1]["ratio"] == pytest.approx(1 + 1 / (2 * 4), abs=0.01)
+    for row in found["ratios"]:  # Moonlight's (1, 1.25]; 2 bytes there and back of 1 / ways, next to 4 + 4
+        assert 1 < row["moonlight"] < row["llama"] <= 1.25
+    assert found["ratios"][1]["llama"] == pytest.approx(1 + 4 / 8 / 4, abs=0.01)
     few, many = found["gb300"]
     assert few["published_slower"] == pytest.approx(-0.021, abs=5e-4)
     assert few["iteration_fused"] == pytest.approx(few["published_iteration"], rel=0.05)
