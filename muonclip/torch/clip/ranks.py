@@ -53,7 +53,7 @@ class ClipRanks:
         ranks these are, all of the job compare their attentions once. `version`: of the parameters, which are not read
         again where it is the last one's. `searched_on`: the device of a model, or a stage of a pipeline, that was
         searched and has no attention, which it compares with what the others have. Raises ValueError where the meshes
-        of the parameters do not say which ranks these are.
+        of the parameters do not say which ranks these are, and where sequences are divided between others, too.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return None
@@ -66,7 +66,9 @@ class ClipRanks:
             if self._known is None or self._known[0] != key:
                 self._known, self.have_agreed = (key, self._find(meshes, projections, searched_on)), False
             group = self._known[1]
-        return None if group is None or group.size() == 1 else group
+        group = None if group is None or group.size() == 1 else group
+        _check_sequences(group, projections)
+        return group
 
     def _find(
         self, meshes: Iterable[DeviceMesh], projections: Mapping[str, QKProjection], searched_on: torch.device | None
@@ -89,6 +91,22 @@ class ClipRanks:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ClipRanks, ())  # groups end with their processes
+
+
+def _check_sequences(group: dist.ProcessGroup | None, projections: Mapping[str, QKProjection]) -> None:
+    """Raise ValueError where context parallelism divides sequences between ranks that are not all in the group: each
+    would clip by the logits of its part alone."""
+    divided = {name: ranks for name, each in projections.items() if (ranks := each.max_logits.sequence_ranks)}
+    if not divided:
+        return
+    together = set(dist.get_process_group_ranks(group)) if group is not None else {dist.get_rank()}
+    for name, ranks in divided.items():
+        if not ranks <= together:
+            raise ValueError(
+                f"QK-Clip: the sequences of {name} are divided between the ranks {sorted(ranks)}, and of these only "
+                f"{sorted(ranks & together)} clip together. Shard the parameters over all of them, fully_shard on a "
+                "mesh that includes context parallelism, or give their group, QKClip(…, process_group=…)."
+            )
 
 
 def _ranks_with_the_same(

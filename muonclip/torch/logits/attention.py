@@ -5,7 +5,9 @@ Shapes: B batch, H query heads, G key heads (G divides H), T positions, d head w
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muonclip.core.arguments import FINITE, check_flag, check_kind, check_number, check_whole
+from muonclip.torch.logits.host_modes import unobservable, unobserved, unseen
 from muonclip.torch.logits.host_sdpa import sdpa_with_lse
 from muonclip.torch.logits.mask import AttentionMask
 from muonclip.torch.logits.max_logits import MaxLogits
+from muonclip.torch.logits.ring_attention import RingStep, is_context_parallel, run_ring
 from muonclip.torch.logits.sharded_attention import on_local_heads
 from muonclip.torch.mesh import is_dtensor
 
@@ -58,6 +62,9 @@ def attention(
         masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
+    if is_context_parallel():
+        masks = dict(attn_mask=attn_mask, window=window, document_ids=document_ids, softcap=softcap)
+        return _attend_in_ring(q, k, v, scale, is_causal, masks, max_logits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale) if isinstance(scale, int) else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
     mask.check_batch(q.shape[0], q.shape[1])
@@ -82,6 +89,40 @@ def _attend(
         q, k, v, dense, is_causal=mask.is_causal_only, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return y[..., :width], lse
+
+
+def _attend_in_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    masks: Mapping[str, object],
+    max_logits: MaxLogits | None,
+) -> Tensor:
+    """Attend by torch's `context_parallel`, to sequences of which this rank has a part."""
+    for name, given in masks.items():
+        if given is not None:
+            raise ValueError(f"{name} was given within context_parallel, which takes is_causal and scale alone.")
+    width = v.shape[-1]
+    if width < q.shape[-1]:  # its kernels take equal widths only
+        v = F.pad(v, (0, q.shape[-1] - width))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    run = functools.partial(
+        F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    observes = max_logits is not None and torch.is_grad_enabled() and unobservable() is None
+
+    @unseen
+    def take(step: RingStep) -> None:
+        assert max_logits is not None
+        mask = AttentionMask(step.q.shape[-2], step.k.shape[-2], step.is_causal)
+        max_logits.sequence_ranks |= step.ranks
+        max_logits.take(step.q.detach(), step.k.detach(), scale=scale, mask=mask, lse=None)
+
+    with unobserved():  # by others than `max_logits`
+        y = run_ring(run, take) if observes else run()
+    return y[..., :width]
 
 
 def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask, softcap: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from muonclip.core.arguments import check_kind, check_whole
+from muonclip.torch.logits.divided_heads import divided_heads, heads_divided
 from muonclip.torch.logits.exact_maxima import check_forward, observe, observe_opaquely
 from muonclip.torch.logits.host_modes import FAKE, Unobservable, unobservable, unseen
 from muonclip.torch.logits.mask import AttentionMask
@@ -62,6 +63,8 @@ class MaxLogits:
     """How often it was reset."""
     left_out: Unobservable | None = None
     """The reason why a forward was not observed since the last reset."""
+    sequence_ranks: frozenset[int] = frozenset()
+    """The ranks between which the sequences of the last forward were divided; empty where they were whole."""
 
     def __init__(self, num_heads: int) -> None:
         self.num_heads = num_heads = check_whole("num_heads", num_heads)
@@ -94,6 +97,7 @@ class MaxLogits:
         """Forget what was seen."""
         self.resets += 1
         self.left_out = None
+        self.sequence_ranks = frozenset()
         self.packed.zero_()
         self.packed[: 2 * self.num_heads].fill_(-math.inf)
 
@@ -104,6 +108,10 @@ class MaxLogits:
         """
         if count == self.num_heads:
             return 0
+        divided = divided_heads()
+        if divided is not None:
+            with heads_divided(None):
+                return self.first_of(count * divided.size, seen) + divided.rank * count
         if self.query_heads is None or count > self.num_heads:
             raise ValueError(
                 f"max_logits counts {self.num_heads} heads, but {seen or 'attention'} has {count} query heads. Make "
@@ -115,12 +123,10 @@ class MaxLogits:
 
     def heads_in(self, q: Tensor) -> int:
         """Return how many heads there are in queries [..., Tq, d] of one forward."""
-        if self.query_heads is None or (q.ndim == 4 and q.shape[1] == self.num_heads):
-            return self.num_heads
-        count = self.query_heads.count()
-        if count is None:
-            return self.num_heads
-        return q.shape[1] if q.ndim == 4 else count
+        if q.ndim == 4:
+            return q.shape[1]
+        count = None if self.query_heads is None else self.query_heads.count()
+        return self.num_heads if count is None else count
 
     def update(self, maxima: Tensor) -> None:
         """Add one forward's exact maxima.

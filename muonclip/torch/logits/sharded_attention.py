@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-PARTS_OF_SEQUENCES = (
-    "attention got queries and keys that are parts of sequences: torch's context_parallel lets the keys of other ranks "
-    "pass in a ring, where their logits cannot be seen. Divide FlexAttention along the sequence instead, which gathers "
-    "the keys, or share out the heads."
-)
-
 
 def on_local_heads(attend: Callable[..., Tensor], q: DTensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Call `attend(q, k, v, **options)` on the local parts; the result is a DTensor placed as q [B, H, Tq, d].
@@ -56,10 +50,6 @@ def local_queries_and_keys(q: DTensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q: tuple[Placement, ...], good: bool, other: tuple[Placement, ...] | None = None) -> None:
-    from torch.distributed.tensor import Shard
-
-    if Shard(2) in q:
-        raise ValueError(PARTS_OF_SEQUENCES)
     if not good:
         raise ValueError(
             f"attention got queries placed as {q}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from muonclip.torch.logits import RingStep
 from muonclip.torch.mesh import is_block_mask
 from muonclip.torch.observe.score_mod import ScoreMod
 
@@ -71,7 +72,8 @@ class AttentionCall:
 
     What a kernel can say more, where it speaks of these logits under this mask and nothing else: `run_with_lse` returns
     the result and the log-sum-exp of the rows, fp32 [B, heads, Tq], or None; `run_with_max` the result and the exact
-    maxima [heads]. `entering`: what enters the softmax, the columns of the keys, of attention that is written out and
+    maxima [heads]; `run_in_ring(take)` the result of attention whose keys pass in a ring, of which `take` gets each
+    step. `entering`: what enters the softmax, the columns of the keys, of attention that is written out and
     has one product; `by_pair`: that is S times a factor of each pair; `terms`: the operands [..., T, d] of other
     products in it. `run_in_trace` is for kernels that would be slow or not differentiable: the values of its result do
     not matter. `problem`: what was not understood of the logits. `made_in`: the modules that were running when the
@@ -94,6 +96,7 @@ class AttentionCall:
     layout: Literal["heads, positions", "positions, heads"] = "heads, positions"
     run_with_lse: Callable[[], tuple[Any, Tensor | None]] | None = None
     run_with_max: Callable[[], tuple[Any, Tensor]] | None = None
+    run_in_ring: Callable[[Callable[[RingStep], None]], Any] | None = None
     run_in_trace: Callable[[], Any] | None = None
     entering: Tensor | None = None
     by_pair: bool = False

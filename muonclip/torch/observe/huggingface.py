@@ -13,12 +13,15 @@ from muonclip.torch.mesh import is_block_mask
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import current_handler, handling
 from muonclip.torch.observe.packed_sequences import packed_pairs
+from muonclip.torch.observe.ulysses import ULYSSES
 
 
 def _patch(host: Callable[..., Any]) -> Callable[..., Any]:
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
         function = host(self, attn_implementation, default)
-        if current_handler() is None or attn_implementation == "sdpa":  # which is a kernel of its own, with its LSE
+        # In both of them a kernel is called that is observed by itself: with its LSE, or with the heads of this rank.
+        has_a_kernel = attn_implementation == "sdpa" or function.__module__ == ULYSSES
+        if current_handler() is None or has_a_kernel:
             return function
         return functools.partial(_handled, function, attn_implementation)
 

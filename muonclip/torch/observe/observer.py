@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -14,7 +15,9 @@ from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage
 from muonclip.torch.logits import (
     AttentionMask,
     MaxLogits,
+    RingStep,
     Unobservable,
+    divided_heads,
     local_queries_and_keys,
     measure_max_logits,
     statistic_dtype,
@@ -109,6 +112,8 @@ class ObserverRun(HandledRun):
                 "step, and not when it was found. Give example_inputs that reach this, too."
             )
             return call.run()
+        if call.run_in_ring is not None:
+            return call.run_in_ring(functools.partial(self._take_step, call, statistic))
         if call.run_with_max is not None:
             result, maxima = call.run_with_max()
             statistic.update(maxima)
@@ -122,6 +127,9 @@ class ObserverRun(HandledRun):
 
     def _take_in(self, call: AttentionCall, statistic: MaxLogits, lse: Tensor | None) -> None:
         """Take a call into a statistic; what is wrong with it is left to the next step, unless ranks would wait."""
+        divided = divided_heads()
+        if divided is not None:
+            statistic.sequence_ranks |= divided.ranks
         try:
             take_in(call, statistic, lse)
         except (ValueError, RuntimeError) as error:
@@ -129,6 +137,10 @@ class ObserverRun(HandledRun):
             if not is_ours or is_dtensor(call.q):
                 raise
             self.observer.unclaimed.note(str(error))
+
+    def _take_step(self, call: AttentionCall, statistic: MaxLogits, step: RingStep) -> None:
+        statistic.sequence_ranks |= step.ranks
+        self._take_in(replace(call, q=step.q, k=step.k, is_causal=step.is_causal), statistic, None)
 
     def _with_added(self, call: AttentionCall, statistic: MaxLogits) -> Any:
         logits = _whole_logits(call, statistic.heads_in(call.heads_first(call.q)))

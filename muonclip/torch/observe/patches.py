@@ -17,16 +17,25 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 
-from muonclip.torch.logits import PARTS_OF_SEQUENCES, Unobservable, host_sdpa, unobserved
+from muonclip.torch.logits import (
+    RING,
+    Unobservable,
+    host_sdpa,
+    is_context_parallel,
+    left_whole,
+    on_own_sequences,
+    seen_in_steps,
+    unobserved,
+)
 from muonclip.torch.mesh import imported, plain_class
 from muonclip.torch.observe.attention_call import AttentionKernel
 from muonclip.torch.observe.handlers import of_thread
 from muonclip.torch.observe.kernels import KERNELS
 from muonclip.torch.observe.late_imports import LateImports
+from muonclip.torch.observe.ulysses import ULYSSES, with_its_heads
 
 
 class _Patch(NamedTuple):
@@ -48,14 +57,15 @@ class Patches:
         self._late = LateImports(self._patch_module)
 
     def add_user(self, model: nn.Module) -> None:
-        """Put the patches where `model` will look. Raises ValueError under torch's context parallelism, whose attention
-        shows parts of the sequences."""
+        """Put the patches where `model` will look. Raises ValueError within torch's `context_parallel`, which is around
+        attention until it ends, unless they are there already."""
         with self._lock:
-            if (getattr(F.scaled_dot_product_attention, "__module__", None) or "").startswith("torch.distributed"):
-                raise ValueError(PARTS_OF_SEQUENCES)
+            if not self.users and is_context_parallel():
+                raise ValueError(_TOO_LATE)
             self.users += 1
-            self._late.wait_for({_PIPELINES, *(_module_of(kernel) for kernel in KERNELS)})
+            self._late.wait_for({_PIPELINES, RING, ULYSSES, *(_module_of(kernel) for kernel in KERNELS)})
             self._patch_pipelines()
+            self._patch_sequence_parallelism()
             self._patch_functional_calls()
             for kernel in KERNELS:
                 self._patch_home(kernel)
@@ -81,10 +91,11 @@ class Patches:
 
     @contextmanager
     def used(self, model: nn.Module) -> Iterator[None]:
-        """Have them in place meanwhile."""
+        """Have them in place meanwhile, around attention as a single process makes it."""
         self.add_user(model)
         try:
-            yield
+            with on_own_sequences():
+                yield
         finally:
             self.remove_user()
 
@@ -95,6 +106,8 @@ class Patches:
                 return
             if name == _PIPELINES:
                 self._patch_pipelines()
+            if name in (RING, ULYSSES):
+                self._patch_sequence_parallelism()
             for kernel in KERNELS:
                 if _module_of(kernel) == name:
                     self._patch_home(kernel)
@@ -144,6 +157,17 @@ class Patches:
         if compute is not None and (id(stage), "_compute_outputs") not in self._placed:
             self._put(stage, "_compute_outputs", _unobserved(compute))
 
+    def _patch_sequence_parallelism(self) -> None:
+        """See the steps of attention whose keys pass in a ring, and whose heads are attended to after an all-to-all."""
+        context, ulysses = imported(RING, "_ContextParallel"), imported(ULYSSES, "UlyssesSPAttentionHF")
+        for holder, name, make in (
+            (sys.modules.get(RING), "_templated_ring_attention", seen_in_steps),
+            (context, "sdpa_input_fn", left_whole),
+            (ulysses, "forward", with_its_heads),
+        ):
+            if hasattr(holder, name) and (id(holder), name) not in self._placed:
+                self._put(holder, name, make(getattr(holder, name)))
+
     def _patch_functional_calls(self) -> None:
         """Keep a model that is called with other parameters than its own from being observed."""
         if (id(stateless), "_functional_call") not in self._placed:
@@ -177,6 +201,10 @@ def _is_library(code: Any) -> bool:
 _HOST = "_qk_host"  # the attribute of a patch that has the function in whose place it is
 _INHERITED = object()  # in the place of what a class does not have itself
 _PIPELINES = "torch.distributed.pipelining.stage"
+_TOO_LATE = (
+    "QK-Clip: torch's context_parallel is in the place of scaled_dot_product_attention, and cannot be seen from the "
+    "parts of sequences within it. Build the optimizer, or the QKClip, before you enter context_parallel."
+)
 _SDPA = "torch.nn.functional:scaled_dot_product_attention"
 PATCHES = Patches()
 """Those of this process."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from muonclip.torch.logits import host_sdpa, sdpa_with_lse
+from muonclip.torch.logits import host_sdpa, is_in_ring, run_ring, sdpa_with_lse
 from muonclip.torch.mesh import is_dtensor
 from muonclip.torch.observe.attention_call import AttentionCall, AttentionKernel
 from muonclip.torch.observe.handlers import handled
@@ -39,7 +39,7 @@ def _read(
     is_torchs_own = host is host_sdpa and not is_dtensor(query)  # and not somebody's kernel in its place
     call = AttentionCall(
         KERNEL,
-        functools.partial(host, **arguments),
+        run := functools.partial(host, **arguments),
         query,
         key,
         value,
@@ -47,6 +47,7 @@ def _read(
         attn_mask=attn_mask,
         is_causal=is_causal,
         run_with_lse=functools.partial(sdpa_with_lse, **arguments) if is_torchs_own and not query.is_nested else None,
+        run_in_ring=functools.partial(run_ring, run) if is_in_ring(query) else None,
     )
     return packed(call) if is_jagged(query) else call
 
