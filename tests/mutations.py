@@ -3453,6 +3453,50 @@ MUTATIONS = (
         tests_of("torch/test_sharded_clip.py", "test_heads_of_a_tensor_parallel_forward_go_to_their_places"),
     ),
     Mutation(
+        "own-step-of-the-ring-alone",
+        "Of a ring the first step is observed: this rank's own keys.",
+        "        steps += 1\n        take(step)\n",
+        "        steps += 1\n        if steps == 1:\n            take(step)\n",
+        tests_of("torch/test_context_parallel.py", "test_steps_are_shown_to_whoever_runs_the_ring_alone"),
+    ),
+    Mutation(
+        "masked-pairs-of-the-ring",
+        "The pairs that causality forbids in a step of the ring are observed, too.",
+        "take(RingStep(query, key, bool(is_causal), ranks))",
+        "take(RingStep(query, key, False, ranks))",
+        tests_of("torch/test_context_parallel.py", "test_steps_are_shown_to_whoever_runs_the_ring_alone"),
+    ),
+    Mutation(
+        "unseen-rings-pass",
+        "A ring of which no step was seen counts as observed.",
+        "        raise ValueError(UNSEEN_RING)\n",
+        "        pass\n",
+        tests_of("torch/test_context_parallel.py", "test_a_ring_of_which_no_step_is_seen_is_an_error"),
+    ),
+    Mutation(
+        "ring-left-out-of-the-group",
+        "Ranks that share sequences may clip each by its own part.",
+        "        if not ranks <= together:\n",
+        "        if not ranks & together:\n",
+        tests_of("torch/test_context_parallel.py", "test_ranks_that_share_sequences_have_to_clip_together"),
+    ),
+    Mutation(
+        "divided-heads-of-the-first-rank",
+        "Every rank's part of the heads that Ulysses divides is taken for the first.",
+        "self.first_of(count * divided.size, seen) + divided.rank * count",
+        "self.first_of(count * divided.size, seen)",
+        tests_of("torch/test_context_parallel.py", "test_divided_heads_fill_their_own_part_of_the_statistic"),
+    ),
+    Mutation(
+        "sequences-taken-for-heads",
+        "Two sequences of half of the heads are taken for one of all.",
+        "        if q.ndim == 4:\n            return q.shape[1]\n        count = None",
+        "        count = None",
+        tests_of(
+            "torch/test_context_parallel.py", "test_heads_that_nobody_says_are_divided_are_not_taken_for_sequences"
+        ),
+    ),
+    Mutation(
         "group-of-the-smallest-mesh",  # 6
         "The maxima are joined over the smallest mesh, and replicas drift apart.",
         "largest = max(sets, key=len)",

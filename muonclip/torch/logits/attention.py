@@ -62,10 +62,10 @@ def attention(
         masks: dict[str, Any] = dict(is_causal=is_causal, attn_mask=attn_mask, window=window, document_ids=document_ids)
         return on_local_heads(attention, q, k, v, scale=scale, softcap=softcap, max_logits=max_logits, **masks)
     _check_shapes(q, k, v, max_logits)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale) if isinstance(scale, int) else scale
     if is_context_parallel():
         masks = dict(attn_mask=attn_mask, window=window, document_ids=document_ids, softcap=softcap)
         return _attend_in_ring(q, k, v, scale, is_causal, masks, max_logits)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale) if isinstance(scale, int) else scale
     mask = AttentionMask(q.shape[-2], k.shape[-2], is_causal, window, document_ids, attn_mask)
     mask.check_batch(q.shape[0], q.shape[1])
     y, lse = _attend(q, k, v, scale, mask, softcap)
@@ -95,7 +95,7 @@ def _attend_in_ring(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float | None,
+    scale: float,
     is_causal: bool,
     masks: Mapping[str, object],
     max_logits: MaxLogits | None,
@@ -107,7 +107,6 @@ def _attend_in_ring(
     width = v.shape[-1]
     if width < q.shape[-1]:  # its kernels take equal widths only
         v = F.pad(v, (0, q.shape[-1] - width))
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = functools.partial(
         F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

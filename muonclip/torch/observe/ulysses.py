@@ -25,10 +25,8 @@ def with_its_heads(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: Any, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if attends_alone():
-            if hasattr(
-                module, "num_key_value_groups"
-            ):  # which DeepSpeed changes, of a model with fewer keys than ranks
-                module.num_key_value_groups = query.shape[1] // key.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
+            # Which DeepSpeed changes, of a model with fewer key heads than ranks.
+            vars(module)["num_key_value_groups"] = query.shape[1] // key.shape[1]
             return self.attn(module, query, key, *args, **kwargs)
         if self.disable_in_eval and not module.training:
             return forward(self, module, query, key, *args, **kwargs)
