@@ -36,7 +36,7 @@ import muonclip.models.torch
 import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
-from benchmarks.studies import fine_tuning, grad_clipping, master_weights, momentum_dtype, scaling, variants
+from benchmarks.studies import cluster, fine_tuning, grad_clipping, master_weights, momentum_dtype, scaling, variants
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -62,6 +62,8 @@ REFEREE = ROOT / "docs" / "referee" / "referee.md"  # of docs/referee.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
 INCLUDED = {FINE_TUNING, GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
 INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE, REFEREE}
+CLUSTER = ROOT / "docs" / "cluster" / "cluster.json"  # of docs/cluster.md
+INCLUDED |= {CLUSTER.with_name(f"{name}.md") for name in cluster.PAGES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
 SLOW = {"docs/unsupported.md", "docs/optax.md"}  # compile
 
@@ -371,6 +373,13 @@ def test_the_table_of_scaling_is_that_of_its_figures():
     figures = json.loads(SCALING.with_suffix(".json").read_text(encoding="utf-8"))
     assert SCALING.read_text(encoding="utf-8") == scaling.table(figures)
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
+
+
+def test_the_tables_of_the_cluster_are_those_of_its_figures():
+    figures = json.loads(CLUSTER.read_text(encoding="utf-8"))
+    for name, text in cluster.tables(figures).items():
+        assert CLUSTER.with_name(f"{name}.md").read_text(encoding="utf-8") == text
+    assert figures["fit"]["bytes_exact"]
 
 
 def test_the_table_of_gradient_clipping_is_that_of_its_figures():

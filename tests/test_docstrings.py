@@ -14,6 +14,10 @@ GENERATED = {
     ROOT / "docs" / name
     for name in (
         "architectures/sweep.md",
+        "cluster/fit.md",
+        "cluster/plans.md",
+        "cluster/published.md",
+        "cluster/tables.md",
         "evidence/rates.md",
         "evidence/reading.md",
         "evidence/search.md",

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     *("README", "index", "install", "faq", "primer", "switching", "monitor", "qk-clip", "clip-cost", "speed"),
     "evidence/index",
+    "cluster",
 )
 K2, MOONLIGHT = "Kimi K2, arXiv 2507.20534", "Moonlight, arXiv 2502.16982"
 QK_NORMED_MLA = dict.fromkeys(
@@ -54,6 +55,9 @@ QUOTED = {
     "monitor": {"0.2 to 0.4 for AdamW (Moonlight": MOONLIGHT},
     "speed": {"the median of their ratios, at 95%": "a confidence", "Allowed*: 64 MB": "a limit set by hand"},
     "primer": dict.fromkeys(("singular values between 0.001 and 1", "below 0.001"), "what the sets are made for"),
+    "cluster": {
+        "peak everywhere: 49 %": "the README of flash-muon, see benchmarks/studies/cluster_machines.toml",
+    },
     "faq": {"twice and ten times": "docs/evidence/rates.json"},
 }
 _FENCE = re.compile(r"^( *)```.*\n(?:.*\n)*?\1```$", re.MULTILINE)
@@ -106,6 +110,7 @@ def said() -> dict[str, list[str]]:
         "clip-cost": _bounds(),
         "faq": [_clip().removeprefix("The clip is ").replace("it", "a step")],
         "primer": _primer(),
+        "cluster": _cluster(),
         "evidence/index": [
             evidence_minutes,
             f"A step is only {HOT.batch_size * MoEConfig.cpu().max_seq_len} tokens at the hot rate",
@@ -119,6 +124,29 @@ def said() -> dict[str, list[str]]:
 
 def _read(name: str) -> dict:
     return json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _cluster() -> list[str]:
+    """What the predictions are off by, what the optimizers take of a step, and how long plans take."""
+    figures = _read("cluster/cluster")
+    compute, communication = figures["fit"]["compute"], figures["fit"]["communication"]
+    last = figures["paper"]["scaling"]["k2"][-1]["shares"]
+    plans = {(row["case"], row["ranks"]): row for row in figures["plans"]}
+    assert figures["fit"]["bytes_exact"]
+    longest = max(row["seconds"] for row in figures["plans"])
+    assert longest < 10
+    few, many = (plans["a stage", ranks]["balance"] for ranks in (256, 4096))
+    said = [
+        f"Kimi K2's update takes {last['muonclip']:.1%} of the forward and backward passes, "
+        f"AdamW's {last['adamw']:.2%}, and gathering Muon's {last['gathering']:.1%}",
+        f"compute of a rank was off by {compute['error']:+.1%} on average, and by {compute['worst_error']:+.1%} "
+        "for the worst rank",
+        f"missed the compute by {abs(_read('cluster/first-fit')['fit']['compute']['error']):.1%}",
+        f"communication by {communication['error']:+.1%}, and {communication['worst_error']:+.1%}",
+        f"made within {longest:.1f} seconds",
+        f"does {few:.2f} times the mean on 256 GPUs and {many:.2f} times on 4096",
+    ]
+    return [each.replace("%", " %").replace("-", "−") for each in said]
 
 
 def _versions() -> str:
