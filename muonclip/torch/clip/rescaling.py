@@ -14,7 +14,7 @@ from muonclip.torch.clip.reduction import JointMaxima, constant
 from muonclip.torch.clip.report import LayerReport
 from muonclip.torch.clip.second_copies import SecondCopies
 from muonclip.torch.heads import Axes, HeadRows, QKProjection, scale_heads
-from muonclip.torch.mesh import local_part, placed_like
+from muonclip.torch.mesh import drop_kept_scale, local_part, placed_like
 from muonclip.torch.update import joined, split_into
 
 
@@ -90,6 +90,7 @@ def _scale_rows(rows: HeadRows, factors: Tensor, copies: SecondCopies) -> None:
             weights = [parameter, *weights]
         for weight in weights:
             scale_heads(rows, weight, axis, factors.to(weight.device))
+        drop_kept_scale(parameter)
 
 
 @torch.no_grad()

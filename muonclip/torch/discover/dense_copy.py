@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from muonclip.torch.mesh import imported, is_dtensor, is_replicate
+from muonclip.torch.mesh import imported, is_dtensor, is_replicate, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -31,7 +31,7 @@ class DenseCopies:
         """Return this rank's part, if that is the whole; else random numbers N(0, 1/fan_in), or about 1 for vectors."""
         with torch.no_grad():
             if is_whole(tensor):
-                return tensor.to_local().to(self._dtype_of(tensor))
+                return local_part(tensor).to(self._dtype_of(tensor))
             shape = tuple(tensor.shape)
             if tensor.is_meta or not tensor.is_floating_point():
                 return torch.zeros(shape, dtype=self._dtype_of(tensor), device=tensor.device)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from muonclip.torch.discover.attribution import CONSTANT
 from muonclip.torch.discover.classify import ProjectionReader
 from muonclip.torch.discover.parameter_paths import ParameterPaths
+from muonclip.torch.discover.quantized_linears import with_fixed_scales
 from muonclip.torch.discover.refusals import Refusal
 from muonclip.torch.discover.trace import Trace, trace
 from muonclip.torch.discover.tracer import MIXED, TracedCall
@@ -152,6 +153,8 @@ def _read(
             findings.projections[declaration] = projection
         else:
             projection = reader.read(call)
+            if not isinstance(projection, str):
+                projection = with_fixed_scales(projection) or projection
             if isinstance(projection, str):
                 findings.refusals.setdefault(name, Refusal(call.num_heads, projection, is_read=not _unread(call)))
                 continue

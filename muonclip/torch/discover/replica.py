@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover.compute_dtypes import cast_as_sharded, compute_dtypes
 from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_engine
+from muonclip.torch.discover.quantized_linears import unrounded_class
 from muonclip.torch.discover.random_state import GeneratorsKept, random_state_kept
 from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
 from muonclip.torch.logits import MaxLogits, outside_modes
-from muonclip.torch.mesh import is_compiled_module, is_dtensor, plain_class
+from muonclip.torch.mesh import is_compiled_module, is_dtensor, plain_class, unwrapped
 from muonclip.torch.observe import PATCHES
 
 
@@ -199,7 +200,7 @@ def _parameter_of_replica(
     else:
         # Not by `detach`: a forward may be under way, and what is written to the copy must not count as a change of
         # the tensors that its backward needs.
-        data = copies.dense(parameter) if is_dtensor(parameter) else parameter.data
+        data = copies.dense(parameter) if is_dtensor(parameter) else unwrapped(parameter).data
         copied = nn.Parameter(data if data.is_meta else values(data), requires_grad=True)
     copied.is_trained = parameter.requires_grad  # pyright: ignore[reportAttributeAccessIssue]
     return copied
@@ -218,7 +219,7 @@ def _replica(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             *inner, attribute = name.split(".")
             setattr(functools.reduce(getattr, inner, replica), attribute, memo[id(parameter)])
         return replica
-    kind = plain_class(module)
+    kind = unrounded_class(plain_class(module))
     replica = memo[id(module)] = kind.__new__(kind)
     try:
         state = module.__getstate__()  # without what a module does not want copied, such as its compiled form

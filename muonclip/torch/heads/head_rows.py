@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from muonclip.core.arguments import check_kind, check_whole
 from muonclip.core.index_ranges import IndexRanges
-from muonclip.torch.mesh import is_dtensor, is_replicate, is_shard, local_indices
+from muonclip.torch.mesh import is_dtensor, is_replicate, is_shard, local_indices, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -198,7 +198,7 @@ def _changes(factors: Tensor) -> Tensor:
 
 def sample_rows(parameter: Tensor, axis: Axes, columns: int) -> Tensor:
     """Return a few numbers of every row that this rank has of a weight, [rows, at most `columns`], to read."""
-    local = parameter.to_local() if is_dtensor(parameter) else parameter.detach()
+    local = local_part(parameter.detach())
     axes = axes_of(axis)
     count = len(axes)
     sample = local.movedim(axes, tuple(range(count)))
@@ -228,7 +228,7 @@ def local_rows(name: str, parameter: Tensor, axes: tuple[int, ...]) -> tuple[Ten
     `name`: for the error. Raises ValueError for placements that do not say where a row is.
     """
     if not is_dtensor(parameter):
-        return parameter, tuple(((0, parameter.shape[axis]),) for axis in axes)
+        return local_part(parameter), tuple(((0, parameter.shape[axis]),) for axis in axes)
     check_placements(name, parameter)
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     if coordinate is None:
@@ -240,7 +240,7 @@ def local_rows(name: str, parameter: Tensor, axes: tuple[int, ...]) -> tuple[Ten
         local_indices(parameter.shape[axis], axis, parameter.placements, mesh.shape, coordinate) for axis in axes
     )
     with torch.no_grad():
-        return parameter.to_local(), held
+        return local_part(parameter), held
 
 
 def check_placements(name: str, parameter: Tensor) -> None:

@@ -27,6 +27,7 @@ from muonclip.torch.mesh.late_types import (
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
+from muonclip.torch.mesh.wrapped_weights import drop_kept_scale, unwrapped
 from muonclip.torch.mesh.wrappers import (
     mixed_precision_of,
     plain_class,
@@ -46,6 +47,7 @@ __all__ = [
     "check_parameter",
     "check_state",
     "clip_grad_norm_",
+    "drop_kept_scale",
     "group_of",
     "group_over",
     "imported",
@@ -66,4 +68,5 @@ __all__ = [
     "replicas_of",
     "running_ddp",
     "unwrap",
+    "unwrapped",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from muonclip.torch.mesh.late_types import is_dtensor, is_fsdp1_module, is_partial, is_replicate
+from muonclip.torch.mesh.wrapped_weights import unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor; writing there writes to the tensor."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    return unwrapped(tensor.to_local() if is_dtensor(tensor) else tensor)
 
 
 def placed_like(parameter: Tensor, local: Tensor) -> Tensor:
