@@ -8,7 +8,8 @@ Each mutation is a fault that was found in public code or in ours, or that break
 or of the resume. Its snippet is searched in all of `muonclip`, then of `benchmarks`, so it does not depend on where the
 code is; it must occur there exactly once. A copy of the tracked files is changed, never the tree itself. A mutation is
 killed when a test of its selection fails or raises, and survives when they all pass. Anything else is an error: the
-selection does not pass without the mutation, nothing was collected, or the changed file cannot be imported. A run that
+selection does not pass without the mutation, nothing was collected, or the changed file cannot be imported. Those with
+tests in `tests/engines` are left out where no engine is installed: run them by `.venv-engines/bin/python`. A run that
 takes longer than the limit counts as killed: without the mutation the same tests came to their end.
 
 Each run of pytest is a fork of this process, which has imported the frameworks, but nothing of the library, once.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -90,6 +92,35 @@ def tests_of(file: str, *names: str) -> Tests:
 # could see it: the graph replay of 14 and the offsets of 24. Of 25, 29, 36, 37 and 39 to 42 there is what the library
 # does about them; what it does not do cannot be broken.
 MUTATIONS = (
+    # torchao's linears that round: run by .venv-engines/bin/python
+    Mutation(
+        "the-copy-rounds-too",
+        "Linears that round do so in the copy in which heads are found.",
+        "return UnroundedLinear if rounds else kind",
+        "return kind",
+        tests_of("engines/test_torchao_qat.py"),
+    ),
+    Mutation(
+        "fixed-scales-are-clipped",
+        "Weights that are rounded by fixed or learned scales are scaled, and their grid is not.",
+        "projection = with_fixed_scales(projection) or projection",
+        "with_fixed_scales(projection)",
+        tests_of("engines/test_torchao_qat.py", "test_weights_with_fixed_scales_are_refused"),
+    ),
+    Mutation(
+        "a-copy-of-the-gathered-weight-is-scaled",
+        "What is scaled is a copy of the weight that FSDP2 gathers in float8.",
+        "return tensor._tensor  # pyright",
+        "return tensor._tensor.clone()  # pyright",
+        tests_of("engines/test_torchao_fsdp2.py"),
+    ),
+    Mutation(
+        "stale-float8-scale",
+        "A scale that was computed before the clip is used by the next gathering.",
+        "        drop_kept_scale(parameter)\n",
+        "",
+        tests_of("engines/test_torchao_fsdp2.py", "test_a_scale_that_was_kept_from_before_the_clip_is_dropped"),
+    ),
     # The cluster on paper
     Mutation(
         "embedding-counted-twice",
@@ -2119,8 +2150,8 @@ MUTATIONS = (
     Mutation(
         "writes-to-the-copy-count-as-changes",
         "What a proof writes to its copy amid a forward keeps the model's backward from running.",
-        "is_dtensor(parameter) else parameter.data\n",
-        "is_dtensor(parameter) else parameter.detach()\n",
+        "is_dtensor(parameter) else unwrapped(parameter).data\n",
+        "is_dtensor(parameter) else unwrapped(parameter).detach()\n",
         tests_of("torch/test_new_reach.py", "test_a_tower_that_the_first_batches_did_not_reach"),
     ),
     Mutation(
@@ -4173,6 +4204,8 @@ def main() -> int:
     wanted = [each for each in MUTATIONS if options.only is None or each.name in options.only]
     if missing := set(options.only or ()) - {each.name for each in wanted}:
         parser.error(f"--only {' '.join(sorted(missing))}: unknown")
+    if not options.list and importlib.util.find_spec("torchao") is None:
+        wanted = [each for each in wanted if not any(test.startswith("tests/engines/") for test in each.tests)]
     sources = [{path: path.read_text() for path in sorted((ROOT / room).rglob("*.py"))} for room in ROOMS]
     places = {each: located(each, next((of for of in sources if holds(of, each)), sources[0])) for each in wanted}
     counts = Counter[str]()
