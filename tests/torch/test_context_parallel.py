@@ -96,6 +96,18 @@ def test_steps_are_shown_to_whoever_runs_the_ring_alone(mesh):
     ]
 
 
+def test_compiled_code_asks_anew_where_attention_is_replaced(monkeypatch):
+    asked = torch.compile(lambda x: x + 1 if is_context_parallel() else x, backend="eager", fullgraph=True)
+    assert asked(torch.zeros(())) == 0
+
+    def replaced(*args):
+        raise NotImplementedError
+
+    replaced.__module__ = "torch.distributed.tensor.experimental"
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", replaced)
+    assert asked(torch.zeros(())) == 1
+
+
 class Shared(nn.Module):
     def __init__(self, heads):
         super().__init__()

@@ -62,8 +62,15 @@ def is_in_ring(q: Tensor) -> bool:
 
 def is_context_parallel() -> bool:
     """Tell whether torch's `context_parallel` is in the place of `scaled_dot_product_attention`."""
-    module = getattr(F.scaled_dot_product_attention, "__module__", None)
-    return not attends_alone() and (module or "").startswith("torch.distributed")
+    return not attends_alone() and _is_of_engine(F.scaled_dot_product_attention)
+
+
+def _is_of_engine(function: Callable[..., Any]) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("torch.distributed")
+
+
+_is_of_engine._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+# As `torch.compiler.assume_constant_result` marks it; of another function it is asked anew.
 
 
 @_disable_dynamo
