@@ -19,6 +19,7 @@ from muonclip.torch.logits import (
     AttentionMask,
     DividedHeads,
     heads_divided,
+    is_context_parallel,
     measure_max_logits,
     run_ring,
     seen_in_steps,
