@@ -17,9 +17,9 @@ TAU, RATE = 0.6, 2e-2
 TOKENS = tiny_tokens(8)
 
 
-def in_float8(model, recipe="tensorwise", **options):
+def in_float8(model, recipe="tensorwise", emulate=True):
     config = Float8LinearConfig.from_recipe_name(recipe)
-    config = dataclasses.replace(config, emulate=True, pad_inner_dim=True, **options)
+    config = dataclasses.replace(config, emulate=emulate, pad_inner_dim=True)
     return convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name != "lm_head")
 
 
@@ -61,9 +61,10 @@ def factors(maxima):
     return (TAU / maxima).clamp(max=1.0)
 
 
+@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "of the CPU"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_gamma_is_that_of_the_rounded_products_and_the_master_weight_is_scaled(recipe):
-    model = in_float8(tiny_llama(), recipe)
+def test_gamma_is_that_of_the_rounded_products_and_the_master_weight_is_scaled(recipe, emulate):
+    model = in_float8(tiny_llama(), recipe, emulate)
     without = copy.deepcopy(model)
     clipped = MuonClip(model, lr=RATE, weight_decay=0.1, tau=TAU)
     unclipped = MuonClip(without, lr=RATE, weight_decay=0.1, qk_clip=None)
