@@ -351,16 +351,20 @@ def test_the_coefficient_sets_are_listed_with_their_sources():
     assert rows == {name: each.source for name, each in COEFFICIENT_SETS.items()}
 
 
-def test_the_trials_are_those_of_the_log():
-    lines = (ROOT / "docs" / "recovery" / "kill-trials.jsonl").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("log", ["kill-trials", "kill-trials-experts"])
+def test_the_trials_are_those_of_the_log(log):
+    lines = (ROOT / "docs" / "recovery" / f"{log}.jsonl").read_text(encoding="utf-8").splitlines()
     made, *trials = map(json.loads, lines)
     kinds = [trial["what"] for trial in trials]
     assert all(trial["equal"] and trial["restarts"] == 1 for trial in trials)
     assert {trial["final_loss"] for trial in trials} == {trials[0]["final_loss"]}
     text = " ".join((ROOT / "docs" / "parallel" / "recovery.md").read_text(encoding="utf-8").split())
-    assert f"All {len(trials)} trials ended bit for bit" in text
-    assert f"{kinds.count('after step')} kills after a step, {kinds.count('during save')} during a save" in text
     machine = made["environment"]
+    told = text[text.index(re.search(r"--trials.* --out ", machine["command"])[0]) :]
+    assert f"All {len(trials)} trials ended bit for bit" in told
+    assert f"{kinds.count('after step')} kills after a step, {kinds.count('during save')} during a save" in told
+    together = sum(len(trial["ranks"]) == trial["processes"] for trial in trials if "ranks" in trial)
+    assert not together or f"{together} of all ranks" in told
     for said in (
         machine["date"][:10],
         f"{machine['cores']} cores of an {machine['cpu']}",
