@@ -11,7 +11,10 @@ from benchmarks.execution import ranks
 from benchmarks.experiment.errors import RunFailed, UsageError
 from benchmarks.options import make_parser
 
-ONLY_RANKS = ("shards", "replicas", "experts", "tensor", "accumulate", "recompute", "async_checkpoints")
+ONLY_RANKS = (
+    *("shards", "replicas", "experts", "tensor", "accumulate"),
+    *("recompute", "store_activations", "offload_activations", "async_checkpoints"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -190,7 +190,6 @@ def _execution(options: argparse.Namespace) -> Execution:
     team = None
     if options.ranks is not None:
         divided = parallelism(options, options.ranks.size)
-        team = Team(
-            options.ranks, Layout(divided, options.accumulate or 1, options.recompute), options.async_checkpoints
-        )
+        kept = options.recompute, options.store_activations, options.offload_activations
+        team = Team(options.ranks, Layout(divided, options.accumulate or 1, *kept), options.async_checkpoints)
     return Execution(options.out, options.jobs, options.precision, checkpoints, team)

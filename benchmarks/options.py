@@ -18,6 +18,7 @@ from benchmarks.studies.speed import PARTS
 from benchmarks.studies.sweep_architectures import ARCHITECTURES
 from benchmarks.training.precision import PrecisionChoice
 from muonclip.models.config import Attention
+from muonclip.models.recompute import StoreActivations
 
 
 def make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -152,6 +153,8 @@ _EXPLOSION = {
     "--tensor": _of(count, "N", "ranks sharing heads and widths (default: 1)"),
     "--accumulate": _of(count, "N", "micro-batches per step (default: 1)"),
     "--recompute": _flag("activations are computed again, not kept"),
+    "--store-activations": _one_of(get_args(StoreActivations), None, "with --recompute: of the MLPs, in FP8"),
+    "--offload-activations": _flag("with --recompute: what is kept of them is in host memory"),
 }  # fmt: skip
 _SPIKES = {
     "--arms": _of(several(arm), "A,B", f"the same in all cases (default: each case's own); {_OWN}"),

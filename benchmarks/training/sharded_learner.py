@@ -22,6 +22,7 @@ from benchmarks.experiment.experiment import Experiment
 from benchmarks.training.learner import Windows
 from benchmarks.training.torch_learner import TorchLearner, first_model, make_optimizer
 from muonclip.models.parallel import DegreeError, Parallelism, parallelize
+from muonclip.models.recompute import StoreActivations
 from muonclip.models.torch import MoE
 from muonclip.torch.distributed import clip_grad_norm_
 
@@ -39,9 +40,14 @@ class Layout:
     parallelism: Parallelism = field(default_factory=Parallelism)
     accumulate: int = 1  # micro-batches
     recompute: bool = False
+    store_activations: StoreActivations | None = None
+    offload_activations: bool = False
 
     def check(self, experiment: Experiment, world_size: int) -> None:
         """Raise UsageError, naming the option, for degrees that do not fit ranks, models or batches."""
+        for option in ("store_activations", "offload_activations"):
+            if getattr(self, option) and not self.recompute:
+                raise UsageError(f"--{option.replace('_', '-')}", "it is an option of --recompute; give both.")
         for arm in experiment.arms:
             if arm.optimizer == "torch-muon":
                 raise UsageError("--arms", f"{arm.name} runs alone: torch.optim.Muon knows no shards. Take it away.")
@@ -64,7 +70,8 @@ class Layout:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self.parallelism), "accumulate": self.accumulate, "recompute": self.recompute}
+        own = asdict(self)
+        return {**own.pop("parallelism"), **own}
 
 
 class ShardedLearner(TorchLearner):
@@ -85,6 +92,8 @@ class ShardedLearner(TorchLearner):
             device_type=experiment.device,
             mixed_precision=narrow,
             recompute=layout.recompute,
+            store_activations=layout.store_activations,
+            offload_activations=layout.offload_activations,
         )
         if not whole:
             self.model.to_empty(device=experiment.device)

@@ -27,6 +27,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from muonclip.models.config import MoEConfig
 from muonclip.models.expert_parallel import ExpertExchange
+from muonclip.models.recompute import StoreActivations, check_storage
 from muonclip.models.recompute import recompute as recompute_layer
 from muonclip.models.tensor_parallel import divide_experts, divide_layer
 from muonclip.models.torch import Experts, Layer, MixtureOfExperts, MoE
@@ -111,14 +112,21 @@ def parallelize(
     device_type: str = "cpu",
     mixed_precision: bool = False,
     recompute: bool = False,
+    store_activations: StoreActivations | None = None,
+    offload_activations: bool = False,
 ) -> Meshes:
     """Divide a model over the ranks, in place; every rank has it whole, or on the meta device, and keeps its part.
 
     `mixed_precision`: forward and backward in bf16, but for routers; gradients are averaged in fp32. `recompute`:
-    activations other than those of attention's products are not kept for the backward pass.
-    Raises ValueError for degrees that do not fit.
+    activations other than those of attention's products are not kept for the backward pass; `store_activations` and
+    `offload_activations` are the options of `muonclip.models.recompute.recompute`.
+    Raises ValueError for degrees that do not fit, and for these options without `recompute`.
     """
     parallelism.check(model.config, dist.get_world_size())
+    check_storage(store_activations)
+    if (store_activations or offload_activations) and not recompute:
+        given = f"{store_activations=}" if store_activations else f"{offload_activations=}"
+        raise ValueError(f"{given} says how recomputation keeps activations, but recompute=False. Give recompute=True.")
     p = parallelism
     world = init_device_mesh(
         device_type, (p.replicas, p.shards, p.tensor), mesh_dim_names=("replicas", "shards", "tensor")
@@ -134,7 +142,7 @@ def parallelize(
         if tensor is not None:
             divide_layer(layer, tensor)
         if recompute:
-            recompute_layer(layer)
+            recompute_layer(layer, store_activations=store_activations, offload_activations=offload_activations)
         if isinstance(layer.mlp, MixtureOfExperts):
             experts.divide(layer.mlp.experts)
             fully_shard(layer.mlp.experts, mesh=experts.rest, shard_placement_fn=experts.axis, mp_policy=half)

@@ -1,17 +1,24 @@
-"""Activations that are computed again in the backward pass, so that they need not be kept until then."""
+"""Activations that are computed again in the backward pass, so that they need not be kept until then.
+
+for layer in model.layers:
+    recompute(layer, store_activations="float8", offload_activations=True)  # before the model is distributed
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from muonclip.models.torch import Attention, Layer
+from muonclip.models.stored_activations import KeptActivations
+from muonclip.models.torch import Attention, Experts, Layer, MixtureOfExperts, SwiGLU
+
+StoreActivations = Literal["float8"]
 
 aten = torch.ops.aten
 _PRODUCTS = {
@@ -23,25 +30,65 @@ _PRODUCTS = {
 }
 
 
-def recompute(layer: Layer) -> None:
+def recompute(
+    layer: Layer, *, store_activations: StoreActivations | None = None, offload_activations: bool = False
+) -> None:
     """Compute activations of a layer again in the backward pass instead of keeping them.
 
     Of the attention, what the projections and the softmax made is kept, and norms and rotations are computed again; of
-    the MLP only its input is kept.
+    the MLP only its input is kept. The options are those of Kimi K2 (arXiv 2507.20534, §2.4.3), for more memory and
+    less work.
+
+    Args:
+        layer: Changed in place.
+        store_activations: "float8": of the MLP the inputs of up-projections and of SwiGLU are kept in FP8-E4M3, blocks
+            of 128 with a scale each, next to what norm and router need. SwiGLU and the down-projection are computed
+            again; up-projections are not, nor are tokens routed and sent to their experts a second time. Gradients are
+            those of rounded activations; losses are what they are without.
+        offload_activations: What is kept is in host memory until the backward pass. The attention is not computed
+            again then. Changes no number.
+
+    Raises:
+        ValueError: For another way to store activations.
     """
+    check_storage(store_activations)
+    float8, offload = store_activations == "float8", offload_activations
+    kept = KeptActivations(float8=float8, offload=offload)
     attend, transform = layer.attend, layer.transform
+    if float8:
+        for module in _mlps(layer):
+            module.keep = kept.only_input
 
     # On the instance: within the hooks that gather the layer's parameters, and without the new names of a wrapper.
     # Two regions, because what is kept is found by counting operations, and FSDP does not do the same twice where it
     # gathers experts. Nothing is random in either.
     def attend_again(x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+        if offload:
+            return kept.moved(attend, layer.parameters, x, rotary, document_ids)
         contexts = partial(_contexts, layer.attn)
         return _checkpoint(attend, x, rotary, document_ids, context_fn=contexts)
 
     def transform_again(x: Tensor) -> Tensor:
-        return _checkpoint(transform, x)
+        return kept.moved(transform, layer.parameters, x) if float8 else kept.only_input(transform, x)
 
     layer.attend, layer.transform = attend_again, transform_again
+
+
+def check_storage(store_activations: StoreActivations | None) -> None:
+    """Raise ValueError for a way to store activations that there is not."""
+    if store_activations not in (None, *get_args(StoreActivations)):
+        known = ", ".join(map(repr, get_args(StoreActivations)))
+        raise ValueError(f"store_activations={store_activations!r} is unknown; give {known}, or None for none.")
+
+
+def _mlps(layer: Layer) -> Iterator[Experts | SwiGLU]:
+    mlp = layer.mlp
+    if isinstance(mlp, MixtureOfExperts):
+        yield mlp.experts
+        mlp = mlp.shared_experts
+    if mlp is not None:
+        assert isinstance(mlp, SwiGLU)
+        yield mlp
 
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -28,6 +28,13 @@ from muonclip.torch import MaxLogits, QKProjection, attention
 
 __all__ = ["MoE"]
 
+Keep = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def keep_all(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function to x; autograd keeps what it needs."""
+    return function(x)
+
 
 class MoE(nn.Module):
     """A decoder-only mixture-of-experts language model.
@@ -363,10 +370,12 @@ class Experts(nn.Module):
     """E SwiGLUs in two stacked weights; tokens are sorted by expert and multiplied group by group.
 
     `exchange`, where experts are on several ranks: takes rows sorted by expert and the experts' ends; returns the rows
-    for this rank's experts, their ends, and the function that sends results back.
+    for this rank's experts, their ends, and the function that sends results back. `keep`: applies a function to its
+    input, and decides what is kept of it for the backward pass.
     """
 
     exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] | None = None
+    keep: Keep = staticmethod(keep_all)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -382,7 +391,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Compute `Σ_k weights_k · expert_k(x)` [N, D] of x [N, D], chosen and weights [N, K]."""
-        n, k = chosen.shape
+        n, k, dtype = *chosen.shape, x.dtype
         by_expert, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(
@@ -393,16 +402,23 @@ class Experts(nn.Module):
         back = None
         if self.exchange is not None:
             rows, ends, back = self.exchange(rows, ends)
-        rows = swiglu(grouped_linear(rows, local_gate_up(self.gate_up_proj), ends))
-        rows = grouped_linear(rows, local(self.down_proj), ends)
-        if back is not None:
-            rows = back(rows)
-        y = rows.index_select(0, order.argsort()).view(n, k, -1)
-        return (y * weights[..., None]).sum(1).to(x.dtype)
+        gate_up_proj = local_gate_up(self.gate_up_proj)
+        gate_up = self.keep(lambda rows: grouped_linear(rows, gate_up_proj, ends), rows)
+
+        def finish(gate_up: Tensor) -> Tensor:
+            rows = grouped_linear(swiglu(gate_up), local(self.down_proj), ends)
+            if back is not None:
+                rows = back(rows)
+            y = rows.index_select(0, order.argsort()).view(n, k, -1)
+            return (y * weights[..., None]).sum(1).to(dtype)  # of x its dtype alone: `finish` may be kept for long
+
+        return self.keep(finish, gate_up)
 
 
 class SwiGLU(nn.Module):
-    """The MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202)."""
+    """The MLP `down(silu(gate(x)) · up(x))` (arXiv 2002.05202); `keep` as in `Experts`."""
+
+    keep: Keep = staticmethod(keep_all)
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -410,7 +426,8 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        gate_up = self.keep(self.gate_up_proj, x)
+        return self.keep(lambda gate_up: self.down_proj(swiglu(gate_up)), gate_up)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -41,6 +41,21 @@ CASES = {
         },
         "recompute": {"kind": "recompute", "degrees": {"shards": 2, "experts": 2}},
         "recompute, tensor": {"kind": "recompute", "degrees": {"tensor": 2}, "config": GQA},
+        "offload": {
+            "kind": "stored",
+            "degrees": {"shards": 2, "experts": 2},
+            "options": {"offload_activations": True},
+        },
+        "float8, offload": {
+            "kind": "stored",
+            "degrees": {"shards": 2, "experts": 2},
+            "options": {"store_activations": "float8", "offload_activations": True},
+        },
+        "float8, tensor": {
+            "kind": "stored",
+            "degrees": {"tensor": 2},
+            "options": {"store_activations": "float8"},
+        },
         "fill": {"kind": "fill", "degrees": {"shards": 2, "experts": 2}},
     },
     3: {"tensor 3": {"degrees": {"tensor": 3}, "config": {"num_heads": 6, "moe_intermediate_size": 24}}},
@@ -137,6 +152,18 @@ def test_recomputation_changes_no_bit_and_repeats_no_product_of_attention(result
     assert calls["_scaled_dot_product_flash_attention_for_cpu"] == [2, 2]
     assert calls["silu"][1] == 2 * calls["silu"][0] == 6  # dense, shared, routed
     assert calls["topk"] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "case"), cases("stored"))
+def test_stored_activations_change_no_loss_and_only_float8_changes_gradients(results, ranks, case):
+    found = results(ranks, case)
+    assert found["same_loss"]
+    if "float8" not in case:
+        assert found["equal"]
+    else:
+        assert 0 < found["angle"] < 0.06
+        assert found["calls"]["topk"] == [1, 1]  # routed once
 
 
 @pytest.mark.slow

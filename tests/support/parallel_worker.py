@@ -162,12 +162,12 @@ def compare(parallelism, *, config=None, dtype="float64", one_expert=False, **op
     return result
 
 
-def compare_recompute(parallelism, *, config=None):
-    """With and without, in fp32: gradients, statistics, and how often operations run."""
-    found = {}
+def compare_recompute(parallelism, *, config=None, options=None):
+    """With and without, in fp32: gradients, statistics, and how often operations run. `options`: of recomputation."""
+    found, angles = {}, []
     for recompute in (False, True):
         model = make_model(config or {}, torch.float32)
-        meshes = parallelize(model, parallelism, recompute=recompute)
+        meshes = parallelize(model, parallelism, recompute=recompute, **(options or {} if recompute else {}))
         if parallelism.tensor > 1:
             for layer in model.layers:
                 layer.attn.max_logits = None
@@ -175,10 +175,13 @@ def compare_recompute(parallelism, *, config=None):
             loss = backward(model, windows(meshes.data_size).chunk(meshes.data_size)[meshes.data_rank])
         maxima = [layer.attn.max_logits.packed for layer in model.layers if layer.attn.max_logits is not None]
         found[recompute] = [loss, *gradients(model).values(), *maxima], counted.calls
+        angles.append(gradients(model))
     (without, once), (again, twice) = found[False], found[True]
     names = "mm", "_scaled_dot_product_flash_attention_for_cpu", "silu", "topk", "rsqrt"
     return {
         "equal": all(torch.equal(a, b) for a, b in zip(without, again, strict=True)),
+        "same_loss": torch.equal(without[0], again[0]),
+        "angle": angle(*angles),
         "calls": {name: [once[name], twice[name]] for name in names},
     }
 
@@ -224,9 +227,13 @@ warnings.simplefilter("error")
 dist.init_process_group("gloo")
 results = {}
 for name, case in json.loads(sys.argv[2]).items():
-    run = {"compare": compare, "recompute": compare_recompute, "fill": fill, "checkpoint": checkpoint}[
-        case.pop("kind", "compare")
-    ]
+    run = {
+        "compare": compare,
+        "recompute": compare_recompute,
+        "stored": compare_recompute,
+        "fill": fill,
+        "checkpoint": checkpoint,
+    }[case.pop("kind", "compare")]
     results[name] = run(Parallelism(**case.pop("degrees")), **case)
 (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(results))
 dist.barrier()
