@@ -123,6 +123,27 @@ MUTATIONS = (
     ),
     # The cluster on paper
     Mutation(
+        "queries-projected-last",
+        "The reference model projects queries after keys: gradients of x are added in another order.",
+        "return q, torch.cat((k_nope, k_rope), -1), v",
+        "return self.project_queries(x), torch.cat((k_nope, k_rope), -1), v",
+        tests_of("models/test_gradient_bits.py"),
+    ),
+    Mutation(
+        "one-scale-for-a-row",
+        "Activations in FP8 have one scale for a whole row.",
+        "scales = blocks.abs().amax(-1) / _LARGEST",
+        "scales = blocks.abs().amax((-2, -1), keepdim=True)[..., 0].expand(blocks.shape[:-1]) / _LARGEST",
+        tests_of("models/test_recompute.py", "test_a_block_of_128_has_its_own_scale"),
+    ),
+    Mutation(
+        "parameters-go-to-the-host",
+        "What is kept in host memory has the parameters among it.",
+        "stays = any(_storage(each) == _storage(tensor) for each in parameters())",
+        "stays = False",
+        tests_of("models/test_recompute.py", "test_no_parameter_is_moved"),
+    ),
+    Mutation(
         "embedding-counted-twice",
         "The head has the embedding's weights, too.",
         'Unit("head", tuple(found["head"]))',
