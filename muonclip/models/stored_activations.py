@@ -28,7 +28,7 @@ class Float8Blocks(NamedTuple):
 
     codes: Tensor  # float8_e4m3fn [..., n]
     scales: Tensor  # float32 [..., ⌈n / 128⌉]
-    dtype: torch.dtype  # of the tensor that it stands for
+    dtype: torch.dtype  # of the tensor that was stored
 
     @classmethod
     def from_tensor(cls, x: Tensor) -> Float8Blocks:
