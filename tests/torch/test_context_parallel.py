@@ -54,7 +54,7 @@ class ByFunctional(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def test_a_clip_that_comes_too_late_is_refused(mesh):
+def test_a_clip_that_comes_too_late_is_refused(mesh, no_other_patches):
     with ring(mesh), pytest.raises(ValueError, match="before you enter context_parallel"):
         QKClip(ByFunctional())
     clip = QKClip(ByFunctional())
