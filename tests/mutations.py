@@ -4078,7 +4078,7 @@ MUTATIONS = (
     Mutation(
         "exported-observers",
         "An exported program has the observers in it.",
-        "return _EXPORT if torch.compiler.is_exporting() else _of_thread.unobservable",
+        "return _EXPORT if is_exporting() else _of_thread.unobservable",
         "return _of_thread.unobservable",
         tests_of("torch/test_host_modes.py", "test_an_export_is_that_without_a_clip"),
     ),

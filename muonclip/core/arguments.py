@@ -86,7 +86,8 @@ def check_choice(name: str, value: Any, *choices: Any, hint: str = "") -> None:
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
     """Raise TypeError unless it is an instance of one of the kinds, `wanted` in words."""
-    if not isinstance(value, kinds) or (isinstance(value, str | bytes) and kinds is Sequence):
+    # (str, bytes): torch 2.9 cannot compile a test against `str | bytes`.
+    if not isinstance(value, kinds) or (isinstance(value, (str, bytes)) and kinds is Sequence):
         raise TypeError(f"{name}={shown(value)} is a {kind(value)}; give {wanted}.")
 
 

@@ -11,6 +11,7 @@ from muonclip.torch.logits.exact_maxima import measure_max_logits, statistic_dty
 from muonclip.torch.logits.host_modes import (
     InnermostMode,
     Unobservable,
+    is_exporting,
     outside_modes,
     saved_tensors_as_they_are,
     unobservable,
@@ -52,6 +53,7 @@ __all__ = [
     "host_sdpa",
     "indices",
     "is_context_parallel",
+    "is_exporting",
     "is_in_ring",
     "is_masked",
     "left_whole",

@@ -59,10 +59,15 @@ class _OfThread(threading.local):
 _of_thread = _OfThread()
 
 
+def is_exporting() -> bool:
+    """Tell whether torch.export follows this code; torch 2.11's compiler answers its own function with True always."""
+    return torch.compiler._is_exporting_flag  # pyright: ignore[reportPrivateUsage]
+
+
 def unobservable() -> Unobservable | None:
     """Return why what this thread runs now is not observed; None where it is."""
     if torch.compiler.is_compiling():
-        return _EXPORT if torch.compiler.is_exporting() else _of_thread.unobservable
+        return _EXPORT if is_exporting() else _of_thread.unobservable
     if peek_interpreter_stack() is not None:
         return _TRANSFORM if _of_thread.unobservable is None else _TRANSFORM_OF_OTHERS
     if torch._C._is_tracing() or is_fx_symbolic_tracing():

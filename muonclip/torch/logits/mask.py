@@ -80,7 +80,8 @@ class AttentionMask:
                 check_kind(name, tensor, Tensor, "a tensor, or None")
                 if tensor.is_nested:
                     raise TypeError(f"{name} is a nested tensor; give a dense one.")
-        if not isinstance(self.query_offset, int | torch.SymInt | Tensor) or isinstance(self.query_offset, bool):
+        # a tuple: torch 2.9 cannot compile a test against a union
+        if not isinstance(self.query_offset, (int, torch.SymInt, Tensor)) or isinstance(self.query_offset, bool):
             check_whole("query_offset", self.query_offset, -_FAR)
         if isinstance(self.query_offset, Tensor):
             _check_offsets(self.query_offset, self.query_length)

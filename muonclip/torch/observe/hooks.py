@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from muonclip.torch.logits import unobservable
+from muonclip.torch.logits import is_exporting, unobservable
 from muonclip.torch.observe.handlers import drop_handlers, of_thread
 from muonclip.torch.observe.observer import Observer, ObserverRun
 
@@ -102,7 +102,7 @@ class ObserverHooks(Hooks):
 def enter(module: nn.Module, args: Any) -> None:
     """Begin a run of an observed module."""
     observer = module.__dict__.get(_OBSERVER)
-    if observer is None or torch.compiler.is_exporting():  # a copy of an observed module, or nothing to observe
+    if observer is None or is_exporting():  # a copy of an observed module, or nothing to observe
         return
     # What counts is how the module is entered: an autograd.Function has gradients off for what it runs.
     trains = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
