@@ -153,8 +153,8 @@ MUTATIONS = (
     Mutation(
         "zero-1-forgotten",
         "Every rank has the whole of masters and moments.",
-        "own = experts / layout.expert_data + others / layout.data  # ZeRO-1",
-        "own = experts + others",
+        "return experts / self.expert_data + others / self.data",
+        "return experts + others",
         tests_of(
             "benchmarks/test_cluster.py",
             "test_the_ranks_together_have_each_state_once_and_attention_on_all_data_ranks",

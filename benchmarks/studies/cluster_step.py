@@ -103,6 +103,10 @@ class Layout:
         """The number of ranks that repeat each expert."""
         return self.data // self.expert
 
+    def owned(self, experts: float, others: float) -> float:
+        """Return what one rank has, by ZeRO-1, of the states of experts and all others that it and others repeat."""
+        return experts / self.expert_data + others / self.data
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -135,16 +139,21 @@ class Step:
     """The prediction for one step; memory in bytes of the rank that has most of it, times in seconds."""
 
     layout: Layout
-    micro_batches: int
+    peak: float
+    """Operations in a second, of each rank, next to which the utilisation is counted."""
     memory: dict[str, float]
+    fits: bool
     model_flops: float
     update_flops: float
     compute: float
     bubble: float
     update: float
     collectives: tuple[Collective, ...]
-    mfu: float
-    fits: bool
+
+    @property
+    def mfu(self) -> float:
+        """The model's operations, without what is computed again, in parts of what the machine can do meanwhile."""
+        return self.model_flops / (self.seconds * self.layout.ranks * self.peak)
 
     @property
     def exposed(self) -> float:
@@ -212,7 +221,7 @@ def memory_of(
     With `offload`, the activations of two parts of a micro-batch are here: one that is computed, one on its way.
     """
     experts, others = numel_of(stage, layout)
-    own = experts / layout.expert_data + others / layout.data  # ZeRO-1
+    own = layout.owned(experts, others)
     moments = 2 if optimizer == "adamw" else _moments(stage)
     state = 0.0 if layout.host_states else FP32
     waiting = sum(
@@ -272,9 +281,7 @@ def predict(
     collectives = (*_collectives(config, busiest, machine, layout, batch, count), *exchanged)
     bubble = compute * bubble_share(layout, count)
     fits = sum(memory.values()) < machine.memory
-    step = Step(layout, count, memory, model_flops, flops, compute, bubble, update, collectives, 0.0, fits)
-    mfu = model_flops / (step.seconds * layout.ranks * peak)
-    return Step(layout, count, memory, model_flops, flops, compute, bubble, update, collectives, mfu, fits)
+    return Step(layout, peak, memory, fits, model_flops, flops, compute, bubble, update, collectives)
 
 
 _ADAMW_BYTES = 4 + 8 + 8 + 8 + 2  # gradient; both moments and the master, read and written; the weight
@@ -286,14 +293,13 @@ def _update(
 ) -> tuple[float, float, list[Collective]]:
     """Return the seconds of the update without its collectives, the busiest rank's operations, and the collectives."""
     weights = [weight for unit in stage for weight in unit.weights]
-    experts, others = numel_of(stage, layout)
-    own = experts / layout.expert_data + others / layout.data
+    own = layout.owned(*numel_of(stage, layout))
     if optimizer == "adamw":
         return own * _ADAMW_BYTES / machine.memory_bandwidth, 0.0, []
     matrices = [weight for weight in weights if weight.layout is not None]
     in_experts = sum(weight.numel for weight in matrices if weight.is_expert) / layout.expert / layout.tensor
     in_others = sum(weight.numel for weight in matrices if not weight.is_expert) / layout.tensor
-    muon = in_experts / layout.expert_data + in_others / layout.data
+    muon = layout.owned(in_experts, in_others)
     passes = (muon * _MUON_BYTES + (own - muon) * _ADAMW_BYTES) / machine.memory_bandwidth
     of_experts = Group(layout.expert_data, layout.expert * layout.tensor, machine)
     of_others = Group(layout.data, layout.tensor, machine)
@@ -385,10 +391,7 @@ def _collectives(
     experts, others = numel_of(stage, layout)
     groups = (
         (Group(layout.expert_data, layout.expert * layout.tensor, machine), experts),
-        (
-            Group(layout.data, layout.tensor, machine),
-            others,
-        ),
+        (Group(layout.data, layout.tensor, machine), others),
     )
     yield _joined("gradients, reduce-scatter in fp32", [g.ring("", FP32 * n, hidden=True) for g, n in groups])
     yield _joined("parameters, all-gather in bf16", [g.ring("", BF16 * n, hidden=True) for g, n in groups])

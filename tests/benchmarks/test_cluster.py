@@ -277,7 +277,7 @@ def test_the_published_figures_of_k2_come_out():
     assert 6 * total(units(K2)) == pytest.approx(6e12, rel=0.03)
     step = predict(K2, machines()["h800"], K2_LAYOUT, K2_BATCH)
     assert step.layout.ranks == 256
-    assert step.micro_batches == 1024
+    assert K2_BATCH.micro_batches(step.layout) == 1024
     assert states(step) == pytest.approx(30e9, rel=0.06)
     assert step.fits
     everywhere = predict(K2, machines()["h800"], replace(K2_LAYOUT, data=256, host_states=False), K2_BATCH)

@@ -67,9 +67,8 @@ def test_a_block_of_128_has_its_own_scale(width):
             assert scale == block.abs().max() / 448
             assert torch.equal(codes[start : start + 128].float(), (block / scale).to(torch.float8_e4m3fn).float())
     back = stored.to_tensor()
-    largest = x.abs().unflatten(-1, (1, -1)) if width <= 128 else None
     assert back.dtype == x.dtype
-    if largest is not None:  # 3 bits of mantissa: half a unit is 2^-4; subnormals end at 2^-10 of 448, so to say
+    if width <= 128:  # one block; 3 bits of mantissa: half a unit is 2^-4; subnormals end at 2^-10 of 448, so to say
         bound = torch.maximum(x.abs() * 2**-4, x.abs().amax(-1, keepdim=True) * 2**-10 / 448)
         assert ((back - x).abs() <= bound * (1 + 1e-6)).all()
 
@@ -157,7 +156,7 @@ def test_float8_and_offload_leave_less_on_the_device(monkeypatch):
     device = {how: bytes for how, (bytes, _) in found.items()}
     host = {how: bytes for how, (_, bytes) in found.items()}
     plain, again, float8, offload, both = device
-    assert device[plain] > 1.5 * device[float8] > 1.5 * device[again] * 0.7
+    assert device[plain] > 1.5 * device[float8] > 1.5 * device[again]
     assert device[offload] < 0.5 * device[again]
     assert device[both] <= 1.02 * device[offload]
     assert host[plain] == host[again] == host[float8] == 0

@@ -5,15 +5,14 @@ each scenario as JSON.
 """
 
 import copy
-import json
 import sys
-import traceback
 from contextlib import contextmanager
 
 import cpu_ring
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scenarios import run_scenarios
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -304,17 +303,7 @@ def main():
     }
     work = {name: (lambda e=e, d=d, o=o: train(alone, e, d, **o)) for name, (e, d, o) in work.items()}
     work |= {"certified": lambda: certified(alone), "left out": lambda: left_out(alone)}
-    results = {}
-    for name, run in work.items():
-        if not wanted or any(each in name for each in wanted):
-            try:
-                results[name] = run()
-            except Exception:
-                print(f"rank {rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                raise
-    json.dump(results, open(f"{folder}/{rank}.json", "w"), indent=1)  # noqa: SIM115
-    dist.barrier()
-    dist.destroy_process_group()
+    run_scenarios(work, wanted, folder)
 
 
 if __name__ == "__main__":

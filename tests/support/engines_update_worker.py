@@ -9,9 +9,9 @@ import sys
 import torch
 import torch.distributed as dist
 from parallel_training import make_model, make_optimizer, shard, train
-from sent_bytes import SentBytes
 from torch.distributed.tensor import DTensor
 
+from benchmarks.studies.sent_bytes import SentBytes
 from muonclip.models.parallel import Parallelism, parallelize
 
 torch.set_num_threads(1)

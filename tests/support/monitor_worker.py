@@ -6,12 +6,12 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sent_bytes import SentBytes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from benchmarks.studies.sent_bytes import SentBytes
 from muonclip.torch import Monitor, MuonClip
 
 

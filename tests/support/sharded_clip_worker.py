@@ -6,13 +6,11 @@ what it saw of each scenario as JSON.
 
 import copy
 import hashlib
-import json
 import sys
-import traceback
 
 import torch
 import torch.distributed as dist
-from sent_bytes import SentBytes
+from scenarios import run_scenarios
 from tiny_attention import HEAD, HEADS, NOPE, ROPE, VALUE, WIDTH, TinyAttention, dense_max_logits
 from tiny_llama import attentions_of, tiny_llama, tiny_tokens
 from torch import nn
@@ -31,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.studies.sent_bytes import SentBytes
 from muonclip.torch import HeadRows, MaxLogits, MuonClip, QKClip, QKProjection, attention
 from muonclip.torch.distributed import clip_grad_norm_
 
@@ -765,14 +764,4 @@ if __name__ == "__main__":
     work |= {f"pipeline, by {how}": (lambda how=how: pipeline(alone, how)) for how in replicas}
     engines = [by_fsdp, by_tp] if world == 2 else [by_hsdp, by_fsdp_and_tp]
     work |= {f"50 steps {e.__name__} {k}": (lambda e=e, k=k: many_steps(e, k)) for e in engines for k in ("gqa", "mla")}
-    results = {}
-    for name, run in work.items():
-        if not wanted or any(each in name for each in wanted):
-            try:
-                results[name] = run()
-            except Exception:
-                print(f"rank {rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                raise
-    json.dump(results, open(f"{folder}/{rank}.json", "w"), indent=1)  # noqa: SIM115
-    dist.barrier()
-    dist.destroy_process_group()
+    run_scenarios(work, wanted, folder)

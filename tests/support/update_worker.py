@@ -10,12 +10,12 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from sent_bytes import SentBytes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from benchmarks.studies.sent_bytes import SentBytes
 from muonclip.core import MatrixLayout
 from muonclip.torch import Muon
 

@@ -278,7 +278,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from muonclip.core import MatrixLayout
 from muonclip.torch import Muon
-from sent_bytes import SentBytes
+from benchmarks.studies.sent_bytes import SentBytes
 
 dist.init_process_group("fake", store=FakeStore(), rank=137, world_size=512)
 flat = init_device_mesh("cpu", (512,), mesh_dim_names=("shards",))
