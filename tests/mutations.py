@@ -1165,6 +1165,16 @@ MUTATIONS = (
         tests_of("torch/test_observation.py", "test_a_model_on_the_meta_device_is_found_and_filled_later"),
     ),
     Mutation(
+        "copy-writes-into-buffers-of-a-mesh",
+        "A copy has the memory of whole buffers of a mesh: its forwards count tokens for the model.",
+        "copies.dense(tensor).clone()",
+        "copies.dense(tensor)",
+        tests_of(
+            "torch/test_fsdp2.py",
+            "test_what_a_forward_writes_into_whole_tensors_of_a_mesh_is_not_written_by_the_search",
+        ),
+    ),
+    Mutation(
         "copy-in-its-own-dtypes",  # 24
         "The copy of a model under mixed precision has shards in float32 next to whole weights in bf16.",
         "DenseCopies(compute_dtypes(model))",

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from forked_ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from muonclip.torch import MuonClip, QKClip
 
@@ -136,6 +138,28 @@ def test_what_an_engine_has_put_into_the_groups_or_a_forward_has_left_whole_is_n
     before = model.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(model.weight.full_tensor(), before)
+
+
+def test_what_a_forward_writes_into_whole_tensors_of_a_mesh_is_not_written_by_the_search(alone):
+    class Counting(worker.Block):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tokens", torch.zeros(()))
+
+        def forward(self, x, scale):
+            scale.mul_(2)
+            self.tokens += x.shape[0] * x.shape[1]
+            return super().forward(x * scale)
+
+    model = Counting()
+    mesh = init_device_mesh("cpu", (1,))
+    model.tokens, scale = (distribute_tensor(each, mesh) for each in (model.tokens, torch.ones(())))
+    fully_shard(model)
+    x = torch.randn(2, 5, worker.WIDTH)
+    clip = QKClip(model, example_inputs=(x, scale))
+    assert clip.projections
+    assert model.tokens.full_tensor() == 0
+    assert scale.full_tensor() == 1
 
 
 @pytest.mark.parametrize("spoil", [torch.nan, 1e30])

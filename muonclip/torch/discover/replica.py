@@ -90,8 +90,8 @@ def replica_of(
         parameters = {id(each): _parameter_of_replica(each, copies, stand_ins, values) for each in model.parameters()}
         memo: dict[int, Any] = dict(parameters)
         for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):
-            if is_dtensor(tensor):
-                memo[id(tensor)] = copies.dense(tensor)
+            if is_dtensor(tensor):  # in the copy's own memory, into which a forward may write
+                memo[id(tensor)] = copies.dense(tensor).clone()
         replica = _replica(model, memo)
         own_args, own_kwargs = _copied(tuple(args), memo), _copied(dict(kwargs), memo)
         replica.train(training)
