@@ -194,6 +194,7 @@ _CLUSTER = {
     "--parts": _of(several(one_of(("paper", "plans", "fit"), "part")), "A,B", "of paper, plans, fit (default: all)",
                    ("paper", "plans", "fit")),
     "--rounds": _of(count, "N", "timed steps (default: 9)", 9),
+    "--repeats": _of(count, "N", "times that all numbers of processes are measured in turn (default: 3)", 3),
     "--layout": _of(degrees, "PP,VPP,EP,DP,TP", "one step alone, with these degrees; nothing is written"),
     "--model": _one_of(("k2", "moonlight", "llama"), "k2", "of --layout (default: k2)"),
     "--machine": _one_of(("h800", "h200", "gb300"), "h800", "of --layout (default: h800)"),
@@ -245,7 +246,8 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         ("--preset", "--device", "--data", "--out", "--collective-timeout"),
     ),
     "cluster": (
-        "predict a step on 8 to 4096 GPUs, plan Kimi K2's, and measure the error on processes: ten minutes", _CLUSTER,
+        "predict a step on 8 to 4096 GPUs, plan Kimi K2's, and measure the error on processes: a quarter of an hour",
+        _CLUSTER,
         (),
     ),
     "gpu-check": ("what only a GPU can settle, most important first: nine minutes", _GPU_CHECK, ["--out"]),

@@ -202,6 +202,54 @@ MUTATIONS = (
         "owned[at] * sum(sizes) * back",
         tests_of("benchmarks/test_cluster.py", "test_the_links_share_out_what_the_plan_sends"),
     ),
+    Mutation(
+        "one-rate-for-all-shapes",
+        "One rate of products serves matrices of all shapes.",
+        "return sorted(kept, key=_size, reverse=True)",
+        "return sorted(kept, key=_size, reverse=True)[-1:]",
+        tests_of(
+            "benchmarks/test_cluster.py",
+            "test_ranks_are_predicted_by_the_rates_of_their_shapes_and_the_size_of_their_shards",
+        ),
+    ),
+    Mutation(
+        "shards-cost-nothing",
+        "What is done for each element of a rank counts as the same in every step.",
+        'return [row["elements"] / 1e6, 1.0]',
+        "return [0.0, 1.0]",
+        tests_of(
+            "benchmarks/test_cluster.py",
+            "test_ranks_are_predicted_by_the_rates_of_their_shapes_and_the_size_of_their_shards",
+        ),
+    ),
+    Mutation(
+        "eight-ranks-are-fitted",
+        "The constants are fitted to what they are to predict.",
+        'few = [row for row in rows if row["processes"] in FITTED_ON]',
+        "few = rows",
+        tests_of("benchmarks/test_cluster.py", "test_what_is_predicted_is_never_fitted"),
+    ),
+    Mutation(
+        "the-most-of-the-times",
+        "Steps that others disturbed most count.",
+        "{name: min(min(row[name]) for row in same) for name in TIMES}",
+        "{name: max(max(row[name]) for row in same) for name in TIMES}",
+        tests_of("benchmarks/test_cluster.py", "test_each_repeat_is_predicted_by_itself"),
+    ),
+    Mutation(
+        "all-operations-are-products",
+        "Passes over memory count as matrix products.",
+        "if func._overloadpacket not in flop_registry:",
+        "if False:",
+        tests_of("benchmarks/test_cluster.py", "test_products_alone_are_timed"),
+    ),
+    Mutation(
+        "all-ranks-do-the-iteration",
+        "A rank is said to do the operations of all.",
+        "by_shape.get(shape, 0) + each.flops().get(rank, 0)",
+        "by_shape.get(shape, 0) + sum(each.flops().values())",
+        tests_of("benchmarks/test_cluster.py", "test_operations_by_shape_are_those_of_the_plan"),
+    ),
     # Momentum in int8, stochastic rounding
     Mutation(
         "codes-are-cut-off",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment.errors import UsageError
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     kept = options.out / "cluster.json"
     result: dict[str, Any] = atomic_files.read_record(kept, "environments") if kept.exists() else {"environments": {}}
     options.out.mkdir(parents=True, exist_ok=True)
-    made = {"paper": paper, "plans": cluster_plans.plans, "fit": lambda: _fit(options.out, options.rounds)}
+    made = {"paper": paper, "plans": cluster_plans.plans, "fit": lambda: _fit(options)}
     for part in options.parts:
         result[part] = made[part]()
         result["environments"][part] = environment()
@@ -108,9 +107,10 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: render("cluster.md", page=name, **result).strip() + "\n" for name in PAGES}
 
 
-def _fit(out: Path, rounds: int) -> dict[str, Any]:
-    rows = cluster_fit.measure(out, rounds)
-    return {"rounds": rounds, "rows": rows} | cluster_fit.prediction(rows)
+def _fit(options: argparse.Namespace) -> dict[str, Any]:
+    rounds, repeats = options.rounds, options.repeats
+    rows = cluster_fit.measure(options.out, rounds, repeats)
+    return {"rounds": rounds, "repeats": repeats, "rows": rows} | cluster_fit.repeated(rows, repeats)
 
 
 def paper() -> dict[str, Any]:

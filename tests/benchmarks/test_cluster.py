@@ -38,6 +38,7 @@ from benchmarks.studies.cluster_step import (
     states,
     update_plan,
 )
+from benchmarks.studies.product_times import ProductTimes
 from muonclip.core import MatrixLayout
 from muonclip.core.cost_model import flops
 from muonclip.models import MoEConfig
@@ -348,6 +349,76 @@ def test_constants_are_found_again_and_are_not_negative():
     assert falling[2] > 40
 
 
+RATES = {"64 × 96": 2.0, "32 × 64": 3.0, "4 × 8": 3.0}
+"""Milliseconds for a GFLOP; the last shape does so little that it shares the rate of the one before."""
+
+
+def a_row(processes, rank):
+    """One row as it would be measured where the rates are the truth: the large matrices are on the first ranks."""
+    large = {1: 3, 2: 2 - rank}.get(processes, int(rank < 3))
+    flops = {"64 × 96": int(large * 5e10), "32 × 64": int(6.4e11 / processes) + rank * 10**9, "4 × 8": 10**8}
+    row = {"processes": processes, "rank": rank, "flops": flops, "elements": int(6.4e7 / processes)}
+    row |= {"counted_bytes": 10**6 * processes, "planned_bytes": 10**6 * processes, "collectives": 17 * (processes > 1)}
+    products = sum(RATES[shape] * each / 1e9 for shape, each in flops.items())
+    compute = products + 2.0 * row["elements"] / 1e6 + 30.0
+    moved = 0.5 * processes + 0.25 * row["collectives"] + 4.0
+    times = {"compute_ms": compute, "products_ms": products, "communication_ms": moved, "wall_ms": 2 * compute}
+    return row | {name: [3 * time, time, 2 * time] for name, time in times.items()}  # others were at work, but for once
+
+
+def all_rows():
+    return [a_row(processes, rank) for processes in (1, 2, 4, 8) for rank in range(processes)]
+
+
+def test_ranks_are_predicted_by_the_rates_of_their_shapes_and_the_size_of_their_shards():
+    said = cluster_fit.prediction(all_rows())
+    assert list(said["rates"]) == ["64 × 96", "32 × 64"]
+    assert [*said["rates"].values()] == pytest.approx([2.0, 3.0])
+    assert said["else_constants"] == pytest.approx([2.0, 30.0])
+    assert said["communication_constants"] == pytest.approx([0.5, 0.25, 4.0])
+    for part in ("compute", "products", "else", "communication"):
+        assert said[part]["worst_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_is_predicted_is_never_fitted():
+    rows = all_rows()
+    for row in rows[-8:]:
+        row |= {name: [10 * time for time in row[name]] for name in cluster_fit.TIMES}
+    said, before = cluster_fit.prediction(rows), cluster_fit.prediction(all_rows())
+    for name in ("rates", "else_constants", "communication_constants"):
+        assert said[name] == before[name]
+    assert said["compute"]["error"] == pytest.approx(-0.9)
+
+
+def test_each_repeat_is_predicted_by_itself():
+    rows = all_rows()
+    slow = [row | {"compute_ms": [time * (1 + (row["processes"] == 8)) for time in row["compute_ms"]]} for row in rows]
+    said = cluster_fit.repeated([*rows, *slow], 2)
+    assert said["errors"]["compute"] == pytest.approx([0.0, -0.5])
+    assert said["compute"]["error"] == pytest.approx(0.0)
+
+
+def test_products_alone_are_timed():
+    a = torch.randn(256, 256)
+    with ProductTimes() as others:
+        (a.square().sqrt() + a.exp()).sum()
+    assert others.seconds == 0.0
+    begun = time.thread_time()
+    with ProductTimes() as products:
+        a @ a
+        torch.baddbmm(a[None], a[None], a[None])
+    assert 0.0 < products.seconds < time.thread_time() - begun
+
+
+def test_operations_by_shape_are_those_of_the_plan():
+    weights = tuple(Weight(f"w{i}", shape, MatrixLayout(), False) for i, shape in enumerate([(24, 40), (7, 30)] * 3))
+    decided = update_plan(weights, Layout(data=4))
+    for rank, total_of_rank in decided.flops().items():
+        by_shape = cluster_fit.flops_by_shape(decided, rank)
+        assert [*by_shape] == ["24 × 40", "7 × 30"]
+        assert sum(by_shape.values()) == total_of_rank
+
+
 def test_k2_is_planned_for_4096_ranks_within_seconds():
     """A part of a range is found without all others: they made it quadratic in the ranks, a quarter of a minute."""
     weights = tuple(weight for unit in units(K2) for weight in unit.weights if weight.layout is not None)
@@ -360,9 +431,9 @@ def test_k2_is_planned_for_4096_ranks_within_seconds():
 
 @pytest.mark.slow
 def test_a_real_step_of_two_ranks_sends_what_is_planned(tmp_path):
-    torchrun(2, "-m", "benchmarks.studies.cluster_fit", tmp_path, 1)
-    rows = json.loads((tmp_path / "ranks-2.json").read_text())["rows"]
+    torchrun(2, "-m", "benchmarks.studies.cluster_fit", tmp_path / "rows.json", 1)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["rank"] for row in rows] == [0, 1]
     for row in rows:
         assert row["planned_bytes"] == row["counted_bytes"] > 0
-        assert row["compute_ms"] > 0
+        assert 0 < min(row["products_ms"]) < max(row["compute_ms"])
