@@ -124,6 +124,7 @@ _STUDIES = (
     "variants",
     "fine-tuning",
     "master-weights",
+    "k2-training",
     "momentum-dtype",
     "sweep",
 )

@@ -283,6 +283,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         "train bf16 weights with and without masters: five runs on three seeds, fifteen minutes",
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
+    "k2-training": (
+        "store activations in FP8, train experts in INT4: three runs on three seeds, fifteen minutes",
+        {"--quick": _flag("a few steps of each, to see that all of it works")}, ["--out"],
+    ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),
     "report": ("draw finished runs again, without training; several folders also side by side", _REPORT, ()),
 }  # fmt: skip

@@ -61,6 +61,13 @@ ARMS: dict[str, Entry] = {
             ("int8-stochastic", "int8, stochastic", "#6699CC", "int8_stochastic"),
         )
     },
+    "int4-experts": Entry(
+        "MuonClip, experts in INT4",
+        "#661177",
+        "muon",
+        clips=True,
+        model=lambda config, _: replace(config, expert_weight_bits=4),
+    ),
     "adamw-clip": Entry("AdamW + QK-Clip", "#56B4E9", "adamw", clips=True, baseline="adamw"),
     "qk-norm": Entry("Muon, QK-norm", "#E69F00", "muon", model=lambda config, _: replace(config, qk_norm=True)),
     "softcap": Entry("Muon, soft cap", "#000000", "muon", model=lambda config, own: replace(config, softcap=own.tau)),

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
+from muonclip.models.int4 import GROUP
 from muonclip.models.rotary import rotary_frequencies, yarn_mscale
 
 Attention = Literal["mla", "gqa", "mha"]
@@ -52,6 +53,9 @@ class MoEConfig:
             `moe_intermediate_size`; 0: none.
         routed_scaling_factor: Factor of the weights of a token's experts.
         router_bias_update_rate: How far the correction bias of a router moves, per step.
+        expert_weight_bits: 4: experts compute with weights rounded to INT4 in groups of 32 along the input axis, as
+            Kimi K2 Thinking's do; the parameters, their gradients and updates are those of the weights before. Neither
+            shared experts nor anything else is rounded. None: no rounding.
         rope_theta: Base of the rotation's frequencies.
         yarn_factor: Context extension s; 1: plain RoPE, and no other yarn field is read.
         yarn_original_seq_len: Longest sequence before the extension.
@@ -91,6 +95,7 @@ class MoEConfig:
     num_shared_experts: int = 1
     routed_scaling_factor: float = 1.0
     router_bias_update_rate: float = 1e-3
+    expert_weight_bits: Literal[4] | None = None
 
     rope_theta: float = 10_000.0
     yarn_factor: float = 1.0
@@ -141,6 +146,11 @@ class MoEConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "every key head serves equally many query heads."
             )
+        if self.expert_weight_bits not in (None, 4):
+            raise ValueError(f"expert_weight_bits={self.expert_weight_bits!r} is unknown; give 4, or None for none.")
+        for name in ("hidden_size", "moe_intermediate_size") if self.expert_weight_bits else ():
+            if (size := getattr(self, name)) % GROUP:
+                raise ValueError(f"{name}={size} must be a multiple of {GROUP}: so many INT4 weights share a scale.")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; lower it."

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from muonclip.models.config import MoEConfig
+from muonclip.models.int4 import round_to_int4
 from muonclip.models.jax_parameters import (
     Buffers,
     Params,
@@ -259,10 +260,21 @@ def _experts(
     order = jnp.argsort(chosen.ravel())
     sizes = jnp.bincount(chosen.ravel(), length=config.num_experts)
     rows = jnp.repeat(x, k, axis=0)[order]
-    hidden = _gate(_grouped_linear(rows, params[f"{name}.experts.gate_up_proj"], sizes))
-    rows = _grouped_linear(hidden, params[f"{name}.experts.down_proj"], sizes)
+    gate_up, down = (params[f"{name}.experts.{part}_proj"] for part in ("gate_up", "down"))
+    if config.expert_weight_bits:
+        gate_up, down = _rounded(gate_up), _rounded(down)
+    rows = _grouped_linear(_gate(_grouped_linear(rows, gate_up, sizes)), down, sizes)
     y = rows[jnp.argsort(order)].reshape(num_tokens, k, -1)
     return jnp.sum(y * weights[..., None], 1).astype(x.dtype), sizes.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _rounded(weight: Array) -> Array:
+    """Round weights to INT4; the gradient passes straight through (arXiv 1308.3432)."""
+    return round_to_int4(_at_least_float32(weight), jnp).astype(weight.dtype)
+
+
+_rounded.defvjp(lambda weight: (_rounded(weight), None), lambda _, gradient: (gradient,))
 
 
 def _grouped_linear(x: Array, weight: Array, sizes: Array) -> Array:

@@ -27,6 +27,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from muonclip.models.config import MoEConfig
 from muonclip.models.expert_parallel import ExpertExchange
+from muonclip.models.int4 import GROUP
 from muonclip.models.recompute import StoreActivations, check_storage
 from muonclip.models.recompute import recompute as recompute_layer
 from muonclip.models.tensor_parallel import divide_experts, divide_layer
@@ -86,7 +87,8 @@ class Parallelism:
         divided = [("num_heads", 1), ("intermediate_size", 1)]
         if config.attention == "gqa":
             divided.append(("num_kv_heads", 1))
-        divided.append(("moe_intermediate_size", 8))  # the grouped product reads rows of whole 16 bytes
+        # The grouped product reads rows of whole 16 bytes; a group of INT4 weights has its scale on one rank.
+        divided.append(("moe_intermediate_size", GROUP if config.expert_weight_bits else 8))
         for name, unit in divided:
             if (size := getattr(config, name)) % (unit * self.tensor):
                 multiples = f" into multiples of {unit}" if unit > 1 else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -54,24 +55,24 @@ def recompute(
     check_storage(store_activations)
     float8, offload = store_activations == "float8", offload_activations
     kept = KeptActivations(float8=float8, offload=offload)
-    attend, transform = layer.attend, layer.transform
     if float8:
         for module in _mlps(layer):
             module.keep = kept.only_input
 
-    # On the instance: within the hooks that gather the layer's parameters, and without the new names of a wrapper.
-    # Two regions, because what is kept is found by counting operations, and FSDP does not do the same twice where it
-    # gathers experts. Nothing is random in either.
-    def attend_again(x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+    # On the instance: within the hooks that gather the layer's parameters, and without the new names of a wrapper. As
+    # methods: those of a copy of the layer are the copy's. Two regions, because what is kept is found by counting
+    # operations, and FSDP does not do the same twice where it gathers experts. Nothing is random in either.
+    def attend(layer: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], document_ids: Tensor | None) -> Tensor:
+        own = partial(Layer.attend, layer)
         if offload:
-            return kept.moved(attend, layer.parameters, x, rotary, document_ids)
-        contexts = partial(_contexts, layer.attn)
-        return _checkpoint(attend, x, rotary, document_ids, context_fn=contexts)
+            return kept.moved(own, layer.parameters, x, rotary, document_ids)
+        return _checkpoint(own, x, rotary, document_ids, context_fn=partial(_contexts, layer.attn))
 
-    def transform_again(x: Tensor) -> Tensor:
-        return kept.moved(transform, layer.parameters, x) if float8 else kept.only_input(transform, x)
+    def transform(layer: Layer, x: Tensor) -> Tensor:
+        own = partial(Layer.transform, layer)
+        return kept.moved(own, layer.parameters, x) if float8 else kept.only_input(own, x)
 
-    layer.attend, layer.transform = attend_again, transform_again
+    layer.attend, layer.transform = MethodType(attend, layer), MethodType(transform, layer)
 
 
 def check_storage(store_activations: StoreActivations | None) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from muonclip.core.arguments import check_kind
 from muonclip.models.config import MoEConfig
+from muonclip.models.int4 import round_to_int4
 from muonclip.models.shards import fill_normal, local, local_gate_up
 from muonclip.torch import MaxLogits, QKProjection, attention
 
@@ -369,6 +370,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E SwiGLUs in two stacked weights; tokens are sorted by expert and multiplied group by group.
 
+    With `expert_weight_bits` they compute with rounded weights, made anew in each forward and not kept for the backward
+    pass where `keep` keeps the input alone.
+
     `exchange`, where experts are on several ranks: takes rows sorted by expert and the experts' ends; returns the rows
     for this rank's experts, their ends, and the function that sends results back. `keep`: applies a function to its
     input, and decides what is kept of it for the backward pass.
@@ -380,6 +384,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
+        self.weight_bits = config.expert_weight_bits
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         for name, size in (("hidden_size", hidden), ("moe_intermediate_size", width)):
             if size % 8:
@@ -403,16 +408,34 @@ class Experts(nn.Module):
         if self.exchange is not None:
             rows, ends, back = self.exchange(rows, ends)
         gate_up_proj = local_gate_up(self.gate_up_proj)
-        gate_up = self.keep(lambda rows: grouped_linear(rows, gate_up_proj, ends), rows)
+        gate_up = self.keep(lambda rows: grouped_linear(rows, self.rounded(gate_up_proj), ends), rows)
 
         def finish(gate_up: Tensor) -> Tensor:
-            rows = grouped_linear(swiglu(gate_up), local(self.down_proj), ends)
+            rows = grouped_linear(swiglu(gate_up), self.rounded(local(self.down_proj)), ends)
             if back is not None:
                 rows = back(rows)
             y = rows.index_select(0, order.argsort()).view(n, k, -1)
             return (y * weights[..., None]).sum(1).to(dtype)  # of x its dtype alone: `finish` may be kept for long
 
         return self.keep(finish, gate_up)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight if self.weight_bits is None else _RoundToInt4.apply(weight)  # pyright: ignore[reportReturnType]
+
+
+class _RoundToInt4(torch.autograd.Function):
+    """Rounds weights to INT4; the gradient passes straight through (arXiv 1308.3432).
+
+    `w + (rounded − w).detach()` would not be the rounded weights to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return round_to_int4(at_least_float32(weight), torch).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class SwiGLU(nn.Module):

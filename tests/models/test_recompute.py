@@ -5,15 +5,17 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from host_memory import HostMemory, held_bytes
+from host_memory import HostMemory
 from small_moe import random_tokens, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.training.activation_memory import held_bytes
 from muonclip.models import MoEConfig, stored_activations
 from muonclip.models.parallel import Parallelism, parallelize
 from muonclip.models.recompute import recompute
 from muonclip.models.stored_activations import Float8Blocks
 from muonclip.models.torch import MoE
+from muonclip.torch import MuonClip
 
 BOTH = {"store_activations": "float8", "offload_activations": True}
 WAYS = [{}, {"store_activations": "float8"}, {"offload_activations": True}, BOTH]
@@ -136,6 +138,25 @@ def test_up_projections_are_not_repeated_and_tokens_are_routed_once():
     assert counted.calls["_grouped_mm"] == plain.calls["_grouped_mm"] + 1  # the down-projection
 
 
+@pytest.mark.parametrize("how", [{}, {"offload_activations": True}], ids=str)
+def test_the_clip_finds_and_scales_what_is_computed_again(how):
+    """A copy of a layer, as the search for attentions makes one, computes itself and not its original."""
+    trained = []
+    for again in (False, True):
+        model = small_model(dtype=torch.float32)
+        for layer in model.layers if again else ():
+            recompute(layer, **how)
+        optimizer = MuonClip(model, lr=1e-2, tau=1.0)
+        for seed in range(2):
+            optimizer.zero_grad()
+            model.loss(random_tokens(model.config, seed=seed), random_tokens(model.config, seed=9)).backward()
+            optimizer.step()
+        report = optimizer.qk_clip.report()
+        assert report.clipped_heads > 0
+        trained.append([*model.parameters(), *(layer.max_logits for layer in report.layers.values())])
+    assert all(map(torch.equal, *trained))
+
+
 # Memory
 
 
@@ -151,7 +172,7 @@ def test_float8_and_offload_leave_less_on_the_device(monkeypatch):
             for layer in model.layers:
                 recompute(layer, **how)
         HostMemory.bytes = 0
-        found[str(how)] = held_bytes(model, tokens), HostMemory.bytes
+        found[str(how)] = held_bytes(model, tokens), HostMemory.bytes // 2  # of two forwards
         grads[str(how)] = [parameter.grad for parameter in model.parameters()]
     device = {how: bytes for how, (bytes, _) in found.items()}
     host = {how: bytes for how, (_, bytes) in found.items()}

@@ -2,7 +2,6 @@
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 
 class HostMemory(saved_tensors_hooks):
@@ -23,16 +22,3 @@ class HostMemory(saved_tensors_hooks):
     def _unpack(packed):
         flat, dtype, shape = packed
         return torch.from_numpy(flat.copy()).view(dtype).view(shape)
-
-
-def held_bytes(model, windows):
-    """What torch's allocator holds more after a forward than before it; the backward pass follows."""
-    tokens, targets = windows[:, :-1], windows[:, 1:]
-    model.loss(tokens, targets).backward()
-    model.zero_grad(set_to_none=False)
-    HostMemory.bytes = 0
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        loss = model.loss(tokens, targets)
-    events = seen.profiler.kineto_results.events()
-    loss.backward()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]")
