@@ -125,6 +125,7 @@ _STUDIES = (
     "fine-tuning",
     "master-weights",
     "k2-training",
+    "long-context",
     "momentum-dtype",
     "sweep",
 )

@@ -284,7 +284,11 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         {"--quick": _flag("two steps of each, to see that all of it works")}, ["--out"],
     ),
     "k2-training": (
-        "store activations in FP8, train experts in INT4: three runs on three seeds, fifteen minutes",
+        "store activations in FP8, train experts in INT4: three runs on three seeds, three minutes",
+        {"--quick": _flag("a few steps of each, to see that all of it works")}, ["--out"],
+    ),
+    "long-context": (
+        "extend the context of a trained model by YaRN, the clip going on: two stages, three seeds, three minutes",
         {"--quick": _flag("a few steps of each, to see that all of it works")}, ["--out"],
     ),
     "sweep": ("clip public architectures once, judged by a witness below autograd: five minutes", _SWEEP, ["--out"]),

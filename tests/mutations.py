@@ -211,6 +211,36 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "long-context-without-yarn",
+        "The long stage does not have YaRN's frequencies and temperature.",
+        "replace(longer, yarn_factor=FACTOR,",
+        "replace(longer, yarn_factor=1.0,",
+        tests_of(
+            "benchmarks/test_long_context.py",
+            "test_the_observed_maximum_is_that_of_a_probe_before_and_after_the_switch",
+        ),
+    ),
+    Mutation(
+        "observed-without-yarns-temperature",
+        "The reference model's attention leaves YaRN's mscale² out of its logits.",
+        "scale=self.config.softmax_scale,\n            is_causal=True",
+        "scale=self.config.qk_head_dim**-0.5,\n            is_causal=True",
+        tests_of(
+            "benchmarks/test_long_context.py",
+            "test_the_observed_maximum_is_that_of_a_probe_before_and_after_the_switch",
+        ),
+    ),
+    Mutation(
+        "long-stage-forgets-the-momentum",
+        "The long stage begins with the weights of the short one alone.",
+        "long.restore(copy.deepcopy(short.state()))",
+        "long.model.load_state_dict(short.model.state_dict())",
+        tests_of(
+            "benchmarks/test_long_context.py",
+            "test_a_checkpoint_of_the_short_stage_loads_with_the_state_of_the_optimizer",
+        ),
+    ),
+    Mutation(
         "parameters-go-to-the-host",
         "What is kept in host memory has the parameters among it.",
         "stays = any(_storage(each) == _storage(tensor) for each in parameters())",

@@ -33,6 +33,7 @@ from muonclip.models import MoEConfig
 from muonclip.models.recompute import recompute
 from muonclip.models.torch import Layer, MoE
 
+TRAINING = replace(OWN_RATE, steps=100)
 PLAIN, INT4 = "muonclip", "int4-experts"
 LATE = 0.8
 """The share of the steps after which the weights of experts are rounded, where that begins late."""
@@ -66,9 +67,9 @@ SEEDS = (0, 1, 2)
 def run(options: argparse.Namespace) -> None:
     """Train all ways on all seeds. Writes k2_training.json and, what it also prints, the tables k2_training.md."""
     make_folder(options.out)
-    training, seeds = OWN_RATE, SEEDS
+    training, seeds = TRAINING, SEEDS
     if options.quick:
-        training, seeds = replace(OWN_RATE, steps=5, validation_batches=1), SEEDS[:2]
+        training, seeds = replace(TRAINING, steps=5, validation_batches=1), SEEDS[:2]
     corpus, rows = open_corpus(), list[dict[str, Any]]()
     protocol = Experiment.on(
         corpus, name="", title="", chosen=choices(PLAIN, INT4), seeds=seeds,
