@@ -15,6 +15,13 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",$(PY) python3.11 python3.12 python3.13 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 NAME := import sys; print("python%d.%d" % sys.version_info[:2])
 
+# Without bytecode each of the hundreds of processes that the tests start would compile PyTorch's sources anew. Where none
+# may lie beside the sources, it lies in the environment.
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
+endif
+
 .PHONY: help env check-python test test-slow test-engines format format-check lint typecheck reproduce evidence docs release clean
 
 help: ## list the targets
