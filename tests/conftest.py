@@ -7,6 +7,7 @@ JAX's programs run for milliseconds and take seconds to compile, so they are com
 emitters that compile fastest, and once for all processes of a run.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -34,6 +35,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 hypothesis.settings.register_profile("muonclip", deadline=None, derandomize=IN_CI)
 hypothesis.settings.load_profile("muonclip")
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector passes over what was imported: some fixtures call it, and half a second each time went there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
