@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("muonclip")
 
 
 def pytest_collection_finish() -> None:
-    """The garbage collector passes over what was imported: some fixtures call it, and half a second each time went there."""
+    """The garbage collector passes over what was imported, in which each of its calls spent half a second."""
     gc.collect()
     gc.freeze()
 
