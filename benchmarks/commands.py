@@ -114,6 +114,7 @@ _STUDIES = (
     "speed",
     "scaling",
     "cluster",
+    "weight-broadcast",
     "kill-trials",
     "ownership",
     "referee",

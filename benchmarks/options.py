@@ -250,6 +250,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]], Sequence[str]]] = {
         _CLUSTER,
         (),
     ),
+    "weight-broadcast": (
+        "send new weights from two trainers to two ranks that infer, in chunks of several sizes: two minutes",
+        {"--rounds": _of(count, "N", "updates for each size (default: 7)", 7)}, ["--out"],
+    ),
     "gpu-check": ("what only a GPU can settle, most important first: nine minutes", _GPU_CHECK, ["--out"]),
     "kill-trials": ("does a run survive kill -9? ranks killed at random", _KILL_TRIALS, ["--async-checkpoints"]),
     "ownership": ("draw which ranks hold and iterate the matrices of a layer", {}, ["--out"]),

@@ -354,6 +354,46 @@ MUTATIONS = (
         "by_shape.get(shape, 0) + sum(each.flops().values())",
         tests_of("benchmarks/test_cluster.py", "test_operations_by_shape_are_those_of_the_plan"),
     ),
+    # Weights for ranks that infer
+    Mutation(
+        "chunks-without-a-limit",
+        "A chunk takes more than it has room for.",
+        "if at + math.prod(size) * dtype.itemsize > chunk_bytes:",
+        "if False:",
+        tests_of("benchmarks/test_weight_broadcast.py", "test_pieces_of_chunks_make_the_weights_again"),
+    ),
+    Mutation(
+        "pieces-are-not-aligned",
+        "A number begins where its dtype cannot be read.",
+        "at = -(-end // ALIGNED) * ALIGNED",
+        "at = end",
+        tests_of("benchmarks/test_weight_broadcast.py", "test_pieces_of_chunks_make_the_weights_again"),
+    ),
+    Mutation(
+        "boxes-begin-at-the-first-entry",
+        "All boxes of a weight arrive where its first one belongs.",
+        "return _box(weight, [a + b for a, b in zip(begins, self.inside, strict=True)], self.size)",
+        "return _box(weight, begins, self.size)",
+        tests_of("benchmarks/test_weight_broadcast.py", "test_pieces_of_chunks_make_the_weights_again"),
+    ),
+    Mutation(
+        "shards-begin-at-the-first-row",
+        "The shard of every trainer arrives where the first one belongs.",
+        "begins = self.item.tensor_data.chunk.offsets",
+        "begins = [0] * len(self.size)",
+        tests_of(
+            "benchmarks/test_weight_broadcast.py", "test_weights_arrive_to_the_bit_in_chunks_and_answer_the_same_logits"
+        ),
+    ),
+    Mutation(
+        "replicas-are-sent-twice",
+        "Each trainer that has a weight sends it.",
+        "DefaultSavePlanner(flatten_state_dict=False).create_global_plan(",
+        "(lambda every: (every, None))(",
+        tests_of(
+            "benchmarks/test_weight_broadcast.py", "test_weights_arrive_to_the_bit_in_chunks_and_answer_the_same_logits"
+        ),
+    ),
     # Momentum in int8, stochastic rounding
     Mutation(
         "codes-are-cut-off",
