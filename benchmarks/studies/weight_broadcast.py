@@ -12,6 +12,7 @@ import hashlib
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,13 @@ def run(options: argparse.Namespace) -> None:
     result = {"environment": environment(), "rounds": options.rounds} | atomic_files.read_record(part, "rows")
     part.unlink()
     atomic_files.write_json(out / "weight_broadcast.json", result)
-    atomic_files.write_text(out / "weight_broadcast.md", text := render("weight_broadcast.md", **result))
+    atomic_files.write_text(out / "weight_broadcast.md", text := table(result))
     print(text)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Write the times in Markdown. A MB is 10⁶ bytes."""
+    return render("weight_broadcast.md", **result)
 
 
 def measure(out: Path, rounds: int, config: MoEConfig = SIZES) -> None:
