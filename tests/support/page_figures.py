@@ -133,6 +133,11 @@ def _cluster() -> list[str]:
     last = figures["paper"]["scaling"]["k2"][-1]["shares"]
     plans = {(row["case"], row["ranks"]): row for row in figures["plans"]}
     assert figures["fit"]["bytes_exact"]
+    assert abs(compute["error"]) < abs(compute["worst_error"]) < 0.1  # "met"
+    repeats = figures["fit"]["errors"]["compute"]
+    first, second = (abs(_read(f"cluster/{name}-fit")["fit"]["compute"]["error"]) for name in ("first", "second"))
+    large, small = figures["fit"]["rates"].values()
+    assert 0.15 < 1 - large / small < 0.25
     longest = max(row["seconds"] for row in figures["plans"])
     assert longest < 10
     few, many = (plans["a stage", ranks]["balance"] for ranks in (256, 4096))
@@ -141,8 +146,10 @@ def _cluster() -> list[str]:
         f"AdamW's {last['adamw']:.2%}, and gathering Muon's {last['gathering']:.1%}",
         f"compute of a rank was off by {compute['error']:+.1%} on average, and by {compute['worst_error']:+.1%} "
         "for the worst rank",
-        f"missed the compute by {abs(_read('cluster/first-fit')['fit']['compute']['error']):.1%}",
+        f"missed it, by {first:.1%}",
+        f"turns on a core, by {second:.1%}",
         f"communication by {communication['error']:+.1%}, and {communication['worst_error']:+.1%}",
+        f"the compute is off by {min(repeats):+.1%} to {max(repeats):+.1%}",
         f"made within {longest:.1f} seconds",
         f"does {few:.2f} times the mean on 256 GPUs and {many:.2f} times on 4096",
     ]
