@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from muonclip.core.arguments import check_kind
-from muonclip.torch.clip import QKClip
+from muonclip.torch.clip import QKClip, extremes_of
 from muonclip.torch.monitor import Monitor, check_options
 from muonclip.torch.optimizer import MuonClip
 
@@ -123,7 +123,7 @@ class QKClipCallback(TrainerCallback):
     ) -> None:
         if self._clip is None or getattr(optimizer, "step_was_skipped", False) or not self._clip.last_layers:
             return  # there may be nothing to clip
-        extremes = _extremes(self._clip)
+        extremes = extremes_of(self._clip.last_layers.values())
         self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
 
     def on_log(
@@ -219,15 +219,3 @@ def _add(values: dict[str, float], logs: dict[str, Any], state: TrainerState) ->
     """Add numbers to what is being logged, and to the history, which the Trainer writes first."""
     logs.update(values)
     state.log_history[-1].update(values)
-
-
-def _extremes(clip: QKClip) -> Tensor:
-    """Return bound, max_logit, clipped_heads and −min_gamma of the last step, fp32 [4], on the device."""
-    layers = list(clip.last_layers.values())
-    device = layers[0].gamma.device
-    max_logits, gamma, bound = (
-        torch.cat([getattr(layer, name).to(device) for layer in layers]) for name in ("max_logits", "gamma", "bound")
-    )
-    certified_only = max_logits.isnan()
-    highest = max_logits.masked_fill(certified_only, -math.inf).max()
-    return torch.stack([bound.max(), highest, (gamma < 1).sum().float(), -gamma.min()])

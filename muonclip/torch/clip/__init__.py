@@ -9,7 +9,7 @@ from muonclip.torch.clip.attentions import ClipAttentions
 from muonclip.torch.clip.frozen import clipping_in_words, frozen_weights
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.clip.reduction import JointMaxima
-from muonclip.torch.clip.report import LayerReport, QKClipReport
+from muonclip.torch.clip.report import LayerReport, QKClipReport, extremes_of
 from muonclip.torch.clip.rescaling import scaled_rows
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "QKClip",
     "QKClipReport",
     "clipping_in_words",
+    "extremes_of",
     "frozen_weights",
     "is_idle",
     "scaled_rows",

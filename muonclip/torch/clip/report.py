@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,24 @@ class QKClipReport:
             if frozen:
                 lines.append(f"    above tau, cannot be clipped: frozen (heads {', '.join(map(str, frozen))})")
         return "\n".join(lines)
+
+
+def extremes_of(layers: Iterable[LayerReport]) -> Tensor:
+    """Return bound, max_logit, clipped_heads and −min_gamma over these attentions, fp32 [4], on their device.
+
+    The larger ones are those to keep; −inf, −inf, 0 and −1 where there is no attention. max_logit is −inf where no
+    maximum was computed.
+    """
+    layers = list(layers)
+    if not layers:
+        return torch.tensor([-math.inf, -math.inf, 0.0, -1.0])
+    device = layers[0].gamma.device
+    max_logits, gamma, bound = (
+        torch.cat([getattr(layer, name).to(device) for layer in layers]) for name in ("max_logits", "gamma", "bound")
+    )
+    certified_only = max_logits.isnan()
+    highest = max_logits.masked_fill(certified_only, -math.inf).max()
+    return torch.stack([bound.max(), highest, (gamma < 1).sum().float(), -gamma.min()])
 
 
 class StepCount:

@@ -1,0 +1,152 @@
+"""MuonClip in TorchTitan's own trainer, on processors: its debug model of DeepSeek-V3, of two layers.
+
+All runs begin at the same weights and see the same rows. The oracle is TorchTitan's own container of optimizers with
+Muon and AdamW by patterns of names, in one process, and a clip written out in the worker, whose maxima are dense.
+"""
+
+import subprocess
+import sys
+
+import forked_ranks
+import pytest
+import torch
+from forked_ranks import run_ranks
+
+WORKER = "tests/support/torchtitan_worker.py"
+HEADS, TAU = 16, 2.0
+MODEL = ("deepseek_v3_debugmodel", 2)
+SHARDS = "--parallelism.data_parallel_shard_degree="
+CHECKPOINTS = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.no-last-save-model-only")
+PIPELINE = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B")
+MESHES = {
+    "one process": (1, ()),
+    "FSDP 2": (2, (SHARDS + "2",)),
+    "HSDP 4": (4, (SHARDS + "2", "--parallelism.data_parallel_replicate_degree=2", "--training.local_batch_size=1")),
+    "TP 2": (2, (SHARDS + "1", "--parallelism.tensor_parallel_degree=2")),
+    "PP 2": (2, (*PIPELINE, "--training.local_batch_size=4")),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def preloaded():
+    forked_ranks.PRELOADED.append("torchtitan_host")
+
+
+def run(folder, ranks, *words):
+    run_ranks(ranks, WORKER, folder, *words, timeout=300)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("hand"), 1, "hand", *MODEL)[0]
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def trained(request, tmp_path_factory):
+    ranks, options = MESHES[request.param]
+    return run(tmp_path_factory.mktemp("door"), ranks, "door", *MODEL, *options)
+
+
+def losses(left):
+    """What the last rank logged, which has the last stage of a pipeline."""
+    return torch.tensor([values["loss_metrics/global_avg_loss"] for values in left[-1]["logged"]], dtype=torch.float64)
+
+
+def united(left, what):
+    """The parameters or buffers of all stages; those of other ranks are the same."""
+    return {name: value for each in left for name, value in each[what].items()}
+
+
+def update_error(left, oracle):
+    """The worst over parameters of ‖difference of the updates‖ / ‖update‖."""
+    after = united(left, "after")
+    assert after.keys() == oracle["after"].keys()
+    return max(
+        ((after[name] - expected).norm() / (expected - oracle["before"][name]).norm()).item()
+        for name, expected in oracle["after"].items()
+    )
+
+
+def layers_of(left, step):
+    parts = [part for each in left for part in each["clips"][step]]
+    return {name.replace("_checkpoint_wrapped_module.", ""): own for part in parts for name, own in part["layers"].items()}
+
+
+def seen_by_probes(left, step, name):
+    """The largest logit of each head over ranks, of which each has all heads or, next to each other, some."""
+    seen = [each["maxima"][step][name] for each in left if name in each["maxima"][step]]
+    return torch.cat(seen) if len(seen[0]) < HEADS else torch.stack(seen).amax(0)
+
+
+def test_training_is_that_of_torchtitan_s_container_driven_by_hand(trained, oracle):
+    torch.testing.assert_close(losses(trained), losses([oracle]), rtol=0, atol=5e-4)
+    assert update_error(trained, oracle) < 0.05
+    biases = united(trained, "biases")  # of the experts, by TorchTitan's own hook
+    assert biases.keys() == oracle["biases"].keys() != set()
+    for name, bias in oracle["biases"].items():
+        assert bias.any()
+        assert torch.equal(biases[name], bias)
+
+
+def test_the_maxima_are_those_of_all_ranks_and_the_factors_follow_from_them(trained):
+    clipped = 0
+    for step in range(3):
+        layers = layers_of(trained, step)
+        assert len(layers) == 2
+        for name, layer in layers.items():
+            seen = seen_by_probes(trained, step, name)
+            above = seen > TAU
+            clipped += int(above.sum())
+            gamma = torch.where(above, TAU / seen, 1.0)
+            torch.testing.assert_close(torch.tensor(layer["gamma"]).double(), gamma, rtol=1e-5, atol=0)
+            exact = torch.tensor(layer["exact"])
+            assert exact[above].all()
+            maxima = torch.tensor(layer["max_logits"]).double()
+            torch.testing.assert_close(maxima[exact], seen[exact], rtol=1e-5, atol=0)
+    assert 0 < clipped < 3 * 2 * HEADS
+
+
+def test_the_metrics_have_what_the_clip_saw_in_all_stages(trained):
+    for step, values in enumerate(trained[0]["logged"]):
+        layers = layers_of(trained, step).values()
+        gamma = [each for layer in layers for each in layer["gamma"]]
+        pairs = [each for layer in layers for each in zip(layer["max_logits"], layer["exact"], strict=True)]
+        assert values["qk_clip/clipped_heads"] == sum(each < 1 for each in gamma)
+        assert values["qk_clip/min_gamma"] == pytest.approx(min(gamma))
+        assert values["qk_clip/max_logit"] == pytest.approx(max(largest for largest, exact in pairs if exact))
+        assert values["qk_clip/last_clipped_step"] == step + 1
+
+
+def test_a_run_on_two_ranks_is_resumed_on_four(oracle, tmp_path):
+    run(tmp_path, 2, "door", *MODEL, SHARDS + "2", *CHECKPOINTS, "--training.steps=2")
+    left = run(tmp_path, 4, "door", *MODEL, SHARDS + "4", "--training.local_batch_size=1", *CHECKPOINTS)
+    assert len(left[0]["logged"]) == 1
+    torch.testing.assert_close(losses(left), losses([oracle])[2:], rtol=0, atol=5e-4)
+    assert update_error(left, oracle) < 0.05
+
+
+def test_without_torchtitan_the_import_names_the_extra():
+    code = "import sys; sys.modules['torchtitan'] = None; import muonclip.torch.torchtitan"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'muonclip[torchtitan]'" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_configuration_keeps_its_rate_and_everything_else():
+    import torchtitan_host as host
+    from torchtitan.models.llama3.config_registry import llama3_8b
+
+    own, ours = llama3_8b(), host.door.llama3_8b()
+    assert ours.optimizer.lr == own.optimizer.param_groups[0].optimizer_kwargs["lr"]
+    for name in ("training", "parallelism", "lr_scheduler", "activation_checkpoint", "compile", "checkpoint"):
+        assert getattr(ours, name) == getattr(own, name)
+    given = host.parse(ours, ["--optimizer.tau=50", "--optimizer.recipe=k2", "--optimizer.lr=1e-3"])
+    assert (given.optimizer.tau, given.optimizer.recipe, given.optimizer.lr) == (50.0, "k2", 1e-3)
+    assert "llama3_debugmodel" in dir(host.door)
+    with pytest.raises(AttributeError, match="llama3_9b"):
+        host.door.llama3_9b  # noqa: B018
+    with pytest.raises(ValueError, match="param_groups"):
+        host.door.MuonClipContainer(host.door.MuonClipContainer.Config(param_groups=[None]), model_parts=[])
+    with pytest.raises(ValueError, match="clip=False"):
+        host.door.MuonClipContainer(host.door.MuonClipContainer.Config(tau=1.0, clip=False), model_parts=[])
