@@ -62,10 +62,12 @@ def update_error(left, oracle):
     """The worst over parameters of ‖difference of the updates‖ / ‖update‖."""
     after = united(left, "after")
     assert after.keys() == oracle["after"].keys()
-    return max(
-        ((after[name] - expected).norm() / (expected - oracle["before"][name]).norm()).item()
+    errors = {
+        name: ((after[name] - expected).norm() / (expected - oracle["before"][name]).norm()).item()
         for name, expected in oracle["after"].items()
-    )
+    }
+    print(sorted(((e,n) for n,e in errors.items()), reverse=True)[:8])
+    return max(errors.values())
 
 
 def layers_of(left, step):
@@ -80,8 +82,9 @@ def seen_by_probes(left, step, name):
 
 
 def test_training_is_that_of_torchtitan_s_container_driven_by_hand(trained, oracle):
-    torch.testing.assert_close(losses(trained), losses([oracle]), rtol=0, atol=5e-4)
+    print(losses(trained), losses([oracle]))
     assert update_error(trained, oracle) < 0.05
+    torch.testing.assert_close(losses(trained), losses([oracle]), rtol=0, atol=5e-4)
     biases = united(trained, "biases")  # of the experts, by TorchTitan's own hook
     assert biases.keys() == oracle["biases"].keys() != set()
     for name, bias in oracle["biases"].items():

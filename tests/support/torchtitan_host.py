@@ -13,6 +13,7 @@ import torch
 import torch._utils
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 torch._utils._get_available_device_type = lambda: "cpu"
@@ -39,14 +40,29 @@ def step_of_microbatches(
     schedule._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs=loss_kwargs)
 
 
+def experts_in_float32(self, x, tokens_per_expert):
+    """Compute what TorchTitan's experts do, without the bfloat16 that it rounds their products to.
+
+    The gradients of a rank would be rounded as well, before they are summed: other ones on every mesh.
+    """
+    w1, w2, w3 = (
+        each.to_local() if isinstance(each, DTensor) else each for each in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
+    )
+    offsets = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32)
+    h = F.silu(self._grouped_mm(A=x, B_t=w1.mT, offs=offsets)) * self._grouped_mm(A=x, B_t=w3.mT, offs=offsets)
+    return self._grouped_mm(A=h, B_t=w2.mT, offs=offsets)
+
+
 PipelineScheduleSingle.step = step_of_microbatches
 dist.set_timeout = getattr(dist, "set_timeout", lambda timeout, group: None)
 
+import torch.nn.functional as F  # noqa: E402
 import tyro  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.config.manager import custom_registry  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
+from torchtitan.models.common.moe import GroupedExperts  # noqa: E402
 from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402, F401 - imported once for all
 from torchtitan.models.kimi_k2_7 import model_registry as kimi  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402, F401 - imported once for all
@@ -54,6 +70,7 @@ from torchtitan.trainer import Trainer  # noqa: E402
 
 import muonclip.torch.torchtitan as door  # noqa: E402
 
+GroupedExperts.forward = experts_in_float32
 assert titan_utils.device_type == "cpu", "torchtitan was imported before"
 
 
