@@ -14,6 +14,7 @@ import torch._utils
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 torch._utils._get_available_device_type = lambda: "cpu"
@@ -53,6 +54,22 @@ def experts_in_float32(self, x, tokens_per_expert):
     return self._grouped_mm(A=h, B_t=w2.mT, offs=offsets)
 
 
+class ShapesOnly:
+    """`running`: a stage of a pipeline runs to show the shapes that it returns, on numbers that are no data."""
+
+    running = False
+    infer = PipelineStage._forward_metadata_inference
+
+    @classmethod
+    def run(cls, *args, **kwargs):
+        cls.running = True
+        try:
+            return cls.infer(*args, **kwargs)
+        finally:
+            cls.running = False
+
+
+PipelineStage._forward_metadata_inference = lambda *args, **kwargs: ShapesOnly.run(*args, **kwargs)
 PipelineScheduleSingle.step = step_of_microbatches
 dist.set_timeout = getattr(dist, "set_timeout", lambda timeout, group: None)
 
@@ -127,8 +144,9 @@ def kimi_debugmodel():
     return config
 
 
-def configuration(name, *, layers, optimizer=None):
-    """One of TorchTitan's configurations for processors: `layers` of its layers, and drawn tokens."""
+def configuration(name, *, layers, balanced=True, optimizer=None):
+    """One of TorchTitan's configurations for processors: `layers` of its layers, and drawn tokens. `balanced`: the
+    loads of the experts, by their biases."""
     config = door.with_muonclip(kimi_debugmodel()) if name == "kimi_debugmodel" else getattr(door, name)()
     spec = config.model_spec
     del spec.model.layers[layers:]
@@ -136,12 +154,14 @@ def configuration(name, *, layers, optimizer=None):
         if name == "llama3_debugmodel":
             group_queries(layer.attention)
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
+        if not balanced and layer.moe is not None:
+            layer.moe.load_balance_coeff = None
     spec.parallelize_fn = with_sums(spec.parallelize_fn)
     config.tokenizer, config.dataloader = NoTokenizer.Config(), DrawnTokens.Config()
     config.training.disable_cuda_graphs = True
     config.training.mixed_precision_param = "float32"
     config.training.seq_len = 32
-    config.training.steps = 3
+    config.training.steps = config.lr_scheduler.total_steps = 3
     config.training.global_batch_size = DrawnTokens.Config().rows
     config.training.local_batch_size = 2
     config.lr_scheduler.warmup_steps = 1
@@ -176,4 +196,4 @@ def with_sums(parallelize):
     return parallelize_with_sums
 
 
-__all__ = ["DrawnTokens", "Trainer", "configuration", "parse"]
+__all__ = ["DrawnTokens", "ShapesOnly", "Trainer", "configuration", "parse"]

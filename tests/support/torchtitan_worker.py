@@ -1,4 +1,4 @@
-"""One rank of TorchTitan's trainer, `torchtitan_worker.py FOLDER DRIVER MODEL LAYERS [option …]`.
+"""One rank of TorchTitan's trainer, `torchtitan_worker.py FOLDER DRIVER MODEL LAYERS [unbalanced] [option …]`.
 
 It begins at weights that are drawn by their names, trains, and leaves in FOLDER what it saw and ended with. DRIVER:
 "door", the container of `muonclip.torch.torchtitan`; or "hand", TorchTitan's own container with Muon and AdamW by
@@ -53,14 +53,15 @@ class DenseMaxima:
 
     def hook(self, name):
         def observe(module, args, kwargs):
-            if torch.is_grad_enabled() and not any(each.is_meta for each in args):
+            if torch.is_grad_enabled():  # the same in a stage's run for shapes, where a checkpoint compares
                 q, k = (each.to_local() if isinstance(each, DTensor) else each for each in args[:2])
                 q, k = (each.detach().double().transpose(1, 2) for each in (q, k))  # [B, heads, L, d]
                 k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
                 scale = kwargs.get("scale") or q.shape[-1] ** -0.5
                 allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
                 logits = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf).amax((0, 2, 3))
-                self.seen.setdefault(name, []).append(logits)
+                if not host.ShapesOnly.running:
+                    self.seen.setdefault(name, []).append(logits)
 
         return observe
 
@@ -141,10 +142,12 @@ def weights(parts):
 
 
 def main(folder, driver, model, layers, *options):
-    config = host.configuration(model, layers=int(layers), optimizer=by_hand(model) if driver == "hand" else None)
+    balanced = "unbalanced" not in options
+    optimizer = by_hand(model) if driver == "hand" else None
+    config = host.configuration(model, layers=int(layers), balanced=balanced, optimizer=optimizer)
     if driver == "door":
         config.optimizer.lr, config.optimizer.tau, config.optimizer.options = LR, TAU, {"adamw": ADAMW, "ns_dtype": torch.float32}
-    trainer = host.Trainer(host.parse(config, [*options, f"--dump_folder={folder}"]))
+    trainer = host.Trainer(host.parse(config, [*options[not balanced :], f"--dump_folder={folder}"]))
     fill(trainer.model_parts)
     probe = DenseMaxima(trainer.model_parts)
     left = {"losses": [], "logged": [], "maxima": [], "clips": [], "before": weights(trainer.model_parts)}

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from muonclip.torch.discover.compute_dtypes import cast_as_sharded, compute_dtypes
 from muonclip.torch.discover.dense_copy import DenseCopies, is_whole, without_engine
+from muonclip.torch.discover.own_experts import own_shapes
 from muonclip.torch.discover.quantized_linears import unrounded_class
 from muonclip.torch.discover.random_state import GeneratorsKept, random_state_kept
 from muonclip.torch.discover.stand_ins import StandIn, hold_in_their_parts, stand_in_of
@@ -86,7 +87,12 @@ def replica_of(
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # it would hold casts of the copy's weights
         copies = DenseCopies(compute_dtypes(model))
-        stand_ins = {id(each): stand_in_of(copies, each) for each in model.parameters() if _needs_stand_in(each)}
+        own = own_shapes(model)
+        stand_ins = {
+            id(each): stand_in_of(copies, each, own.get(id(each), tuple(each.shape)))
+            for each in model.parameters()
+            if _needs_stand_in(each)
+        }
         parameters = {id(each): _parameter_of_replica(each, copies, stand_ins, values) for each in model.parameters()}
         memo: dict[int, Any] = dict(parameters)
         for tensor in tree_leaves((list(model.buffers()), tuple(args), dict(kwargs))):

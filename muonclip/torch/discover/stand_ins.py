@@ -61,12 +61,12 @@ class StandIn:
         self.parameter.data = self._thin
 
 
-def stand_in_of(copies: DenseCopies, parameter: Tensor) -> StandIn:
-    """Make the stand-in of a matrix."""
-    first, *others = parameter.shape
+def stand_in_of(copies: DenseCopies, parameter: Tensor, shape: tuple[int, ...]) -> StandIn:
+    """Make the stand-in of a matrix, of this shape."""
+    first, *others = shape
     numbers = copies.random((first + math.prod(others) - 1,), parameter) / math.sqrt(max(1, math.prod(others)))
     strides = [math.prod(others[axis + 1 :]) for axis in range(len(others))]
-    return StandIn(numbers.as_strided(tuple(parameter.shape), (1, *strides)))
+    return StandIn(numbers.as_strided(shape, (1, *strides)))
 
 
 def hold_in_their_parts(model: nn.Module, copied: nn.Module, stand_ins: dict[int, StandIn]) -> None:

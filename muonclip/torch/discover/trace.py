@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from muonclip.core.parameter_roles import Use
 from muonclip.torch.discover.applied_functions import seen_autograd_functions
 from muonclip.torch.discover.opaque_calls import OpaqueCalls
+from muonclip.torch.discover.own_experts import take_own
 from muonclip.torch.discover.parameter_uses import returned_parameters
 from muonclip.torch.discover.replica import Replica, replica_of
 from muonclip.torch.discover.tracer import AttentionTracer, TracedCall
@@ -54,6 +55,21 @@ def trace(
 ) -> Trace:
     """Run `model(*args, **kwargs)` on a copy. Raises whatever the model raises; model and arguments are as before.
     `prefix`: of the names. `training`: the mode of the copy."""
+    try:
+        return _trace(model, args, kwargs, prefix, training=training)
+    except Exception:  # whatever the model raises
+        if not take_own(model, own=True):
+            raise
+        try:
+            return _trace(model, args, kwargs, prefix, training=training)
+        except Exception:
+            take_own(model, own=False)
+        raise
+
+
+def _trace(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str, *, training: bool
+) -> Trace:
     with replica_of(model, args, kwargs, _moved, prefix=prefix, training=training) as replica:
         tracer = AttentionTracer(replica.module, prefix, tree_leaves((replica.args, dict(replica.kwargs))))
         sums = tracer.sums

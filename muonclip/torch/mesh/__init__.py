@@ -27,6 +27,7 @@ from muonclip.torch.mesh.late_types import (
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
+from muonclip.torch.mesh.unsharded import matrices_in_use
 from muonclip.torch.mesh.wrapped_weights import drop_kept_scale, unwrapped
 from muonclip.torch.mesh.wrappers import (
     mixed_precision_of,
@@ -61,6 +62,7 @@ __all__ = [
     "local_gradient",
     "local_indices",
     "local_part",
+    "matrices_in_use",
     "mixed_precision_of",
     "placed_like",
     "plain_class",
