@@ -183,6 +183,7 @@ def group_queries(attention, kv_heads=4):
     fused = attention.qkv_linear
     attention.n_kv_heads = fused.n_kv_heads = kv_heads
     fused.wqkv.out_features = (attention.n_heads + 2 * kv_heads) * fused.head_dim
+    fused.wqkv.param_init = {"weight": torch.nn.init.normal_}  # its own is for as many keys
 
 
 def with_sums(parallelize):

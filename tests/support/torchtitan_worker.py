@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import cpu_ring
 import torch
 import torch.distributed as dist
 import torchtitan_host as host
@@ -142,6 +143,8 @@ def weights(parts):
 
 
 def main(folder, driver, model, layers, *options):
+    if any("context_parallel" in each for each in options):
+        cpu_ring.register()
     balanced = "unbalanced" not in options
     optimizer = by_hand(model) if driver == "hand" else None
     config = host.configuration(model, layers=int(layers), balanced=balanced, optimizer=optimizer)
