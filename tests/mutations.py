@@ -1367,6 +1367,20 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "copy-has-the-experts-of-all-ranks",
+        "A copy that does not run with all experts is not tried with the rank's own.",
+        "if not take_own(model, own=True):",
+        "if True:",
+        tests_of("engines/test_torchtitan.py", "test_kimi_is_trained_with_its_experts_on_two_ranks"),
+    ),
+    Mutation(
+        "torchtitan-logs-one-stage",
+        "TorchTitan's metrics have what the clip saw in the stage of the rank that logs.",
+        "if stages is not None and stages.size() > 1:",
+        "if False:",
+        tests_of("engines/test_torchtitan.py", "test_the_metrics_have_what_the_clip_saw_in_all_stages"),
+    ),
+    Mutation(
         "copy-in-its-own-dtypes",  # 24
         "The copy of a model under mixed precision has shards in float32 next to whole weights in bf16.",
         "DenseCopies(compute_dtypes(model))",

@@ -19,6 +19,7 @@ ENGINES = {
     "optax/known_attention.py": {"equinox", "flax"},  # for types alone
     "torch/huggingface.py": {"transformers"},
     "torch/lightning.py": {"lightning"},
+    "torch/torchtitan.py": {"torchtitan"},
     "torch/observe/huggingface.py": {"transformers"},
     "torch/logits/kernels/head_maxima.py": {"triton"},
     "torch/logits/kernels/mask_levels.py": {"triton"},

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
@@ -27,10 +28,10 @@ from muonclip.torch.mesh import plain_name
 from muonclip.torch.optimizer import MuonClip
 
 try:
-    from torchtitan.components.metrics import MetricsProcessor
-    from torchtitan.components.optimizer import OptimizersContainer
-    from torchtitan.tools.logging import logger
-    from torchtitan.trainer import Trainer
+    from torchtitan.components.metrics import MetricsProcessor  # pyright: ignore[reportMissingImports]
+    from torchtitan.components.optimizer import OptimizersContainer  # pyright: ignore[reportMissingImports]
+    from torchtitan.tools.logging import logger  # pyright: ignore[reportMissingImports]
+    from torchtitan.trainer import Trainer  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"muonclip.torch.torchtitan needs TorchTitan 0.3, and {error.name!r} is not installed. The extra of this "
@@ -124,7 +125,7 @@ class MuonClipContainer(OptimizersContainer):
         return [optimizer.qk_clip for optimizer in self.optimizers if optimizer.qk_clip is not None]
 
     def scalars(self, stages: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Return what the clips saw since the last call, with the names of `QKClipReport.scalars`; waits for the device.
+        """Return what the clips saw since the last call, by the names of `QKClipReport.scalars`; waits for the device.
 
         `bound`, `max_logit`, `clipped_heads` and `min_gamma` are the extremes over the steps, of which at most the last
         1024 count. Empty without a clip and without a step.
@@ -238,7 +239,11 @@ def __getattr__(name: str) -> Callable[[], Trainer.Config]:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for model in _REGISTRIES.values() for name in _configs_of(model))})
+    names = set(__all__)
+    for model in _REGISTRIES.values():
+        with suppress(ModuleNotFoundError):  # torchvision, for Kimi's images
+            names.update(_configs_of(model))
+    return sorted(names)
 
 
 def _configs_of(model: str) -> Mapping[str, Callable[[], Trainer.Config]]:

@@ -1,4 +1,4 @@
-"""MuonClip in TorchTitan's own trainer, on processors: its debug model of DeepSeek-V3, of two layers.
+"""MuonClip in TorchTitan's own trainer, on processors: its debug models of DeepSeek-V3, Llama and Kimi, of two layers.
 
 All runs begin at the same weights and see the same rows. The oracle is TorchTitan's own container of optimizers with
 Muon and AdamW by patterns of names, in one process, and a clip written out in the worker, whose maxima are dense.
@@ -11,10 +11,12 @@ import forked_ranks
 import pytest
 import torch
 from forked_ranks import run_ranks
+from torch.multiprocessing import ProcessExitedException
 
 WORKER = "tests/support/torchtitan_worker.py"
 HEADS, TAU = 16, 2.0
 MODEL = ("deepseek_v3_debugmodel", 2)
+LLAMA, KIMI = ("llama3_debugmodel", 2), ("kimi_debugmodel", 2)
 SHARDS = "--parallelism.data_parallel_shard_degree="
 CHECKPOINTS = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.no-last-save-model-only")
 PIPELINE = ("--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=1F1B")
@@ -35,6 +37,7 @@ def preloaded():
 
 
 def run(folder, ranks, *words):
+    folder.mkdir(exist_ok=True)
     run_ranks(ranks, WORKER, folder, *words, timeout=300)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
@@ -78,7 +81,9 @@ def update_error(left, oracle):
 
 def layers_of(left, step):
     parts = [part for each in left for part in each["clips"][step]]
-    return {name.replace("_checkpoint_wrapped_module.", ""): own for part in parts for name, own in part["layers"].items()}
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): own for part in parts for name, own in part["layers"].items()
+    }
 
 
 def seen_by_probes(left, step, name):
@@ -87,16 +92,39 @@ def seen_by_probes(left, step, name):
     return torch.cat(seen) if len(seen[0]) < HEADS else torch.stack(seen).amax(0)
 
 
+def check_training(trained, expected):
+    torch.testing.assert_close(losses(trained), losses([expected]), rtol=0, atol=1e-5)
+    assert update_error(trained, expected) < 1e-4
+
+
 def test_training_is_that_of_torchtitan_s_container_driven_by_hand(trained, request):
     balanced = bool(united(trained, "biases"))
     expected = request.getfixturevalue("oracle" if balanced else "unbalanced_oracle")
-    torch.testing.assert_close(losses(trained), losses([expected]), rtol=0, atol=1e-5)
-    assert update_error(trained, expected) < 1e-4
+    check_training(trained, expected)
     assert united(trained, "biases").keys() == expected["biases"].keys()  # of the experts, by TorchTitan's own hook
     for name, bias in expected["biases"].items():
         assert bias.any()
         for each in trained:
             assert torch.equal(each["biases"][name], bias)
+
+
+def test_llama_by_groups_of_queries_is_trained_in_a_ring_and_compiled(tmp_path):
+    (expected,) = run(tmp_path, 1, "hand", *LLAMA)
+    ring = ("--parallelism.context_parallel_degree=2", "--training.local_batch_size=4")
+    trained = run(tmp_path, 2, "door", *LLAMA, SHARDS + "1", *ring)
+    check_training(trained, expected)
+    compiled = run(tmp_path, 1, "door", *LLAMA, "--compile.enable", "--compile.backend=aot_eager")
+    check_training(compiled, expected)
+    for left in (trained, compiled):
+        assert [values["qk_clip/clipped_heads"] for values in left[0]["logged"]] == [
+            sum(int((each > TAU).sum()) for each in maxima.values()) for maxima in expected["maxima"]
+        ]
+
+
+def test_kimi_is_trained_with_its_experts_on_two_ranks(tmp_path):
+    (expected,) = run(tmp_path, 1, "hand", *KIMI)
+    trained = run(tmp_path, 2, "door", *KIMI, SHARDS + "2", "--parallelism.expert_parallel_degree=2")
+    check_training(trained, expected)
 
 
 def test_the_maxima_are_those_of_all_ranks_and_the_factors_follow_from_them(trained):
@@ -136,6 +164,21 @@ def test_a_run_on_two_ranks_is_resumed_on_four(oracle, tmp_path):
     assert update_error(left, oracle) < 1e-4
 
 
+def test_a_run_that_was_killed_amid_a_step_goes_on_to_the_same_weights(tmp_path):
+    experts = (*MODEL, SHARDS + "2", "--parallelism.expert_parallel_degree=2", *CHECKPOINTS)
+    whole = run(tmp_path / "whole", 2, "door", *experts)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run(tmp_path / "killed", 2, "killed", *experts, "--checkpoint.async_mode=async")
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "killed/checkpoint").glob("step-*"))
+    left = run(tmp_path / "killed", 2, "door", *experts)
+    assert saved
+    assert len(left[0]["logged"]) < 3
+    for one, other in zip(left, whole, strict=True):
+        for what in ("after", "biases"):
+            assert one[what].keys() == other[what].keys()
+            assert all(torch.equal(each, other[what][name]) for name, each in one[what].items())
+
+
 def test_without_torchtitan_the_import_names_the_extra():
     code = "import sys; sys.modules['torchtitan'] = None; import muonclip.torch.torchtitan"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -145,6 +188,7 @@ def test_without_torchtitan_the_import_names_the_extra():
 @pytest.mark.filterwarnings("ignore")
 def test_a_configuration_keeps_its_rate_and_everything_else():
     import torchtitan_host as host
+    from torchtitan.config import ConfigManager
     from torchtitan.models.llama3.config_registry import llama3_8b
 
     own, ours = llama3_8b(), host.door.llama3_8b()
@@ -153,7 +197,11 @@ def test_a_configuration_keeps_its_rate_and_everything_else():
         assert getattr(ours, name) == getattr(own, name)
     given = host.parse(ours, ["--optimizer.tau=50", "--optimizer.recipe=k2", "--optimizer.lr=1e-3"])
     assert (given.optimizer.tau, given.optimizer.recipe, given.optimizer.lr) == (50.0, "k2", 1e-3)
-    assert "llama3_debugmodel" in dir(host.door)
+    assert {"llama3_debugmodel", "moonlight_16b_a3b", "kimi_k2_5", "deepseek_v3_671b"} <= set(dir(host.door))
+    by_words = ["--module", "muonclip.torch.torchtitan", "--config", "moonlight_16b_a3b", "--optimizer.tau", "50"]
+    moonlight = ConfigManager().parse_args(by_words)  # as TorchTitan's own entry does
+    assert (type(moonlight.optimizer), moonlight.optimizer.tau) == (host.door.MuonClipContainer.Config, 50.0)
+    assert moonlight.optimizer.lr == 3e-4
     with pytest.raises(AttributeError, match="llama3_9b"):
         host.door.llama3_9b  # noqa: B018
     with pytest.raises(ValueError, match="param_groups"):

@@ -7,15 +7,16 @@ pipeline with the micro-batches given.
 """
 
 import dataclasses
+import sys
 import types
 
 import torch
 import torch._utils
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.tensor import DTensor
 
 torch._utils._get_available_device_type = lambda: "cpu"
 
@@ -80,13 +81,19 @@ from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.config.manager import custom_registry  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.common.moe import GroupedExperts  # noqa: E402
-from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402, F401 - imported once for all
+from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3  # noqa: E402 - imported once for all
 from torchtitan.models.kimi_k2_7 import model_registry as kimi  # noqa: E402
 from torchtitan.models.llama3 import config_registry as llama3  # noqa: E402, F401 - imported once for all
 from torchtitan.trainer import Trainer  # noqa: E402
 
 import muonclip.torch.torchtitan as door  # noqa: E402
 
+for missing in ("torchvision", "torchvision.io", "torchvision.transforms", "torchvision.transforms.v2"):
+    sys.modules.setdefault(missing, types.ModuleType(missing))  # of Kimi's images, of which there are none here
+functional = sys.modules.setdefault(
+    "torchvision.transforms.v2.functional", types.ModuleType("torchvision.transforms.v2.functional")
+)
+sys.modules["torchvision.transforms.v2"].functional = functional
 GroupedExperts.forward = experts_in_float32
 assert titan_utils.device_type == "cpu", "torchtitan was imported before"
 

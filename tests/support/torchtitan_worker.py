@@ -2,10 +2,12 @@
 
 It begins at weights that are drawn by their names, trains, and leaves in FOLDER what it saw and ended with. DRIVER:
 "door", the container of `muonclip.torch.torchtitan`; or "hand", TorchTitan's own container with Muon and AdamW by
-patterns of names, and the clip written out here, for one process.
+patterns of names, and the clip written out here, for one process; or "killed", the first in the last step amid it.
 """
 
 import dataclasses
+import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -93,7 +95,9 @@ HIDDEN = r"(attention\.w\w+|feed_forward\.w\d|gate|shared_experts\.w\d)\.weight$
 
 
 def by_hand(model):
-    muon = dict(lr=LR, weight_decay=0.1, ns_dtype=torch.float32, adjust_lr_fn="match_rms_adamw", fused=False, foreach=False)
+    muon = dict(
+        lr=LR, weight_decay=0.1, ns_dtype=torch.float32, adjust_lr_fn="match_rms_adamw", fused=False, foreach=False
+    )
     adamw = dict(lr=LR, **ADAMW)
     fused = [pattern for pattern in FUSED if ("wqkv" in pattern) == (model == "llama3_debugmodel")]
     groups = [(pattern, "Muon", {**muon, "layout": FUSED[pattern]}) for pattern in fused]
@@ -148,8 +152,12 @@ def main(folder, driver, model, layers, *options):
     balanced = "unbalanced" not in options
     optimizer = by_hand(model) if driver == "hand" else None
     config = host.configuration(model, layers=int(layers), balanced=balanced, optimizer=optimizer)
-    if driver == "door":
-        config.optimizer.lr, config.optimizer.tau, config.optimizer.options = LR, TAU, {"adamw": ADAMW, "ns_dtype": torch.float32}
+    if driver != "hand":
+        config.optimizer.lr, config.optimizer.tau, config.optimizer.options = (
+            LR,
+            TAU,
+            {"adamw": ADAMW, "ns_dtype": torch.float32},
+        )
     trainer = host.Trainer(host.parse(config, [*options[not balanced :], f"--dump_folder={folder}"]))
     fill(trainer.model_parts)
     probe = DenseMaxima(trainer.model_parts)
@@ -171,11 +179,19 @@ def main(folder, driver, model, layers, *options):
         else:
             left["clips"].append([each.qk_clip.report().to_dict() for each in optimizers])
 
+    def before_step(optimizers, args, kwargs):
+        if driver == "killed" and trainer.step == trainer.config.training.steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.optimizers.register_step_pre_hook(before_step)
     trainer.optimizers.register_step_post_hook(after_step)
     trainer.train()
     left["after"] = weights(trainer.model_parts)
     left["biases"] = {
-        name: whole(each) for part in trainer.model_parts for name, each in part.named_buffers() if "expert_bias" in name
+        name: whole(each)
+        for part in trainer.model_parts
+        for name, each in part.named_buffers()
+        if "expert_bias" in name
     }
     torch.save(left, Path(folder) / f"rank{dist.get_rank()}.pt")
     trainer.close()

@@ -21,7 +21,9 @@ def own_shapes(model: nn.Module) -> dict[int, tuple[int, ...]]:
     if not _with_own:
         return {}
     counts = matrices_in_use(model)
-    parameters = (each for module in model.modules() if module in _with_own for each in module.parameters(recurse=False))
+    parameters = (
+        each for module in model.modules() if module in _with_own for each in module.parameters(recurse=False)
+    )
     return {id(each): (counts[id(each)], *each.shape[1:]) for each in parameters if id(each) in counts}
 
 

@@ -67,9 +67,7 @@ def trace(
         raise
 
 
-def _trace(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str, *, training: bool
-) -> Trace:
+def _trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], prefix: str, *, training: bool) -> Trace:
     with replica_of(model, args, kwargs, _moved, prefix=prefix, training=training) as replica:
         tracer = AttentionTracer(replica.module, prefix, tree_leaves((replica.args, dict(replica.kwargs))))
         sums = tracer.sums

@@ -1,4 +1,4 @@
-"""What a rank has of a DTensor's first axis while modules compute with it: FSDP2 has gathered what it divides itself."""
+"""What a rank has of a DTensor's first axis while modules compute with it: FSDP2 has gathered what it divides."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def matrices_in_use(model: nn.Module) -> dict[int, int]:
     of_fsdp = {id(parameter): spec for parameter, spec in _gathered_by_fsdp(model)}
     found: dict[int, int] = {}
     for parameter in model.parameters():
-        spec = of_fsdp.get(id(parameter), parameter._spec) if is_dtensor(parameter) and parameter.ndim > 2 else None
-        at = None if spec is None else spec.mesh.get_coordinate()
-        if at is not None:
+        if not is_dtensor(parameter) or parameter.ndim < 3:
+            continue
+        spec = of_fsdp.get(id(parameter), parameter._spec)
+        if spec is not None and (at := spec.mesh.get_coordinate()) is not None:
             own = length(local_indices(len(parameter), 0, spec.placements, tuple(spec.mesh.shape), at))
             if own != len(parameter):
                 found[id(parameter)] = own
