@@ -1,4 +1,4 @@
-"""What a rank has of a DTensor's first axis while modules compute with it: FSDP2 has gathered what it divides."""
+"""The matrices of a DTensor that a rank computes with: FSDP2 has gathered what it divides, and nothing else."""
 
 from __future__ import annotations
 
