@@ -37,6 +37,7 @@ import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
 from benchmarks.studies import cluster, fine_tuning, grad_clipping, master_weights, momentum_dtype, scaling, variants
+from benchmarks.studies.weight_broadcast import table as table_of_weight_broadcast
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
 
@@ -62,6 +63,8 @@ REFEREE = ROOT / "docs" / "referee" / "referee.md"  # of docs/referee.md
 VARIANTS = ROOT / "docs" / "variants" / "variants.md"  # of docs/variants.md
 INCLUDED = {FINE_TUNING, GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, SCALING, SWEEP, COLLECTIVES, VARIANTS}
 INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE, REFEREE}
+WEIGHT_BROADCAST = ROOT / "docs" / "weight-broadcast" / "weight_broadcast.md"  # of docs/parallel/checkpoints.md
+INCLUDED |= {WEIGHT_BROADCAST}
 CLUSTER = ROOT / "docs" / "cluster" / "cluster.json"  # of docs/cluster.md
 INCLUDED |= {CLUSTER.with_name(f"{name}.md") for name in cluster.PAGES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
@@ -377,6 +380,11 @@ def test_the_table_of_scaling_is_that_of_its_figures():
     figures = json.loads(SCALING.with_suffix(".json").read_text(encoding="utf-8"))
     assert SCALING.read_text(encoding="utf-8") == scaling.table(figures)
     assert {row["case"] for row in figures["rows"]} == {"weak", "strong"}
+
+
+def test_the_table_of_the_weight_broadcast_is_that_of_its_figures():
+    figures = json.loads(WEIGHT_BROADCAST.with_suffix(".json").read_text(encoding="utf-8"))
+    assert WEIGHT_BROADCAST.read_text(encoding="utf-8") == table_of_weight_broadcast(figures)
 
 
 def test_the_tables_of_the_cluster_are_those_of_its_figures():
