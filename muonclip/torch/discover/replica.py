@@ -275,9 +275,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             memo.setdefault(id(memo), []).append(value)
         return memo[id(value)]
     memo.update((id(each), each) for each in tree_leaves(value) if isinstance(each, CustomOpDef))  # its copy is broken
+    known = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever an object's own copying raises
+        while len(memo) > known:  # half-made copies, which another module with the same object would be given
+            memo.popitem()
         if isinstance(value, Tensor):  # with a graph behind it
             return value.detach().clone()
         if type(value) in (list, tuple):

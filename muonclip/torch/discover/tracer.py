@@ -182,6 +182,9 @@ class AttentionTracer(ScoreTracker):
             return func(*args, **kwargs)
         if func is torch.autograd.grad:  # by what was cut off, perhaps; its values do not matter
             return derivatives_in_place(args, kwargs)
+        if isinstance(kwargs.get("out"), Tensor):  # which torch does not differentiate, so nobody does
+            with torch.no_grad():
+                return func(*args, **kwargs)
         # Innermost hooks and gradients on, whatever checkpointing has set.
         with torch.enable_grad(), saved_tensors_as_they_are():
             if func in _BEHIND_PATCHES:
