@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch.autograd.function import Function, FunctionMeta
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx, FunctionMeta
 
 Seen = Callable[[Any, Any, Any, Callable[[], Any]], Any]
 """Makes a call of an autograd function, `seen(function, args, kwargs, run)`, and returns what it returned."""
@@ -115,6 +116,20 @@ def seen_autograd_functions(seen: Seen) -> AbstractContextManager[None]:
 def host_apply(function: Any) -> Callable[..., Any]:
     """Return the `apply` of an autograd function that nobody sees."""
     return _applied.host(function)
+
+
+def run_inside(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    """Run the forward of an autograd function as plain code, so that autograd follows what is in it and not its own
+    backward. One that cannot be run so is applied, by `run`."""
+    forward = type.__getattribute__(function, "forward")  # what `_ByForward` looks up is seen
+    context: list[Any] = []
+    if function.setup_context is Function.setup_context:
+        context.append(FunctionCtx())
+        context[0].needs_input_grad = tuple(isinstance(each, Tensor) and each.requires_grad for each in args)
+    try:
+        return forward(*context, *args, **kwargs)
+    except Exception:  # whatever such a forward asks of its context
+        return run()
 
 
 def _replacement() -> Any:

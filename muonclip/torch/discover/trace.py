@@ -6,9 +6,10 @@ In evaluation mode no layer is dropped. What is seen in the forward, `tracer.py`
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from muonclip.core.parameter_roles import Use
-from muonclip.torch.discover.applied_functions import seen_autograd_functions
+from muonclip.torch.discover.applied_functions import Seen, run_inside, seen_autograd_functions
 from muonclip.torch.discover.opaque_calls import OpaqueCalls
 from muonclip.torch.discover.own_experts import take_own
 from muonclip.torch.discover.parameter_uses import returned_parameters
@@ -73,7 +74,7 @@ def _trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], pre
         sums = tracer.sums
         opaque = OpaqueCalls(sums, lambda: len(tracer.calls))
         sums.operators = opaque.operator
-        seen = seen_autograd_functions(opaque.applied)
+        seen = seen_autograd_functions(_applied_by(tracer, opaque))
         with torch.enable_grad(), _hooks_are_ours(), handling(tracer), seen, tracer, sums:
             outputs = replica.run()
         shown = _shown(replica, tracer, outputs, whole=not prefix)
@@ -86,6 +87,18 @@ def _trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], pre
     return Trace(
         tracer.calls, paths, replica.statistics, sums.unclaimed(), sums.linear(), reached, idle, operators, shown
     )
+
+
+def _applied_by(tracer: AttentionTracer, opaque: OpaqueCalls) -> Seen:
+    """Return how autograd functions are called: one that takes a weight may be a projection, as Megatron's linears are,
+    and the product inside of it is looked at."""
+
+    def applied(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        if tracer.takes_matrix(args):
+            run = partial(run_inside, function, args, kwargs, run)
+        return opaque.applied(function, args, kwargs, run)
+
+    return applied
 
 
 @contextmanager

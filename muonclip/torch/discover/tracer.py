@@ -265,6 +265,12 @@ class AttentionTracer(ScoreTracker):
     def _is_weight(self, tensor: Tensor) -> bool:
         return id(tensor) in self._own or getattr(tensor, "of_parameters_only", False)
 
+    def takes_matrix(self, args: Sequence[Any]) -> bool:
+        """Tell whether there is a matrix of weights among the arguments of a function, and something else."""
+        tensors = [each for each in args if isinstance(each, Tensor) and each.ndim > 1]
+        weights = [each for each in tensors if self._is_weight(each)]
+        return 0 < len(weights) < len(tensors)
+
     def _mark(self, args: Any, kwargs: Any, result: Any) -> None:
         """Mark what is made of parameters alone as a weight: a part, a cast, a parametrization."""
         tensors = [value for value in _flatten([*args, *kwargs.values()]) if isinstance(value, Tensor)]
