@@ -121,6 +121,51 @@ MUTATIONS = (
         "",
         tests_of("engines/test_torchao_fsdp2.py", "test_a_scale_that_was_kept_from_before_the_clip_is_dropped"),
     ),
+    # Engines that compute forwards of their own, and products in functions of their own
+    Mutation(
+        "the-reference-pass-counts",
+        "The pass of a policy without its adapter, without gradients, counts for the step.",
+        "run = ObserverRun(observer, observes=trains and reason is None)",
+        "run = ObserverRun(observer, observes=reason is None)",
+        tests_of("torch/test_trl.py", "test_dpo_with_an_adapter_leaves_the_pass_without_it_out"),
+    ),
+    Mutation(
+        "generation-counts",
+        "What a policy generates, and its old log-probabilities, count for the step.",
+        "run = ObserverRun(observer, observes=trains and reason is None)",
+        "run = ObserverRun(observer, observes=reason is None)",
+        tests_of("torch/test_trl.py", "test_grpo_clips_once_in_each_inner_epoch"),
+    ),
+    Mutation(
+        "products-in-functions-are-not-seen",
+        "A projection whose product is in an autograd function is taken for what its backward returns.",
+        "        if tracer.takes_matrix(args):\n",
+        "        if not args:\n",
+        tests_of(
+            "torch/test_projections_in_functions.py",
+            "test_the_rows_of_heads_are_found_behind_a_product_in_a_function",
+        ),
+    ),
+    Mutation(
+        "given-outputs-are-differentiated",
+        "A function that writes into a given tensor is traced with gradients, which torch refuses.",
+        'if isinstance(kwargs.get("out"), Tensor):',
+        'if isinstance(kwargs.get("nothing"), Tensor):',
+        tests_of(
+            "torch/test_projections_in_functions.py",
+            "test_the_rows_of_heads_are_found_behind_a_product_in_a_function",
+        ),
+    ),
+    Mutation(
+        "half-made-copies-stay",
+        "A copy that was given up half-made is what the next module with the same object gets.",
+        "        while len(memo) > known:  #",
+        "        while not memo:  #",
+        tests_of(
+            "torch/test_projections_in_functions.py",
+            "test_what_cannot_be_copied_is_shared_by_all_modules_that_have_it",
+        ),
+    ),
     # The cluster on paper
     Mutation(
         "queries-projected-last",

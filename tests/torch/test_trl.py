@@ -130,7 +130,9 @@ def _saved(model, folder):
 
 
 def lora(model):
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False))
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    )
 
 
 @pytest.mark.parametrize("clip_frozen", [False, True])
@@ -143,3 +145,36 @@ def test_dpo_with_an_adapter_leaves_the_pass_without_it_out(clip_frozen, tmp_pat
         trainer.train()
     torch.testing.assert_close(torch.stack(each.maxima), torch.stack(each.expected), rtol=1e-5, atol=1e-6)
     assert any((gammas < 1).any() for gammas in each.gammas) == clip_frozen
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_run_that_is_resumed_ends_at_the_same_weights(kind, tmp_path):
+    rewards = dict(reward_funcs=lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions])
+    more = rewards if kind == "grpo" else {}
+    arguments = dict(save_strategy="steps", save_steps=2, save_only_model=False)
+    arguments |= dict(num_generations=2, num_iterations=2, max_completion_length=5) if kind == "grpo" else {}
+    first, again = llama(), llama()
+    trainer_of(kind, tmp_path, first, muonclip(first), (), more, **arguments).train()
+    optimizer = muonclip(again)
+    trainer = trainer_of(kind, tmp_path / "again", again, optimizer, (), more, **arguments)
+    trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_adapter_that_the_trainer_makes(tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "k_proj"])
+    more = dict(peft_config=adapter, optimizer_cls_and_kwargs=(MuonClipFactory, dict(OPTIONS, tau=TAU)))
+    trainer = trainer_of("sft", tmp_path, llama(), None, [QKClipCallback()], more)
+    with pytest.warns(UserWarning, match="frozen"):
+        trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert optimizer.qk_clip.report().steps == 4
+    assert "lora_A" in str(optimizer.plan)
+
+
+def test_an_optimizer_made_before_the_adapter_is_refused(tmp_path):
+    model = llama()
+    trainer = trainer_of("sft", tmp_path, model, muonclip(model), (), dict(peft_config=LoraConfig(r=4)))
+    with pytest.raises(ValueError, match="QK-Clip does not understand these attentions"):
+        trainer.train()
