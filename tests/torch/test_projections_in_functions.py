@@ -149,7 +149,9 @@ def test_the_rows_of_heads_are_found_behind_a_product_in_a_function(function):
 
 def test_a_function_that_cannot_be_looked_into_is_refused():
     model = Model(type("Linear", (InFunction,), {"function": NeedsItsContext}))
-    with pytest.raises(ValueError, match="layers.0: its queries do not depend linearly on the output of a projection"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0: its queries do not depend linearly on the output of a projection"
+    ):
         rows_of(model)
 
 
