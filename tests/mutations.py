@@ -139,7 +139,7 @@ MUTATIONS = (
     Mutation(
         "products-in-functions-are-not-seen",
         "A projection whose product is in an autograd function is taken for what its backward returns.",
-        "        if tracer.takes_matrix(args):\n",
+        "        if tracer.takes_matrix(function, args):\n",
         "        if not args:\n",
         tests_of(
             "torch/test_projections_in_functions.py",
@@ -155,6 +155,13 @@ MUTATIONS = (
             "torch/test_projections_in_functions.py",
             "test_the_rows_of_heads_are_found_behind_a_product_in_a_function",
         ),
+    ),
+    Mutation(
+        "a-shard-of-megatron-is-a-matrix",
+        "Muon takes a shard of Megatron's tensor parallelism for a whole matrix.",
+        "ranks = 1 if ranks_of is None else ranks_of()",
+        "ranks = 1",
+        tests_of("engines/test_megatron.py", "test_a_shard_is_refused_where_it_would_be_taken_for_a_matrix"),
     ),
     Mutation(
         "half-made-copies-stay",

@@ -23,6 +23,7 @@ PRELOADED = [  # what the workers import, but for themselves
     "accelerate",
     "lightning.pytorch",
     "transformers",
+    "megatron.core.models.gpt.gpt_layer_specs",  # where it is installed
 ]
 
 

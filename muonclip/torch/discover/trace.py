@@ -94,7 +94,7 @@ def _applied_by(tracer: AttentionTracer, opaque: OpaqueCalls) -> Seen:
     and the product inside of it is looked at."""
 
     def applied(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
-        if tracer.takes_matrix(args):
+        if tracer.takes_matrix(function, args):
             run = partial(run_inside, function, args, kwargs, run)
         return opaque.applied(function, args, kwargs, run)
 

@@ -265,8 +265,11 @@ class AttentionTracer(ScoreTracker):
     def _is_weight(self, tensor: Tensor) -> bool:
         return id(tensor) in self._own or getattr(tensor, "of_parameters_only", False)
 
-    def takes_matrix(self, args: Sequence[Any]) -> bool:
-        """Tell whether there is a matrix of weights among the arguments of a function, and something else."""
+    def takes_matrix(self, function: Any, args: Sequence[Any]) -> bool:
+        """Tell whether there is a matrix of weights among the arguments of somebody's autograd function, and something
+        else."""
+        if function.__module__.partition(".")[0] == "torch":  # as those around operators, which are put to the test
+            return False
         tensors = [each for each in args if isinstance(each, Tensor) and each.ndim > 1]
         weights = [each for each in tensors if self._is_weight(each)]
         return 0 < len(weights) < len(tensors)
