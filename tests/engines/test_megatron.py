@@ -1,6 +1,6 @@
 """Megatron-core's fused, grouped and tensor-parallel projections: what is clipped, and which matrices Muon updates.
 
-Which rows feed which heads is written here from Megatron's documentation: `linear_qkv` holds the queries, the key and the
+Which rows feed which heads is written here from what Megatron says: `linear_qkv` holds the queries, the key and the
 value of one group after the other, and each rank of tensor parallelism the rows of its groups.
 """
 
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
 
 def parts_of(weight):
-    """Queries [heads · d, in], keys and values [groups · d, in] of a fused weight, as Megatron's documentation has it."""
+    """Queries [heads · d, in], keys and values [groups · d, in] of a fused weight, group by group."""
     groups = weight.view(worker.GROUPS, SHARED + 2, worker.HEAD, -1)
     return [groups[:, rows].reshape(-1, weight.shape[1]) for rows in (slice(SHARED), [-2], [-1])]
 
