@@ -7,7 +7,6 @@ from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
 from muonclip.torch.mesh.dtensors import (
     check_engine,
     check_gradient,
-    check_is_whole,
     check_parameter,
     check_state,
     local_gradient,
@@ -46,7 +45,6 @@ __all__ = [
     "Topology",
     "check_engine",
     "check_gradient",
-    "check_is_whole",
     "check_parameter",
     "check_state",
     "clip_grad_norm_",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from muonclip.torch.mesh.late_types import imported, is_dtensor, is_fsdp1_module, is_partial, is_replicate
+from muonclip.torch.mesh.late_types import is_dtensor, is_fsdp1_module, is_partial, is_replicate
 from muonclip.torch.mesh.wrapped_weights import unwrapped
 
 if TYPE_CHECKING:
@@ -92,23 +92,6 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         raise ValueError(f"{name} is flattened by FSDP1. Shard it by torch.distributed.fsdp.fully_shard (FSDP2).")
     if is_dtensor(parameter) and any(is_partial(placement) for placement in parameter.placements):
         raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is not a weight.")
-
-
-def check_is_whole(name: str, parameter: Tensor) -> None:
-    """Raise ValueError for a plain tensor that is a shard of Megatron's tensor parallelism, which has its matrix on
-    other ranks, too."""
-    if is_dtensor(parameter) or not getattr(parameter, "tensor_model_parallel", False):
-        return
-    of_experts = not getattr(parameter, "allreduce", True)
-    kind = "get_expert_tensor_parallel_world_size" if of_experts else "get_tensor_model_parallel_world_size"
-    ranks_of = imported("megatron.core.parallel_state", kind)
-    ranks = 1 if ranks_of is None else ranks_of()
-    if ranks > 1:
-        raise ValueError(
-            f"{name} is divided by Megatron over {ranks} ranks, and Muon would take this shard of a matrix for a whole "
-            "one. Give the optimizer DTensors of the shards: see 'Megatron-core' in the documentation. Or leave it to "
-            "another optimizer, after which QKClip(model).attach(optimizer) clips."
-        )
 
 
 def check_gradient(name: str, parameter: Tensor) -> None:

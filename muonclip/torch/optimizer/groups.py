@@ -16,7 +16,8 @@ from muonclip.core.arguments import kind, shown
 from muonclip.core.matrix_state import MatrixState
 from muonclip.core.parameter_plan import OtherUse, Use
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh import check_gradient, check_is_whole, check_parameter, is_dtensor
+from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
+from muonclip.torch.mesh.megatron_shards import check_is_whole
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import options_of
