@@ -24,6 +24,7 @@ from muonclip.torch.mesh.late_types import (
     is_replicate,
     is_shard,
 )
+from muonclip.torch.mesh.megatron_shards import refuse_megatron_shard
 from muonclip.torch.mesh.mesh import ONE_RANK, Mesh
 from muonclip.torch.mesh.process_groups import group_of, group_over
 from muonclip.torch.mesh.topology import RankPosition, Topology
@@ -65,6 +66,7 @@ __all__ = [
     "matrices_in_use",
     "mixed_precision_of",
     "placed_like",
+    "refuse_megatron_shard",
     "plain_class",
     "plain_name",
     "replicas_of",

@@ -7,7 +7,7 @@ from torch import Tensor
 from muonclip.torch.mesh.late_types import imported, is_dtensor
 
 
-def check_is_whole(name: str, parameter: Tensor) -> None:
+def refuse_megatron_shard(name: str, parameter: Tensor) -> None:
     """Raise ValueError for a plain tensor that is a shard of Megatron's tensor parallelism, which has its matrix on
     other ranks, too."""
     if is_dtensor(parameter) or not getattr(parameter, "tensor_model_parallel", False):

@@ -16,8 +16,7 @@ from muonclip.core.arguments import kind, shown
 from muonclip.core.matrix_state import MatrixState
 from muonclip.core.parameter_plan import OtherUse, Use
 from muonclip.core.update_rule import MuonRule
-from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor
-from muonclip.torch.mesh.megatron_shards import check_is_whole
+from muonclip.torch.mesh import check_gradient, check_parameter, is_dtensor, refuse_megatron_shard
 from muonclip.torch.optimizer.adamw import ADAMW_STATES
 from muonclip.torch.optimizer.filled_parameters import ON_META
 from muonclip.torch.optimizer.group_keys import options_of
@@ -129,7 +128,7 @@ def check_parameters(groups: Iterable[Group], *, offload: bool = False) -> None:
             name = name_of(group, index, position)
             check_parameter(name, parameter)
             if group["use"] == "muon":
-                check_is_whole(name, parameter)
+                refuse_megatron_shard(name, parameter)
             check_master_weights(name, parameter, group.get("master_weight_bits"))
             if offload and is_dtensor(parameter) and parameter.device.type != "cpu":
                 raise ValueError(
