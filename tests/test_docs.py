@@ -37,6 +37,8 @@ import muonclip.optax
 import muonclip.torch
 from benchmarks.options import make_parser
 from benchmarks.studies import cluster, fine_tuning, grad_clipping, master_weights, momentum_dtype, scaling, variants
+from benchmarks.studies.k2_training import table as table_of_k2_training
+from benchmarks.studies.long_context import table as table_of_long_context
 from benchmarks.studies.weight_broadcast import table as table_of_weight_broadcast
 from muonclip.__main__ import make_parser as make_parser_of_library
 from muonclip.core import COEFFICIENT_SETS, coefficients
@@ -65,6 +67,9 @@ INCLUDED = {FINE_TUNING, GRAD_CLIPPING, MASTER_WEIGHTS, READING, RATES, SPEED, S
 INCLUDED |= {SPIKES, SPIKES_SEARCH, MOMENTUM_DTYPE, REFEREE}
 WEIGHT_BROADCAST = ROOT / "docs" / "weight-broadcast" / "weight_broadcast.md"  # of docs/parallel/checkpoints.md
 INCLUDED |= {WEIGHT_BROADCAST}
+K2_TRAINING = ROOT / "docs" / "k2-training" / "k2_training.md"  # of docs/k2-training.md
+LONG_CONTEXT = ROOT / "docs" / "k2-training" / "long_context.md"  # of docs/k2-training.md
+INCLUDED |= {K2_TRAINING, LONG_CONTEXT}
 CLUSTER = ROOT / "docs" / "cluster" / "cluster.json"  # of docs/cluster.md
 INCLUDED |= {CLUSTER.with_name(f"{name}.md") for name in cluster.PAGES}
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path not in INCLUDED)
@@ -408,6 +413,11 @@ def test_the_table_of_master_weights_is_that_of_its_figures():
     figures = json.loads(MASTER_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     assert MASTER_WEIGHTS.read_text(encoding="utf-8") == master_weights.table(figures)
     assert {row["way"] for row in figures["rows"]} == master_weights.WAYS.keys()
+
+
+def test_the_tables_of_training_k2s_way_are_those_of_their_figures():
+    for page, table in ((K2_TRAINING, table_of_k2_training), (LONG_CONTEXT, table_of_long_context)):
+        assert page.read_text(encoding="utf-8") == table(json.loads(page.with_suffix(".json").read_text("utf-8")))
 
 
 def test_the_table_of_momenta_is_that_of_its_figures():
