@@ -7,12 +7,14 @@ is in `logits`.
 from muonclip.torch.clip.attach import Attachment, is_idle
 from muonclip.torch.clip.attentions import ClipAttentions
 from muonclip.torch.clip.frozen import clipping_in_words, frozen_weights
+from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS
 from muonclip.torch.clip.qk_clip import QKClip
 from muonclip.torch.clip.reduction import JointMaxima
 from muonclip.torch.clip.report import LayerReport, QKClipReport, extremes_of
 from muonclip.torch.clip.rescaling import scaled_rows
 
 __all__ = [
+    "OPTIMIZER_STEPS",
     "Attachment",
     "ClipAttentions",
     "JointMaxima",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 from torch.optim import Optimizer
 
 from muonclip.core import ClipFactors
@@ -49,6 +50,7 @@ class Attachment:
         closure = self._measured(closure, optimizer)  # the forward and backward of this step are still to come
         return ((itself, closure, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": closure})
 
+    @_disable_dynamo
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         factors, self._factors = self._factors, {}
         self._clip.after_update(factors)
@@ -64,6 +66,7 @@ class Attachment:
 
         return run
 
+    @_disable_dynamo
     def _measure(self, optimizer: Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # by a GradScaler, for fused kernels that skip by themselves
         if found_inf is None or not bool(found_inf):

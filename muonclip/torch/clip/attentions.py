@@ -19,7 +19,7 @@ from muonclip.torch.clip.thresholds import Thresholds
 from muonclip.torch.discover import NOTHING_FOUND, Inputs, if_unfilled, nothing_found
 from muonclip.torch.heads import QKProjection, declared_qk_projections
 from muonclip.torch.logits import MaxLogits, Unobservable
-from muonclip.torch.mesh import is_fsdp_module
+from muonclip.torch.mesh import check_engine, check_not_flattened, is_fsdp_module
 from muonclip.torch.observe import DECLARED, AttentionKernel, LoadHooks
 
 if TYPE_CHECKING:
@@ -204,11 +204,18 @@ class ClipAttentions:
         """Put an optimizer's shards in place of the whole weights that FSDP may have left after a forward.
 
         Where weights were replaced, `placement_version` grows. Raises RuntimeError where something was changed since
-        the attentions were found, and heads would not be clipped by it any more.
+        the attentions were found, and heads would not be clipped by it any more; ValueError for weights that an
+        engine has flattened.
         """
         for module in self._sharded:
             module.reshard()
-        if self._found.are_as_read(self.projections, self.version):
+        as_read = self._found.are_as_read(self.projections, self.version)
+        for root in () if as_read else self._roots():
+            check_engine(root)
+        for name, projection in self.projections.items():
+            for weight in projection.qk_parameters():
+                check_not_flattened(f"a query or key weight of {name or 'the model'}", weight)
+        if as_read:
             return
         self._sharded = [each for root in self._roots() for each in root.modules() if is_fsdp_module(each)]
         for module in self._sharded:

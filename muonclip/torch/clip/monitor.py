@@ -47,6 +47,7 @@ from muonclip.torch.discover import (
 )
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import MaxLogits, Unobservable, outside_modes, unobservable
+from muonclip.torch.mesh import check_engine
 from muonclip.torch.observe import (
     DECLARED,
     PATCHES,
@@ -325,6 +326,8 @@ class AttentionMonitor:
         is_due = self._is_to_be_traced(module, name)
         if is_due and self._wait_for_weights():
             return
+        if is_due:
+            check_engine(self.model)  # which may have come since the clip was made
         self._live.look_for_more()
         self.on_forward()
         self.ran = True

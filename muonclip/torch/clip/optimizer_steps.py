@@ -1,15 +1,21 @@
-"""The optimizers whose steps were seen, or to which a clip was attached: torch tells of every step in the process."""
+"""The optimizers whose steps were seen, or to which a clip was attached: torch tells of every step in the process.
+
+Of those that clip it is noted which parameter had which place in their groups. Where an engine for half precision puts
+a float32 master there, as DeepSpeed does, that is the weight which is updated and written over the parameter.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class StepListener(Protocol):
@@ -20,6 +26,21 @@ class StepListener(Protocol):
     def after_step(self) -> None: ...
 
 
+class _Place(NamedTuple):
+    """A place in the groups of an optimizer; `length`: of its group."""
+
+    optimizer: weakref.ref[Any]
+    group: int
+    position: int
+    length: int
+
+    def holds(self) -> Any:
+        """Return what is there now; None where the group is another."""
+        groups = getattr(self.optimizer(), "param_groups", ())
+        parameters = groups[self.group]["params"] if self.group < len(groups) else ()
+        return parameters[self.position] if len(parameters) == self.length else None
+
+
 class OptimizerSteps:
     """Keeps the optimizers as long as they exist. Torch tells of steps from the first clip on."""
 
@@ -27,6 +48,7 @@ class OptimizerSteps:
         self._lock = threading.Lock()
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
+        self._places = WeakTensorKeyDictionary()  # parameter → its places, each once
         self._is_told = False
 
     def listen(self, listener: StepListener) -> None:
@@ -39,9 +61,21 @@ class OptimizerSteps:
                 self._is_told = True
 
     def add(self, optimizer: Any) -> None:
-        """Note an optimizer that need not tell of its steps."""
+        """Note an optimizer that need not tell of its steps, and which parameters have which places in its groups."""
         with self._lock:
             self._optimizers.add(optimizer)
+            for each in with_inner(optimizer):
+                for index, group in enumerate(getattr(each, "param_groups", ())):
+                    for position, parameter in enumerate(group["params"]):
+                        place = _Place(weakref.ref(each), index, position, len(group["params"]))
+                        self._places.setdefault(parameter, {})[place] = None
+
+    def in_place_of(self, parameter: Tensor) -> list[Tensor]:
+        """Return the tensors of its shape that are now where a parameter was in the groups of optimizers."""
+        with self._lock:
+            places = [*self._places.get(parameter, ())]
+        there = {id(each): each for place in places if isinstance(each := place.holds(), Tensor)}
+        return [each for each in there.values() if each is not parameter and each.shape == parameter.shape]
 
     def optimizers(self) -> list[Any]:
         """Return the known optimizers and those that they wrap, each once."""

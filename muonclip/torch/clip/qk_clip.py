@@ -36,7 +36,7 @@ from muonclip.torch.clip.stuck_heads import StuckHeads
 from muonclip.torch.clip.thresholds import Thresholds
 from muonclip.torch.heads import QKProjection
 from muonclip.torch.logits import Unobservable
-from muonclip.torch.mesh import replicas_of, unwrap
+from muonclip.torch.mesh import check_engine, replicas_of, unwrap
 
 
 class QKClip:
@@ -129,6 +129,7 @@ class QKClip:
         """What the last step saw and did, still on the device; `report` waits for it."""
         self._last_taus: dict[str, float] = {}  # of the last step, by name
         if isinstance(model_or_projections, nn.Module):
+            check_engine(model_or_projections)
             model, replicated = unwrap(model_or_projections)
             self._ranks = ClipRanks(process_group, replicas_of(replicated))
             self.attentions = attentions_of_model(

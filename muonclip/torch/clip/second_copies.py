@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from muonclip.torch.clip.optimizer_steps import OPTIMIZER_STEPS
 from muonclip.torch.mesh import local_part
 from muonclip.torch.update import errors_of
 
@@ -47,12 +48,13 @@ class SecondCopies:
 
     def __init__(self, optimizers: Iterable[Any], master_of: Callable[[Tensor], Tensor | None] | None) -> None:
         self._master_of = master_of
-        self._kept = [(_state(each), _names(each), _apex_masters(each)) for each in optimizers]
+        self._kept = [(_state(each), _names(each), _masters(each)) for each in optimizers]
 
     def of(self, parameter: Tensor) -> list[Tensor]:
         """Return the copies of a parameter, each once."""
         given = None if self._master_of is None else self._master_of(parameter)
         kept: list[Any] = [getattr(parameter, "main_param", None)]  # Megatron's
+        kept += OPTIMIZER_STEPS.in_place_of(parameter)  # DeepSpeed's, where it was given this optimizer
         for state, names, masters in self._kept:
             own = state.get(id(parameter), {})
             dual = _DUAL_AVERAGING if "x0" in own else frozenset[str]()
@@ -99,11 +101,18 @@ def _names(optimizer: Any) -> frozenset[str]:
     return _KNOWN | _SCHEDULE_FREE if averages else _KNOWN
 
 
-def _apex_masters(optimizer: Any) -> dict[int, Tensor]:
-    """Return Apex's masters, which are in the order of the groups."""
+def _masters(optimizer: Any) -> dict[int, Tensor]:
+    """Return the masters of Apex and of DeepSpeed's `engine.optimizer`, which are in the order of the groups."""
     masters: Sequence[Any] = getattr(optimizer, "param_groups_master", None) or ()
-    groups = zip(optimizer.param_groups, masters, strict=False) if masters else ()
-    return {id(p): wide for group, wider in groups for p, wide in zip(group["params"], wider["params"], strict=False)}
+    pairs = (
+        [(group["params"], wide["params"]) for group, wide in zip(optimizer.param_groups, masters, strict=False)]
+        if masters
+        else []
+    )
+    halves, wholes = (getattr(optimizer, name, None) for name in ("fp16_groups", "fp32_groups"))
+    if isinstance(halves, list) and isinstance(wholes, list):
+        pairs += zip(halves, wholes, strict=False)
+    return {id(p): wide for group, wider in pairs for p, wide in zip(group, wider, strict=False)}
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:

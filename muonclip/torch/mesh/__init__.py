@@ -5,7 +5,6 @@ Nothing here knows Muon or QK-Clip.
 
 from muonclip.torch.mesh.clip_grad_norm import clip_grad_norm_
 from muonclip.torch.mesh.dtensors import (
-    check_engine,
     check_gradient,
     check_parameter,
     check_state,
@@ -13,6 +12,7 @@ from muonclip.torch.mesh.dtensors import (
     local_part,
     placed_like,
 )
+from muonclip.torch.mesh.flattened import check_engine, check_groups_not_flattened, check_not_flattened
 from muonclip.torch.mesh.index_ranges import local_indices
 from muonclip.torch.mesh.late_types import (
     imported,
@@ -46,6 +46,8 @@ __all__ = [
     "Topology",
     "check_engine",
     "check_gradient",
+    "check_groups_not_flattened",
+    "check_not_flattened",
     "check_parameter",
     "check_state",
     "clip_grad_norm_",

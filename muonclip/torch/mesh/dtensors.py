@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from muonclip.torch.mesh.late_types import is_dtensor, is_fsdp1_module, is_partial, is_replicate
+from muonclip.torch.mesh.flattened import check_not_flattened
+from muonclip.torch.mesh.late_types import is_dtensor, is_partial, is_replicate
 from muonclip.torch.mesh.wrapped_weights import unwrapped
 
 if TYPE_CHECKING:
@@ -74,22 +75,9 @@ def check_state(
         )
 
 
-def check_engine(model: Any) -> None:
-    """Raise ValueError for engines whose parameters do not show their matrices."""
-    modules: Iterable[nn.Module] = model.modules() if isinstance(model, nn.Module) else ()
-    if any(is_fsdp1_module(module) for module in modules):
-        raise ValueError(
-            "the model is sharded by FullyShardedDataParallel (FSDP1), which flattens matrices. Shard it by "
-            "torch.distributed.fsdp.fully_shard (FSDP2)."
-        )
-
-
 def check_parameter(name: str, parameter: Tensor) -> None:
     """Raise ValueError for tensors that an engine has flattened, and for sums that are still to be taken."""
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(f"{name} is sharded by DeepSpeed ZeRO-3, which flattens matrices. Shard it by fully_shard.")
-    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
-        raise ValueError(f"{name} is flattened by FSDP1. Shard it by torch.distributed.fsdp.fully_shard (FSDP2).")
+    check_not_flattened(name, parameter)
     if is_dtensor(parameter) and any(is_partial(placement) for placement in parameter.placements):
         raise ValueError(f"{name} is placed as {parameter.placements}: a sum still to be taken is not a weight.")
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from muonclip.torch.mesh import is_dtensor, is_fsdp_module
+from muonclip.torch.mesh import check_engine, is_dtensor, is_fsdp_module
 from muonclip.torch.optimizer.options import Group
 
 ON_META = (
@@ -40,7 +40,9 @@ def take_filled(groups: Sequence[Group], model: nn.Module) -> list[Tensor]:
 def check_is_of_model(groups: Sequence[Group], model: nn.Module, given: Collection[int]) -> None:
     """Raise RuntimeError where the model has others in the place of parameters that it gave to its optimizer, by id,
     as it has when it was sharded afterwards. Those that an engine has put into the groups instead are its own affair.
+    Raises ValueError where an engine has flattened the model.
     """
+    check_engine(model)
     named = dict(model.named_parameters())
     lost = _not_in(groups, named, given)
     if lost:  # FSDP2 may have left whole weights after a forward without a backward

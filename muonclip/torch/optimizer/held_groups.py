@@ -10,6 +10,7 @@ from torch import Tensor
 
 from muonclip.core import MatrixLayout
 from muonclip.core.arguments import check_flag, kind, shown
+from muonclip.torch.mesh import check_groups_not_flattened
 from muonclip.torch.optimizer.group_keys import check_held_keys
 from muonclip.torch.optimizer.options import AdamWOptions, MuonOptions, check_off
 
@@ -25,6 +26,7 @@ def check_held_groups(groups: Sequence[Any], layouts: Sequence[Sequence[MatrixLa
 
     Options may have other values, and hosts may have added keys. `layouts`: those of the groups that were added.
     """
+    check_groups_not_flattened(groups, [len(own) for own in layouts])
     if len(groups) != len(layouts):
         raise ValueError(f"param_groups holds {len(groups)} groups, and {len(layouts)} were added. {_ANEW}")
     for index, (group, own) in enumerate(zip(groups, layouts, strict=True)):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]; imports the compiler when called
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -256,7 +257,7 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter once.
+        """Update every parameter once. Under `torch.compile` it runs uncompiled, between two graphs.
 
         Args:
             closure: Re-evaluates the loss; it is called with gradients enabled, and what it returns is returned.
@@ -267,10 +268,14 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_uncompiled()
+        return loss
+
+    @_disable_dynamo
+    def _step_uncompiled(self) -> None:
         self._refresh_plan()
         check_gradients(self.param_groups)
         self._update()
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as any optimizer does; every trainable parameter has one, with or without a gradient.

@@ -29,7 +29,7 @@ from muonclip.core.tau_rules import Tau, check_tau_rules, tau_in_words, varies
 from muonclip.core.update_rule import MuonRule
 from muonclip.core.update_scale import AdjustLR
 from muonclip.core.updates import Update
-from muonclip.torch.clip import ClipAttentions, QKClip, is_idle, scaled_rows
+from muonclip.torch.clip import OPTIMIZER_STEPS, ClipAttentions, QKClip, is_idle, scaled_rows
 from muonclip.torch.discover import guessed_uses
 from muonclip.torch.heads import HeadRows, QKProjection, declared_qk_projections
 from muonclip.torch.mesh import check_engine, unwrap
@@ -358,6 +358,8 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             return
         super().add_param_group(param_group)
         group, layouts = self.param_groups[-1], self._layouts[-1]
+        if self.qk_clip is not None:
+            OPTIMIZER_STEPS.add(self)
         if self.plan.recipe is not None:
             group["recipe"] = self.plan.recipe.as_saved()
         self._note_step([group])
@@ -469,7 +471,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
         """Tell the states of each weight which of its rows the clip has scaled."""
         by_weight: dict[int, list[tuple[HeadRows, Tensor]]] = {}
         for rows, factors in scaled:
-            by_weight.setdefault(id(getattr(rows.module, rows.weight)), []).append((rows, factors))
+            weight = getattr(rows.module, rows.weight)
+            for each in (weight, *OPTIMIZER_STEPS.in_place_of(weight)):
+                by_weight.setdefault(id(each), []).append((rows, factors))
         assert self._update_plan is not None
         for matrix, placed in zip(self._matrices, self._update_plan.parameters, strict=True):
             rule = self._rule(self._options[matrix.group])
@@ -501,6 +505,9 @@ class MuonClip(MatrixOptimizer, Generic[Clip]):
             return
         self._clip_version = attentions.version
         known = projection_layouts(attentions.projections, self._per_head)
+        for weight in attentions.parameters():
+            for each in OPTIMIZER_STEPS.in_place_of(weight) if id(weight) in known else ():
+                known[id(each)] = known[id(weight)]
         lines = iter(self.plan.parameters)
         planned: list[PlannedParameter] = []
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
