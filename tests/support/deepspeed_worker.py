@@ -22,7 +22,7 @@ def data(step):
 
 def initialize(model, optimizer, stage, **config):
     config |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
-    config["zero_allow_untested_optimizer"] = True
+    config |= {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}  # which would be 1
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
