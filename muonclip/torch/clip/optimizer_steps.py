@@ -68,12 +68,13 @@ class OptimizerSteps:
                 for index, group in enumerate(getattr(each, "param_groups", ())):
                     for position, parameter in enumerate(group["params"]):
                         place = _Place(weakref.ref(each), index, position, len(group["params"]))
-                        self._places.setdefault(parameter, {})[place] = None
+                        known = self._places.get(parameter)
+                        self._places[parameter] = {**(known or {}), place: None}
 
     def in_place_of(self, parameter: Tensor) -> list[Tensor]:
         """Return the tensors of its shape that are now where a parameter was in the groups of optimizers."""
         with self._lock:
-            places = [*self._places.get(parameter, ())]
+            places = [*(self._places.get(parameter) or ())]
         there = {id(each): each for place in places if isinstance(each := place.holds(), Tensor)}
         return [each for each in there.values() if each is not parameter and each.shape == parameter.shape]
 
