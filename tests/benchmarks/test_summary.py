@@ -122,8 +122,10 @@ def test_the_table_has_a_line_per_run(experiment):
 def test_arms_that_change_the_model_are_named(every_arm):
     made = Results(every_arm, {}, {})
     notes = model_notes(made)
-    assert [note.partition(" changes")[0] for note in notes] == [ARMS["qk-norm"].label, ARMS["softcap"].label]
-    assert "before the cap" in notes[1]
+    assert [note.partition(" changes")[0] for note in notes] == [
+        ARMS[name].label for name in ("int4-experts", "qk-norm", "softcap")
+    ]
+    assert "before the cap" in notes[2]
 
 
 def test_results_of_some_arms(experiment):

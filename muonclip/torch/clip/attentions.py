@@ -209,14 +209,13 @@ class ClipAttentions:
         """
         for module in self._sharded:
             module.reshard()
-        as_read = self._found.are_as_read(self.projections, self.version)
-        for root in () if as_read else self._roots():
-            check_engine(root)
-        for name, projection in self.projections.items():
-            for weight in projection.qk_parameters():
-                check_not_flattened(f"a query or key weight of {name or 'the model'}", weight)
-        if as_read:
+        if self._found.are_as_read(self.projections, self.version):
+            for name, projection in self.projections.items():
+                for weight in projection.qk_parameters():
+                    check_not_flattened(f"a query or key weight of {name or 'the model'}", weight)
             return
+        for root in self._roots():
+            check_engine(root)
         self._sharded = [each for root in self._roots() for each in root.modules() if is_fsdp_module(each)]
         for module in self._sharded:
             module.reshard()

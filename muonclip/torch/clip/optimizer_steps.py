@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class StepListener(Protocol):
@@ -29,14 +28,13 @@ class StepListener(Protocol):
 class _Place(NamedTuple):
     """A place in the groups of an optimizer; `length`: of its group."""
 
-    optimizer: weakref.ref[Any]
     group: int
     position: int
     length: int
 
-    def holds(self) -> Any:
+    def of(self, optimizer: Any) -> Any:
         """Return what is there now; None where the group is another."""
-        groups = getattr(self.optimizer(), "param_groups", ())
+        groups = optimizer.param_groups
         parameters = groups[self.group]["params"] if self.group < len(groups) else ()
         return parameters[self.position] if len(parameters) == self.length else None
 
@@ -48,7 +46,7 @@ class OptimizerSteps:
         self._lock = threading.Lock()
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
-        self._places = WeakTensorKeyDictionary()  # parameter → its places, each once
+        self._places: weakref.WeakKeyDictionary[Any, dict[int, _Place]] = weakref.WeakKeyDictionary()
         self._is_told = False
 
     def listen(self, listener: StepListener) -> None:
@@ -65,18 +63,20 @@ class OptimizerSteps:
         with self._lock:
             self._optimizers.add(optimizer)
             for each in with_inner(optimizer):
-                for index, group in enumerate(getattr(each, "param_groups", ())):
-                    for position, parameter in enumerate(group["params"]):
-                        place = _Place(weakref.ref(each), index, position, len(group["params"]))
-                        known = self._places.get(parameter)
-                        self._places[parameter] = {**(known or {}), place: None}
+                # By ids: torch does not swap the contents of tensors that something refers to weakly.
+                self._places[each] = {
+                    id(parameter): _Place(index, position, len(group["params"]))
+                    for index, group in enumerate(getattr(each, "param_groups", ()))
+                    for position, parameter in enumerate(group["params"])
+                }
 
     def in_place_of(self, parameter: Tensor) -> list[Tensor]:
-        """Return the tensors of its shape that are now where a parameter was in the groups of optimizers."""
+        """Return the masters that are now where a parameter was in the groups of optimizers: tensors of its shape that
+        are no parameters of any model."""
         with self._lock:
-            places = [*(self._places.get(parameter) or ())]
-        there = {id(each): each for place in places if isinstance(each := place.holds(), Tensor)}
-        return [each for each in there.values() if each is not parameter and each.shape == parameter.shape]
+            places = [(each, places[id(parameter)]) for each, places in self._places.items() if id(parameter) in places]
+        there = {id(held): held for optimizer, place in places if isinstance(held := place.of(optimizer), Tensor)}
+        return [each for each in there.values() if not isinstance(each, nn.Parameter) and each.shape == parameter.shape]
 
     def optimizers(self) -> list[Any]:
         """Return the known optimizers and those that they wrap, each once."""
