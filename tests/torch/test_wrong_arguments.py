@@ -75,7 +75,8 @@ MUON_OPTIONS = dict(
     ns_coefficients=NO_NAME, ns_steps=but_none(NO_COUNT), adjust_lr_fn=but_none(NOT_POSITIVE), ns_dtype=NO_NAME,
     ns_form=NO_NAME, products=NO_NAME, momentum_dtype=NO_NAME, freeze_unused=NO_FLAG,
 )  # fmt: skip
-ADAMW_OPTIONS = dict(eps=NO_RATE, betas=NO_NUMBER, fused=but_none(NO_FLAG))
+NO_PAIR = NO_NUMBER.filter(lambda x: not (isinstance(x, list) and len(x) == 2 and all(0 <= each < 1 for each in x)))
+ADAMW_OPTIONS = dict(eps=NO_RATE, betas=NO_PAIR, fused=but_none(NO_FLAG))
 HEADS = dict(num_heads=NO_COUNT, num_kv_heads=NO_COUNT)
 NO_TENSOR = but_none(NO_NUMBER)
 NO_DICT = NO_NUMBER.filter(lambda value: not isinstance(value, dict))
