@@ -1386,6 +1386,13 @@ MUTATIONS = (
         tests_of("engines/test_deepspeed.py", "test_zero_is_refused_before_a_weight_moves[2-with_an_attached_clip]"),
     ),
     Mutation(
+        "flat-groups-not-explained",
+        "Where ZeRO has put flat tensors into the groups, the error counts groups and names neither it nor a way out.",
+        "    check_groups_not_flattened(groups, [len(own) for own in layouts])\n",
+        "",
+        tests_of("engines/test_deepspeed.py", "test_zero_is_refused_before_a_weight_moves"),
+    ),
+    Mutation(
         "original-parameters-of-fsdp1-taken",
         "The slices that FSDP1 leaves in the original parameters are updated, or traced, as if they were matrices.",
         'if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):',

@@ -42,7 +42,7 @@ def test_a_clip_that_is_attached_to_deepspeed_s_wrapper_clips_the_masters(ranks)
         assert seen["warned"] == []
 
 
-@pytest.mark.parametrize("make", ["with_muonclip", "without_a_clip", "with_an_attached_clip"])
+@pytest.mark.parametrize("make", ["with_muonclip", "without_a_clip", "by_names", "with_an_attached_clip"])
 @pytest.mark.parametrize("stage", ["1", "1, bf16", "2", "3"])
 def test_zero_is_refused_before_a_weight_moves(ranks, stage, make):
     for each in ranks:

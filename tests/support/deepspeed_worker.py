@@ -123,6 +123,11 @@ def without_a_clip(model):
     return MuonClip(model, qk_clip=None, **OPTIONS)
 
 
+def by_names(model):
+    """Of parameters alone: the optimizer does not know the model that DeepSpeed marks."""
+    return MuonClip(model.named_parameters(), qk_clip=None, **OPTIONS)
+
+
 def with_an_attached_clip(model):
     optimizer = sgd(model)
     QKClip(model, tau=TAU).attach(optimizer)
@@ -159,7 +164,7 @@ if __name__ == "__main__":
     cases = [
         (f"{name}, {make.__name__}", stage, config, made(make, config))  # ZeRO-3 changes what all linears call
         for name, stage, config in [("1", 1, {}), ("1, bf16", 1, HALF), ("2", 2, {}), ("3", 3, {})]
-        for make in (with_muonclip, without_a_clip, with_an_attached_clip)
+        for make in (with_muonclip, without_a_clip, by_names, with_an_attached_clip)
     ]
     for name, stage, config, (model, optimizer) in cases:
         seen[name] = refused(model, optimizer, stage, config)

@@ -64,7 +64,7 @@ class OptimizerSteps:
             self._optimizers.add(optimizer)
             for each in with_inner(optimizer):
                 # By ids: torch does not swap the contents of tensors that something refers to weakly.
-                self._places[each] = {
+                self._places[each] = self._places.get(each, {}) | {
                     id(parameter): _Place(index, position, len(group["params"]))
                     for index, group in enumerate(getattr(each, "param_groups", ()))
                     for position, parameter in enumerate(group["params"])

@@ -36,5 +36,5 @@ def _gathered_by_fsdp(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
         state: Any = module._get_fsdp_state()
         groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         for each in (each for group in groups if group is not None for each in group.fsdp_params):
-            spec = each._unsharded_dtensor_spec if hasattr(each, "_unsharded_dtensor_spec") else each._tp_spec
-            yield each.sharded_param, spec
+            spec = getattr(each, "_unsharded_dtensor_spec", None)
+            yield each.sharded_param, getattr(each, "_tp_spec", None) if spec is None else spec  # that of torch 2.9
